@@ -1,0 +1,39 @@
+"""LoRA and LoRA+ for any PyTorch model: inject adapters, train them, save them, merge them."""
+
+from .adapters import adapter_names, adapter_state_dict, delete_adapter, disabled, lora_summary, set_adapter
+from .config import LoRAConfig
+from .inject import inject_lora, remove_lora
+from .io import load_adapter, save_adapter
+from .layers import LoRAConv1d, LoRAConv2d, LoRAConv3d, LoRAEmbedding, LoRALinear
+from .lora_layer import LoRALayer
+from .merge import merge_and_unload, merge_lora, merged, unmerge_lora
+from .optim import create_loraplus_optimizer, loraplus_param_groups, split_loraplus_groups
+from .version import __version__
+
+__all__ = [
+    "LoRAConfig",
+    "LoRAConv1d",
+    "LoRAConv2d",
+    "LoRAConv3d",
+    "LoRAEmbedding",
+    "LoRALayer",
+    "LoRALinear",
+    "__version__",
+    "adapter_names",
+    "adapter_state_dict",
+    "create_loraplus_optimizer",
+    "delete_adapter",
+    "disabled",
+    "inject_lora",
+    "load_adapter",
+    "lora_summary",
+    "loraplus_param_groups",
+    "merge_and_unload",
+    "merge_lora",
+    "merged",
+    "remove_lora",
+    "save_adapter",
+    "set_adapter",
+    "split_loraplus_groups",
+    "unmerge_lora",
+]

@@ -1,0 +1,197 @@
+"""Over a whole model: its adapters' tensors, which of them are active, and what was adapted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from .lora_layer import LoRALayer, lora_layers
+from .trained import swap_original, trained_modules, unmark_trained
+
+
+def adapter_names(model: nn.Module) -> list[str]:
+    """The names of the adapters that the model holds, in the order in which they were added."""
+    return list(dict.fromkeys(name for _, layer in lora_layers(model) for name in layer.lora_specs))
+
+
+def check_adapter(model: nn.Module, adapter: str) -> None:
+    """Raise a KeyError if the model holds no adapter of this name."""
+    names = adapter_names(model)
+    if adapter not in names:
+        there = f"it has {', '.join(map(repr, names))}" if names else "it has none; call inject_lora first"
+        raise KeyError(f"the model has no adapter {adapter!r}: {there}")
+
+
+def set_adapter(model: nn.Module, adapters: str | Sequence[str]) -> None:
+    """Let just these adapters, one or several, take part in the forward; ``requires_grad`` is not touched.
+
+    Raises:
+        KeyError: if the model holds no adapter of such a name.
+        ValueError: if the model is merged, or two of them on one layer have no agreed sum (DoRA).
+    """
+    names = (adapters,) if isinstance(adapters, str) else tuple(dict.fromkeys(adapters))
+    for name in names:
+        check_adapter(model, name)
+    for path, layer in lora_layers(model):
+        _check_unmerged(path, layer, "choosing its adapters")
+        layer.in_order(names)
+    for _, layer in lora_layers(model):
+        layer.activate(names)
+
+
+def delete_adapter(model: nn.Module, adapter: str) -> None:
+    """Drop one adapter; layers left without any become plain again, modules it trained in full get their own values.
+
+    Raises:
+        KeyError: if the model holds no adapter of this name.
+        ValueError: if the model is merged.
+    """
+    check_adapter(model, adapter)
+    layers = [(path, layer) for path, layer in lora_layers(model) if adapter in layer.lora_specs]
+    for path, layer in layers:
+        _check_unmerged(path, layer, "deleting an adapter")
+    for _, module, _ in list(trained_modules(model, adapter)):
+        unmark_trained(module, restore=True)
+    for _, layer in layers:
+        layer.delete_adapter(adapter)
+        if not layer.lora_specs:
+            layer.restore()
+
+
+@contextmanager
+def disabled(model: nn.Module) -> Iterator[nn.Module]:
+    """The base model for the length of a ``with`` block; afterwards the previous state, whatever it was.
+
+    Adapters are passed over, merged weights and modules trained in full are exchanged for the original ones;
+    ``requires_grad`` and the merge state are not touched.
+    """
+    layers = [(layer, layer.lora_active, layer.lora_merge, layer.weight) for _, layer in lora_layers(model)]
+    trained = [module for _, module, _ in trained_modules(model)]
+    for layer, _, merge, _ in layers:
+        layer.lora_active, layer.lora_merge = (), None
+        if merge is not None:
+            layer._parameters["weight"] = merge.weight
+    for module in trained:
+        swap_original(module)
+    try:
+        yield model
+    finally:
+        for layer, active, merge, weight in layers:
+            layer.lora_active, layer.lora_merge = active, merge
+            if merge is not None:
+                layer._parameters["weight"] = weight
+        for module in trained:
+            swap_original(module)
+
+
+def adapter_state_dict(model: nn.Module, *, adapter: str = "default") -> dict[str, Tensor]:
+    """An adapter's tensors, detached: ``<module>.lora_A``, ``<module>.lora_B``, ... and modules trained with it.
+
+    Sharded parameters are gathered, so under ``fully_shard`` every rank must call this.
+
+    Raises:
+        KeyError: if the model holds no adapter of this name.
+    """
+    check_adapter(model, adapter)
+    state: dict[str, Tensor] = {}
+    for path, layer in lora_layers(model):
+        for container, tensor in layer.adapter_tensors(adapter).items():
+            state[join(path, container)] = whole(tensor)
+    for path, module, _ in trained_modules(model, adapter):
+        for name, tensor in module.state_dict(keep_vars=True).items():
+            state[join(path, name)] = whole(tensor)
+    return state
+
+
+def join(path: str, name: str) -> str:
+    """The dotted name of something inside the module at ``path``, which is empty for the model itself."""
+    return f"{path}.{name}" if path else name
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor, detached; a DTensor is gathered from its shards."""
+    gather = getattr(tensor, "full_tensor", None)
+    return (tensor if gather is None else gather()).detach()
+
+
+def _check_unmerged(path: str, layer: LoRALayer, what: str) -> None:
+    if layer.lora_merge is not None:
+        raise ValueError(f"the model is merged ({path!r} is); call unmerge_lora(model) before {what}")
+
+
+@dataclass(frozen=True)
+class SummaryRow:
+    """One adapter on one layer."""
+
+    name: str
+    """The layer's first name in the model."""
+    layer: str
+    """The class of the layer without adapters."""
+    adapter: str
+    r: int
+    alpha: float
+    scale: float
+    parameters: int
+    """How many numbers the adapter holds for this layer."""
+    note: str
+    """What a user should know about it; mostly empty."""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What was adapted in a model. ``str()`` of it is a table."""
+
+    rows: list[SummaryRow]
+    trained: list[tuple[str, str, int]]
+    """Modules trained in full: name, adapter, number of parameters."""
+    trainable: int
+    """Trainable parameters of the whole model, each counted once."""
+    total: int
+    """All parameters of the model, each counted once."""
+
+    def __str__(self) -> str:
+        head = ("layer", "type", "adapter", "r", "alpha", "scale", "parameters", "note")
+        cells = [head] + [
+            (row.name or "(model)", row.layer, row.adapter, str(row.r), f"{row.alpha:g}", f"{row.scale:.4g}",
+             f"{row.parameters:,}", row.note)
+            for row in self.rows
+        ]  # fmt: skip
+        cells += [(name, "trained in full", adapter, "", "", "", f"{size:,}", "") for name, adapter, size in self.trained]
+        widths = [max(len(row[column]) for row in cells) for column in range(len(head))]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
+        share = f"{self.trainable / self.total:.2%}" if self.total else "0%"
+        return "\n".join([*lines, f"{self.trainable:,} of {self.total:,} parameters are trainable ({share})"])
+
+
+def lora_summary(model: nn.Module) -> Summary:
+    """What was adapted: layers, ranks, scales, sizes, and notes on what is unusual."""
+    rows = []
+    for path, layer in lora_layers(model):
+        for adapter, spec in layer.lora_specs.items():
+            size = sum(tensor.numel() for tensor in layer.adapter_tensors(adapter).values())
+            notes = _notes(layer, adapter)
+            rows.append(
+                SummaryRow(path, layer.base_class.__name__, adapter, spec.r, spec.alpha, spec.scale, size, notes)
+            )
+    trained = [
+        (path, record.adapter, sum(p.numel() for p in module.parameters()))
+        for path, module, record in trained_modules(model)
+    ]
+    parameters = list(model.parameters())
+    trainable = sum(p.numel() for p in parameters if p.requires_grad)
+    return Summary(rows, trained, trainable, sum(p.numel() for p in parameters))
+
+
+def _notes(layer: LoRALayer, adapter: str) -> str:
+    tensors, spec, merge = layer.adapter_tensors(adapter), layer.lora_specs[adapter], layer.lora_merge
+    (out_features, _), (_, in_features) = tensors["lora_B"].shape, tensors["lora_A"].shape
+    notes = {
+        f"r exceeds the weight's full rank {min(out_features, in_features)}": spec.r > min(out_features, in_features),
+        "inactive": adapter not in layer.lora_active,
+        "merged": merge is not None and adapter in merge.adapters,
+        f"rounding lost {merge.lost if merge else 0} of the update": merge is not None and merge.lost is not None,
+    }
+    return "; ".join(note for note, holds in notes.items() if holds)

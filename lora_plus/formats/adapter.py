@@ -1,0 +1,70 @@
+"""What every file format reads and writes: one adapter as plain data, without a model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class BaseLayer:
+    """What a file needs to know of the layer that an adapter belongs to."""
+
+    kind: str
+    """Class of the plain layer, e.g. ``"Linear"``."""
+    layout: str
+    """einops pattern from the stored weight to its matrix view ``(out, in)``."""
+    shape: tuple[int, ...]
+    """Shape of the stored weight."""
+    facts: dict[str, Any] = field(default_factory=dict)
+    """Further settings of the layer that decide what the adapter computes: ``groups``, ``max_norm``."""
+
+
+@dataclass
+class LayerAdapter:
+    """An adapter on one layer."""
+
+    base: BaseLayer
+    settings: dict[str, Any]
+    """r, alpha, scaling, variant, dropout."""
+    scale: float
+    """The factor of B A that follows from the settings."""
+    tensors: dict[str, Tensor]
+    """``lora_A (r, in)``, ``lora_B (out, r)``, and ``lora_magnitude (out,)`` for DoRA."""
+
+
+@dataclass
+class Adapter:
+    """An adapter on a whole model, by module name."""
+
+    layers: dict[str, LayerAdapter]
+    trained: dict[str, dict[str, Tensor]]
+    """Modules trained in full, each with its tensors by their name inside the module."""
+    metadata: dict[str, str] = field(default_factory=dict)
+    """What the user wrote beside it."""
+
+
+def join(path: str, name: str) -> str:
+    """The dotted name of something inside the module at ``path``, which is empty for the model itself."""
+    return f"{path}.{name}" if path else name
+
+
+def most_common(values: Sequence[Any]) -> Any:
+    """The value that occurs most often, the first of them if there are several."""
+    return max(dict.fromkeys(values), key=values.count)
+
+
+class Problems(ValueError):
+    """Everything that is wrong with one file, in one error."""
+
+    SHOWN = 30
+
+    def __init__(self, where: object, problems: Sequence[str]) -> None:
+        self.problems = list(problems)
+        shown = [f"  {line}" for line in self.problems[: self.SHOWN]]
+        if len(self.problems) > self.SHOWN:
+            shown.append(f"  and {len(self.problems) - self.SHOWN} more")
+        super().__init__(f"{where}:\n" + "\n".join(shown))

@@ -1,0 +1,143 @@
+"""The library's own format: one safetensors file that says of itself all it takes to load it or merge it.
+
+Tensors are named ``<module>.lora_A``, ``<module>.lora_B``, ``<module>.lora_magnitude``; those of modules trained in full
+keep their plain names. The header's metadata has one entry, ``lora_plus``, a JSON document::
+
+    {"format_version": 1, "library_version": "0.1.0",
+     "r": 8, "alpha": 16, "scaling": "standard", "variant": "lora", "dropout": 0.0,
+     "layers": {"blocks.0.q": {"kind": "Linear", "layout": "o i -> o i", "shape": [64, 64]},
+                "blocks.0.v": {"kind": "Linear", "layout": "o i -> o i", "shape": [64, 64], "r": 4}},
+     "train_also": {"head": ["bias", "weight"]},
+     "metadata": {}}
+
+A layer's entry repeats a setting only where it deviates from the one on top; ``groups`` and ``max_norm`` are there for
+layers that have them. The update of a layer is ``scale * B @ A`` with ``scale = alpha / r`` (``"standard"``) or
+``alpha / sqrt(r)`` (``"rslora"``), a matrix ``(out, in)`` in the layout that the entry states.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from .adapter import Adapter, BaseLayer, LayerAdapter, join, most_common
+
+KEY = "lora_plus"
+VERSION = 1
+SETTINGS = ("r", "alpha", "scaling", "variant", "dropout")
+FACTS = ("groups", "max_norm")
+CONTAINERS = {"lora": ("lora_A", "lora_B"), "dora": ("lora_A", "lora_B", "lora_magnitude")}
+"""The tensors that an adapter of each variant has."""
+
+
+def write(adapter: Adapter, library_version: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and the metadata of a file; equal adapters give equal files."""
+    layers = dict(sorted(adapter.layers.items()))
+    common = {name: most_common([layer.settings[name] for layer in layers.values()]) for name in SETTINGS}
+    document = {
+        "format_version": VERSION,
+        "library_version": library_version,
+        **common,
+        "layers": {name: _entry(layer, common) for name, layer in layers.items()},
+        "train_also": {name: sorted(tensors) for name, tensors in sorted(adapter.trained.items())},
+        "metadata": dict(sorted(adapter.metadata.items())),
+    }
+    tensors = {join(path, name): tensor for path, layer in layers.items() for name, tensor in layer.tensors.items()}
+    for path, trained in adapter.trained.items():
+        tensors |= {join(path, name): tensor for name, tensor in trained.items()}
+    return tensors, {KEY: json.dumps(document, allow_nan=False, separators=(",", ":"))}
+
+
+def _entry(layer: LayerAdapter, common: dict[str, Any]) -> dict[str, Any]:
+    base = {"kind": layer.base.kind, "layout": layer.base.layout, "shape": list(layer.base.shape), **layer.base.facts}
+    return base | {name: value for name, value in layer.settings.items() if value != common[name]}
+
+
+def read(
+    tensors: dict[str, Tensor],
+    metadata: Mapping[str, str],
+    scale: Callable[[dict[str, Any]], float],
+    problems: list[str],
+) -> Adapter:
+    """The adapter that a file's tensors and metadata describe; what is wrong with them is added to ``problems``.
+
+    Args:
+        tensors: all tensors of the file.
+        metadata: the metadata of its header, which has the entry ``lora_plus``.
+        scale: the factor of B A that follows from a layer's settings; raises on settings that are not valid.
+        problems: list to add to.
+    """
+    document = _document(metadata[KEY], problems)
+    adapter = Adapter({}, {}, dict(document.get("metadata", {})))
+    left = dict(tensors)
+    for path, entry in document.get("layers", {}).items():
+        layer = _layer(path, entry, document, left, scale, problems)
+        if layer is not None:
+            adapter.layers[path] = layer
+    for path, names in document.get("train_also", {}).items():
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            problems.append(f"train_also {path!r}: expected a list of tensor names, got {names!r}")
+            continue
+        missing = [name for name in names if join(path, name) not in left]
+        problems += [f"tensor {join(path, name)!r} is missing" for name in missing]
+        adapter.trained[path] = {name: left.pop(join(path, name)) for name in names if name not in missing}
+    problems += [f"tensor {name!r} belongs to no layer that the file describes" for name in sorted(left)]
+    return adapter
+
+
+def _document(text: str, problems: list[str]) -> dict[str, Any]:
+    try:
+        document = json.loads(text)
+    except ValueError as error:
+        problems.append(f"metadata {KEY!r} is not valid JSON: {error}")
+        return {}
+    if not isinstance(document, dict):
+        problems.append(f"metadata {KEY!r} must be a JSON object, got {type(document).__name__}")
+        return {}
+    if document.get("format_version") != VERSION:
+        problems.append(f"format_version is {document.get('format_version')!r}, this library reads {VERSION}")
+        return {}
+    known = {"format_version", "library_version", "layers", "train_also", "metadata", *SETTINGS}
+    problems += [f"unknown entry {name!r}" for name in sorted(set(document) - known)]
+    problems += [f"entry {name!r} is missing" for name in (*SETTINGS, "layers") if name not in document]
+    for name in ("layers", "train_also", "metadata"):
+        if not isinstance(document.get(name, {}), dict):
+            problems.append(f"entry {name!r} must be an object, got {document.pop(name)!r}")
+    return document
+
+
+def _layer(
+    path: str,
+    entry: Any,
+    document: dict[str, Any],
+    left: dict[str, Tensor],
+    scale: Callable[[dict[str, Any]], float],
+    problems: list[str],
+) -> LayerAdapter | None:
+    """One layer of the document with its tensors, which are taken out of ``left``."""
+    if not isinstance(entry, dict):
+        problems.append(f"layer {path!r}: expected an object, got {entry!r}")
+        return None
+    unknown = sorted(set(entry) - {"kind", "layout", "shape", *FACTS, *SETTINGS})
+    problems += [f"layer {path!r}: unknown entry {name!r}" for name in unknown]
+    kind, layout, shape = entry.get("kind"), entry.get("layout"), entry.get("shape")
+    if not (isinstance(kind, str) and isinstance(layout, str) and isinstance(shape, list)):
+        problems.append(f"layer {path!r}: kind, layout and shape must be there, got {kind!r}, {layout!r}, {shape!r}")
+        return None
+    settings = {name: entry.get(name, document.get(name)) for name in SETTINGS}
+    try:
+        factor = scale(settings)
+    except (TypeError, ValueError) as error:
+        problems.append(f"layer {path!r}: {error}")
+        return None
+    wanted = CONTAINERS[settings["variant"]]
+    missing = [name for name in wanted if join(path, name) not in left]
+    problems += [f"tensor {join(path, name)!r} is missing" for name in missing]
+    found = {name: left.pop(join(path, name)) for name in wanted if name not in missing}
+    if missing:
+        return None
+    facts = {name: entry[name] for name in FACTS if name in entry}
+    return LayerAdapter(BaseLayer(kind, layout, tuple(shape), facts), settings, factor, found)

@@ -1,0 +1,152 @@
+"""Tensor arithmetic of LoRA: the matrix view of a weight, the update, and the update applied to activations.
+
+Everything here takes and returns tensors; nothing knows about ``nn.Module``. ``A`` is always ``(r, in)`` and ``B``
+always ``(out, r)``, whatever the layout of the weight they belong to.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+
+def to_matrix(weight: Tensor, layout: str) -> Tensor:
+    """The weight as a matrix ``(out, in)``.
+
+    Args:
+        weight: the weight as the layer stores it.
+        layout: einops pattern from the stored axes to the matrix, e.g. ``"o i h w -> o (i h w)"`` for Conv2d.
+    """
+    stored, viewed = layout.split(" -> ")
+    return weight if stored == viewed else rearrange(weight, layout)
+
+
+def from_matrix(matrix: Tensor, layout: str, shape: Sequence[int]) -> Tensor:
+    """The inverse of `to_matrix`: a matrix ``(out, in)`` as the stored weight of the given shape."""
+    stored, viewed = layout.split(" -> ")
+    if stored == viewed:
+        return matrix
+    sizes = dict(zip(stored.split(), shape, strict=True))
+    return rearrange(matrix, f"{viewed} -> {stored}", **sizes)
+
+
+@functools.cache
+def matrix_shape(layout: str, shape: tuple[int, ...]) -> tuple[int, int]:
+    """``(out, in)`` of the matrix view of a weight with this layout and shape."""
+    out_features, in_features = to_matrix(torch.empty(shape, device="meta"), layout).shape
+    return out_features, in_features
+
+
+def accumulation_dtype(*dtypes: torch.dtype) -> torch.dtype:
+    """The dtype in which weights are combined: the widest of the given ones, float32 at least."""
+    wide = torch.float32
+    for dtype in dtypes:
+        wide = torch.promote_types(wide, dtype)
+    return wide
+
+
+def delta(A: Tensor, B: Tensor, scale: float) -> Tensor:
+    """The weight update ``scale * B @ A``, computed in float32 or better.
+
+    Eq. 3 of Hu et al. 2021 (arXiv:2106.09685). Batched over leading dimensions.
+
+    Args:
+        A: ``(..., r, in)``.
+        B: ``(..., out, r)``.
+        scale: the factor of the update, e.g. alpha / r.
+
+    Returns:
+        ``(..., out, in)`` in the wider of the factors' dtypes and float32.
+    """
+    wide = accumulation_dtype(A.dtype, B.dtype)
+    return (B.to(wide) @ A.to(wide)) * scale
+
+
+def row_norm(matrix: Tensor) -> Tensor:
+    """The Euclidean norm of each row (output channel) of a matrix ``(out, in)``: ``(out,)``, float32 or better."""
+    return torch.linalg.vector_norm(matrix, dim=1, dtype=accumulation_dtype(matrix.dtype))
+
+
+def relative_error(approximation: Tensor, exact: Tensor) -> float:
+    """``||approximation - exact|| / ||exact||`` in the Frobenius norm; 0 where both are zero."""
+    size = torch.linalg.vector_norm(exact)
+    distance = torch.linalg.vector_norm(approximation - exact)
+    return float(distance / size) if size > 0 else float(distance)
+
+
+def linear_update(x: Tensor, A: Tensor, B: Tensor, scale: float, dropout: float = 0.0) -> Tensor:
+    """``scale * B A x``: ``(..., in) -> (..., out)``.
+
+    The scale is applied where it is cheapest, to the rank-r activation. Dropout acts on the input.
+    """
+    if dropout:
+        x = F.dropout(x, dropout)
+    h = F.linear(x, A) * scale  # (..., in) -> (..., r)
+    return F.linear(h, B)
+
+
+def embedding_update(
+    index: Tensor,
+    A: Tensor,
+    B: Tensor,
+    scale: float,
+    dropout: float = 0.0,
+    padding_idx: int | None = None,
+    scale_grad_by_freq: bool = False,
+) -> Tensor:
+    """``scale * B A onehot(index)``: integers ``(...)`` to ``(..., dim)``.
+
+    Dropout acts on the input as everywhere, which here is the one-hot vector: a dropped token gets no update.
+    """
+    h = F.embedding(index, A.T, padding_idx, scale_grad_by_freq=scale_grad_by_freq) * scale  # (..., r)
+    if dropout:
+        h = h * F.dropout(h.new_ones(index.shape), dropout).unsqueeze(-1)
+    return F.linear(h, B)
+
+
+def conv_update(
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    scale: float,
+    dropout: float,
+    kernel: Sequence[int],
+    groups: int,
+    convolve: Callable[[Tensor, Tensor], Tensor],
+) -> Tensor:
+    """The convolution of ``x`` with the kernel that the matrix ``scale * B A`` is a view of.
+
+    A is a convolution to r channels, shared by all groups; B mixes them, a 1x1 convolution.
+
+    Args:
+        x: ``(batch, in * groups, ...)`` or without the batch.
+        A: ``(r, in * prod(kernel))``, ``in`` being the input channels of one group.
+        B: ``(out, r)``.
+        scale: the factor of the update.
+        dropout: probability that an entry of ``x`` is dropped.
+        kernel: the spatial size of the layer's kernel.
+        groups: the layer's number of groups.
+        convolve: ``(x, weight) -> y`` with the layer's own stride, padding, dilation and groups.
+    """
+    if dropout:
+        x = F.dropout(x, dropout)
+    spatial = len(kernel)
+    down = A.reshape(A.shape[0], -1, *kernel).repeat(groups, *[1] * (spatial + 1))  # (groups * r, in, *kernel)
+    up = B.reshape(*B.shape, *[1] * spatial)  # (out, r, 1, ...)
+    h = convolve(x, down) * scale  # (..., groups * r, ...)
+    return _POINTWISE[spatial](h, up, groups=groups)
+
+
+_POINTWISE: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+
+
+def clip_norm(rows: Tensor, max_norm: float, norm_type: float) -> Tensor:
+    """Rows ``(..., dim)`` longer than ``max_norm`` scaled down to it, by the formula of ``nn.Embedding``."""
+    norm = torch.linalg.vector_norm(rows, norm_type, dim=-1, keepdim=True)
+    factor = max_norm / (norm.double() + 1e-7)
+    return rows * torch.where(norm > max_norm, factor, 1.0).to(rows.dtype)

@@ -1,0 +1,212 @@
+"""The module-swapping utility: put adapters into a model, and take them out again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .config import LoRAConfig, Pattern
+from .init import Init
+from .layers import lora_class
+from .lora_layer import LoRALayer, check_adapter_name, lora_layers
+from .targets import Found, select
+from .trained import is_trained, mark_trained, trained_modules, unmark_trained
+from .variants import AdapterSpec
+
+
+def inject_lora(
+    model: nn.Module,
+    targets: Pattern | Sequence[Pattern],
+    *,
+    r: int = 8,
+    alpha: float = 16,
+    dropout: float = 0.0,
+    exclude: Pattern | Sequence[Pattern] = (),
+    rank_pattern: Mapping[Any, int] | None = None,
+    alpha_pattern: Mapping[Any, float] | None = None,
+    scaling: str = "standard",
+    init: str | Init = "kaiming",
+    variant: str = "lora",
+    train_also: Pattern | Sequence[Pattern] = (),
+    adapter: str = "default",
+    dtype: torch.dtype | None = None,
+    generator: torch.Generator | None = None,
+) -> nn.Module:
+    """Give the selected layers of a model a low-rank adapter and freeze everything else.
+
+    The layers become LoRA layers in place: the same objects, with the same parameters under the same names. With
+    B = 0, as the default init leaves it, the model computes what it computed before.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> _ = inject_lora(model, ["0"], r=2, train_also=["2"])
+        >>> sorted(name for name, p in model.named_parameters() if p.requires_grad)
+        ['0.lora_A.default', '0.lora_B.default', '2.bias', '2.weight']
+
+    Args:
+        model: any module; it is changed.
+        targets: which layers: a pattern or a list of patterns. A pattern is a name (``"q"`` matches ``q`` and
+            whatever ends in ``.q``), a glob (``"layers.*.mlp.*"``, which may also start at any dot), a compiled
+            regular expression (on the full name), a module type, a function ``(name, module) -> bool``, or
+            ``"all-linear"``: every linear layer but the parts of ``nn.MultiheadAttention``, a head tied to an
+            embedding, and what ``exclude`` or ``train_also`` names. ``""`` is the model itself.
+        r: rank of the update.
+        alpha: numerator of the scaling.
+        dropout: probability that an entry of an adapter's input is dropped in training.
+        exclude: patterns of layers that get no adapter although a target matches them.
+        rank_pattern: ``{pattern: r}`` for layers that deviate from ``r``; two keys on one layer are an error.
+        alpha_pattern: the same for ``alpha``.
+        scaling: ``"standard"`` (alpha / r) or ``"rslora"`` (alpha / sqrt(r)).
+        init: a name in ``lora_plus.init.INITS`` or a function ``(weight, r, generator) -> (A, B)``.
+        variant: ``"lora"`` or ``"dora"``.
+        train_also: patterns of modules to train in full and save with the adapter, such as a new head.
+        adapter: name of the adapter. A model can hold several; the one injected last is the active one.
+        dtype: of A and B; None for float32, or the base's own where that is wider.
+        generator: source of all random numbers; None for torch's global generator.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: naming every pattern that matches nothing or nothing that can be adapted, and every setting out
+            of range. The model is then as it was.
+    """
+    check_adapter_name(adapter)
+    config = LoRAConfig(
+        targets=targets, r=r, alpha=alpha, dropout=dropout, exclude=exclude, rank_pattern=rank_pattern,
+        alpha_pattern=alpha_pattern, scaling=scaling, init=init, variant=variant, train_also=train_also, dtype=dtype,
+    )  # fmt: skip
+    check_injectable(model, adapter)
+    selection = select(model, config)
+    check_trainable(selection.train_also)
+    specs = {(layer_r, layer_alpha): config.spec(r=layer_r, alpha=layer_alpha) for _, layer_r, layer_alpha in selection.layers}
+    prepared = []
+    for found, *rank_and_alpha in selection.layers:
+        kind, spec = lora_class(found.module), specs[tuple(rank_and_alpha)]
+        assert kind is not None
+        tensors = kind.new_tensors(found.module, spec, init=init, dtype=dtype, generator=generator)
+        prepared.append((found.module, spec, tensors))
+    attach(model, adapter, prepared, [found.module for found in selection.train_also])
+    return model
+
+
+def remove_lora(model: nn.Module) -> nn.Module:
+    """Take all adapters out: the plain model again, as it was before the first injection.
+
+    Classes, parameter names and ``requires_grad`` are restored, merged layers get their own weight back, and modules
+    that were trained in full (``train_also``) get their original values back. `merge_and_unload` keeps the training.
+
+    Returns:
+        The same model.
+    """
+    for _, module, _ in list(trained_modules(model)):
+        unmark_trained(module, restore=True)
+    for _, layer in list(lora_layers(model)):
+        if layer.lora_merge is not None:
+            layer._parameters["weight"] = layer.lora_merge.weight
+        layer.restore()
+    unfreeze(model)
+    return model
+
+
+def attach(
+    model: nn.Module,
+    adapter: str,
+    prepared: Sequence[tuple[nn.Module, AdapterSpec, dict[str, Tensor]]],
+    train_also: Sequence[nn.Module],
+    *,
+    trainable: bool = True,
+) -> None:
+    """Put prepared adapter tensors on the layers, freeze the rest of the model, and make the adapter the active one."""
+    for module in train_also:
+        mark_trained(module, adapter)
+    modules = list(model.modules())
+    _freeze(modules)
+    for module in train_also:
+        _set_requires_grad(module, trainable)
+    for module in modules:
+        if isinstance(module, LoRALayer):
+            module.activate(())
+    for module, spec, tensors in prepared:
+        kind = lora_class(module)
+        assert kind is not None
+        layer = module if isinstance(module, LoRALayer) else kind.adopt(module)
+        layer.add_adapter(adapter, spec, tensors, trainable=trainable)
+    for parent in modules:
+        if isinstance(parent, nn.TransformerEncoderLayer):
+            _keep_off_fast_path(parent)
+
+
+def check_injectable(model: nn.Module, adapter: str) -> None:
+    """Raise if an adapter of this name cannot be added to the model now."""
+    for name, layer in lora_layers(model):
+        if adapter in layer.lora_specs:
+            raise ValueError(
+                f"the model has an adapter {adapter!r} already (on {name or 'itself'!r}); "
+                "give the new one another name, or call remove_lora(model) first"
+            )
+        if layer.lora_merge is not None:
+            raise ValueError(f"the model is merged ({name!r} is); call unmerge_lora(model) before adding an adapter")
+
+
+def check_trainable(modules: Sequence[Found]) -> None:
+    """Raise if one of these modules is trained with another adapter already, or cannot be trained."""
+    for found in modules:
+        for _, _, record in trained_modules(found.module):
+            raise ValueError(f"{found.name!r} is already trained in full with the adapter {record.adapter!r}")
+        if not any(parameter.is_floating_point() for parameter in found.module.parameters()):
+            raise ValueError(f"train_also: {found.name!r} ({type(found.module).__name__}) has no parameter to train")
+        if any(isinstance(child, LoRALayer) for child in found.module.modules()):
+            raise ValueError(f"train_also: {found.name!r} contains an adapted layer")
+
+
+_FLAGS = "_lora_requires_grad"
+"""On a module: the ``requires_grad`` that its own parameters had before the first injection."""
+
+
+def _freeze(modules: Sequence[nn.Module]) -> None:
+    """Take every parameter out of training but those of adapters and of the modules trained in full."""
+    keep: set[int] = set()
+    for module in modules:
+        if isinstance(module, LoRALayer):
+            keep.update(id(parameter) for _, _, parameter in module.lora_parameters())
+        if is_trained(module):
+            keep.update(map(id, module.parameters()))
+    for module in modules:
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.requires_grad and id(parameter) not in keep:
+                module.__dict__.setdefault(_FLAGS, {}).setdefault(name, True)
+                parameter.requires_grad_(False)
+
+
+def _set_requires_grad(module: nn.Module, wanted: bool) -> None:
+    for child in module.modules():
+        for name, parameter in child._parameters.items():
+            if parameter is not None and parameter.is_floating_point() and parameter.requires_grad != wanted:
+                child.__dict__.setdefault(_FLAGS, {}).setdefault(name, parameter.requires_grad)
+                parameter.requires_grad_(wanted)
+
+
+def unfreeze(model: nn.Module) -> None:
+    """Undo what injecting did besides adapting: give back ``requires_grad`` and the fused encoder kernel."""
+    for module in model.modules():
+        for name, flag in module.__dict__.pop(_FLAGS, {}).items():
+            parameter = module._parameters.get(name)
+            if parameter is not None:
+                parameter.requires_grad_(flag)
+        for key, hook in list(module._forward_pre_hooks.items()):
+            if hook is _stay_off_fast_path:
+                del module._forward_pre_hooks[key]
+
+
+def _keep_off_fast_path(parent: nn.TransformerEncoderLayer) -> None:
+    for layer in parent.children():
+        if isinstance(layer, LoRALayer) and _stay_off_fast_path not in layer._forward_pre_hooks.values():
+            layer.register_forward_pre_hook(_stay_off_fast_path)
+
+
+def _stay_off_fast_path(module: nn.Module, args: tuple[Any, ...]) -> None:
+    """A hook that does nothing: nn.TransformerEncoderLayer then calls the layer instead of reading its weight."""

@@ -1,0 +1,331 @@
+"""Save an adapter to disk and load one: atomic writing, strict reading, and nothing changed unless all is well."""
+
+from __future__ import annotations
+
+import json
+import os
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, TensorSpec, safe_open, serialize_file
+from torch import Tensor, nn
+
+from . import functional
+from .adapters import check_adapter, join, whole
+from .formats import native, peft
+from .formats.adapter import Adapter, BaseLayer, LayerAdapter, Problems
+from .inject import attach, check_injectable, check_trainable
+from .layers import lora_class
+from .lora_layer import check_adapter_name, lora_layers
+from .targets import Found, find_modules, near_misses, refusal
+from .trained import trained_modules
+from .variants import AdapterSpec
+from .version import __version__
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def save_adapter(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    adapter: str = "default",
+    format: str | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write one adapter, and the modules trained with it, to disk.
+
+    A path that ends in ``.safetensors`` gets the native format, one self-describing file; any other path becomes a
+    folder in PEFT's format. A file appears whole or not at all: an interrupted save leaves the old one. The same
+    adapter gives the same bytes.
+
+    Args:
+        model: the model that holds the adapter.
+        path: file or folder; missing folders are made.
+        adapter: the adapter's name.
+        format: ``"native"`` or ``"peft"``; None to go by the path.
+        metadata: texts to keep with it. PEFT's format has room for ``base_model_name_or_path``, ``revision`` and
+            ``task_type`` only.
+
+    Raises:
+        KeyError: if the model holds no adapter of this name.
+        ValueError: if the adapter is not finite, or the format cannot express it exactly. Nothing is written then.
+    """
+    chosen = ("native" if str(path).endswith(".safetensors") else "peft") if format is None else format
+    if chosen not in _WRITERS:
+        raise ValueError(f"unknown format {format!r}; choose one of {sorted(_WRITERS)}, or None to go by the path")
+    for key, text in (metadata or {}).items():
+        if not isinstance(key, str) or not isinstance(text, str):
+            raise TypeError(f"metadata must map str to str, got {key!r}: {text!r}")
+    data = describe(model, adapter, metadata)
+    broken = [
+        f"{join(name, part)!r} has values that are not finite"
+        for name, layer in data.layers.items()
+        for part, tensor in layer.tensors.items()
+        if not _is_finite(tensor)
+    ]
+    if broken:
+        raise Problems(f"adapter {adapter!r} was not saved", broken)
+    _WRITERS[chosen](Path(os.path.realpath(path)), data, model)
+
+
+def load_adapter(
+    model: nn.Module, path: str | os.PathLike[str], *, adapter: str = "default", trainable: bool = False
+) -> nn.Module:
+    """Inject the adapter that a file or a PEFT folder describes, with its tensors, and make it the active one.
+
+    No `inject_lora` is needed before: ranks, scales and layers are the file's. Modules that were trained in full get
+    the file's values. Everything is read and checked before the model is touched.
+
+    Args:
+        model: a model with the layers that the adapter was made for; it is changed.
+        path: a ``.safetensors`` file in the native format, or a folder in PEFT's.
+        adapter: the name that it gets in this model.
+        trainable: whether the adapter, and the modules trained with it, shall be trained further. Everything else is
+            frozen in either case.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: one error with everything that is wrong with the file, or that does not fit the model.
+        FileNotFoundError: if there is no such file or folder.
+    """
+    check_adapter_name(adapter)
+    check_injectable(model, adapter)
+    path = Path(path)
+    found = find_modules(model)
+    by_name = {name: entry for entry in found.values() for name in entry.names}
+    problems: list[str] = []
+    data = _read(path, by_name, problems)
+    _check_layers(data, by_name, problems)
+    _check_trained(data, by_name, problems)
+    if not problems and not data.layers:
+        problems.append("it has no adapted layer")
+    if problems:
+        raise Problems(f"adapter {str(path)!r} cannot be loaded; the model is unchanged", problems)
+    trained = [by_name[name] for name in data.trained]
+    check_trainable(trained)
+    prepared = []
+    for name, layer in data.layers.items():
+        device = by_name[name].module.weight.device
+        home = torch.device("cpu") if device.type == "meta" else device
+        tensors = {part: tensor.to(home) for part, tensor in layer.tensors.items()}
+        prepared.append((by_name[name].module, AdapterSpec(**layer.settings), tensors))
+    attach(model, adapter, prepared, [entry.module for entry in trained], trainable=trainable)
+    with torch.no_grad():
+        for name, tensors in data.trained.items():
+            for part, tensor in by_name[name].module.state_dict(keep_vars=True).items():
+                tensor.copy_(tensors[part])
+    return model
+
+
+# ---- model -> plain data ---------------------------------------------------------------------------------------------
+
+
+def describe(model: nn.Module, adapter: str, metadata: Mapping[str, str] | None = None) -> Adapter:
+    """One adapter of a model as plain data. Sharded tensors are gathered, so every rank must call this."""
+    check_adapter(model, adapter)
+    layers = {}
+    for path, layer in lora_layers(model):
+        if adapter in layer.lora_specs:
+            spec = layer.lora_specs[adapter]
+            settings = {name: getattr(spec, name) for name in native.SETTINGS}
+            tensors = {name: whole(tensor) for name, tensor in layer.adapter_tensors(adapter).items()}
+            layers[path] = LayerAdapter(_base(layer), settings, spec.scale, tensors)
+    trained = {
+        path: {name: whole(tensor) for name, tensor in module.state_dict(keep_vars=True).items()}
+        for path, module, _ in trained_modules(model, adapter)
+    }
+    return Adapter(layers, trained, dict(metadata or {}))
+
+
+def _base(module: nn.Module) -> BaseLayer:
+    kind = lora_class(module)
+    assert kind is not None and isinstance(module.weight, Tensor)
+    # a user's own subclass is written as the torch layer that it is
+    return BaseLayer(kind.kind_name(), kind.layout, tuple(module.weight.shape), kind.base_facts(module))
+
+
+# ---- writing ---------------------------------------------------------------------------------------------------------
+
+
+def _write_native(path: Path, data: Adapter, model: nn.Module) -> None:
+    tensors, metadata = native.write(data, __version__)
+    write_safetensors(path, tensors, metadata)
+
+
+def _write_peft(path: Path, data: Adapter, model: nn.Module) -> None:
+    names = [name for name, _ in model.named_modules(remove_duplicate=False)]
+    tensors, config = peft.write(data, names)
+    write_safetensors(path / peft.WEIGHTS, tensors, peft.METADATA)
+    with _replacing(path / peft.CONFIG) as temporary:
+        temporary.write_text(json.dumps(config, indent=2, sort_keys=True, allow_nan=False) + "\n")
+
+
+_WRITERS: dict[str, Callable[[Path, Adapter, nn.Module], None]] = {"native": _write_native, "peft": _write_peft}
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file atomically, with a header that is the same for the same contents."""
+    held = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(tensors.items())}
+    specs = {
+        name: TensorSpec(
+            dtype=str(tensor.dtype).removeprefix("torch."), shape=list(tensor.shape), data_ptr=tensor.data_ptr(),
+            data_len=tensor.numel() * tensor.element_size(),
+        )
+        for name, tensor in held.items()
+    }  # fmt: skip
+    with _replacing(path) as temporary:
+        serialize_file(specs, str(temporary), dict(metadata))
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A temporary path beside ``path`` that takes its place when the block ends well, and is removed when it does not.
+
+    What was written is on the disk before the name changes, so a crash leaves the old file or the new one, whole.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        temporary.touch()
+        mode = temporary.stat().st_mode
+        yield temporary
+        temporary.chmod(mode)  # safetensors makes its files readable by the owner only
+        _flush(temporary)
+        os.replace(temporary, path)
+        if os.name == "posix":  # a rename is lasting once its folder is written; elsewhere folders cannot be opened
+            _flush(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+# ---- reading ---------------------------------------------------------------------------------------------------------
+
+
+def _read(path: Path, by_name: Mapping[str, Found], problems: list[str]) -> Adapter:
+    """The adapter at a path, in whichever format it is."""
+    if path.is_dir():
+        return _read_peft(path, by_name, problems)
+    if not path.exists():
+        raise FileNotFoundError(f"there is no adapter at {str(path)!r}")
+    tensors, metadata = _read_safetensors(path, problems)
+    if problems:
+        return Adapter({}, {})
+    if native.KEY not in metadata:
+        hint = f"; give the folder {str(path.parent)!r}" if (path.parent / peft.CONFIG).exists() else ""
+        problems.append(f"it is a safetensors file, but its header does not describe an adapter{hint}")
+        return Adapter({}, {})
+    return native.read(tensors, metadata, lambda settings: AdapterSpec(**settings).scale, problems)
+
+
+def _read_peft(path: Path, by_name: Mapping[str, Found], problems: list[str]) -> Adapter:
+    present = [name for name in (peft.CONFIG, peft.WEIGHTS) if (path / name).exists()]
+    for name in {peft.CONFIG, peft.WEIGHTS} - set(present):
+        pickled = (path / name).with_suffix(".bin").exists()
+        hint = "; there is a .bin file, which is a pickle and is not read: convert it to safetensors" if pickled else ""
+        problems.append(f"the folder has no {name}{hint}")
+    if problems:
+        return Adapter({}, {})
+    try:
+        config = json.loads((path / peft.CONFIG).read_text(encoding="utf-8"))
+    except ValueError as error:
+        problems.append(f"{peft.CONFIG} is not valid JSON: {error}")
+    tensors, _ = _read_safetensors(path / peft.WEIGHTS, problems)
+    if problems:
+        return Adapter({}, {})
+    bases = {name: None if refusal(entry) else _base(entry.module) for name, entry in by_name.items()}
+    return peft.read(tensors, config, bases, problems)
+
+
+def _read_safetensors(path: Path, problems: list[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            # copies, because what safetensors hands out may be a window on the file
+            return {name: file.get_tensor(name).clone() for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        problems.append(f"{path.name} is not a whole safetensors file: {error}")
+        return {}, {}
+
+
+# ---- checking against the model --------------------------------------------------------------------------------------
+
+
+def _check_layers(data: Adapter, by_name: Mapping[str, Found], problems: list[str]) -> None:
+    seen: dict[int, str] = {}
+    missing: list[str] = []
+    for name, layer in data.layers.items():
+        for part, tensor in layer.tensors.items():
+            if tensor.dtype not in _DTYPES:
+                problems.append(f"{join(name, part)!r} is {tensor.dtype}, expected one of {_DTYPES}")
+            elif not _is_finite(tensor):
+                problems.append(f"{join(name, part)!r} has values that are not finite")
+        if name not in by_name:
+            missing.append(name)
+            continue
+        entry = by_name[name]
+        reason = refusal(entry)
+        if reason is not None:
+            problems.append(f"{name!r} cannot be adapted: it is {reason}")
+            continue
+        first = seen.setdefault(id(entry.module), name)
+        if first != name:
+            problems.append(f"{name!r} and {first!r} are one module in this model")
+        problems += [f"{name!r}: {line}" for line in _misfits(layer, _base(entry.module))]
+    problems += _missing_modules(missing, by_name)
+
+
+def _missing_modules(names: list[str], by_name: Mapping[str, Found]) -> list[str]:
+    # looking for near misses is slow, and a few of them show what is wrong
+    hints = [near_misses(name, by_name) for name in names[:3]] + [""] * len(names[3:])
+    return [f"{name!r}: the model has no such module{hint}" for name, hint in zip(names, hints, strict=True)]
+
+
+def _misfits(layer: LayerAdapter, base: BaseLayer) -> list[str]:
+    """How a layer's adapter differs from what this layer of the model needs."""
+    pairs = [(field, getattr(layer.base, field), getattr(base, field)) for field in ("kind", "layout", "shape", "facts")]
+    lines = [f"{field} {theirs!r} in the file, {ours!r} in the model" for field, theirs, ours in pairs if theirs != ours]
+    if lines:
+        return lines
+    out_features, in_features = functional.matrix_shape(base.layout, base.shape)
+    r = layer.settings["r"]
+    expected = {"lora_A": (r, in_features), "lora_B": (out_features, r), "lora_magnitude": (out_features,)}
+    return [
+        f"{part} has shape {tuple(tensor.shape)}, expected {expected[part]}"
+        for part, tensor in layer.tensors.items()
+        if tuple(tensor.shape) != expected[part]
+    ]
+
+
+def _check_trained(data: Adapter, by_name: Mapping[str, Found], problems: list[str]) -> None:
+    for name, tensors in data.trained.items():
+        if name not in by_name:
+            problems += _missing_modules([name], by_name)
+            continue
+        wanted: dict[str, Any] = by_name[name].module.state_dict(keep_vars=True)
+        problems += [f"{join(name, part)!r} is missing" for part in wanted if part not in tensors]
+        for part, tensor in tensors.items():
+            if part not in wanted:
+                problems.append(f"{join(name, part)!r}: {name!r} has no such tensor")
+            elif tensor.shape != wanted[part].shape:
+                shapes = f"{tuple(tensor.shape)} in the file, {tuple(wanted[part].shape)} in the model"
+                problems.append(f"{join(name, part)!r}: shape {shapes}")
+            elif not _is_finite(tensor):
+                problems.append(f"{join(name, part)!r} has values that are not finite")
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    return not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())

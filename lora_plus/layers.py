@@ -1,0 +1,158 @@
+"""The kinds of LoRA layer, one short class each, and the table that finds the kind of a plain layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+
+from . import functional
+from .lora_layer import LoRALayer
+
+KINDS: dict[type[nn.Module], type[LoRALayer]] = {}
+"""Base layer class -> its LoRA class. A subclass of a base layer is served by the nearest entry."""
+
+LOOKALIKES: list[type[LoRALayer]] = []
+"""Kinds known by what a layer has, not by its class, because that class is in a package we do not import."""
+
+Kind = TypeVar("Kind", bound=type[LoRALayer])
+
+
+def adapts(base_class: type[nn.Module]) -> Callable[[Kind], Kind]:
+    """Class decorator: enter a LoRA class in the table as the kind for ``base_class`` and its subclasses."""
+
+    def enter(kind: Kind) -> Kind:
+        kind.base_class = base_class
+        KINDS[base_class] = kind
+        return kind
+
+    return enter
+
+
+def lora_class(module: nn.Module) -> type[LoRALayer] | None:
+    """The kind that can adapt this layer, or None."""
+    if isinstance(module, LoRALayer):
+        return type(module)
+    by_class = next((KINDS[parent] for parent in type(module).__mro__ if parent in KINDS), None)
+    return by_class or next((kind for kind in LOOKALIKES if kind.fits(module)), None)
+
+
+def why_unsupported(module: nn.Module) -> str | None:
+    """Why this layer cannot be adapted; None if it can."""
+    if lora_class(module) is None:
+        return type(module).__name__
+    weight = getattr(module, "weight", None)
+    if isinstance(weight, nn.UninitializedParameter):
+        return f"{type(module).__name__} whose weight is not initialised; run a forward pass first"
+    if not isinstance(weight, Tensor):
+        return f"{type(module).__name__} without a weight tensor"
+    if not weight.is_floating_point():
+        return f"{type(module).__name__} whose weight is {weight.dtype}, not floating-point"
+    return None
+
+
+@adapts(nn.Linear)
+class LoRALinear(LoRALayer, nn.Linear):
+    """``y = W x + b + s B A x`` (Hu et al. 2021, arXiv:2106.09685): ``(..., in_features) -> (..., out_features)``."""
+
+    layout = "o i -> o i"
+
+    def low_rank(self, x: Tensor, A: Tensor, B: Tensor, scale: float, dropout: float) -> Tensor:
+        return functional.linear_update(x, A, B, scale, dropout)
+
+
+class LoRATransposedLinear(LoRALayer):
+    """A linear layer that stores its weight as ``(in, out)``, as GPT-2's ``Conv1D`` does: ``y = x W + b + s B A x``."""
+
+    base_class = nn.Module
+    layout = "i o -> o i"
+
+    @classmethod
+    def fits(cls, module: nn.Module) -> bool:
+        width, weight = getattr(module, "nf", None), getattr(module, "weight", None)
+        return isinstance(width, int) and isinstance(weight, Tensor) and weight.ndim == 2 and weight.shape[1] == width
+
+    def low_rank(self, x: Tensor, A: Tensor, B: Tensor, scale: float, dropout: float) -> Tensor:
+        return functional.linear_update(x, A, B, scale, dropout)
+
+
+LOOKALIKES.append(LoRATransposedLinear)
+
+
+@adapts(nn.Embedding)
+class LoRAEmbedding(LoRALayer, nn.Embedding):
+    """``y = (W + s B A) onehot(index)``; integers ``(...)`` to ``(..., embedding_dim)``.
+
+    The row at ``padding_idx`` gets no update: A's column there starts at zero and gets no gradient. With ``max_norm``
+    the effective row is what is kept within the norm, and unlike ``nn.Embedding`` the stored weight is left alone.
+    """
+
+    layout = "n d -> d n"
+    roles = {"lora_A": "embedding_A", "lora_B": "embedding_B", "lora_magnitude": "magnitude"}
+
+    max_norm: float | None
+    padding_idx: int | None
+
+    @classmethod
+    def adjust(cls, module: nn.Module, tensors: dict[str, Tensor]) -> None:
+        if module.padding_idx is not None:
+            tensors["lora_A"][:, module.padding_idx] = 0
+
+    @classmethod
+    def base_facts(cls, module: nn.Module) -> dict[str, Any]:
+        return {} if module.max_norm is None else {"max_norm": module.max_norm}
+
+    def adapted(self, x: Tensor, y: Tensor) -> Tensor:
+        y = super().adapted(x, y)
+        return y if self.max_norm is None else functional.clip_norm(y, self.max_norm, self.norm_type)
+
+    def base_forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        if self.max_norm is None or self.lora_merge is not None:
+            return super().base_forward(*args, **kwargs)
+        # torch rescales long rows of the stored weight in place; here the norm is that of the adapted row
+        max_norm, self.max_norm = self.max_norm, None
+        try:
+            return super().base_forward(*args, **kwargs)
+        finally:
+            self.max_norm = max_norm
+
+    def low_rank(self, x: Tensor, A: Tensor, B: Tensor, scale: float, dropout: float) -> Tensor:
+        return functional.embedding_update(x, A, B, scale, dropout, self.padding_idx, self.scale_grad_by_freq)
+
+
+class _LoRAConv(LoRALayer):
+    """A convolution whose update is a convolution to r channels and a 1x1 convolution; torch's own padding and groups.
+
+    A is ``(r, in_channels / groups * prod(kernel_size))``, shared by the groups; B is ``(out_channels, r)``.
+    """
+
+    @classmethod
+    def base_facts(cls, module: nn.Module) -> dict[str, Any]:
+        return {} if module.groups == 1 else {"groups": module.groups}
+
+    def low_rank(self, x: Tensor, A: Tensor, B: Tensor, scale: float, dropout: float) -> Tensor:
+        return functional.conv_update(
+            x, A, B, scale, dropout, self.kernel_size, self.groups, lambda x, w: self._conv_forward(x, w, None)
+        )
+
+
+@adapts(nn.Conv1d)
+class LoRAConv1d(_LoRAConv, nn.Conv1d):
+    __doc__ = _LoRAConv.__doc__
+    layout = "o i k -> o (i k)"
+    channel = -2
+
+
+@adapts(nn.Conv2d)
+class LoRAConv2d(_LoRAConv, nn.Conv2d):
+    __doc__ = _LoRAConv.__doc__
+    layout = "o i h w -> o (i h w)"
+    channel = -3
+
+
+@adapts(nn.Conv3d)
+class LoRAConv3d(_LoRAConv, nn.Conv3d):
+    __doc__ = _LoRAConv.__doc__
+    layout = "o i d h w -> o (i d h w)"
+    channel = -4

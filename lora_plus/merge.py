@@ -1,0 +1,202 @@
+"""Over a whole model: fold adapters into the weights, take them out again bit for bit, or keep them for good."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from . import functional
+from .adapters import check_adapter
+from .inject import unfreeze
+from .lora_layer import LoRALayer, Merge, lora_layers
+from .trained import trained_modules, unmark_trained
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What merging did. ``str()`` of it is one line for each thing worth knowing."""
+
+    layers: list[str]
+    """Names of the merged layers."""
+    lost: dict[str, float]
+    """For weights below float32: the part of the update that rounding to the weight's dtype lost, as the relative
+    error of the update that was applied. It is a property of the dtype, not an error of the merge."""
+    untied: list[tuple[str, list[str]]]
+    """Merged layers whose weight was shared, with the other names of that weight, which keep the base's values."""
+
+    def __str__(self) -> str:
+        lines = [f"merged {len(self.layers)} layers"]
+        if self.lost:
+            worst = max(self.lost, key=self.lost.__getitem__)
+            median = sorted(self.lost.values())[len(self.lost) // 2]
+            lines.append(
+                f"rounding to half precision lost {median:.2%} of the update in the median layer, "
+                f"{self.lost[worst]:.2%} in {worst!r}"
+            )
+        lines += [f"{name!r} is no longer tied to {', '.join(others)}" for name, others in self.untied]
+        return "\n".join(lines)
+
+
+def merge_lora(model: nn.Module, *, adapters: Sequence[str] | None = None) -> MergeReport:
+    """Bind to each adapted layer a weight that contains its adapters; the base's own parameter is kept aside.
+
+    The merged weight is computed in float32 or better and rounded once to the weight's dtype. Everything is computed
+    and checked before the first layer is changed. A weight shared with another layer is shared no longer while merged;
+    a warning names such layers.
+
+    Args:
+        model: the model; it is changed.
+        adapters: names of the adapters to merge; None for those that are active.
+
+    Returns:
+        A report: which layers, and how much of the update the rounding lost.
+
+    Raises:
+        KeyError: if the model has no such adapter.
+        ValueError: if there is nothing to merge, the model is merged already, a layer's weight cannot be replaced, or
+            a merged weight would not be finite. The model is then as it was.
+    """
+    report, bound = _compute(model, adapters)
+    for layer, weight, merge in bound:
+        layer._parameters["weight"] = nn.Parameter(weight, requires_grad=merge.weight.requires_grad)
+        layer.lora_merge = merge
+    return report
+
+
+def unmerge_lora(model: nn.Module) -> None:
+    """Bind each merged layer's own parameter again: the very same object, with the very same bits.
+
+    Raises:
+        ValueError: if the model is not merged.
+    """
+    merged_layers = [layer for _, layer in lora_layers(model) if layer.lora_merge is not None]
+    if not merged_layers:
+        raise ValueError("the model is not merged")
+    for layer in merged_layers:
+        assert layer.lora_merge is not None
+        layer._parameters["weight"] = layer.lora_merge.weight
+        layer.lora_merge = None
+
+
+@contextmanager
+def merged(model: nn.Module, *, adapters: Sequence[str] | None = None) -> Iterator[nn.Module]:
+    """The merged model for the length of a ``with`` block; afterwards the previous state, merged or not."""
+    if any(layer.lora_merge is not None for _, layer in lora_layers(model)):
+        yield model
+        return
+    merge_lora(model, adapters=adapters)
+    try:
+        yield model
+    finally:
+        unmerge_lora(model)
+
+
+def merge_and_unload(model: nn.Module, *, adapters: Sequence[str] | None = None) -> nn.Module:
+    """Plain modules with the merged weights; the adapters and the original weights are dropped.
+
+    Modules trained in full keep their trained values. ``requires_grad`` is as it was before the first injection.
+
+    Returns:
+        The same model.
+
+    Raises:
+        KeyError, ValueError: as `merge_lora`; a model that is merged already keeps its merged weights.
+    """
+    if not any(layer.lora_merge is not None for _, layer in lora_layers(model)):
+        merge_lora(model, adapters=adapters)
+    for _, layer in list(lora_layers(model)):
+        layer.restore()
+    for _, module, _ in list(trained_modules(model)):
+        unmark_trained(module, restore=False)
+    unfreeze(model)
+    return model
+
+
+def _compute(
+    model: nn.Module, adapters: Sequence[str] | None
+) -> tuple[MergeReport, list[tuple[LoRALayer, Tensor, Merge]]]:
+    """The merged weights of a model, checked, with nothing changed yet."""
+    for adapter in adapters or ():
+        check_adapter(model, adapter)
+    bound: list[tuple[LoRALayer, Tensor, Merge]] = []
+    report = MergeReport([], {}, _ties(model, adapters))
+    problems = []
+    for path, layer in lora_layers(model):
+        names = layer.lora_active if adapters is None else layer.in_order(adapters)
+        if not names:
+            continue
+        refusal = _refusal(layer)
+        if refusal is not None:
+            problems.append(f"{path!r}: {refusal}")
+            continue
+        exact = layer.merged_weight(names)
+        weight = torch.empty_like(layer.weight).copy_(exact)
+        if not _as_finite_as(weight, layer.weight):
+            problems.append(f"{path!r}: the merged weight is not finite in {weight.dtype}")
+            continue
+        lost = _lost(layer.weight.detach(), weight, exact)
+        if lost is not None:
+            report.lost[path] = lost
+        report.layers.append(path)
+        bound.append((layer, weight, Merge(layer.weight, names, layer.adapter_versions(names), lost)))
+    if problems:
+        raise ValueError("nothing was merged, because of\n" + "\n".join(f"  {line}" for line in problems))
+    if not bound:
+        raise ValueError("there is no active adapter to merge; call inject_lora or set_adapter first")
+    for path, others in report.untied:
+        warnings.warn(
+            f"the weight of {path!r} is shared with {', '.join(others)}: merging gives {path!r} a weight of its own, "
+            "so a checkpoint of the merged model must be loaded into a model where the two are not tied",
+            stacklevel=3,
+        )
+    return report, bound
+
+
+def _refusal(layer: LoRALayer) -> str | None:
+    if layer.lora_merge is not None:
+        return "it is merged already; call unmerge_lora(model) first"
+    if "weight" not in layer._parameters:
+        return "its weight is computed by a parametrization or a hook; remove that before merging"
+    if layer.weight.is_meta:
+        return "its weight has no values yet (meta device); load them first"
+    if hasattr(layer.weight, "full_tensor"):
+        return "its weight is sharded; merge the gathered model or the saved files instead"
+    return None
+
+
+@torch.no_grad()
+def _as_finite_as(merged_weight: Tensor, base: Tensor) -> bool:
+    finite = torch.isfinite(merged_weight)
+    return bool(finite.all()) or bool((finite | ~torch.isfinite(base)).all())
+
+
+@torch.no_grad()
+def _lost(base: Tensor, rounded: Tensor, exact: Tensor) -> float | None:
+    """How far the applied update is from the exact one, relative to its size; None where nothing is rounded away."""
+    if exact.dtype == base.dtype:
+        return None
+    wide = base.to(exact.dtype)
+    return functional.relative_error(rounded.to(exact.dtype) - wide, exact - wide)
+
+
+def _ties(model: nn.Module, adapters: Sequence[str] | None) -> list[tuple[str, list[str]]]:
+    """Layers to be merged whose weight has other names outside the layer."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    aliases: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, LoRALayer):
+            aliases.setdefault(id(module), []).append(f"{name}.weight" if name else "weight")
+    ties = []
+    for path, layer in lora_layers(model):
+        others = sorted(set(names.get(id(layer.weight), [])) - set(aliases[id(layer)]))
+        wanted = layer.lora_active if adapters is None else layer.in_order(adapters)
+        if others and wanted:
+            ties.append((path, others))
+    return ties

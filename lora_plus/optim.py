@@ -1,0 +1,208 @@
+"""LoRA+ (Hayou et al. 2024, arXiv:2402.12354): parameter groups in which B learns at a multiple of A's rate."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from .lora_layer import lora_layers
+
+LR_MODES: dict[str, Callable[[float, float], tuple[float, float]]] = {
+    "A": lambda lr, ratio: (lr, lr * ratio),  # the paper's convention
+    "geometric": lambda lr, ratio: (lr / math.sqrt(ratio), lr * math.sqrt(ratio)),
+    "B": lambda lr, ratio: (lr / ratio, lr),
+}
+"""What ``lr`` names: ``(lr, lr_ratio) -> (rate of A, rate of B)``."""
+
+_GROUP_OF_ROLE = {
+    "A": "lora_A",
+    "B": "lora_B",
+    "embedding_A": "lora_embedding",
+    "embedding_B": "lora_embedding",
+    "magnitude": "lora_magnitude",
+}
+
+
+def loraplus_param_groups(
+    model: nn.Module,
+    *,
+    lr: float,
+    lr_ratio: float = 4.0,
+    lr_mode: str = "A",
+    weight_decay: float = 0.0,
+    embedding_lr: float | None = 1e-6,
+) -> list[dict[str, Any]]:
+    """Parameter groups for any torch optimizer: A at one rate, B at ``lr_ratio`` times that rate.
+
+    Each trainable parameter of the model is in exactly one group, and no group is empty. The groups, by their
+    ``"name"``:
+
+    - ``lora_A``, ``lora_B``: the adapters' matrices, at the two rates of ``lr_mode``, with decay;
+    - ``lora_embedding``: both matrices of embedding adapters, at ``embedding_lr``, with decay;
+    - ``lora_magnitude``: DoRA's magnitudes, at ``lr``, without decay;
+    - ``other``, ``other_no_decay``: whatever else is trained (heads, norms), at ``lr``; biases, norm weights and
+      other parameters of less than two dimensions are not decayed.
+
+    With ``lr_ratio=1, embedding_lr=None`` and one decay rule, training follows plain LoRA with the same optimizer bit
+    for bit. Under Adam a ratio is the same as alpha times that ratio at one rate (up to epsilon, weight decay and
+    gradient clipping): the way to use LoRA+ with optimizers that take a single rate.
+
+    Args:
+        model: a model with adapters; wrapped (DDP, compiled) or not.
+        lr: the rate that ``lr_mode`` says.
+        lr_ratio: rate of B over rate of A. Theory asks for more than 1 at large width; below 1, A outruns B, which is
+            the opposite of LoRA+ but allowed.
+        lr_mode: ``"A"``: lr is A's rate, as in the paper; ``"geometric"``: lr is the geometric mean of both rates,
+            the one to keep when a tuned LoRA run is switched to LoRA+; ``"B"``: lr is B's rate.
+        weight_decay: of the groups that are decayed. With a decoupled decay (AdamW) B decays ``lr_ratio`` times faster
+            than A.
+        embedding_lr: rate of embedding adapters, absolute as in the original LoRA+ code; None for ``lr``.
+
+    Raises:
+        ValueError: if the model has no adapter, or none that is trainable, or a number is out of range.
+    """
+    rate_A, rate_B = _rates(lr, lr_ratio, lr_mode)
+    _check_number("weight_decay", weight_decay, least=0.0)
+    if embedding_lr is not None:
+        _check_number("embedding_lr", embedding_lr)
+    settings: dict[str, dict[str, Any]] = {
+        "lora_A": {"lr": rate_A, "weight_decay": weight_decay},
+        "lora_B": {"lr": rate_B, "weight_decay": weight_decay},
+        "lora_embedding": {"lr": lr if embedding_lr is None else embedding_lr, "weight_decay": weight_decay},
+        "lora_magnitude": {"lr": lr, "weight_decay": 0.0},
+        "other": {"lr": lr, "weight_decay": weight_decay},
+        "other_no_decay": {"lr": lr, "weight_decay": 0.0},
+    }
+    members: dict[str, list[nn.Parameter]] = {name: [] for name in settings}
+    for group, parameter in _grouped(model):
+        members[group].append(parameter)
+    if not any(members[group] for group in _GROUP_OF_ROLE.values()):
+        raise ValueError("every adapter of the model is frozen; set requires_grad on the adapter to be trained")
+    return [
+        {"params": members[name], "name": name, **setting} for name, setting in settings.items() if members[name]
+    ]
+
+
+def create_loraplus_optimizer(
+    model: nn.Module,
+    optimizer_cls: Callable[..., torch.optim.Optimizer],
+    *,
+    lr: float,
+    lr_ratio: float = 4.0,
+    lr_mode: str = "A",
+    weight_decay: float = 0.0,
+    embedding_lr: float | None = 1e-6,
+    **kwargs: Any,
+) -> torch.optim.Optimizer:
+    """An optimizer over the groups of `loraplus_param_groups`.
+
+    Args:
+        model, lr, lr_ratio, lr_mode, weight_decay, embedding_lr: as in `loraplus_param_groups`.
+        optimizer_cls: the optimizer's class, or any function ``(groups, lr=..., **kwargs)`` that makes one.
+        kwargs: passed on, e.g. ``betas`` or ``fused``.
+
+    Raises:
+        ValueError: as `loraplus_param_groups`, and if the optimizer knows no weight decay but one is asked for.
+    """
+    groups = loraplus_param_groups(
+        model, lr=lr, lr_ratio=lr_ratio, lr_mode=lr_mode, weight_decay=weight_decay, embedding_lr=embedding_lr
+    )
+    # some schedulers start from optimizer.defaults["lr"], not from the groups
+    optimizer = optimizer_cls(groups, lr=lr, **kwargs)
+    if weight_decay and "weight_decay" not in optimizer.defaults:
+        raise ValueError(
+            f"{type(optimizer).__name__} has no weight decay, so weight_decay={weight_decay} would have no effect"
+        )
+    return optimizer
+
+
+def split_loraplus_groups(
+    groups: Iterable[Mapping[str, Any]], model: nn.Module, *, lr_ratio: float, lr_mode: str = "A"
+) -> list[dict[str, Any]]:
+    """Split A and B out of parameter groups that exist already, each at its own group's rate times its factor.
+
+    For groups with several base rates, such as layer-wise decay. Everything else, embedding adapters included, stays at
+    its group's rate. With ``lr_mode="A"`` only the B matrices leave their group.
+
+    Args:
+        groups: dicts with ``"params"`` and ``"lr"``, as for a torch optimizer; they are not changed. Their other
+            entries are passed on to the parts.
+        model: the model that the parameters belong to.
+        lr_ratio, lr_mode: as in `loraplus_param_groups`.
+
+    Returns:
+        New groups, none of them empty. The parts are named after their group and ``lora_A`` or ``lora_B``.
+
+    Raises:
+        ValueError: if a group has no ``"lr"``, or no group holds a B matrix of the model.
+    """
+    factor_A, factor_B = _rates(1.0, lr_ratio, lr_mode)
+    role_of = {id(parameter): role for _, layer in lora_layers(model) for _, role, parameter in layer.lora_parameters()}
+    factors = {"A": factor_A, "B": factor_B}
+    split: list[dict[str, Any]] = []
+    found_B = False
+    for index, group in enumerate(groups):
+        if "lr" not in group:
+            raise ValueError(f"group {index} has no 'lr'; give each group the rate that B shall learn at a multiple of")
+        parts: dict[str, list[Any]] = {}
+        for member in group["params"]:
+            parameter = member[1] if isinstance(member, tuple) else member
+            role = role_of.get(id(parameter), "")
+            found_B |= role == "B"
+            parts.setdefault(role if factors.get(role, 1.0) != 1.0 else "", []).append(member)
+        name = group.get("name", f"group_{index}")
+        for role, members in parts.items():
+            part = {**group, "params": members, "name": f"{name}.lora_{role}" if role else name}
+            if role:
+                part["lr"] = group["lr"] * factors[role]
+            split.append(part)
+    if not found_B:
+        raise ValueError(
+            "no group holds a B matrix of this model; call inject_lora first and build the groups from its parameters"
+        )
+    return split
+
+
+def _grouped(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """``(group name, parameter)`` for every trainable parameter, each once."""
+    roles = {id(p): _GROUP_OF_ROLE[role] for _, layer in lora_layers(model) for _, role, p in layer.lora_parameters()}
+    if not roles:
+        raise ValueError("the model has no LoRA adapter; call inject_lora(model, ...) before building the optimizer")
+    seen: set[int] = set()
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is None or not parameter.requires_grad or id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
+            yield roles.get(id(parameter)) or _other_group(module, name, parameter), parameter
+
+
+_NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
+
+
+def _other_group(module: nn.Module, name: str, parameter: nn.Parameter) -> str:
+    plain = parameter.ndim >= 2 and name != "bias" and not isinstance(module, _NORMS)
+    return "other" if plain else "other_no_decay"
+
+
+def _rates(lr: float, lr_ratio: float, lr_mode: str) -> tuple[float, float]:
+    _check_number("lr", lr)
+    _check_number("lr_ratio", lr_ratio)
+    try:
+        return LR_MODES[lr_mode](lr, lr_ratio)
+    except KeyError:
+        raise ValueError(f"unknown lr_mode {lr_mode!r}; choose one of {sorted(LR_MODES)}") from None
+
+
+def _check_number(name: str, value: Any, least: float | None = None) -> None:
+    """Raise unless the value is a finite number (or one-element tensor) that is positive, or at least ``least``."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, torch.Tensor)):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    number = float(value)
+    if not math.isfinite(number) or (number <= 0 if least is None else number < least):
+        bound = "positive" if least is None else f"at least {least:g}"
+        raise ValueError(f"{name} must be finite and {bound}, got {value!r}")

@@ -1,0 +1,128 @@
+"""How the low-rank term joins the layer: the scaling rules and the variants, one table entry each."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor
+
+from . import functional
+
+if TYPE_CHECKING:
+    from .layers import LoRALayer
+
+
+SCALINGS: dict[str, Callable[[float, int], float]] = {
+    "standard": lambda alpha, r: alpha / r,  # Hu et al. 2021, arXiv:2106.09685
+    "rslora": lambda alpha, r: alpha / math.sqrt(r),  # Kalajdzievski 2023, arXiv:2312.03732
+}
+
+
+class Variant(Protocol):
+    """What a variant states; all matrices in the matrix view ``(out, in)``, float32 or better."""
+
+    exclusive: bool
+    """Whether a second active adapter of this variant on the same layer has no agreed meaning."""
+
+    def extra(self, weight: Tensor, A: Tensor, B: Tensor, scale: float) -> dict[str, Tensor]:
+        """The tensors it learns besides A and B, by the name of their container, at their initial values."""
+        ...
+
+    def join(self, layer: LoRALayer, adapter: str, y: Tensor, update: Tensor) -> Tensor:
+        """The layer's output from the base's output ``y`` and the low-rank ``update`` of the activations."""
+        ...
+
+    def merge(self, weight: Tensor, tensors: dict[str, Tensor], scale: float) -> Tensor:
+        """The weight that computes what `join` computes."""
+        ...
+
+
+class LoRA:
+    """``W + s B A`` (Hu et al. 2021, arXiv:2106.09685, eq. 3)."""
+
+    exclusive = False
+
+    def extra(self, weight: Tensor, A: Tensor, B: Tensor, scale: float) -> dict[str, Tensor]:
+        return {}
+
+    def join(self, layer: LoRALayer, adapter: str, y: Tensor, update: Tensor) -> Tensor:
+        return y + update.to(y.dtype)
+
+    def merge(self, weight: Tensor, tensors: dict[str, Tensor], scale: float) -> Tensor:
+        return weight + functional.delta(tensors["lora_A"], tensors["lora_B"], scale)
+
+
+class DoRA:
+    """``m (W + s B A) / ||W + s B A||``, norm by row and detached (Liu et al. 2024, arXiv:2402.09353, eq. 5 and 11)."""
+
+    exclusive = True
+
+    def extra(self, weight: Tensor, A: Tensor, B: Tensor, scale: float) -> dict[str, Tensor]:
+        if weight.is_meta:
+            raise ValueError(
+                "DoRA starts from the norm of the weight, which has no values on the meta device; load it first"
+            )
+        return {"lora_magnitude": self._norm(weight, A, B, scale)}
+
+    def join(self, layer: LoRALayer, adapter: str, y: Tensor, update: Tensor) -> Tensor:
+        tensors = layer.adapter_tensors(adapter)
+        with torch.no_grad():
+            weight = functional.to_matrix(layer.weight, layer.layout)
+            norm = self._norm(weight, tensors["lora_A"], tensors["lora_B"], layer.lora_specs[adapter].scale)
+        ratio = layer.per_channel(tensors["lora_magnitude"] / norm)
+        bias = getattr(layer, "bias", None)
+        plain = y if bias is None else y - layer.per_channel(bias.to(y.dtype))
+        # y + (ratio - 1) * Wx, not ratio * Wx + bias: at the start ratio is 1 and y comes out bit for bit
+        return y + (ratio - 1).to(y.dtype) * plain + ratio.to(y.dtype) * update.to(y.dtype)
+
+    def merge(self, weight: Tensor, tensors: dict[str, Tensor], scale: float) -> Tensor:
+        A, B = tensors["lora_A"], tensors["lora_B"]
+        ratio = tensors["lora_magnitude"] / self._norm(weight, A, B, scale)
+        return ratio.unsqueeze(1) * (weight + functional.delta(A, B, scale))
+
+    @staticmethod
+    def _norm(weight: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
+        return functional.row_norm(weight + functional.delta(A, B, scale))
+
+
+VARIANTS: dict[str, Variant] = {"lora": LoRA(), "dora": DoRA()}
+
+
+@dataclass(frozen=True)
+class AdapterSpec:
+    """What one layer needs to know of one adapter besides its tensors."""
+
+    r: int
+    """Rank: the rows of A and the columns of B."""
+    alpha: float
+    """Numerator of the scaling rule."""
+    scaling: str = "standard"
+    """Name of the scaling rule in `SCALINGS`."""
+    variant: str = "lora"
+    """Name of the variant in `VARIANTS`."""
+    dropout: float = 0.0
+    """Probability that an entry of the adapter's input is dropped in training."""
+    scale: float = field(init=False, compare=False)
+    """The factor of B A that follows from alpha, r and the scaling rule."""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.r, int) or isinstance(self.r, bool):
+            raise TypeError(f"r must be an int, got {self.r!r}")
+        if self.r <= 0:
+            raise ValueError(f"r must be positive, got {self.r}")
+        if not isinstance(self.alpha, (int, float)) or isinstance(self.alpha, bool):
+            raise TypeError(f"alpha must be a number, got {self.alpha!r}")
+        if not math.isfinite(self.alpha) or self.alpha == 0:
+            raise ValueError(f"alpha must be finite and not zero (zero would switch the adapter off), got {self.alpha}")
+        if not isinstance(self.dropout, (int, float)) or isinstance(self.dropout, bool):
+            raise TypeError(f"dropout must be a number, got {self.dropout!r}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
+        for setting, name, table in (("scaling", self.scaling, SCALINGS), ("variant", self.variant, VARIANTS)):
+            if name not in table:
+                raise ValueError(f"unknown {setting} {name!r}; choose one of {sorted(table)}")
+        object.__setattr__(self, "scale", SCALINGS[self.scaling](self.alpha, self.r))
