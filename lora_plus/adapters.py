@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from .lora_layer import LoRALayer, lora_layers
-from .trained import swap_original, trained_modules, unmark_trained
+from .trained import originals, trained_modules, unmark_trained
 
 
 def adapter_names(model: nn.Module) -> list[str]:
@@ -69,22 +69,18 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
     ``requires_grad`` and the merge state are not touched.
     """
     layers = [(layer, layer.lora_active, layer.lora_merge, layer.weight) for _, layer in lora_layers(model)]
-    trained = [module for _, module, _ in trained_modules(model)]
     for layer, _, merge, _ in layers:
         layer.lora_active, layer.lora_merge = (), None
         if merge is not None:
             layer._parameters["weight"] = merge.weight
-    for module in trained:
-        swap_original(module)
     try:
-        yield model
+        with originals(model):
+            yield model
     finally:
         for layer, active, merge, weight in layers:
             layer.lora_active, layer.lora_merge = active, merge
             if merge is not None:
                 layer._parameters["weight"] = weight
-        for module in trained:
-            swap_original(module)
 
 
 def adapter_state_dict(model: nn.Module, *, adapter: str = "default") -> dict[str, Tensor]:

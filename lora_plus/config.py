@@ -54,6 +54,8 @@ class LoRAConfig:
     def __post_init__(self) -> None:
         for field in ("targets", "exclude", "train_also"):
             object.__setattr__(self, field, as_patterns(getattr(self, field)))
+        if not self.targets:
+            raise ValueError("no target given; name layers, or pass \"all-linear\"")
         self.spec()
         resolve(self.init)
         for field in ("rank_pattern", "alpha_pattern"):

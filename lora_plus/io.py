@@ -68,6 +68,12 @@ def save_adapter(
         for part, tensor in layer.tensors.items()
         if not _is_finite(tensor)
     ]
+    broken += [
+        f"{join(name, part)!r} has values that are not finite"
+        for name, tensors in data.trained.items()
+        for part, _ in model.get_submodule(name).named_parameters()
+        if part in tensors and not _is_finite(tensors[part])
+    ]
     if broken:
         raise Problems(f"adapter {adapter!r} was not saved", broken)
     _WRITERS[chosen](Path(os.path.realpath(path)), data, model)
@@ -137,16 +143,20 @@ def describe(model: nn.Module, adapter: str, metadata: Mapping[str, str] | None 
             settings = {name: getattr(spec, name) for name in native.SETTINGS}
             tensors = {name: whole(tensor) for name, tensor in layer.adapter_tensors(adapter).items()}
             layers[path] = LayerAdapter(_base(layer), settings, spec.scale, tensors)
+    found = list(trained_modules(model, adapter))
+    inside = {id(child) for _, module, _ in found for child in module.modules() if child is not module}
     trained = {
         path: {name: whole(tensor) for name, tensor in module.state_dict(keep_vars=True).items()}
-        for path, module, _ in trained_modules(model, adapter)
+        for path, module, _ in found
+        if id(module) not in inside
     }
     return Adapter(layers, trained, dict(metadata or {}))
 
 
 def _base(module: nn.Module) -> BaseLayer:
     kind = lora_class(module)
-    assert kind is not None and isinstance(module.weight, Tensor)
+    assert kind is not None
+    assert isinstance(module.weight, Tensor)
     # a user's own subclass is written as the torch layer that it is
     return BaseLayer(kind.kind_name(), kind.layout, tuple(module.weight.shape), kind.base_facts(module))
 
@@ -162,9 +172,10 @@ def _write_native(path: Path, data: Adapter, model: nn.Module) -> None:
 def _write_peft(path: Path, data: Adapter, model: nn.Module) -> None:
     names = [name for name, _ in model.named_modules(remove_duplicate=False)]
     tensors, config = peft.write(data, names)
-    write_safetensors(path / peft.WEIGHTS, tensors, peft.METADATA)
-    with _replacing(path / peft.CONFIG) as temporary:
-        temporary.write_text(json.dumps(config, indent=2, sort_keys=True, allow_nan=False) + "\n")
+    text = json.dumps(config, indent=2, sort_keys=True, allow_nan=False) + "\n"
+    with _replacing(path / peft.WEIGHTS, path / peft.CONFIG) as (weights, config_file):
+        _serialize(weights, tensors, peft.METADATA)
+        config_file.write_text(text, encoding="utf-8")
 
 
 _WRITERS: dict[str, Callable[[Path, Adapter, nn.Module], None]] = {"native": _write_native, "peft": _write_peft}
@@ -172,6 +183,11 @@ _WRITERS: dict[str, Callable[[Path, Adapter, nn.Module], None]] = {"native": _wr
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write a safetensors file atomically, with a header that is the same for the same contents."""
+    with _replacing(path) as (temporary,):
+        _serialize(temporary, tensors, metadata)
+
+
+def _serialize(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     held = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(tensors.items())}
     specs = {
         name: TensorSpec(
@@ -180,29 +196,40 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
         )
         for name, tensor in held.items()
     }  # fmt: skip
-    with _replacing(path) as temporary:
-        serialize_file(specs, str(temporary), dict(metadata))
+    serialize_file(specs, str(path), dict(metadata))
 
 
 @contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside ``path`` that takes its place when the block ends well, and is removed when it does not.
+def _replacing(*paths: Path) -> Iterator[list[Path]]:
+    """Temporary paths beside ``paths`` that take their places when the block ends well, and are removed otherwise.
 
-    What was written is on the disk before the name changes, so a crash leaves the old file or the new one, whole.
+    What was written is on the disk before a name changes, so a crash leaves the old file or the new one, whole. Of
+    several files the last is the one without which the others are not read: where it changes, it is out of the way
+    until the others are in place, so a crash between two renames leaves no mixture of old and new that could be read.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    temporaries = [path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp") for path in paths]
+    last, aside = paths[-1], temporaries[-1].with_suffix(".old")
     try:
-        temporary.touch()
-        mode = temporary.stat().st_mode
-        yield temporary
-        temporary.chmod(mode)  # safetensors makes its files readable by the owner only
-        _flush(temporary)
-        os.replace(temporary, path)
+        for path, temporary in zip(paths, temporaries, strict=True):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.touch()
+        modes = [temporary.stat().st_mode for temporary in temporaries]
+        yield temporaries
+        for temporary, mode in zip(temporaries, modes, strict=True):
+            temporary.chmod(mode)  # safetensors makes its files readable by the owner only
+            _flush(temporary)
+        if len(paths) > 1 and last.exists() and last.read_bytes() != temporaries[-1].read_bytes():
+            os.replace(last, aside)
+        for path, temporary in zip(paths, temporaries, strict=True):
+            os.replace(temporary, path)
         if os.name == "posix":  # a rename is lasting once its folder is written; elsewhere folders cannot be opened
-            _flush(path.parent)
+            for folder in {path.parent for path in paths}:
+                _flush(folder)
     finally:
-        temporary.unlink(missing_ok=True)
+        if aside.exists() and temporaries[0].exists():  # nothing took its place yet
+            os.replace(aside, last)
+        for leftover in (*temporaries, aside):
+            leftover.unlink(missing_ok=True)
 
 
 def _flush(path: Path) -> None:
@@ -229,7 +256,7 @@ def _read(path: Path, by_name: Mapping[str, Found], problems: list[str]) -> Adap
         hint = f"; give the folder {str(path.parent)!r}" if (path.parent / peft.CONFIG).exists() else ""
         problems.append(f"it is a safetensors file, but its header does not describe an adapter{hint}")
         return Adapter({}, {})
-    return native.read(tensors, metadata, lambda settings: AdapterSpec(**settings).scale, problems)
+    return native.read(tensors, metadata, _scale, problems)
 
 
 def _read_peft(path: Path, by_name: Mapping[str, Found], problems: list[str]) -> Adapter:
@@ -242,13 +269,17 @@ def _read_peft(path: Path, by_name: Mapping[str, Found], problems: list[str]) ->
         return Adapter({}, {})
     try:
         config = json.loads((path / peft.CONFIG).read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, OSError, RecursionError) as error:
         problems.append(f"{peft.CONFIG} is not valid JSON: {error}")
     tensors, _ = _read_safetensors(path / peft.WEIGHTS, problems)
     if problems:
         return Adapter({}, {})
     bases = {name: None if refusal(entry) else _base(entry.module) for name, entry in by_name.items()}
-    return peft.read(tensors, config, bases, problems)
+    return peft.read(tensors, config, bases, _scale, problems)
+
+
+def _scale(settings: dict[str, Any]) -> float:
+    return AdapterSpec(**settings).scale
 
 
 def _read_safetensors(path: Path, problems: list[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -294,10 +325,13 @@ def _missing_modules(names: list[str], by_name: Mapping[str, Found]) -> list[str
     return [f"{name!r}: the model has no such module{hint}" for name, hint in zip(names, hints, strict=True)]
 
 
+_BASE_FIELDS = ("kind", "layout", "shape", "facts")
+
+
 def _misfits(layer: LayerAdapter, base: BaseLayer) -> list[str]:
     """How a layer's adapter differs from what this layer of the model needs."""
-    pairs = [(field, getattr(layer.base, field), getattr(base, field)) for field in ("kind", "layout", "shape", "facts")]
-    lines = [f"{field} {theirs!r} in the file, {ours!r} in the model" for field, theirs, ours in pairs if theirs != ours]
+    pairs = [(field, getattr(layer.base, field), getattr(base, field)) for field in _BASE_FIELDS]
+    lines = [f"{field} {file!r} in the file, {ours!r} in the model" for field, file, ours in pairs if file != ours]
     if lines:
         return lines
     out_features, in_features = functional.matrix_shape(base.layout, base.shape)
@@ -311,21 +345,40 @@ def _misfits(layer: LayerAdapter, base: BaseLayer) -> list[str]:
 
 
 def _check_trained(data: Adapter, by_name: Mapping[str, Found], problems: list[str]) -> None:
+    adapted = {id(by_name[name].module): name for name in data.layers if name in by_name}
+    seen: dict[int, str] = {}
     for name, tensors in data.trained.items():
         if name not in by_name:
             problems += _missing_modules([name], by_name)
             continue
-        wanted: dict[str, Any] = by_name[name].module.state_dict(keep_vars=True)
+        module = by_name[name].module
+        first = seen.setdefault(id(module), name)
+        if first != name:
+            problems.append(f"{name!r} and {first!r} are one module in this model")
+        inside = [adapted[id(child)] for child in module.modules() if id(child) in adapted]
+        if inside:
+            problems.append(f"{name!r} is trained in full, but {inside[0]!r} in it has an adapter")
+            continue
+        wanted: dict[str, Any] = module.state_dict(keep_vars=True)
         problems += [f"{join(name, part)!r} is missing" for part in wanted if part not in tensors]
         for part, tensor in tensors.items():
-            if part not in wanted:
-                problems.append(f"{join(name, part)!r}: {name!r} has no such tensor")
-            elif tensor.shape != wanted[part].shape:
-                shapes = f"{tuple(tensor.shape)} in the file, {tuple(wanted[part].shape)} in the model"
-                problems.append(f"{join(name, part)!r}: shape {shapes}")
-            elif not _is_finite(tensor):
-                problems.append(f"{join(name, part)!r} has values that are not finite")
+            reason = _trained_misfit(tensor, wanted[part]) if part in wanted else f"{name!r} has no such tensor"
+            if reason is not None:
+                problems.append(f"{join(name, part)!r}: {reason}")
+
+
+def _trained_misfit(tensor: Tensor, wanted: Tensor) -> str | None:
+    """Why a tensor of a module trained in full cannot take the place of the model's own; None if it can."""
+    if tensor.shape != wanted.shape:
+        return f"shape {tuple(tensor.shape)} in the file, {tuple(wanted.shape)} in the model"
+    if tensor.dtype != wanted.dtype and not (tensor.dtype in _DTYPES and wanted.dtype in _DTYPES):
+        return f"{tensor.dtype} in the file, {wanted.dtype} in the model"
+    if wanted.is_meta:
+        return "the model has no values for it yet (it is on the meta device); load the base model first"
+    if isinstance(wanted, nn.Parameter) and not _is_finite(tensor):
+        return "has values that are not finite"
+    return None
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    return not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())
+    return tensor.dtype not in _DTYPES or bool(torch.isfinite(tensor).all())

@@ -435,6 +435,11 @@ class LoRALayer(nn.Module):
                 assert container is not None
                 container.to(self.weight.device)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self.lora_merge is not None:  # a copy's version counters start anew
+            self.lora_merge.versions = self.adapter_versions(self.lora_merge.adapters)
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         reduced: Any = super().__reduce_ex__(protocol)
         kind = type(self).__dict__.get("_derived_from")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,8 @@ class Trained:
     """The adapter that the module is trained and saved with."""
     original: dict[str, Tensor]
     """The module's own state before: what removing the adapter brings back."""
+    exchanged: bool = False
+    """Whether the module shows its original state now, and ``original`` holds the trained one."""
 
 
 _MARK = "_lora_trained"
@@ -50,9 +53,21 @@ def unmark_trained(module: nn.Module, *, restore: bool) -> None:
                 tensor.copy_(record.original[name])
 
 
-def swap_original(module: nn.Module) -> None:
-    """Exchange a module's trained state and its original one, without copying; a second call exchanges them back."""
-    record: Trained = module.__dict__[_MARK]
+@contextmanager
+def originals(model: nn.Module) -> Iterator[None]:
+    """The original state of all modules trained in full for the length of a ``with`` block; nothing is copied."""
+    records = [(module, record) for _, module, record in trained_modules(model) if not record.exchanged]
+    for module, record in records:
+        _exchange(module, record)
+    try:
+        yield
+    finally:
+        for module, record in records:
+            _exchange(module, record)
+
+
+def _exchange(module: nn.Module, record: Trained) -> None:
     for name, tensor in module.state_dict(keep_vars=True).items():
         original = record.original[name].to(tensor.device, tensor.dtype)
         record.original[name], tensor.data = tensor.data, original
+    record.exchanged = not record.exchanged

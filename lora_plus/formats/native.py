@@ -1,7 +1,7 @@
 """The library's own format: one safetensors file that says of itself all it takes to load it or merge it.
 
-Tensors are named ``<module>.lora_A``, ``<module>.lora_B``, ``<module>.lora_magnitude``; those of modules trained in full
-keep their plain names. The header's metadata has one entry, ``lora_plus``, a JSON document::
+Tensors are named ``<module>.lora_A``, ``<module>.lora_B``, ``<module>.lora_magnitude``; those of modules trained in
+full keep their plain names. The header's metadata has one entry, ``lora_plus``, a JSON document::
 
     {"format_version": 1, "library_version": "0.1.0",
      "r": 8, "alpha": 16, "scaling": "standard", "variant": "lora", "dropout": 0.0,
@@ -78,8 +78,8 @@ def read(
         if layer is not None:
             adapter.layers[path] = layer
     for path, names in document.get("train_also", {}).items():
-        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            problems.append(f"train_also {path!r}: expected a list of tensor names, got {names!r}")
+        if not isinstance(names, list) or not all(isinstance(name, str) and names.count(name) == 1 for name in names):
+            problems.append(f"train_also {path!r}: expected a list of different tensor names, got {names!r}")
             continue
         missing = [name for name in names if join(path, name) not in left]
         problems += [f"tensor {join(path, name)!r} is missing" for name in missing]
@@ -91,14 +91,15 @@ def read(
 def _document(text: str, problems: list[str]) -> dict[str, Any]:
     try:
         document = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         problems.append(f"metadata {KEY!r} is not valid JSON: {error}")
         return {}
     if not isinstance(document, dict):
         problems.append(f"metadata {KEY!r} must be a JSON object, got {type(document).__name__}")
         return {}
-    if document.get("format_version") != VERSION:
-        problems.append(f"format_version is {document.get('format_version')!r}, this library reads {VERSION}")
+    version = document.get("format_version")
+    if version != VERSION or not isinstance(version, int) or isinstance(version, bool):
+        problems.append(f"format_version is {version!r}, this library reads {VERSION}")
         return {}
     known = {"format_version", "library_version", "layers", "train_also", "metadata", *SETTINGS}
     problems += [f"unknown entry {name!r}" for name in sorted(set(document) - known)]
@@ -106,6 +107,9 @@ def _document(text: str, problems: list[str]) -> dict[str, Any]:
     for name in ("layers", "train_also", "metadata"):
         if not isinstance(document.get(name, {}), dict):
             problems.append(f"entry {name!r} must be an object, got {document.pop(name)!r}")
+    for name, text in document.get("metadata", {}).items():
+        if not isinstance(text, str):
+            problems.append(f"metadata {name!r} must be a text, got {text!r}")
     return document
 
 
@@ -130,7 +134,7 @@ def _layer(
     settings = {name: entry.get(name, document.get(name)) for name in SETTINGS}
     try:
         factor = scale(settings)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         problems.append(f"layer {path!r}: {error}")
         return None
     wanted = CONTAINERS[settings["variant"]]

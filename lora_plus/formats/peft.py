@@ -9,13 +9,13 @@ from __future__ import annotations
 import math
 import re
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .adapter import Adapter, BaseLayer, LayerAdapter, Problems, join, most_common
+from .adapter import Adapter, BaseLayer, LayerAdapter, Problems, most_common
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -171,6 +171,7 @@ def read(
     tensors: dict[str, Tensor],
     config: Any,
     bases: Mapping[str, BaseLayer | None],
+    scale: Callable[[dict[str, Any]], float],
     problems: list[str],
 ) -> Adapter:
     """The adapter that a PEFT folder describes; what is wrong with it is added to ``problems``.
@@ -179,6 +180,7 @@ def read(
         tensors: all tensors of ``adapter_model.safetensors``.
         config: ``adapter_config.json``, parsed.
         bases: every module name of the model, with its base layer if it can be adapted.
+        scale: the factor of B A that follows from a layer's settings; raises on settings that are not valid.
         problems: list to add to.
     """
     checked = _checked_config(config, problems)
@@ -209,7 +211,7 @@ def read(
     missing = [entry for entry in saved if not any(name.endswith(entry) for name in adapter.trained)]
     problems += [f"modules_to_save {entry!r} has no tensors in the file" for entry in missing]
     for path, found in parts.items():
-        layer = _from_peft(path, found, checked, bases, problems)
+        layer = _from_peft(path, found, checked, bases, scale, problems)
         if layer is not None:
             adapter.layers[path] = layer
     _warn_of_ambiguous_patterns(checked, adapter)
@@ -229,14 +231,19 @@ def _checked_config(config: Any, problems: list[str]) -> dict[str, Any] | None:
     r, alpha = config["r"], config["lora_alpha"]
     if not _is_int(r) or r <= 0:
         problems.append(f"{CONFIG}: r must be a positive integer, got {r!r}")
-    if not _is_number(alpha):
-        problems.append(f"{CONFIG}: lora_alpha must be a finite number, got {alpha!r}")
-    if not _is_number(config["lora_dropout"]):
-        problems.append(f"{CONFIG}: lora_dropout must be a number, got {config['lora_dropout']!r}")
+    if not _is_number(alpha) or alpha == 0:
+        problems.append(f"{CONFIG}: lora_alpha must be a finite number and not 0, got {alpha!r}")
+    if not _is_number(config["lora_dropout"]) or not 0 <= config["lora_dropout"] < 1:
+        problems.append(f"{CONFIG}: lora_dropout must be a number in [0, 1), got {config['lora_dropout']!r}")
     for field, fits in (("rank_pattern", _is_int), ("alpha_pattern", _is_number)):
         pattern = config.get(field) or {}
         if not isinstance(pattern, dict) or not all(isinstance(k, str) and fits(v) for k, v in pattern.items()):
             problems.append(f"{CONFIG}: {field} must be an object of numbers, got {pattern!r}")
+            continue
+        problems += [f"{CONFIG}: {field}: {key!r} is not a regular expression" for key in pattern if not _is_regex(key)]
+    for field in ("use_rslora", "use_dora"):
+        if not isinstance(config.get(field), (bool, type(None))):
+            problems.append(f"{CONFIG}: {field} must be true or false, got {config[field]!r}")
     saved = config.get("modules_to_save") or []
     if not isinstance(saved, list) or not all(isinstance(name, str) for name in saved):
         problems.append(f"{CONFIG}: modules_to_save must be a list of names, got {saved!r}")
@@ -261,7 +268,18 @@ def _is_int(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    try:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # an integer beyond all floats
+        return False
+
+
+def _is_regex(key: str) -> bool:
+    try:
+        re.compile(_pattern(key))
+    except (re.error, OverflowError, RecursionError):
+        return False
+    return True
 
 
 def _from_peft(
@@ -269,6 +287,7 @@ def _from_peft(
     found: dict[str, Tensor],
     config: dict[str, Any],
     bases: Mapping[str, BaseLayer | None],
+    scale: Callable[[dict[str, Any]], float],
     problems: list[str],
 ) -> LayerAdapter | None:
     """One layer's adapter with tensors in our shapes."""
@@ -281,6 +300,11 @@ def _from_peft(
     base = bases.get(path)
     if missing or extra:
         return None
+    flat = [name for name in ("lora_A", "lora_B") if found[name].ndim < 2]
+    if flat:
+        shapes = [f"{_OTHER_SUFFIXES[name]} has shape {tuple(found[name].shape)}" for name in flat]
+        problems.append(f"{path!r}: {' and '.join(shapes)}, expected two dimensions or more")
+        return None
     r = found["lora_A"].shape[0]
     alpha = _first_match(config.get("alpha_pattern"), path, config["lora_alpha"])
     stated = _first_match(config.get("rank_pattern"), path, config["r"])
@@ -289,14 +313,18 @@ def _from_peft(
         return None
     scaling = "rslora" if config.get("use_rslora") else "standard"
     settings = {"r": r, "alpha": alpha, "scaling": scaling, "variant": variant, "dropout": config["lora_dropout"]}
-    scale = alpha / (math.sqrt(r) if scaling == "rslora" else r)
+    try:
+        factor = scale(settings)
+    except (TypeError, ValueError, OverflowError) as error:
+        problems.append(f"{path!r}: {error}")
+        return None
     if base is None:
         # the reader of the file reports modules that are not there or cannot be adapted
-        return LayerAdapter(BaseLayer("", "", ()), settings, scale, found)
+        return LayerAdapter(BaseLayer("", "", ()), settings, factor, found)
     if "max_norm" in base.facts:
         problems.append(f"{path!r}: PEFT adds the update of an embedding after applying max_norm, this library before")
         return None
-    layer = LayerAdapter(base, settings, scale, found)
+    layer = LayerAdapter(base, settings, factor, found)
     return layer if len(base.shape) == 2 else _from_peft_conv(path, layer, problems)
 
 
@@ -307,6 +335,9 @@ def _from_peft_conv(path: str, layer: LayerAdapter, problems: list[str]) -> Laye
         "lora_A.weight": (A, (r, shape[1] * groups, *shape[2:])),
         "lora_B.weight": (B, (shape[0], r // groups, *[1] * (len(shape) - 2))),
     }
+    if "lora_magnitude" in layer.tensors:
+        pointwise = [1] * (len(shape) - 2)
+        expected["lora_magnitude_vector"] = (layer.tensors["lora_magnitude"], (1, shape[0], *pointwise))
     wrong = [
         f"{path!r}: {name} has shape {tuple(tensor.shape)}, expected {size}"
         for name, (tensor, size) in expected.items()
@@ -342,7 +373,11 @@ def _first_match(pattern: Mapping[str, Any] | None, path: str, default: Any) -> 
 
 
 def _matches(key: str, path: str) -> bool:
-    return re.match(rf"(.*\.)?({key})$", path) is not None
+    return re.match(_pattern(key), path) is not None
+
+
+def _pattern(key: str) -> str:
+    return rf"(.*\.)?({key})$"
 
 
 def _warn_of_ambiguous_patterns(config: dict[str, Any], adapter: Adapter) -> None:

@@ -1,0 +1,82 @@
+"""Imports go one way only, and importing the library loads nothing optional."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+PACKAGE = Path(__file__).parent.parent / "lora_plus"
+
+STRATA = [
+    {"version", "functional", "formats.adapter"},
+    {"init", "variants", "formats.native", "formats.peft", "trained"},
+    {"lora_layer", "config"},
+    {"layers"},
+    {"targets"},
+    {"inject"},
+    {"adapters", "optim"},
+    {"merge"},
+    {"io"},
+    {"__init__"},
+    {"demo", "cli"},
+]
+"""A file imports from the strata above its own only."""
+
+
+def stratum(module: str) -> int:
+    return next(level for level, names in enumerate(STRATA) if module in names or module.partition(".")[0] in names)
+
+
+def imports(path: Path) -> set[str]:
+    """The modules of this package that a file imports at run time, by their name inside the package."""
+    tree = ast.parse(path.read_text())
+    typing_only = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING"
+        for inner in ast.walk(node)
+    }
+    package = path.relative_to(PACKAGE).parent.parts
+    found = set()
+    for node in ast.walk(tree):
+        if id(node) in typing_only:
+            continue
+        if isinstance(node, ast.ImportFrom):
+            inside = node.level > 0 or (node.module or "").startswith("lora_plus")
+            base = list(package[: len(package) - node.level + 1]) if node.level else []
+            rest = (node.module or "").split(".") if node.level else (node.module or "").split(".")[1:]
+            if inside:
+                target = ".".join([*base, *filter(None, rest)])
+                found |= {target} if target and target != "formats" else {
+                    ".".join(filter(None, [target, alias.name])) for alias in node.names
+                }  # fmt: skip
+    return found
+
+
+def test_imports_go_one_way() -> None:
+    for path in PACKAGE.rglob("*.py"):
+        name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+        if name == "formats.__init__" or name.startswith(("demo", "cli")):
+            continue
+        for other in imports(path):
+            assert stratum(other) < stratum(name), f"{name} imports {other}"
+
+
+def test_every_file_has_a_stratum_and_a_docstring() -> None:
+    for path in PACKAGE.rglob("*.py"):
+        name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+        assert name == "formats.__init__" or stratum(name) >= 0
+        assert ast.get_docstring(ast.parse(path.read_text())), path
+
+
+def test_importing_the_library_loads_no_other_package() -> None:
+    code = (
+        "import sys, torch, safetensors, einops\n"
+        "before = set(sys.modules)\n"
+        "import lora_plus\n"
+        "print(sorted({name.partition('.')[0] for name in set(sys.modules) - before} - set(sys.stdlib_module_names)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "['lora_plus']"

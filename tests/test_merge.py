@@ -1,0 +1,207 @@
+"""Merging over a whole model: all or nothing, ties, rounding, and what is refused while merged."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from conftest import explicit, randomise
+from torch import nn
+from torch.nn.utils import parametrizations
+
+import lora_plus
+from lora_plus import inject_lora, merge_and_unload, merge_lora, merged, unmerge_lora
+
+
+def net(dtype: torch.dtype = torch.float32) -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16)).to(dtype)
+    return randomise(inject_lora(model, "all-linear", r=4), size=0.05)
+
+
+def test_merged_restores_the_previous_state() -> None:
+    model = net().eval()
+    weights = [model[0].weight, model[2].weight]
+    with merged(model):
+        assert model[0].weight is not weights[0]
+        with merged(model):
+            pass
+        assert model[0].weight is not weights[0], "the inner block must leave the outer one's state"
+    assert model[0].weight is weights[0] and model[2].weight is weights[1]
+    merge_lora(model)
+    with merged(model):
+        pass
+    assert model[0].weight is not weights[0]
+    with pytest.raises(ZeroDivisionError), merged(model):
+        raise ZeroDivisionError
+    unmerge_lora(model)
+    assert model[0].weight is weights[0]
+
+
+def test_a_failed_merge_leaves_the_model_as_it_was() -> None:
+    model, x = net(), torch.randn(3, 16)
+    with torch.no_grad():
+        model[2].lora_B["default"][0, 0] = torch.nan
+    weights, before = [model[0].weight, model[2].weight], model[0](x)
+    with pytest.raises(ValueError, match=r"nothing was merged, because of\n  '2': the merged weight is not finite"):
+        merge_lora(model)
+    assert model[0].weight is weights[0] and model[0].lora_merge is None and torch.equal(model[0](x), before)
+    with pytest.raises(ValueError, match="not finite"):
+        merge_and_unload(model)
+    assert isinstance(model[0], lora_plus.LoRALinear)
+
+
+def test_an_overflow_in_half_precision_is_refused_but_the_base_s_own_infinities_are_kept() -> None:
+    model = net(torch.float16)
+    with torch.no_grad():
+        model[0].lora_B["default"].fill_(1e5)
+    with pytest.raises(ValueError, match=r"'0': the merged weight is not finite in torch.float16"):
+        merge_lora(model)
+    model = net()
+    with torch.no_grad():
+        model[0].weight[0, 0] = -torch.inf
+    assert merge_and_unload(model)[0].weight[0, 0] == -torch.inf
+
+
+def test_states_that_make_no_sense_are_refused() -> None:
+    model = net()
+    with pytest.raises(ValueError, match="the model is not merged"):
+        unmerge_lora(model)
+    merge_lora(model)
+    with pytest.raises(ValueError, match=r"'0': it is merged already; call unmerge_lora\(model\) first"):
+        merge_lora(model)
+    for call in (lambda: inject_lora(model, ["0"], adapter="b"), lambda: lora_plus.set_adapter(model, "default"),
+                 lambda: lora_plus.delete_adapter(model, "default")):  # fmt: skip
+        with pytest.raises(ValueError, match=r"the model is merged \('0' is\); call unmerge_lora\(model\) before"):
+            call()
+    with pytest.raises(RuntimeError, match=r"layer '0' is merged; call unmerge_lora\(model\) before loading"):
+        model.load_state_dict(model.state_dict())
+    with pytest.raises(KeyError, match="the model has no adapter 'nope': it has 'default'"):
+        merge_lora(model, adapters=["nope"])
+    unmerge_lora(model)
+    lora_plus.set_adapter(model, [])
+    with pytest.raises(ValueError, match="there is no active adapter to merge"):
+        merge_lora(model)
+    with pytest.raises(KeyError, match="it has none; call inject_lora first"):
+        merge_lora(nn.Linear(2, 2), adapters=["default"])
+
+
+def test_training_while_merged_is_an_error() -> None:
+    model, x = net(), torch.randn(2, 16)
+    merge_lora(model)
+    with pytest.raises(ValueError, match=r"is merged, so its adapters would get no gradient; call unmerge_lora"):
+        model(x)
+    with torch.no_grad():
+        model(x)
+    model.eval()(x)
+
+
+def test_changing_an_adapter_while_merged_is_an_error() -> None:
+    model, x = net().eval(), torch.randn(2, 16)
+    y = model(x)
+    merge_lora(model)
+    with torch.no_grad():
+        model[0].lora_B["default"].add_(1)
+    with pytest.raises(ValueError, match="an adapter of this LoRALinear was changed while it was merged"):
+        model(x)
+    unmerge_lora(model)
+    assert not torch.allclose(model(x), y)
+
+
+def test_moving_a_merged_model_moves_the_kept_weight_too() -> None:
+    model, x = net().eval(), torch.randn(2, 16)
+    y = model(x).double()
+    merge_lora(model)
+    model.double()
+    assert model(x.double()).dtype == torch.float64
+    unmerge_lora(model)
+    assert model[0].weight.dtype == torch.float64
+    torch.testing.assert_close(model(x.double()), y, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_rounded_once_and_the_loss_is_reported(dtype: torch.dtype) -> None:
+    model = net(dtype)
+    base = model[0].weight.detach().clone()
+    wanted = explicit(model)[0].weight
+    report = merge_lora(model)
+    assert report.layers == ["0", "2"]
+    # computed in float32: at most a tie may fall on the other side of the correctly rounded float64 result
+    off = (model[0].weight != wanted.to(dtype)).sum()
+    assert off <= 1
+    update = wanted - base.double()
+    lost = ((model[0].weight.double() - base.double()) - update).norm() / update.norm()
+    assert report.lost["0"] == pytest.approx(lost.item(), rel=1e-3) and report.lost["0"] > 0
+    assert "of the update in the median layer" in str(report)
+    assert "of the update" in str(lora_plus.lora_summary(model))
+
+
+def test_full_precision_reports_no_loss() -> None:
+    assert merge_lora(net()).lost == {}
+
+
+def test_merging_one_of_two_tied_layers_leaves_the_other_alone_and_says_so() -> None:
+    model = nn.ModuleDict({"embed": nn.Embedding(9, 4), "head": nn.Linear(4, 9, bias=False)})
+    model["head"].weight = model["embed"].weight
+    bits = model["embed"].weight.detach().clone()
+    randomise(inject_lora(model, ["head"], r=2))
+    x = torch.randn(3, 4)
+    y = model["head"](x)
+    with pytest.warns(UserWarning, match=r"the weight of 'head' is shared with embed.weight: merging gives 'head' a weight"):
+        report = merge_lora(model)
+    assert report.untied == [("head", ["embed.weight"])]
+    assert torch.equal(model["embed"].weight, bits) and model["embed"].weight is not model["head"].weight
+    torch.testing.assert_close(model.eval()["head"](x), y)
+    unmerge_lora(model)
+    assert model["embed"].weight is model["head"].weight
+
+
+def test_only_the_named_adapters_are_merged() -> None:
+    model = nn.Sequential(nn.Linear(4, 4)).double()
+    inject_lora(model, ["0"], r=2, adapter="a")
+    inject_lora(model, ["0"], r=2, adapter="b")
+    randomise(model)
+    x = torch.randn(3, 4, dtype=torch.float64)
+    for name in ("a", "b"):
+        lora_plus.set_adapter(model, name)
+        wanted = model.eval()(x)
+        lora_plus.set_adapter(model, ["a", "b"])
+        with merged(model, adapters=[name]):
+            torch.testing.assert_close(model(x), wanted, rtol=1e-12, atol=1e-12)
+        twin = merge_and_unload(copy.deepcopy(model), adapters=[name])
+        torch.testing.assert_close(twin(x), wanted, rtol=1e-12, atol=1e-12)
+
+
+def test_modules_trained_in_full_stay_trained_when_unloading() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    inject_lora(model, ["0"], r=2, train_also=["1"])
+    randomise(model)
+    nn.init.constant_(model[1].weight, 3.0)
+    x = torch.randn(3, 4)
+    y = model(x)
+    plain = merge_and_unload(model)
+    assert type(plain[0]) is nn.Linear and all(p.requires_grad for p in plain.parameters())
+    torch.testing.assert_close(plain(x), y)
+    assert lora_plus.remove_lora(plain)[1].weight[0, 0] == 3.0
+
+
+@pytest.mark.parametrize("wrap", [parametrizations.weight_norm, parametrizations.orthogonal])
+def test_a_parametrized_weight_is_adapted_but_not_merged(wrap: object) -> None:
+    model = nn.Sequential(wrap(nn.Linear(4, 4)))  # type: ignore[operator]
+    x = torch.randn(3, 4)
+    base = model(x)
+    inject_lora(model, ["0"], r=2)
+    assert torch.equal(model(x), base)
+    randomise(model)
+    y = model(x)
+    assert not torch.allclose(y, base)
+    with pytest.raises(ValueError, match="'0': its weight is computed by a parametrization"):
+        merge_lora(model)
+    assert torch.equal(model(x), y)
+
+
+def test_channels_last_weights_stay_channels_last() -> None:
+    conv = nn.Sequential(nn.Conv2d(4, 8, 3)).to(memory_format=torch.channels_last)
+    plain = merge_and_unload(randomise(inject_lora(conv, ["0"], r=2)))
+    assert plain[0].weight.is_contiguous(memory_format=torch.channels_last)
