@@ -72,7 +72,7 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
     for layer, _, merge, _ in layers:
         layer.lora_active, layer.lora_merge = (), None
         if merge is not None:
-            layer._parameters["weight"] = merge.weight
+            layer.bind_weight(merge.weight)
     try:
         with originals(model):
             yield model
@@ -80,7 +80,7 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
         for layer, active, merge, weight in layers:
             layer.lora_active, layer.lora_merge = active, merge
             if merge is not None:
-                layer._parameters["weight"] = weight
+                layer.bind_weight(weight)
 
 
 def adapter_state_dict(model: nn.Module, *, adapter: str = "default") -> dict[str, Tensor]:
@@ -155,9 +155,10 @@ class Summary:
              f"{row.parameters:,}", row.note)
             for row in self.rows
         ]  # fmt: skip
-        cells += [(name, "trained in full", adapter, "", "", "", f"{size:,}", "") for name, adapter, size in self.trained]
+        cells += [(name, "in full", adapter, "", "", "", f"{size:,}", "") for name, adapter, size in self.trained]
         widths = [max(len(row[column]) for row in cells) for column in range(len(head))]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
+        padded = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in cells]
+        lines = ["  ".join(row).rstrip() for row in padded]
         share = f"{self.trainable / self.total:.2%}" if self.total else "0%"
         return "\n".join([*lines, f"{self.trainable:,} of {self.total:,} parameters are trainable ({share})"])
 

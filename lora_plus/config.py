@@ -55,7 +55,7 @@ class LoRAConfig:
         for field in ("targets", "exclude", "train_also"):
             object.__setattr__(self, field, as_patterns(getattr(self, field)))
         if not self.targets:
-            raise ValueError("no target given; name layers, or pass \"all-linear\"")
+            raise ValueError('no target given; name layers, or pass "all-linear"')
         self.spec()
         resolve(self.init)
         for field in ("rank_pattern", "alpha_pattern"):

@@ -18,9 +18,7 @@ from .functional import accumulation_dtype
 Init = Callable[[Tensor, int, "torch.Generator | None"], tuple[Tensor, Tensor]]
 
 
-def uniform(
-    shape: tuple[int, ...], bound: float, like: Tensor, generator: torch.Generator | None = None
-) -> Tensor:
+def uniform(shape: tuple[int, ...], bound: float, like: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """Uniform numbers in ``[-bound, bound)``, float32 or better, on the device of ``like``.
 
     They are drawn on the generator's own device, so one seed gives the same numbers on every device.

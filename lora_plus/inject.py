@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -82,10 +83,10 @@ def inject_lora(
     check_injectable(model, adapter)
     selection = select(model, config)
     check_trainable(selection.train_also)
-    specs = {(layer_r, layer_alpha): config.spec(r=layer_r, alpha=layer_alpha) for _, layer_r, layer_alpha in selection.layers}
+    spec_of = functools.cache(lambda layer_r, layer_alpha: config.spec(r=layer_r, alpha=layer_alpha))
     prepared = []
-    for found, *rank_and_alpha in selection.layers:
-        kind, spec = lora_class(found.module), specs[tuple(rank_and_alpha)]
+    for found, layer_r, layer_alpha in selection.layers:
+        kind, spec = lora_class(found.module), spec_of(layer_r, layer_alpha)
         assert kind is not None
         tensors = kind.new_tensors(found.module, spec, init=init, dtype=dtype, generator=generator)
         prepared.append((found.module, spec, tensors))
@@ -106,7 +107,7 @@ def remove_lora(model: nn.Module) -> nn.Module:
         unmark_trained(module, restore=True)
     for _, layer in list(lora_layers(model)):
         if layer.lora_merge is not None:
-            layer._parameters["weight"] = layer.lora_merge.weight
+            layer.bind_weight(layer.lora_merge.weight)
         layer.restore()
     unfreeze(model)
     return model

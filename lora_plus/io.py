@@ -118,8 +118,9 @@ def load_adapter(
     check_trainable(trained)
     prepared = []
     for name, layer in data.layers.items():
-        device = by_name[name].module.weight.device
-        home = torch.device("cpu") if device.type == "meta" else device
+        weight = by_name[name].module.weight
+        assert isinstance(weight, Tensor)
+        home = torch.device("cpu") if weight.is_meta else weight.device
         tensors = {part: tensor.to(home) for part, tensor in layer.tensors.items()}
         prepared.append((by_name[name].module, AdapterSpec(**layer.settings), tensors))
     attach(model, adapter, prepared, [entry.module for entry in trained], trainable=trainable)
@@ -376,7 +377,7 @@ def _trained_misfit(tensor: Tensor, wanted: Tensor) -> str | None:
     if wanted.is_meta:
         return "the model has no values for it yet (it is on the meta device); load the base model first"
     if isinstance(wanted, nn.Parameter) and not _is_finite(tensor):
-        return "has values that are not finite"
+        return "values that are not finite"
     return None
 
 

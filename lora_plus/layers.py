@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -96,7 +97,7 @@ class LoRAEmbedding(LoRALayer, nn.Embedding):
 
     @classmethod
     def adjust(cls, module: nn.Module, tensors: dict[str, Tensor]) -> None:
-        if module.padding_idx is not None:
+        if isinstance(module.padding_idx, int):
             tensors["lora_A"][:, module.padding_idx] = 0
 
     @classmethod
@@ -127,32 +128,37 @@ class _LoRAConv(LoRALayer):
     A is ``(r, in_channels / groups * prod(kernel_size))``, shared by the groups; B is ``(out_channels, r)``.
     """
 
+    kernel_size: tuple[int, ...]
+    groups: int
+
     @classmethod
     def base_facts(cls, module: nn.Module) -> dict[str, Any]:
         return {} if module.groups == 1 else {"groups": module.groups}
 
     def low_rank(self, x: Tensor, A: Tensor, B: Tensor, scale: float, dropout: float) -> Tensor:
-        return functional.conv_update(
-            x, A, B, scale, dropout, self.kernel_size, self.groups, lambda x, w: self._conv_forward(x, w, None)
-        )
+        convolve = functools.partial(self._conv_forward, bias=None)  # type: ignore[operator, arg-type, misc]
+        return functional.conv_update(x, A, B, scale, dropout, self.kernel_size, self.groups, convolve)
 
 
 @adapts(nn.Conv1d)
 class LoRAConv1d(_LoRAConv, nn.Conv1d):
-    __doc__ = _LoRAConv.__doc__
+    """``nn.Conv1d`` with adapters."""
+
     layout = "o i k -> o (i k)"
     channel = -2
 
 
 @adapts(nn.Conv2d)
 class LoRAConv2d(_LoRAConv, nn.Conv2d):
-    __doc__ = _LoRAConv.__doc__
+    """``nn.Conv2d`` with adapters."""
+
     layout = "o i h w -> o (i h w)"
     channel = -3
 
 
 @adapts(nn.Conv3d)
 class LoRAConv3d(_LoRAConv, nn.Conv3d):
-    __doc__ = _LoRAConv.__doc__
+    """``nn.Conv3d`` with adapters."""
+
     layout = "o i d h w -> o (i d h w)"
     channel = -4

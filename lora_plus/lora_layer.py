@@ -68,7 +68,7 @@ _NAME_PROBE = AdapterTensors()
 class Merge:
     """The state of a merged layer: what unmerging needs."""
 
-    weight: nn.Parameter
+    weight: Tensor
     """The base's own parameter, bound back by unmerging."""
     adapters: tuple[str, ...]
     """The adapters that the bound weight contains."""
@@ -97,7 +97,7 @@ class LoRALayer(nn.Module):
     channel: ClassVar[int] = -1
     """The dimension of the output that the matrix's rows lie along."""
 
-    weight: nn.Parameter
+    weight: Tensor
     lora_A: AdapterTensors
     lora_B: AdapterTensors
     lora_specs: dict[str, AdapterSpec]
@@ -223,7 +223,7 @@ class LoRALayer(nn.Module):
     @classmethod
     def class_for(cls, layer_class: type[nn.Module]) -> type[LoRALayer]:
         """The LoRA class of a layer class that this kind serves; one is made for a user's own subclass."""
-        return cls if layer_class is cls.base_class else _derive(cls, layer_class)
+        return cls if layer_class is cls.base_class else _derive(cls, layer_class)  # type: ignore[arg-type]
 
     @classmethod
     def adopt(cls, module: nn.Module) -> LoRALayer:
@@ -379,14 +379,19 @@ class LoRALayer(nn.Module):
     def _check_merged_call(self, merge: Merge) -> None:
         if self.training and torch.is_grad_enabled() and any(p.requires_grad for _, _, p in self.lora_parameters()):
             raise ValueError(
-                f"this {type(self).__name__} is merged, so its adapters would get no gradient; call unmerge_lora(model) "
-                "before training, or model.eval() or torch.no_grad() to run the merged model"
+                f"this {type(self).__name__} is merged, so its adapters would get no gradient; call "
+                "unmerge_lora(model) before training, or model.eval() or torch.no_grad() to run the merged model"
             )
         if not torch.compiler.is_compiling() and self.adapter_versions(merge.adapters) != merge.versions:
             raise ValueError(
                 f"an adapter of this {type(self).__name__} was changed while it was merged, which the merged weight "
                 "does not follow; call unmerge_lora(model), and merge_lora(model) again if it shall be merged"
             )
+
+    def bind_weight(self, weight: Tensor) -> None:
+        """Make this parameter the layer's weight; the one it had is left as it is, for whoever shares it."""
+        assert isinstance(weight, nn.Parameter)
+        self._parameters["weight"] = weight
 
     def adapter_versions(self, adapters: tuple[str, ...]) -> dict[str, int]:
         """The version counters of these adapters' tensors: they differ after any change in place."""
@@ -396,7 +401,7 @@ class LoRALayer(nn.Module):
             for container, tensor in self.adapter_tensors(name).items()
         }
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """As ever; while merged, that of the plain layer with the merged weight, without adapter keys."""
         state: dict[str, Any] = super().state_dict(*args, **kwargs)
         if self.lora_merge is not None:
@@ -448,13 +453,13 @@ class LoRALayer(nn.Module):
 
 
 @functools.cache
-def _derive(kind: type[LoRALayer], layer_class: type[nn.Module]) -> type[LoRALayer]:
+def _derive(kind: type[Any], layer_class: type[Any]) -> type[LoRALayer]:
     body = {"base_class": layer_class, "_derived_from": kind, "__module__": layer_class.__module__}
     return type(f"LoRA{layer_class.__name__}", (kind, layer_class), body | {"__doc__": kind.__doc__})
 
 
 def _new_derived(kind: type[LoRALayer], layer_class: type[nn.Module]) -> LoRALayer:
-    derived = _derive(kind, layer_class)
+    derived = _derive(kind, layer_class)  # type: ignore[arg-type]
     return derived.__new__(derived)
 
 

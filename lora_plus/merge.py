@@ -63,7 +63,7 @@ def merge_lora(model: nn.Module, *, adapters: Sequence[str] | None = None) -> Me
     """
     report, bound = _compute(model, adapters)
     for layer, weight, merge in bound:
-        layer._parameters["weight"] = nn.Parameter(weight, requires_grad=merge.weight.requires_grad)
+        layer.bind_weight(nn.Parameter(weight, requires_grad=merge.weight.requires_grad))
         layer.lora_merge = merge
     return report
 
@@ -79,7 +79,7 @@ def unmerge_lora(model: nn.Module) -> None:
         raise ValueError("the model is not merged")
     for layer in merged_layers:
         assert layer.lora_merge is not None
-        layer._parameters["weight"] = layer.lora_merge.weight
+        layer.bind_weight(layer.lora_merge.weight)
         layer.lora_merge = None
 
 

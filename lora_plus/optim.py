@@ -82,9 +82,7 @@ def loraplus_param_groups(
         members[group].append(parameter)
     if not any(members[group] for group in _GROUP_OF_ROLE.values()):
         raise ValueError("every adapter of the model is frozen; set requires_grad on the adapter to be trained")
-    return [
-        {"params": members[name], "name": name, **setting} for name, setting in settings.items() if members[name]
-    ]
+    return [{"params": members[name], "name": name, **setting} for name, setting in settings.items() if members[name]]
 
 
 def create_loraplus_optimizer(

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from .config import LoRAConfig, Pattern
+from .config import LoRAConfig, Pattern, as_patterns
 from .layers import KINDS, LoRALinear, LoRATransposedLinear, lora_class, why_unsupported
 from .lora_layer import LoRALayer
 
@@ -108,7 +108,7 @@ class _Selector:
         trained = self._union("train_also", config.train_also)
         inside_trained = {id(module) for key in trained for module in self.found[key].module.modules()}
         chosen: dict[int, Found] = {}
-        for pattern in config.targets:
+        for pattern in as_patterns(config.targets):
             if pattern == ALL_LINEAR:
                 chosen |= self._all_linear(excluded, inside_trained)
             else:

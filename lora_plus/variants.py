@@ -13,7 +13,7 @@ from torch import Tensor
 from . import functional
 
 if TYPE_CHECKING:
-    from .layers import LoRALayer
+    from .lora_layer import LoRALayer
 
 
 SCALINGS: dict[str, Callable[[float, int], float]] = {

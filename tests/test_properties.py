@@ -34,7 +34,8 @@ names = st.sampled_from(NAMES)
 trees = st.recursive(
     st.sampled_from(list(LAYERS)), lambda inner: st.dictionaries(names, inner, min_size=1, max_size=4), max_leaves=8
 ).filter(lambda tree: isinstance(tree, dict))
-SLOW_DRAWS = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
+FILTERED = [HealthCheck.too_slow, HealthCheck.filter_too_much]
+SLOW_DRAWS = settings(max_examples=60, deadline=None, suppress_health_check=FILTERED)
 
 
 def build(tree: object) -> nn.Module:
@@ -60,12 +61,16 @@ def split(tree: object, share: float) -> tuple[list[str], list[str]]:
     return targets[:keep], [name for name in found if name not in targets[:keep]]
 
 
+adaptable = trees.filter(lambda tree: split(tree, 1)[0] != [])
+adapters = st.sampled_from(["default", *NAMES])
+
+
 def exactly(wanted: list[str]) -> object:
     return lambda name, module: name in wanted
 
 
 @SLOW_DRAWS
-@given(trees.filter(lambda tree: split(tree, 1)[0] != []), st.sampled_from(["default", *NAMES]), st.floats(0, 1), st.booleans())
+@given(adaptable, adapters, st.floats(0, 1), st.booleans())
 def test_each_trainable_parameter_is_in_exactly_one_group(tree: dict, adapter: str, share: float, full: bool) -> None:
     targets, rest = split(tree, share)
     model = lora_plus.inject_lora(
@@ -85,7 +90,7 @@ def test_each_trainable_parameter_is_in_exactly_one_group(tree: dict, adapter: s
 
 
 @SLOW_DRAWS
-@given(trees.filter(lambda tree: split(tree, 1)[0] != []), st.sampled_from(["default", *NAMES]), st.floats(0, 1))
+@given(adaptable, adapters, st.floats(0, 1))
 def test_inject_and_remove_is_the_identity(tree: dict, adapter: str, share: float) -> None:
     model = build(tree)
     before, text = {k: v.clone() for k, v in model.state_dict().items()}, repr(model)
@@ -105,13 +110,7 @@ def test_inject_and_remove_is_the_identity(tree: dict, adapter: str, share: floa
 
 
 @SLOW_DRAWS
-@given(
-    trees.filter(lambda tree: split(tree, 1)[0] != []),
-    st.sampled_from(["default", *NAMES]),
-    st.sampled_from(["default", *NAMES]),
-    st.floats(0, 1),
-    st.integers(0, 99),
-)
+@given(adaptable, adapters, adapters, st.floats(0, 1), st.integers(0, 99))
 def test_save_and_load_gives_equal_tensors(tree: dict, adapter: str, again: str, share: float, seed: int) -> None:
     base = build(tree)
     targets, rest = split(tree, share)

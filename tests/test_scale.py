@@ -67,11 +67,11 @@ def costs(layers: int, path: Path) -> dict[str, float]:
 def test_twice_the_layers_cost_about_twice_as_much(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     costs(1000, path)
-    small = [costs(10_000, path) for _ in range(3)]
-    large = [costs(20_000, path) for _ in range(3)]
+    small = [costs(5_000, path) for _ in range(3)]
+    large = [costs(10_000, path) for _ in range(3)]
     for name in small[0]:
         ratio = min(run[name] for run in large) / min(run[name] for run in small)
-        assert ratio < 3, f"{name}: 20,000 layers take {ratio:.2f} times as long as 10,000"
+        assert ratio < 3, f"{name}: 10,000 layers take {ratio:.2f} times as long as 5,000"
     by_hand = min(run["by hand"] for run in small)
     assert min(run["inject"] for run in small) < 4 * by_hand
     assert min(run["second"] for run in small) < 4 * by_hand
@@ -81,6 +81,6 @@ def test_a_file_that_fits_nothing_is_refused_in_linear_time(tmp_path: Path) -> N
     path = tmp_path / "a.safetensors"
     lora_plus.save_adapter(lora_plus.inject_lora(tree(4000), "all-linear", r=1), path)
     start = time.process_time()
-    with pytest.raises(ValueError, match="and 3966 more"):
+    with pytest.raises(ValueError, match="and 3970 more"):
         lora_plus.load_adapter(nn.ModuleDict({f"x{i}": nn.Linear(2, 2) for i in range(4000)}), path)
     assert time.process_time() - start < 30

@@ -72,19 +72,26 @@ def read(
     """
     document = _document(metadata[KEY], problems)
     adapter = Adapter({}, {}, dict(document.get("metadata", {})))
-    left = dict(tensors)
+    left, unread = dict(tensors), []
     for path, entry in document.get("layers", {}).items():
         layer = _layer(path, entry, document, left, scale, problems)
-        if layer is not None:
+        if layer is None:
+            unread.append(join(path, ""))
+        else:
             adapter.layers[path] = layer
     for path, names in document.get("train_also", {}).items():
         if not isinstance(names, list) or not all(isinstance(name, str) and names.count(name) == 1 for name in names):
             problems.append(f"train_also {path!r}: expected a list of different tensor names, got {names!r}")
+            unread.append(join(path, ""))
             continue
         missing = [name for name in names if join(path, name) not in left]
         problems += [f"tensor {join(path, name)!r} is missing" for name in missing]
-        adapter.trained[path] = {name: left.pop(join(path, name)) for name in names if name not in missing}
-    problems += [f"tensor {name!r} belongs to no layer that the file describes" for name in sorted(left)]
+        found = {name: left.pop(join(path, name)) for name in names if name not in missing}
+        if not missing:
+            adapter.trained[path] = found
+    if document:
+        extra = [name for name in sorted(left) if not name.startswith(tuple(unread))]
+        problems += [f"tensor {name!r} belongs to no layer that the file describes" for name in extra]
     return adapter
 
 
@@ -104,9 +111,10 @@ def _document(text: str, problems: list[str]) -> dict[str, Any]:
     known = {"format_version", "library_version", "layers", "train_also", "metadata", *SETTINGS}
     problems += [f"unknown entry {name!r}" for name in sorted(set(document) - known)]
     problems += [f"entry {name!r} is missing" for name in (*SETTINGS, "layers") if name not in document]
-    for name in ("layers", "train_also", "metadata"):
-        if not isinstance(document.get(name, {}), dict):
-            problems.append(f"entry {name!r} must be an object, got {document.pop(name)!r}")
+    wrong = [name for name in ("layers", "train_also", "metadata") if not isinstance(document.get(name, {}), dict)]
+    problems += [f"entry {name!r} must be an object, got {document[name]!r}" for name in wrong]
+    if wrong:
+        return {}
     for name, text in document.get("metadata", {}).items():
         if not isinstance(text, str):
             problems.append(f"metadata {name!r} must be a text, got {text!r}")
@@ -137,7 +145,7 @@ def _layer(
     except (TypeError, ValueError, OverflowError) as error:
         problems.append(f"layer {path!r}: {error}")
         return None
-    wanted = CONTAINERS[settings["variant"]]
+    wanted = CONTAINERS[str(settings["variant"])]
     missing = [name for name in wanted if join(path, name) not in left]
     problems += [f"tensor {join(path, name)!r} is missing" for name in missing]
     found = {name: left.pop(join(path, name)) for name in wanted if name not in missing}

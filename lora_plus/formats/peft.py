@@ -89,7 +89,7 @@ def write(adapter: Adapter, module_names: Collection[str]) -> tuple[dict[str, Te
         "inference_mode": True,
         **{name: adapter.metadata.get(name) for name in USER_FIELDS},
     }
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for path, layer in layers.items():
         suffixes = _OTHER_SUFFIXES | (_EMBEDDING_SUFFIXES if _is_embedding(layer.base) else {})
         tensors |= {f"{PREFIX}{path}.{suffixes[name]}": tensor for name, tensor in layer.tensors.items()}

@@ -1,0 +1,33 @@
+# Each target sets up all it needs in a virtual environment of its own, from Python 3.10 or later, pip and make.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+DEMO_ARGS ?=
+TEST_ARGS ?=
+
+.PHONY: demo test slow lint clean
+
+demo: $(VENV)/.demo  ## fine-tune a real language model with LoRA+ (two to four minutes)
+	$(BIN)/lora-plus demo $(DEMO_ARGS)
+
+test: $(VENV)/.test  ## the default tests
+	$(BIN)/python -m pytest $(TEST_ARGS)
+
+slow: $(VENV)/.test  ## the tests that need minutes, or the real model and data
+	$(BIN)/python -m pytest -m slow $(TEST_ARGS)
+
+lint: $(VENV)/.lint  ## style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV)
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.%: $(VENV)/bin/python pyproject.toml constraints.txt
+	$(INSTALL) --editable '.[$*]'
+	touch $@
