@@ -170,9 +170,13 @@ def _write_native(path: Path, data: Adapter, model: nn.Module) -> None:
     write_safetensors(path, tensors, metadata)
 
 
+_CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
+
+
 def _write_peft(path: Path, data: Adapter, model: nn.Module) -> None:
     names = [name for name, _ in model.named_modules(remove_duplicate=False)]
-    tensors, config = peft.write(data, names)
+    containers = [name for name in data.trained if isinstance(model.get_submodule(name), _CONTAINERS)]
+    tensors, config = peft.write(data, names, containers)
     text = json.dumps(config, indent=2, sort_keys=True, allow_nan=False) + "\n"
     with _replacing(path / peft.WEIGHTS, path / peft.CONFIG) as (weights, config_file):
         _serialize(weights, tensors, peft.METADATA)

@@ -223,7 +223,7 @@ class LoRALayer(nn.Module):
     @classmethod
     def class_for(cls, layer_class: type[nn.Module]) -> type[LoRALayer]:
         """The LoRA class of a layer class that this kind serves; one is made for a user's own subclass."""
-        return cls if layer_class is cls.base_class else _derive(cls, layer_class)  # type: ignore[arg-type]
+        return cls if issubclass(cls, layer_class) else _derive(cls, layer_class)  # type: ignore[arg-type]
 
     @classmethod
     def adopt(cls, module: nn.Module) -> LoRALayer:
@@ -275,6 +275,11 @@ class LoRALayer(nn.Module):
 
     def adapted(self, x: Tensor, y: Tensor) -> Tensor:
         """The base's output ``y`` for the input ``x`` with the active adapters joined to it."""
+        if not isinstance(y, Tensor):
+            raise TypeError(
+                f"the forward of {self.base_class.__name__} returns a {type(y).__name__}, and an update can only be added "
+                "to a tensor; exclude this layer"
+            )
         # the arithmetic runs in the input's dtype; an embedding's input has none
         dtype = x.dtype if x.is_floating_point() else y.dtype
         for name in self.lora_active:

@@ -6,6 +6,7 @@ import copy
 import json
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from conftest import randomise
 from torch import nn
 
 import lora_plus
-from lora_plus import LoRALinear, inject_lora, lora_summary, remove_lora
+from lora_plus import LoRALayer, LoRALinear, inject_lora, layers, lora_summary, remove_lora
 from lora_plus.lora_layer import lora_layers
 
 
@@ -453,3 +454,53 @@ def test_reset_draws_anew_in_place() -> None:
     layer.reset_lora_parameters(generator=torch.Generator().manual_seed(1))
     assert layer.lora_A["default"] is A and torch.equal(A, start)
     assert not torch.count_nonzero(layer.lora_B["default"])
+
+
+def test_a_layer_whose_forward_returns_no_tensor_says_so() -> None:
+    class Pair(nn.Linear):
+        def forward(self, input: torch.Tensor) -> Any:
+            return super().forward(input), None
+
+    model = inject_lora(nn.Sequential(Pair(3, 3)), ["0"])
+    with pytest.raises(TypeError, match="the forward of Pair returns a tuple, and an update can only be added"):
+        model(torch.randn(2, 3))
+
+
+def test_a_user_s_own_kind_of_layer_is_one_entry(tmp_path: Path) -> None:
+    class Outer(nn.Module):
+        """y[b, o] = sum_i x[b, i] W[i, o], stored transposed, and no bias."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(4, 3))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x @ self.weight
+
+    @layers.adapts(Outer)
+    class LoRAOuter(LoRALayer):
+        layout = "i o -> o i"
+
+        def low_rank(
+            self, x: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scale: float, dropout: float
+        ) -> torch.Tensor:
+            return x @ A.T @ B.T * scale
+
+    try:
+        model, x = randomise(inject_lora(nn.Sequential(Outer()), ["0"], r=2)), torch.randn(5, 4)
+        y = model(x)
+        lora_plus.save_adapter(model, tmp_path / "own.safetensors")
+        fresh = nn.Sequential(Outer())
+        fresh.load_state_dict({"0.weight": model[0].weight})
+        assert torch.equal(lora_plus.load_adapter(fresh, tmp_path / "own.safetensors")(x), y)
+        torch.testing.assert_close(lora_plus.merge_and_unload(model)(x), y)
+        assert type(model[0]) is Outer
+    finally:
+        del layers.KINDS[Outer]
+
+
+def test_injecting_under_a_meta_device_context_makes_real_adapters() -> None:
+    with torch.device("meta"):
+        model = inject_lora(Net(), ["q", "embed"])
+    assert {p.device.type for p in model.parameters() if p.requires_grad} == {"cpu"}
+    assert all(torch.isfinite(p).all() for p in model.parameters() if p.requires_grad)

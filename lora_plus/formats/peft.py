@@ -51,17 +51,20 @@ _OTHER_SUFFIXES = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "lora_m
 # ---- writing ---------------------------------------------------------------------------------------------------------
 
 
-def write(adapter: Adapter, module_names: Collection[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def write(
+    adapter: Adapter, module_names: Collection[str], containers: Collection[str] = ()
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors and the config of a PEFT folder.
 
     Args:
         adapter: the adapter.
         module_names: the names of all modules of the model, against accidental matches.
+        containers: those of them that have no forward of their own, as an ``nn.ModuleList`` has none.
 
     Raises:
         Problems: naming every layer or setting that PEFT's format cannot express exactly.
     """
-    problems = _inexpressible(adapter, module_names)
+    problems = _inexpressible(adapter, module_names, containers)
     if problems:
         raise Problems("the adapter cannot be written in PEFT's format", problems)
     layers = {name: _to_peft(layer) for name, layer in sorted(adapter.layers.items())}
@@ -98,7 +101,7 @@ def write(adapter: Adapter, module_names: Collection[str]) -> tuple[dict[str, Te
     return tensors, config
 
 
-def _inexpressible(adapter: Adapter, module_names: Collection[str]) -> list[str]:
+def _inexpressible(adapter: Adapter, module_names: Collection[str], containers: Collection[str]) -> list[str]:
     problems = []
     if "" in adapter.layers or "" in adapter.trained:
         problems.append("the model itself is adapted, and PEFT names only modules inside a model")
@@ -109,9 +112,10 @@ def _inexpressible(adapter: Adapter, module_names: Collection[str]) -> list[str]
     for name, layer in adapter.layers.items():
         problems += [f"{name!r}: {reason}" for reason in _not_in_peft(layer)]
     for path in adapter.trained:
-        wrapped = [name for name in module_names if name.endswith(path) and name not in adapter.trained]
-        inside = [name for name in wrapped if not name.startswith(f"{path}.")]
-        problems += [f"train_also {path!r}: PEFT would take {name!r} for it, which ends in the same" for name in inside]
+        reasons = _trained_not_in_peft(path, adapter, module_names)
+        if path in containers:
+            reasons.append("PEFT trains only modules with a forward of their own in full")
+        problems += [f"train_also {path!r}: {reason}" for reason in reasons]
     unknown = sorted(set(adapter.metadata) - set(USER_FIELDS))
     problems += [f"metadata {name!r}: PEFT's config has no such field; it knows {USER_FIELDS}" for name in unknown]
     return problems
@@ -124,6 +128,18 @@ def _not_in_peft(layer: LayerAdapter) -> list[str]:
     if "groups" in layer.base.facts and layer.settings["variant"] == "dora":
         reasons.append("PEFT has no DoRA for grouped convolutions")
     return reasons
+
+
+def _trained_not_in_peft(path: str, adapter: Adapter, module_names: Collection[str]) -> list[str]:
+    wrapped = [name for name in module_names if name.endswith(path) and name not in adapter.trained]
+    reasons = [f"PEFT would take {name!r} for it, which ends in the same" for name in wrapped]
+    try:
+        # PEFT also reads the name as a regular expression, for modules that get no adapter
+        kept_out = re.compile(rf"(^|.*\.){path}($|\..*)")
+    except re.error:
+        return [*reasons, "PEFT reads the name as a regular expression, and it is not a valid one"]
+    hits = [name for name in adapter.layers if name not in wrapped and kept_out.match(name)]
+    return reasons + [f"PEFT reads the name as a regular expression, and {name!r} matches it" for name in hits]
 
 
 def _to_peft(layer: LayerAdapter) -> LayerAdapter:
