@@ -177,8 +177,8 @@ def _as_finite_as(merged_weight: Tensor, base: Tensor) -> bool:
 
 @torch.no_grad()
 def _lost(base: Tensor, rounded: Tensor, exact: Tensor) -> float | None:
-    """How far the applied update is from the exact one, relative to its size; None where nothing is rounded away."""
-    if exact.dtype == base.dtype:
+    """How far the applied update is from the exact one, relative to its size; None at float32 and above."""
+    if base.element_size() >= 4:
         return None
     wide = base.to(exact.dtype)
     return functional.relative_error(rounded.to(exact.dtype) - wide, exact - wide)
