@@ -277,8 +277,8 @@ class LoRALayer(nn.Module):
         """The base's output ``y`` for the input ``x`` with the active adapters joined to it."""
         if not isinstance(y, Tensor):
             raise TypeError(
-                f"the forward of {self.base_class.__name__} returns a {type(y).__name__}, and an update can only be added "
-                "to a tensor; exclude this layer"
+                f"the forward of {self.base_class.__name__} returns a {type(y).__name__}, and an update can only be "
+                "added to a tensor; exclude this layer"
             )
         # the arithmetic runs in the input's dtype; an embedding's input has none
         dtype = x.dtype if x.is_floating_point() else y.dtype
