@@ -324,3 +324,15 @@ def test_lora_layers_names_each_layer_once() -> None:
     model = nn.ModuleDict({"a": shared, "b": shared, "c": nn.Linear(2, 2)})
     lora_plus.inject_lora(model, "all-linear", r=1)
     assert [name for name, _ in lora_layers(model)] == ["a", "c"]
+
+
+def test_the_padding_row_gets_no_update_in_training_and_merging() -> None:
+    base = nn.Embedding(6, 4, padding_idx=2)
+    with torch.no_grad():
+        base.weight[2] = 3.0
+    model = lora_plus.inject_lora(nn.Sequential(copy.deepcopy(base)), ["0"], r=2)
+    x = torch.arange(6)
+    train(model, x, 20)
+    assert torch.equal(model(x)[2], base.weight[2])
+    assert not torch.equal(model(x)[3], base.weight[3])
+    assert torch.equal(lora_plus.merge_and_unload(model)(x)[2], base.weight[2])
