@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .adapter_tensors import check_adapter_name
 from .config import LoRAConfig, Pattern
 from .init import Init
 from .layers import lora_class
-from .lora_layer import LoRALayer, check_adapter_name, lora_layers
+from .lora_layer import LoRALayer, lora_layers
 from .targets import Found, select
 from .trained import is_trained, mark_trained, trained_modules, unmark_trained
 from .variants import AdapterSpec

@@ -15,12 +15,13 @@ from safetensors import SafetensorError, TensorSpec, safe_open, serialize_file
 from torch import Tensor, nn
 
 from . import functional
+from .adapter_tensors import check_adapter_name
 from .adapters import check_adapter, join, whole
 from .formats import native, peft
 from .formats.adapter import Adapter, BaseLayer, LayerAdapter, Problems
 from .inject import attach, check_injectable, check_trainable
 from .layers import lora_class
-from .lora_layer import check_adapter_name, lora_layers
+from .lora_layer import lora_layers
 from .targets import Found, find_modules, near_misses, refusal
 from .trained import trained_modules
 from .variants import AdapterSpec

@@ -15,53 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from . import functional
+from .adapter_tensors import AdapterTensors, check_adapter_name
 from .functional import accumulation_dtype
 from .init import Init, resolve
 from .variants import VARIANTS, AdapterSpec
 
 if TYPE_CHECKING:
     from typing_extensions import Self
-
-
-class AdapterTensors(nn.Module):
-    """One parameter for each adapter, by the adapter's name: what ``layer.lora_A`` and ``layer.lora_B`` are.
-
-    Leaner than ``nn.ParameterDict``, whose construction would be half the time of an injection.
-    """
-
-    def __getitem__(self, adapter: str) -> nn.Parameter:
-        return self._parameters[adapter]  # type: ignore[return-value]
-
-    def __setitem__(self, adapter: str, parameter: nn.Parameter) -> None:
-        self._parameters[adapter] = parameter
-
-    def __delitem__(self, adapter: str) -> None:
-        del self._parameters[adapter]
-
-    def __contains__(self, adapter: object) -> bool:
-        return adapter in self._parameters
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._parameters)
-
-    def __len__(self) -> int:
-        return len(self._parameters)
-
-    def extra_repr(self) -> str:
-        return ", ".join(f"{name}: {tuple(self[name].shape)}" for name in self)
-
-
-def check_adapter_name(name: object) -> None:
-    """Raise if an adapter cannot have this name: it becomes the last part of its parameters' names."""
-    if not isinstance(name, str):
-        raise TypeError(f"an adapter's name must be a str, got {name!r}")
-    if not name or "." in name:
-        raise ValueError(f"an adapter's name must not be empty or contain a dot, got {name!r}")
-    if hasattr(_NAME_PROBE, name):
-        raise ValueError(f"adapter name {name!r} is an attribute of nn.Module; choose another name")
-
-
-_NAME_PROBE = AdapterTensors()
 
 
 @dataclass
