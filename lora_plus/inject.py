@@ -83,7 +83,7 @@ def inject_lora(
     )  # fmt: skip
     check_injectable(model, adapter)
     selection = select(model, config)
-    check_trainable(selection.train_also)
+    check_selection(model, [found for found, _, _ in selection.layers], selection.train_also)
     spec_of = functools.cache(lambda layer_r, layer_alpha: config.spec(r=layer_r, alpha=layer_alpha))
     prepared = []
     for found, layer_r, layer_alpha in selection.layers:
@@ -154,9 +154,16 @@ def check_injectable(model: nn.Module, adapter: str) -> None:
             raise ValueError(f"the model is merged ({name!r} is); call unmerge_lora(model) before adding an adapter")
 
 
-def check_trainable(modules: Sequence[Found]) -> None:
-    """Raise if one of these modules is trained with another adapter already, or cannot be trained."""
-    for found in modules:
+def check_selection(model: nn.Module, layers: Sequence[Found], train_also: Sequence[Found]) -> None:
+    """Raise if a layer is inside a module that another adapter trains in full, or a module cannot be so trained."""
+    for name, module, record in trained_modules(model):
+        inside = {id(child) for child in module.modules()}
+        for found in layers:
+            if id(found.module) in inside:
+                raise ValueError(
+                    f"{found.name!r} cannot be adapted: {name!r} is trained in full with the adapter {record.adapter!r}"
+                )
+    for found in train_also:
         for _, _, record in trained_modules(found.module):
             raise ValueError(f"{found.name!r} is already trained in full with the adapter {record.adapter!r}")
         if not any(parameter.is_floating_point() for parameter in found.module.parameters()):

@@ -19,7 +19,7 @@ from .adapter_tensors import check_adapter_name
 from .adapters import check_adapter, join, whole
 from .formats import native, peft
 from .formats.adapter import Adapter, BaseLayer, LayerAdapter, Problems
-from .inject import attach, check_injectable, check_trainable
+from .inject import attach, check_injectable, check_selection
 from .layers import lora_class
 from .lora_layer import lora_layers
 from .targets import Found, find_modules, near_misses, refusal
@@ -116,7 +116,7 @@ def load_adapter(
     if problems:
         raise Problems(f"adapter {str(path)!r} cannot be loaded; the model is unchanged", problems)
     trained = [by_name[name] for name in data.trained]
-    check_trainable(trained)
+    check_selection(model, [by_name[name] for name in data.layers], trained)
     prepared = []
     for name, layer in data.layers.items():
         weight = by_name[name].module.weight
@@ -146,6 +146,8 @@ def describe(model: nn.Module, adapter: str, metadata: Mapping[str, str] | None 
             tensors = {name: whole(tensor) for name, tensor in layer.adapter_tensors(adapter).items()}
             layers[path] = LayerAdapter(_base(layer), settings, spec.scale, tensors)
     found = list(trained_modules(model, adapter))
+    if any(record.exchanged for _, _, record in found):
+        raise ValueError("the modules trained in full show their original values; save outside of disabled(model)")
     inside = {id(child) for _, module, _ in found for child in module.modules() if child is not module}
     trained = {
         path: {name: whole(tensor) for name, tensor in module.state_dict(keep_vars=True).items()}

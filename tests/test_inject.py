@@ -504,3 +504,18 @@ def test_injecting_under_a_meta_device_context_makes_real_adapters() -> None:
         model = inject_lora(Net(), ["q", "embed"])
     assert {p.device.type for p in model.parameters() if p.requires_grad} == {"cpu"}
     assert all(torch.isfinite(p).all() for p in model.parameters() if p.requires_grad)
+
+
+def test_a_layer_inside_a_module_trained_in_full_cannot_be_adapted() -> None:
+    model = inject_lora(Net(), ["q"], train_also=["1.mlp"])
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"'blocks.1.mlp.0' cannot be adapted: 'blocks.1.mlp' is trained in full with"):
+        inject_lora(model, ["mlp.0"], adapter="b")
+    assert same(before, snapshot(model))
+
+
+def test_an_adapter_is_not_saved_while_disabled(tmp_path: Path) -> None:
+    model = inject_lora(Net(), ["q"], train_also=["norm"])
+    with lora_plus.disabled(model), pytest.raises(ValueError, match=r"save outside of disabled\(model\)"):
+        lora_plus.save_adapter(model, tmp_path / "a.safetensors")
+    assert not list(tmp_path.iterdir())
