@@ -178,3 +178,16 @@ def same_random_numbers() -> None:
 @pytest.fixture(params=CASES, ids=lambda case: case.name)
 def case(request: pytest.FixtureRequest) -> Case:
     return request.param
+
+
+pytest.register_assert_rewrite("files_support")
+
+
+@pytest.fixture(scope="module")
+def native_bytes(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """A right native file of files_support's net."""
+    from files_support import adapted_net  # which imports this file
+
+    path = tmp_path_factory.mktemp("native") / "adapter.safetensors"
+    lora_plus.save_adapter(adapted_net(), path)
+    return path.read_bytes()

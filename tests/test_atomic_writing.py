@@ -1,0 +1,221 @@
+"""A file is written whole or not at all, whatever interrupts it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from files_support import (
+    PATHS,
+    TOKENS,
+    adapted_net,
+    assert_same_tensors,
+    contents,
+    finish,
+    net,
+    settings_of,
+    start,
+)
+from torch import nn
+
+import lora_plus
+from lora_plus import io
+
+
+@pytest.mark.skipif(os.name != "posix", reason="file modes are POSIX")
+@pytest.mark.parametrize("umask", [0o022, 0o027])
+@pytest.mark.parametrize("format", PATHS)
+def test_files_have_the_permissions_of_any_new_file(format: str, umask: int, tmp_path: Path) -> None:
+    model, before = adapted_net(), os.umask(umask)
+    try:
+        for _ in range(2):
+            lora_plus.save_adapter(model, tmp_path / PATHS[format])
+    finally:
+        os.umask(before)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert files
+    assert {path.stat().st_mode & 0o777 for path in files} == {0o666 & ~umask}
+
+
+def test_saving_through_a_link_keeps_the_link(tmp_path: Path) -> None:
+    target, link = tmp_path / "real.safetensors", tmp_path / "link.safetensors"
+    lora_plus.save_adapter(adapted_net(1), target)
+    link.symlink_to(target)
+    model = adapted_net(2)
+    lora_plus.save_adapter(model, link)
+    assert link.is_symlink()
+    assert_same_tensors(
+        lora_plus.adapter_state_dict(lora_plus.load_adapter(net(), target)), lora_plus.adapter_state_dict(model)
+    )
+
+
+class Interrupted(Exception):
+    """What the tests raise in the middle of a save."""
+
+
+def fail(*args: object, **kwargs: object) -> None:
+    raise Interrupted
+
+
+def half_written(tensors: object, path: str, metadata: object) -> None:
+    Path(path).write_bytes(b"half a file")
+    raise Interrupted
+
+
+INTERRUPTIONS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
+    "while writing tensors": lambda patch: patch.setattr(io, "serialize_file", half_written),
+    "before the disk has it": lambda patch: patch.setattr(os, "fsync", fail),
+    "at the renaming": lambda patch: patch.setattr(os, "replace", fail),
+    "while writing texts": lambda patch: patch.setattr(Path, "write_text", fail),
+}
+
+
+@pytest.mark.parametrize("alpha", [3, 4])
+@pytest.mark.parametrize("moment", INTERRUPTIONS)
+@pytest.mark.parametrize("format", PATHS)
+def test_an_interrupted_save_leaves_the_old_files_and_nothing_else(
+    format: str, moment: str, alpha: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if format == "native" and moment == "while writing texts":
+        pytest.skip("the native format is one file of tensors")
+    path = tmp_path / PATHS[format]
+    lora_plus.save_adapter(adapted_net(1), path)
+    before = contents(tmp_path)
+    other = adapted_net(2, alpha=alpha)
+    INTERRUPTIONS[moment](monkeypatch)
+    with pytest.raises(Interrupted):
+        lora_plus.save_adapter(other, path)
+    monkeypatch.undo()
+    assert contents(tmp_path) == before
+    lora_plus.save_adapter(other, path)
+    assert contents(tmp_path) != before
+    assert len(contents(tmp_path)) == len(before)
+
+
+@pytest.mark.parametrize("renames", [0, 1, 2])
+def test_a_peft_folder_never_mixes_old_and_new(renames: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed after any number of renames: the old adapter, the new one, or a folder that is refused."""
+    old, new, path = adapted_net(1, alpha=3), adapted_net(2, alpha=4), tmp_path / "adapter"
+    lora_plus.save_adapter(old, path)
+    before = contents(path)
+    left, rename = renames, os.replace
+
+    def replace(source: Any, target: Any) -> None:
+        nonlocal left
+        if left == 0 and not (tmp_path / "killed").exists():
+            shutil.copytree(path, tmp_path / "killed")
+            raise Interrupted
+        left -= 1  # the renames after that one put things back
+        rename(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(Interrupted):
+        lora_plus.save_adapter(new, path)
+    monkeypatch.undo()
+    if (
+        renames < 2
+    ):  # no new file was in its place yet, and an error, unlike a kill, leaves time to put the old one back
+        assert contents(path) == before
+    for folder in (path, tmp_path / "killed"):
+        model = net()
+        try:
+            lora_plus.load_adapter(model, folder)
+        except ValueError as error:
+            assert "the folder has no adapter_config.json" in str(error)
+        else:
+            wanted = old if settings_of(model)["proj"]["alpha"] == 3 else new
+            torch.testing.assert_close(model(TOKENS), wanted(TOKENS))
+
+
+@pytest.mark.parametrize("format", PATHS)
+def test_a_folder_that_cannot_be_written_is_an_error_and_changes_nothing(format: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"mine")
+    with pytest.raises(OSError, match="file"):
+        lora_plus.save_adapter(adapted_net(), tmp_path / "file" / PATHS[format])
+    assert contents(tmp_path) == {"file": b"mine"}
+
+
+@pytest.mark.parametrize("format", PATHS)
+def test_a_read_only_folder_is_an_error_and_keeps_the_old_file(format: str, tmp_path: Path) -> None:
+    path = tmp_path / PATHS[format]
+    lora_plus.save_adapter(adapted_net(1), path)
+    before, folder = contents(tmp_path), tmp_path if format == "native" else path
+    folder.chmod(0o500)
+    try:
+        if os.access(folder, os.W_OK):
+            pytest.skip("this user may write anywhere")
+        with pytest.raises(PermissionError):
+            lora_plus.save_adapter(adapted_net(2), path)
+    finally:
+        folder.chmod(0o700)
+    assert contents(tmp_path) == before
+
+
+DISK_FULL = """
+import resource, signal, sys, torch, lora_plus
+from torch import nn
+def save(seed, size):
+    torch.manual_seed(seed)
+    model = lora_plus.inject_lora(nn.Sequential(nn.Linear(size, size)), ["0"], r=4)
+    torch.nn.init.normal_(model[0].lora_B["default"])
+    for path in ("adapter.safetensors", "adapter"):
+        try:
+            lora_plus.save_adapter(model, sys.argv[1] + "/" + path)
+        except Exception as error:
+            print(path, type(error).__name__, error)
+save(0, 64)
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+import pathlib
+kept = {p: p.read_bytes() for p in pathlib.Path(sys.argv[1]).rglob("*") if p.is_file()}
+save(1, 64)
+assert kept == {p: p.read_bytes() for p in pathlib.Path(sys.argv[1]).rglob("*") if p.is_file()}
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs RLIMIT_FSIZE")
+def test_a_full_disk_is_an_error_and_keeps_the_old_files(tmp_path: Path) -> None:
+    errors = finish(start(DISK_FULL, str(tmp_path))).splitlines()
+    assert [line.split()[0] for line in errors] == ["adapter.safetensors", "adapter"]
+    assert all("File too large" in line for line in errors)
+
+
+SAVE_FOREVER = """
+import itertools, sys, torch, lora_plus
+from torch import nn
+model = lora_plus.inject_lora(nn.Sequential(nn.Linear(512, 512)), ["0"], r=64)
+for step in itertools.count(1):
+    for parameter in (model[0].lora_A["default"], model[0].lora_B["default"]):
+        nn.init.constant_(parameter, step)
+    for path in ("adapter.safetensors", "adapter"):
+        lora_plus.save_adapter(model, sys.argv[1] + "/" + path)
+    if step == 1:
+        print("ready", flush=True)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name != "posix", reason="kills with SIGKILL")
+def test_a_killed_save_leaves_files_that_load(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(10):
+        process = start(SAVE_FOREVER, str(tmp_path))
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        time.sleep(float(torch.rand((), generator=generator)) / 2)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        for path in ("adapter.safetensors", "adapter"):
+            model = lora_plus.load_adapter(nn.Sequential(nn.Linear(512, 512)), tmp_path / path)
+            values = {
+                float(value) for tensor in lora_plus.adapter_state_dict(model).values() for value in tensor.unique()
+            }
+            assert len(values) == 1
+            assert values.pop() >= 1
