@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from .freezing import restore_requires_grad
 from .lora_layer import LoRALayer, lora_layers
 from .trained import originals, trained_modules, unmark_trained
 
@@ -26,7 +27,10 @@ def check_adapter(model: nn.Module, adapter: str) -> None:
 
 
 def set_adapter(model: nn.Module, adapters: str | Sequence[str]) -> None:
-    """Let just these adapters, one or several, take part in the forward; ``requires_grad`` is not touched.
+    """Let just these adapters, one or several, take part in the forward.
+
+    ``requires_grad`` is not touched, and modules trained in full (``train_also``) keep their values, whichever adapter
+    they belong to.
 
     Raises:
         KeyError: if the model holds no adapter of such a name.
@@ -36,6 +40,7 @@ def set_adapter(model: nn.Module, adapters: str | Sequence[str]) -> None:
     for name in names:
         check_adapter(model, name)
     for path, layer in lora_layers(model):
+        layer.check_enabled()
         _check_unmerged(path, layer, "choosing its adapters")
         layer.in_order(names)
     for _, layer in lora_layers(model):
@@ -52,6 +57,7 @@ def delete_adapter(model: nn.Module, adapter: str) -> None:
     check_adapter(model, adapter)
     layers = [(path, layer) for path, layer in lora_layers(model) if adapter in layer.lora_specs]
     for path, layer in layers:
+        layer.check_enabled()
         _check_unmerged(path, layer, "deleting an adapter")
     for _, module, _ in list(trained_modules(model, adapter)):
         unmark_trained(module, restore=True)
@@ -59,6 +65,8 @@ def delete_adapter(model: nn.Module, adapter: str) -> None:
         layer.delete_adapter(adapter)
         if not layer.lora_specs:
             layer.restore()
+    if not adapter_names(model):
+        restore_requires_grad(model.modules())
 
 
 @contextmanager
@@ -68,19 +76,22 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
     Adapters are passed over, merged weights and modules trained in full are exchanged for the original ones;
     ``requires_grad`` and the merge state are not touched.
     """
-    layers = [(layer, layer.lora_active, layer.lora_merge, layer.weight) for _, layer in lora_layers(model)]
-    for layer, _, merge, _ in layers:
-        layer.lora_active, layer.lora_merge = (), None
-        if merge is not None:
-            layer.bind_weight(merge.weight)
+    layers = [layer for _, layer in lora_layers(model)]
+    for layer in layers:
+        layer.disable()
     try:
         with originals(model):
             yield model
     finally:
-        for layer, active, merge, weight in layers:
-            layer.lora_active, layer.lora_merge = active, merge
-            if merge is not None:
-                layer.bind_weight(weight)
+        for layer in layers:
+            layer.enable()
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside DistributedDataParallel, DataParallel or a compiled module, whose names have no prefix."""
+    wrappers = (nn.parallel.DistributedDataParallel, nn.DataParallel)
+    inner = model.module if isinstance(model, wrappers) else model._modules.get("_orig_mod")
+    return unwrap(inner) if isinstance(inner, nn.Module) else model
 
 
 def adapter_state_dict(model: nn.Module, *, adapter: str = "default") -> dict[str, Tensor]:
@@ -91,6 +102,7 @@ def adapter_state_dict(model: nn.Module, *, adapter: str = "default") -> dict[st
     Raises:
         KeyError: if the model holds no adapter of this name.
     """
+    model = unwrap(model)
     check_adapter(model, adapter)
     state: dict[str, Tensor] = {}
     for path, layer in lora_layers(model):

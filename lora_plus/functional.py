@@ -64,7 +64,8 @@ def delta(A: Tensor, B: Tensor, scale: float) -> Tensor:
         ``(..., out, in)`` in the wider of the factors' dtypes and float32.
     """
     wide = accumulation_dtype(A.dtype, B.dtype)
-    return (B.to(wide) @ A.to(wide)) * scale
+    with torch.autocast(A.device.type, enabled=False):  # which would multiply in half precision
+        return (B.to(wide) @ A.to(wide)) * scale
 
 
 def row_norm(matrix: Tensor) -> Tensor:

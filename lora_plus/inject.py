@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .adapter_tensors import check_adapter_name
+from .adapter_tensors import AdapterTensors, check_adapter_name
 from .config import LoRAConfig, Pattern
+from .freezing import restore_requires_grad, set_requires_grad
 from .init import Init
 from .layers import lora_class
 from .lora_layer import LoRALayer, lora_layers
 from .targets import Found, select
-from .trained import is_trained, mark_trained, trained_modules, unmark_trained
+from .trained import mark_trained, trained_modules, unmark_trained
 from .variants import AdapterSpec
 
 
@@ -89,6 +90,7 @@ def inject_lora(
     for found, layer_r, layer_alpha in selection.layers:
         kind, spec = lora_class(found.module), spec_of(layer_r, layer_alpha)
         assert kind is not None
+        kind.class_for(type(found.module))  # a class that cannot be derived from fails here, before anything is changed
         tensors = kind.new_tensors(found.module, spec, init=init, dtype=dtype, generator=generator)
         prepared.append((found.module, spec, tensors))
     attach(model, adapter, prepared, [found.module for found in selection.train_also])
@@ -104,13 +106,14 @@ def remove_lora(model: nn.Module) -> nn.Module:
     Returns:
         The same model.
     """
+    check_enabled(model)
     for _, module, _ in list(trained_modules(model)):
         unmark_trained(module, restore=True)
     for _, layer in list(lora_layers(model)):
         if layer.lora_merge is not None:
             layer.bind_weight(layer.lora_merge.weight)
         layer.restore()
-    unfreeze(model)
+    restore_requires_grad(model.modules())
     return model
 
 
@@ -126,24 +129,37 @@ def attach(
     for module in train_also:
         mark_trained(module, adapter)
     modules = list(model.modules())
-    _freeze(modules)
+    set_requires_grad((module for module in modules if not isinstance(module, AdapterTensors)), False)
     for module in train_also:
-        _set_requires_grad(module, trainable)
+        set_requires_grad(module.modules(), trainable)
     for module in modules:
         if isinstance(module, LoRALayer):
             module.activate(())
+            for _, _, parameter in module.lora_parameters():
+                parameter.requires_grad_(False)
     for module, spec, tensors in prepared:
         kind = lora_class(module)
         assert kind is not None
         layer = module if isinstance(module, LoRALayer) else kind.adopt(module)
         layer.add_adapter(adapter, spec, tensors, trainable=trainable)
+        if layer is model:  # what it is a part of is not known
+            layer.stay_off_fast_path()
     for parent in modules:
         if isinstance(parent, nn.TransformerEncoderLayer):
-            _keep_off_fast_path(parent)
+            for child in parent.children():
+                if isinstance(child, LoRALayer):
+                    child.stay_off_fast_path()
+
+
+def check_enabled(model: nn.Module) -> None:
+    """Raise inside a ``disabled`` block of this model."""
+    for _, layer in lora_layers(model):
+        layer.check_enabled()
 
 
 def check_injectable(model: nn.Module, adapter: str) -> None:
     """Raise if an adapter of this name cannot be added to the model now."""
+    check_enabled(model)
     for name, layer in lora_layers(model):
         if adapter in layer.lora_specs:
             raise ValueError(
@@ -168,54 +184,7 @@ def check_selection(model: nn.Module, layers: Sequence[Found], train_also: Seque
             raise ValueError(f"{found.name!r} is already trained in full with the adapter {record.adapter!r}")
         if not any(parameter.is_floating_point() for parameter in found.module.parameters()):
             raise ValueError(f"train_also: {found.name!r} ({type(found.module).__name__}) has no parameter to train")
+        if not all(isinstance(value, Tensor) for value in found.module.state_dict(keep_vars=True).values()):
+            raise ValueError(f"train_also: {found.name!r} has state that is not a tensor and could not be restored")
         if any(isinstance(child, LoRALayer) for child in found.module.modules()):
             raise ValueError(f"train_also: {found.name!r} contains an adapted layer")
-
-
-_FLAGS = "_lora_requires_grad"
-"""On a module: the ``requires_grad`` that its own parameters had before the first injection."""
-
-
-def _freeze(modules: Sequence[nn.Module]) -> None:
-    """Take every parameter out of training but those of adapters and of the modules trained in full."""
-    keep: set[int] = set()
-    for module in modules:
-        if isinstance(module, LoRALayer):
-            keep.update(id(parameter) for _, _, parameter in module.lora_parameters())
-        if is_trained(module):
-            keep.update(map(id, module.parameters()))
-    for module in modules:
-        for name, parameter in module._parameters.items():
-            if parameter is not None and parameter.requires_grad and id(parameter) not in keep:
-                module.__dict__.setdefault(_FLAGS, {}).setdefault(name, True)
-                parameter.requires_grad_(False)
-
-
-def _set_requires_grad(module: nn.Module, wanted: bool) -> None:
-    for child in module.modules():
-        for name, parameter in child._parameters.items():
-            if parameter is not None and parameter.is_floating_point() and parameter.requires_grad != wanted:
-                child.__dict__.setdefault(_FLAGS, {}).setdefault(name, parameter.requires_grad)
-                parameter.requires_grad_(wanted)
-
-
-def unfreeze(model: nn.Module) -> None:
-    """Undo what injecting did besides adapting: give back ``requires_grad`` and the fused encoder kernel."""
-    for module in model.modules():
-        for name, flag in module.__dict__.pop(_FLAGS, {}).items():
-            parameter = module._parameters.get(name)
-            if parameter is not None:
-                parameter.requires_grad_(flag)
-        for key, hook in list(module._forward_pre_hooks.items()):
-            if hook is _stay_off_fast_path:
-                del module._forward_pre_hooks[key]
-
-
-def _keep_off_fast_path(parent: nn.TransformerEncoderLayer) -> None:
-    for layer in parent.children():
-        if isinstance(layer, LoRALayer) and _stay_off_fast_path not in layer._forward_pre_hooks.values():
-            layer.register_forward_pre_hook(_stay_off_fast_path)
-
-
-def _stay_off_fast_path(module: nn.Module, args: tuple[Any, ...]) -> None:
-    """A hook that does nothing: nn.TransformerEncoderLayer then calls the layer instead of reading its weight."""

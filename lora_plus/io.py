@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from . import functional
 from .adapter_tensors import check_adapter_name
-from .adapters import check_adapter, join, whole
+from .adapters import check_adapter, join, unwrap, whole
 from .formats import native, peft
 from .formats.adapter import Adapter, BaseLayer, LayerAdapter, Problems
 from .inject import attach, check_injectable, check_selection
@@ -62,6 +62,7 @@ def save_adapter(
     for key, text in (metadata or {}).items():
         if not isinstance(key, str) or not isinstance(text, str):
             raise TypeError(f"metadata must map str to str, got {key!r}: {text!r}")
+    model = unwrap(model)
     data = describe(model, adapter, metadata)
     broken = [
         f"{join(name, part)!r} has values that are not finite"
@@ -105,7 +106,7 @@ def load_adapter(
     check_adapter_name(adapter)
     check_injectable(model, adapter)
     path = Path(path)
-    found = find_modules(model)
+    found = find_modules(unwrap(model))
     by_name = {name: entry for entry in found.values() for name in entry.names}
     problems: list[str] = []
     data = _read(path, by_name, problems)
@@ -179,11 +180,28 @@ _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 def _write_peft(path: Path, data: Adapter, model: nn.Module) -> None:
     names = [name for name, _ in model.named_modules(remove_duplicate=False)]
     containers = [name for name in data.trained if isinstance(model.get_submodule(name), _CONTAINERS)]
+    tied = _tied_to_others(model, list(data.trained))
+    if tied:
+        raise Problems("the adapter cannot be written in PEFT's format", tied)
     tensors, config = peft.write(data, names, containers)
     text = json.dumps(config, indent=2, sort_keys=True, allow_nan=False) + "\n"
     with _replacing(path / peft.WEIGHTS, path / peft.CONFIG) as (weights, config_file):
         _serialize(weights, tensors, peft.METADATA)
         config_file.write_text(text, encoding="utf-8")
+
+
+def _tied_to_others(model: nn.Module, trained: list[str]) -> list[str]:
+    """Parameters of modules trained in full that modules outside share: PEFT would load them untied."""
+    inside: dict[int, str] = {}
+    outside: dict[int, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owned = any(not path or name.startswith(f"{path}.") for path in trained)
+        (inside if owned else outside).setdefault(id(parameter), name)
+    return [
+        f"train_also {name!r} is tied to {outside[key]!r}, and PEFT would untie them; train both, or save a file"
+        for key, name in inside.items()
+        if key in outside
+    ]
 
 
 _WRITERS: dict[str, Callable[[Path, Adapter, nn.Module], None]] = {"native": _write_native, "peft": _write_peft}

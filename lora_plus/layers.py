@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from . import functional
@@ -48,9 +50,35 @@ def why_unsupported(module: nn.Module) -> str | None:
         return f"{type(module).__name__} whose weight is not initialised; run a forward pass first"
     if not isinstance(weight, Tensor):
         return f"{type(module).__name__} without a weight tensor"
-    if not weight.is_floating_point():
-        return f"{type(module).__name__} whose weight is {weight.dtype}, not floating-point"
+    if weight.dtype not in _DTYPES:
+        return f"{type(module).__name__} whose weight is {weight.dtype}, expected one of {_DTYPES}"
+    if not weight.numel():
+        return f"{type(module).__name__} whose weight is empty"
+    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        return "the output projection of an nn.MultiheadAttention, which reads its weight and never calls it"
+    if not isinstance(module, LoRALayer) and (clash := _clash(type(module)) | (_OWN_NAMES & _names(module))):  # type: ignore[arg-type]
+        return f"{type(module).__name__} that has attributes of a LoRA layer already: {sorted(clash)}"
     return None
+
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+_OWN_NAMES = (set(dir(LoRALayer)) | set(LoRALayer.__annotations__)) - set(dir(nn.Module)) - {"weight"}
+
+
+def _names(module: nn.Module) -> set[str]:
+    return {*module.__dict__, *module._parameters, *module._buffers, *module._modules}
+
+
+@functools.cache
+def _clash(layer_class: type[Any]) -> set[str]:
+    return _OWN_NAMES & set(dir(layer_class))
+
+
+def _trial(weight: Tensor, *shape: int) -> Tensor:
+    """Numbers between -1 and 1 without a pattern, like the weight in dtype and device."""
+    count = torch.arange(1, 1 + math.prod(shape), device=weight.device, dtype=torch.float32)
+    return torch.sin(count * count).reshape(shape).to(weight.dtype)
 
 
 @adapts(nn.Linear)
@@ -58,6 +86,9 @@ class LoRALinear(LoRALayer, nn.Linear):
     """``y = W x + b + s B A x`` (Hu et al. 2021, arXiv:2106.09685): ``(..., in_features) -> (..., out_features)``."""
 
     layout = "o i -> o i"
+
+    def trial_input(self) -> Tensor:
+        return _trial(self.weight, 2, self.weight.shape[1])
 
     def low_rank(self, x: Tensor, A: Tensor, B: Tensor, scale: float, dropout: float) -> Tensor:
         return functional.linear_update(x, A, B, scale, dropout)
@@ -73,6 +104,9 @@ class LoRATransposedLinear(LoRALayer):
     def fits(cls, module: nn.Module) -> bool:
         width, weight = getattr(module, "nf", None), getattr(module, "weight", None)
         return isinstance(width, int) and isinstance(weight, Tensor) and weight.ndim == 2 and weight.shape[1] == width
+
+    def trial_input(self) -> Tensor:
+        return _trial(self.weight, 2, self.weight.shape[0])
 
     def low_rank(self, x: Tensor, A: Tensor, B: Tensor, scale: float, dropout: float) -> Tensor:
         return functional.linear_update(x, A, B, scale, dropout)
@@ -104,12 +138,15 @@ class LoRAEmbedding(LoRALayer, nn.Embedding):
     def base_facts(cls, module: nn.Module) -> dict[str, Any]:
         return {} if module.max_norm is None else {"max_norm": module.max_norm}
 
+    def trial_input(self) -> Tensor:
+        return torch.arange(min(4, len(self.weight)), device=self.weight.device)
+
     def adapted(self, x: Tensor, y: Tensor) -> Tensor:
         y = super().adapted(x, y)
         return y if self.max_norm is None else functional.clip_norm(y, self.max_norm, self.norm_type)
 
     def base_forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        if self.max_norm is None or self.lora_merge is not None:
+        if self.max_norm is None or (self.lora_merge is not None and not self.lora_disabled):
             return super().base_forward(*args, **kwargs)
         # torch rescales long rows of the stored weight in place; here the norm is that of the adapted row
         max_norm, self.max_norm = self.max_norm, None
@@ -129,11 +166,16 @@ class _LoRAConv(LoRALayer):
     """
 
     kernel_size: tuple[int, ...]
+    dilation: tuple[int, ...]
     groups: int
 
     @classmethod
     def base_facts(cls, module: nn.Module) -> dict[str, Any]:
         return {} if module.groups == 1 else {"groups": module.groups}
+
+    def trial_input(self) -> Tensor:
+        sizes = (step * (width - 1) + 3 for step, width in zip(self.dilation, self.kernel_size, strict=True))
+        return _trial(self.weight, 1, self.weight.shape[1] * self.groups, *sizes)
 
     def low_rank(self, x: Tensor, A: Tensor, B: Tensor, scale: float, dropout: float) -> Tensor:
         convolve = functools.partial(self._conv_forward, bias=None)  # type: ignore[operator, arg-type, misc]

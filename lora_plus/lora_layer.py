@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from . import functional
 from .adapter_tensors import AdapterTensors, check_adapter_name
+from .freezing import set_requires_grad
 from .functional import accumulation_dtype
 from .init import Init, resolve
 from .variants import VARIANTS, AdapterSpec
@@ -34,6 +35,8 @@ class Merge:
     """The adapters that the bound weight contains."""
     versions: dict[str, int]
     """The version counter of each of their tensors when they were merged."""
+    hidden: nn.Parameter | None
+    """The merged weight while a ``disabled`` block shows the base's."""
     lost: float | None
     """Relative error of the applied update after rounding to the weight's dtype; None at float32 and above."""
 
@@ -54,6 +57,8 @@ class LoRALayer(nn.Module):
     """einops pattern from the stored weight to its matrix view ``(out, in)``."""
     roles: ClassVar[dict[str, str]] = {"lora_A": "A", "lora_B": "B", "lora_magnitude": "magnitude"}
     """What the tensors of each container are to the optimizer."""
+    _derived_from: ClassVar[type[LoRALayer] | None] = None
+    """The kind, for a class that was made for a user's own layer class."""
     channel: ClassVar[int] = -1
     """The dimension of the output that the matrix's rows lie along."""
 
@@ -64,6 +69,8 @@ class LoRALayer(nn.Module):
     """The settings of each adapter, by its name."""
     lora_active: tuple[str, ...]
     """The adapters that take part in the forward, in the order in which they are applied."""
+    lora_disabled: int
+    """How many ``disabled`` blocks are open: above zero, the layer computes what its base computes."""
     lora_merge: Merge | None
     """What unmerging needs; None while the layer is not merged."""
     lora_base_forward: Callable[..., Tensor] | None
@@ -74,6 +81,10 @@ class LoRALayer(nn.Module):
     def low_rank(self, x: Tensor, A: Tensor, B: Tensor, scale: float, dropout: float) -> Tensor:
         """The update ``scale * B A`` applied to the layer's input; A and B come in the compute dtype."""
         raise NotImplementedError
+
+    def trial_input(self) -> Tensor | None:
+        """A small input for trying out a forward that is not torch's; None if the kind has no idea of one."""
+        return None
 
     @classmethod
     def fits(cls, module: nn.Module) -> bool:
@@ -113,7 +124,7 @@ class LoRALayer(nn.Module):
         check_adapter_name(adapter)
         spec = AdapterSpec(r=r, alpha=alpha, scaling=scaling, variant=variant, dropout=dropout)
         self.start()
-        self.freeze_base()
+        self.stand_alone()
         self.add_adapter(adapter, spec, self.new_tensors(self, spec, init=init, generator=generator))
 
     @classmethod
@@ -149,7 +160,7 @@ class LoRALayer(nn.Module):
         spec = AdapterSpec(r=r, alpha=alpha, scaling=scaling, variant=variant, dropout=dropout)
         tensors = cls.new_tensors(layer, spec, init=init, dtype=dtype, generator=generator)
         adopted = cls.adopt(layer)
-        adopted.freeze_base()
+        adopted.stand_alone()
         adopted.add_adapter(adapter, spec, tensors)
         assert isinstance(adopted, cls)
         return adopted
@@ -168,17 +179,20 @@ class LoRALayer(nn.Module):
         assert isinstance(layer.weight, Tensor)
         weight = functional.to_matrix(layer.weight.detach(), cls.layout)
         out_features, in_features = weight.shape
-        A, B = resolve(init)(weight, spec.r, generator)
+        # a function that is not ours gets a copy: what it does to the weight must not reach the base
+        A, B = resolve(init)(weight.clone() if callable(init) else weight, spec.r, generator)
         if A.shape != (spec.r, in_features) or B.shape != (out_features, spec.r):
             raise ValueError(
                 f"init {init!r} returned A {tuple(A.shape)} and B {tuple(B.shape)}; "
                 f"expected {(spec.r, in_features)} and {(out_features, spec.r)}"
             )
+        if callable(init) and not all(t.is_floating_point() and bool(t.isfinite().all()) for t in (A, B)):
+            raise ValueError(f"init {init!r} returned values that are not finite floating-point numbers")
         tensors = {"lora_A": A, "lora_B": B}
         cls.adjust(layer, tensors)
         tensors |= VARIANTS[spec.variant].extra(weight, A, B, spec.scale)
         wanted = accumulation_dtype(weight.dtype) if dtype is None else dtype
-        return {name: tensor.to(wanted).contiguous() for name, tensor in tensors.items()}
+        return {name: tensor.to(wanted, copy=callable(init)).contiguous() for name, tensor in tensors.items()}
 
     @classmethod
     def class_for(cls, layer_class: type[nn.Module]) -> type[LoRALayer]:
@@ -196,21 +210,30 @@ class LoRALayer(nn.Module):
 
     def start(self, base_forward: Callable[..., Tensor] | None = None) -> None:
         """The state of a LoRA layer that has no adapter yet."""
-        self.__dict__.update(lora_specs={}, lora_active=(), lora_merge=None, lora_base_forward=base_forward)
+        self.__dict__.update(
+            lora_specs={}, lora_active=(), lora_disabled=0, lora_merge=None, lora_base_forward=base_forward
+        )
 
-    def freeze_base(self) -> None:
-        """Take the layer's own parameters out of training."""
-        for parameter in self._parameters.values():
-            if parameter is not None:
-                parameter.requires_grad_(False)
+    def stand_alone(self) -> None:
+        """Do what an injection does around its layers: freeze the base, and be called wherever the layer is put."""
+        set_requires_grad([self], False)
+        self.stay_off_fast_path()
+
+    def stay_off_fast_path(self) -> None:
+        """Keep nn.TransformerEncoderLayer from reading the weight in its fused kernel instead of calling the layer."""
+        if _stay_off_fast_path not in self._forward_pre_hooks.values():
+            self.register_forward_pre_hook(_stay_off_fast_path)
 
     def restore(self) -> nn.Module:
         """Turn the layer object back into the plain layer it was, in place; its adapters are dropped."""
         base_forward, base_class = self.lora_base_forward, self.base_class
         for name in self.roles:
             self._modules.pop(name, None)
-        for name in ("lora_specs", "lora_active", "lora_merge", "lora_base_forward"):
+        for name in ("lora_specs", "lora_active", "lora_disabled", "lora_merge", "lora_base_forward"):
             del self.__dict__[name]
+        for key, hook in list(self._forward_pre_hooks.items()):
+            if hook is _stay_off_fast_path:
+                del self._forward_pre_hooks[key]
         plain: nn.Module = self
         plain.__class__ = base_class
         if base_forward is not None:
@@ -220,7 +243,7 @@ class LoRALayer(nn.Module):
     # ---- what it computes --------------------------------------------------------------------------------------
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        if self.lora_merge is not None:
+        if self.lora_merge is not None and not self.lora_disabled:
             self._check_merged_call(self.lora_merge)
             return self.base_forward(*args, **kwargs)
         x = args[0] if args else next(iter(kwargs.values()))
@@ -242,7 +265,7 @@ class LoRALayer(nn.Module):
             )
         # the arithmetic runs in the input's dtype; an embedding's input has none
         dtype = x.dtype if x.is_floating_point() else y.dtype
-        for name in self.lora_active:
+        for name in () if self.lora_disabled else self.lora_active:
             spec = self.lora_specs[name]
             A, B = self.lora_A[name].to(dtype), self.lora_B[name].to(dtype)
             update = self.low_rank(x, A, B, spec.scale, spec.dropout if self.training else 0.0)
@@ -347,16 +370,48 @@ class LoRALayer(nn.Module):
                 f"this {type(self).__name__} is merged, so its adapters would get no gradient; call "
                 "unmerge_lora(model) before training, or model.eval() or torch.no_grad() to run the merged model"
             )
-        if not torch.compiler.is_compiling() and self.adapter_versions(merge.adapters) != merge.versions:
+        if not torch.compiler.is_compiling():
+            self.check_unchanged(merge)
+
+    def check_unchanged(self, merge: Merge) -> None:
+        """Raise if an adapter has been changed in place since it was merged."""
+        if self.adapter_versions(merge.adapters) != merge.versions:
             raise ValueError(
                 f"an adapter of this {type(self).__name__} was changed while it was merged, which the merged weight "
                 "does not follow; call unmerge_lora(model), and merge_lora(model) again if it shall be merged"
             )
 
+    def disable(self) -> None:
+        """Compute what the base computes until `enable` has been called as often."""
+        self.lora_disabled += 1
+        if self.lora_merge is not None and self.lora_merge.hidden is None:
+            assert isinstance(self.weight, nn.Parameter)
+            self.lora_merge.hidden = self.weight
+            self.bind_weight(self.lora_merge.weight)
+
+    def enable(self) -> None:
+        """Undo one `disable`."""
+        self.lora_disabled -= 1
+        if not self.lora_disabled and self.lora_merge is not None and self.lora_merge.hidden is not None:
+            self.bind_weight(self.lora_merge.hidden)
+            self.lora_merge.hidden = None
+
+    def check_enabled(self) -> None:
+        """Raise inside a ``disabled`` block, where changes to adapters would be mixed up with what it restores."""
+        if self.lora_disabled:
+            raise ValueError("the adapters are disabled; leave the disabled(model) block first")
+
     def bind_weight(self, weight: Tensor) -> None:
         """Make this parameter the layer's weight; the one it had is left as it is, for whoever shares it."""
         assert isinstance(weight, nn.Parameter)
         self._parameters["weight"] = weight
+
+    @property
+    def has_own_forward(self) -> bool:
+        """Whether the base computation is a user's, which need not be what the update assumes."""
+        kind = self._derived_from
+        overridden = kind is not None and self.base_class.forward is not kind.base_class.forward
+        return overridden or self.lora_base_forward is not None
 
     def adapter_versions(self, adapters: tuple[str, ...]) -> dict[str, int]:
         """The version counters of these adapters' tensors: they differ after any change in place."""
@@ -390,8 +445,7 @@ class LoRALayer(nn.Module):
             return self
         super()._apply(fn, recurse)
         if self.lora_merge is not None:
-            kept = self.lora_merge.weight
-            self.lora_merge.weight = nn.Parameter(fn(kept.detach()), requires_grad=kept.requires_grad)
+            self.lora_merge.weight.data = fn(self.lora_merge.weight.data)  # the same object: it may be tied
             self.lora_merge.versions = self.adapter_versions(self.lora_merge.adapters)
         return self
 
@@ -415,6 +469,10 @@ class LoRALayer(nn.Module):
         kind = type(self).__dict__.get("_derived_from")
         # a class made on the fly has no name to be found by: pickle what it was made from
         return reduced if kind is None else (_new_derived, (kind, self.base_class), *reduced[2:])
+
+
+def _stay_off_fast_path(module: nn.Module, args: tuple[Any, ...]) -> None:
+    """A hook that does nothing: where there is one, nn.TransformerEncoderLayer takes its normal path."""
 
 
 @functools.cache

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from . import functional
 from .adapters import check_adapter
-from .inject import unfreeze
+from .freezing import restore_requires_grad
 from .lora_layer import LoRALayer, Merge, lora_layers
 from .trained import trained_modules, unmark_trained
 
@@ -78,6 +78,7 @@ def unmerge_lora(model: nn.Module) -> None:
     if not merged_layers:
         raise ValueError("the model is not merged")
     for layer in merged_layers:
+        layer.check_enabled()
         assert layer.lora_merge is not None
         layer.bind_weight(layer.lora_merge.weight)
         layer.lora_merge = None
@@ -86,14 +87,15 @@ def unmerge_lora(model: nn.Module) -> None:
 @contextmanager
 def merged(model: nn.Module, *, adapters: Sequence[str] | None = None) -> Iterator[nn.Module]:
     """The merged model for the length of a ``with`` block; afterwards the previous state, merged or not."""
-    if any(layer.lora_merge is not None for _, layer in lora_layers(model)):
+    if _is_merged(model, adapters):
         yield model
         return
     merge_lora(model, adapters=adapters)
     try:
         yield model
     finally:
-        unmerge_lora(model)
+        if any(layer.lora_merge is not None for _, layer in lora_layers(model)):
+            unmerge_lora(model)
 
 
 def merge_and_unload(model: nn.Module, *, adapters: Sequence[str] | None = None) -> nn.Module:
@@ -107,14 +109,38 @@ def merge_and_unload(model: nn.Module, *, adapters: Sequence[str] | None = None)
     Raises:
         KeyError, ValueError: as `merge_lora`; a model that is merged already keeps its merged weights.
     """
-    if not any(layer.lora_merge is not None for _, layer in lora_layers(model)):
+    if not _is_merged(model, adapters):
         merge_lora(model, adapters=adapters)
     for _, layer in list(lora_layers(model)):
         layer.restore()
     for _, module, _ in list(trained_modules(model)):
         unmark_trained(module, restore=False)
-    unfreeze(model)
+    restore_requires_grad(model.modules())
     return model
+
+
+def _is_merged(model: nn.Module, adapters: Sequence[str] | None) -> bool:
+    """Whether the model is merged with these adapters; a model that is merged in any other way is an error."""
+    layers = list(lora_layers(model))
+    if not any(layer.lora_merge is not None for _, layer in layers):
+        return False
+    for adapter in adapters or ():
+        check_adapter(model, adapter)
+    for path, layer in layers:
+        layer.check_enabled()
+        wanted = _wanted(layer, adapters)
+        there = layer.lora_merge.adapters if layer.lora_merge is not None else ()
+        if wanted != there:
+            raise ValueError(
+                f"{path!r} is merged with {list(there)}, not with {list(wanted)}; call unmerge_lora(model) first"
+            )
+        if layer.lora_merge is not None:
+            layer.check_unchanged(layer.lora_merge)
+    return True
+
+
+def _wanted(layer: LoRALayer, adapters: Sequence[str] | None) -> tuple[str, ...]:
+    return layer.lora_active if adapters is None else layer.in_order(adapters)
 
 
 def _compute(
@@ -127,7 +153,8 @@ def _compute(
     report = MergeReport([], {}, _ties(model, adapters))
     problems = []
     for path, layer in lora_layers(model):
-        names = layer.lora_active if adapters is None else layer.in_order(adapters)
+        layer.check_enabled()
+        names = _wanted(layer, adapters)
         if not names:
             continue
         refusal = _refusal(layer)
@@ -139,11 +166,15 @@ def _compute(
         if not _as_finite_as(weight, layer.weight):
             problems.append(f"{path!r}: the merged weight is not finite in {weight.dtype}")
             continue
+        differs = _trial(layer, names, weight)
+        if differs is not None:
+            problems.append(f"{path!r}: {differs}")
+            continue
         lost = _lost(layer.weight.detach(), weight, exact)
         if lost is not None:
             report.lost[path] = lost
         report.layers.append(path)
-        bound.append((layer, weight, Merge(layer.weight, names, layer.adapter_versions(names), lost)))
+        bound.append((layer, weight, Merge(layer.weight, names, layer.adapter_versions(names), None, lost)))
     if problems:
         raise ValueError("nothing was merged, because of\n" + "\n".join(f"  {line}" for line in problems))
     if not bound:
@@ -166,6 +197,34 @@ def _refusal(layer: LoRALayer) -> str | None:
         return "its weight has no values yet (meta device); load them first"
     if hasattr(layer.weight, "full_tensor"):
         return "its weight is sharded; merge the gathered model or the saved files instead"
+    return None
+
+
+@torch.no_grad()
+def _trial(layer: LoRALayer, names: tuple[str, ...], weight: Tensor) -> str | None:
+    """Why the merged weight does not compute what the adapters do, where the layer's forward is a user's own.
+
+    Such a forward may mask, scale or normalise its weight; then ``W + s B A`` in its place is something else.
+    """
+    x = layer.trial_input() if layer.has_own_forward else None
+    if x is None:
+        return None
+    active, training, original = layer.lora_active, layer.training, layer.weight
+    layer.training = False
+    try:
+        base = layer.base_forward(x)
+        layer.lora_active = names
+        unmerged = layer(x)
+        layer.bind_weight(nn.Parameter(weight, requires_grad=False))
+        merged_output = layer.base_forward(x)
+    except Exception as error:
+        return f"its own forward could not be tried out on one input ({type(error).__name__}: {error})"
+    finally:
+        layer.bind_weight(original)
+        layer.lora_active, layer.training = active, training
+    rounding = 32 * torch.finfo(weight.dtype).eps * unmerged.abs().max()
+    if (merged_output - unmerged).abs().max() > 0.01 * (unmerged - base).abs().max() + rounding:
+        return "its own forward does not use its weight as it is, so merging would change what it computes"
     return None
 
 
@@ -196,7 +255,7 @@ def _ties(model: nn.Module, adapters: Sequence[str] | None) -> list[tuple[str, l
     ties = []
     for path, layer in lora_layers(model):
         others = sorted(set(names.get(id(layer.weight), [])) - set(aliases[id(layer)]))
-        wanted = layer.lora_active if adapters is None else layer.in_order(adapters)
+        wanted = _wanted(layer, adapters)
         if others and wanted:
             ties.append((path, others))
     return ties

@@ -19,7 +19,7 @@ class Trained:
     original: dict[str, Tensor]
     """The module's own state before: what removing the adapter brings back."""
     exchanged: bool = False
-    """Whether the module shows its original state now, and ``original`` holds the trained one."""
+    """Whether the module shows its original state now."""
 
 
 _MARK = "_lora_trained"
@@ -31,11 +31,6 @@ def trained_modules(model: nn.Module, adapter: str | None = None) -> Iterator[tu
         record = module.__dict__.get(_MARK)
         if record is not None and adapter in (None, record.adapter):
             yield name, module, record
-
-
-def is_trained(module: nn.Module) -> bool:
-    """Whether this very module is marked as trained in full."""
-    return _MARK in module.__dict__
 
 
 def mark_trained(module: nn.Module, adapter: str) -> None:
@@ -55,19 +50,21 @@ def unmark_trained(module: nn.Module, *, restore: bool) -> None:
 
 @contextmanager
 def originals(model: nn.Module) -> Iterator[None]:
-    """The original state of all modules trained in full for the length of a ``with`` block; nothing is copied."""
+    """The original state of all modules trained in full for the length of a ``with`` block."""
     records = [(module, record) for _, module, record in trained_modules(model) if not record.exchanged]
+    for _, record in records:
+        record.exchanged = True
+    # by tensor: one that has several names, or several owners, is exchanged once
+    shown: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
     for module, record in records:
-        _exchange(module, record)
+        for name, tensor in module.state_dict(keep_vars=True).items():
+            shown.setdefault(id(tensor), (tensor, tensor.data, record.original[name]))
+    for tensor, _, original in shown.values():
+        tensor.data = original.to(tensor.device, tensor.dtype)
     try:
         yield
     finally:
-        for module, record in records:
-            _exchange(module, record)
-
-
-def _exchange(module: nn.Module, record: Trained) -> None:
-    for name, tensor in module.state_dict(keep_vars=True).items():
-        original = record.original[name].to(tensor.device, tensor.dtype)
-        record.original[name], tensor.data = tensor.data, original
-    record.exchanged = not record.exchanged
+        for tensor, trained, _ in shown.values():
+            tensor.data = trained
+        for _, record in records:
+            record.exchanged = False

@@ -66,7 +66,10 @@ class DoRA:
             raise ValueError(
                 "DoRA starts from the norm of the weight, which has no values on the meta device; load it first"
             )
-        return {"lora_magnitude": self._norm(weight, A, B, scale)}
+        norm = self._norm(weight, A, B, scale)
+        if not bool((norm > 0).all()):
+            raise ValueError("DoRA divides by the norm of each row of the weight, and this weight has rows of zeros")
+        return {"lora_magnitude": norm}
 
     def join(self, layer: LoRALayer, adapter: str, y: Tensor, update: Tensor) -> Tensor:
         tensors = layer.adapter_tensors(adapter)

@@ -204,7 +204,7 @@ def test_layers_that_cannot_be_adapted_are_refused_with_the_reason() -> None:
     packed = nn.Linear(4, 4)
     packed.weight = nn.Parameter(torch.zeros(4, 4, dtype=torch.uint8), requires_grad=False)
     for targets in (["0"], "all-linear"):
-        with pytest.raises(ValueError, match=r"whose weight is torch\.uint8, not floating-point"):
+        with pytest.raises(ValueError, match=r"whose weight is torch\.uint8, expected one of"):
             inject_lora(nn.Sequential(packed), targets)
     with pytest.raises(ValueError, match="no values on the meta device"), torch.device("meta"):
         inject_lora(nn.Sequential(nn.Linear(4, 4)), ["0"], variant="dora")
@@ -372,7 +372,7 @@ def test_the_summary_counts_and_notes() -> None:
     assert rows["blocks.0.q"].note == "r exceeds the weight's full rank 8; inactive"
     assert rows["embed"].layer == "Embedding" and rows["embed"].note == ""
     assert summary.trained == [("blocks.1.norm", "default", 16)]
-    assert summary.trainable == 9 * 16 + 2 * (11 + 8) + 16
+    assert summary.trainable == 2 * (11 + 8), "what was there before the second adapter is frozen"
     assert summary.total == sum(p.numel() for p in model.parameters())
     assert str(summary).splitlines()[0].split()[:4] == ["layer", "type", "adapter", "r"]
     assert "blocks.0.q" in str(summary) and "are trainable" in str(summary)

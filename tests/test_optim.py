@@ -33,7 +33,11 @@ def net() -> nn.Module:
     """An adapted embedding, linear and DoRA linear, with a norm and a head trained in full."""
     torch.manual_seed(0)
     model = inject_lora(Net().double(), ["embed", "q"], r=2, alpha=4, train_also=["norm", "head"])
-    return inject_lora(model, ["dora"], r=2, alpha=4, variant="dora", adapter="second")
+    trained = [p for p in model.parameters() if p.requires_grad]
+    inject_lora(model, ["dora"], r=2, alpha=4, variant="dora", adapter="second")
+    for parameter in trained:  # adding an adapter freezes the first one
+        parameter.requires_grad_(True)
+    return model
 
 
 def test_groups_by_role_with_rates_and_decay() -> None:

@@ -1,0 +1,34 @@
+"""Taking parameters out of training, and giving them back the ``requires_grad`` that they had."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import nn
+
+_FLAGS = "_lora_requires_grad"
+"""On a module: the ``requires_grad`` that its own parameters had before the first change."""
+
+
+def set_requires_grad(modules: Iterable[nn.Module], wanted: bool) -> None:
+    """Set ``requires_grad`` of the modules' own floating-point parameters, and note what it was."""
+    owned = [
+        (module, name, parameter)
+        for module in modules
+        for name, parameter in module._parameters.items()
+        if parameter is not None and parameter.is_floating_point() and parameter.requires_grad != wanted
+    ]
+    # noted for all before any is changed: a shared parameter has several owners
+    for module, name, parameter in owned:
+        module.__dict__.setdefault(_FLAGS, {}).setdefault(name, parameter.requires_grad)
+    for _, _, parameter in owned:
+        parameter.requires_grad_(wanted)
+
+
+def restore_requires_grad(modules: Iterable[nn.Module]) -> None:
+    """Give the modules' own parameters the ``requires_grad`` that was noted for them."""
+    for module in modules:
+        for name, flag in module.__dict__.pop(_FLAGS, {}).items():
+            parameter = module._parameters.get(name)
+            if parameter is not None:
+                parameter.requires_grad_(flag)

@@ -1,0 +1,339 @@
+"""What users do in an odd order: nested blocks, changes in between, ties, second adapters, wrappers."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import randomise
+from torch import nn
+
+import lora_plus
+from lora_plus import disabled, inject_lora, merge_and_unload, merge_lora, merged, remove_lora, unmerge_lora
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(9, 4)
+        self.q = nn.Linear(4, 4)
+        self.head = nn.Linear(4, 9, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.head(self.q(self.embed(tokens)))
+
+
+TOKENS = torch.arange(9)
+X = torch.linspace(-1, 1, 12).reshape(3, 4)
+
+
+def two(**options: Any) -> nn.Module:
+    return randomise(inject_lora(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), ["0", "1"], r=2, **options)).eval()
+
+
+@pytest.mark.parametrize("train_also", [["embed", "head"], ["head", "q"], [""]], ids=str)
+def test_disabled_restores_tied_modules_trained_in_full(train_also: list[str]) -> None:
+    model = Tied()
+    base = model(TOKENS)
+    extra = nn.ModuleDict({"body": model, "side": nn.Linear(2, 2)})
+    inject_lora(extra, ["side"], train_also=[f"body.{name}" if name else "body" for name in train_also])
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.ones_like(parameter))
+    trained = model(TOKENS)
+    with disabled(extra):
+        shown = model(TOKENS)
+    assert torch.equal(model(TOKENS), trained)
+    assert not torch.equal(shown, trained)
+    remove_lora(extra)
+    untouched = "q" in train_also or "" in train_also
+    assert not untouched or torch.equal(model(TOKENS), base)
+
+
+def test_nothing_can_be_changed_inside_disabled(tmp_path: Path) -> None:
+    model = two()
+    y = model(X)
+    calls = [
+        lambda: merge_lora(model),
+        lambda: inject_lora(model, ["0"], adapter="b"),
+        lambda: lora_plus.set_adapter(model, []),
+        lambda: lora_plus.delete_adapter(model, "default"),
+        lambda: remove_lora(model),
+        lambda: merge_and_unload(model),
+    ]
+    for call in calls:
+        with disabled(model), pytest.raises(ValueError, match=r"leave the disabled\(model\) block first"):
+            call()
+    merge_lora(model)
+    for call in (lambda: unmerge_lora(model), lambda: merge_and_unload(model)):
+        with disabled(model), pytest.raises(ValueError, match=r"leave the disabled\(model\) block first"):
+            call()
+    unmerge_lora(model)
+    assert torch.equal(model(X), y)
+
+
+def test_disabled_blocks_may_overlap() -> None:
+    model = two()
+    y = model(X)
+    base = remove_lora(copy.deepcopy(model))(X)
+    for merge in (False, True):
+        if merge:
+            merge_lora(model)
+        adapted = model(X)
+        first, second = disabled(model), disabled(model)
+        first.__enter__()
+        second.__enter__()
+        first.__exit__(None, None, None)
+        assert torch.equal(model(X), base)
+        second.__exit__(None, None, None)
+        assert torch.equal(model(X), adapted)
+    unmerge_lora(model)
+    assert torch.equal(model(X), y)
+
+
+def test_a_model_that_is_merged_otherwise_is_refused() -> None:
+    model = two()
+    merge_lora(model[0])
+    for call in (lambda: merge_and_unload(model), lambda: merged(model).__enter__(), lambda: merge_lora(model)):
+        with pytest.raises(ValueError, match="merged"):
+            call()
+    unmerge_lora(model)
+    randomise(inject_lora(model, ["0", "1"], r=2, adapter="b"))
+    merge_lora(model, adapters=["default"])
+    for call in (lambda: merge_and_unload(model, adapters=["b"]), lambda: merged(model, adapters=["b"]).__enter__()):
+        with pytest.raises(ValueError, match=r"'0' is merged with \['default'\], not with \['b'\]"):
+            call()
+    with pytest.raises(KeyError, match="nope"):
+        merge_and_unload(model, adapters=["nope"])
+
+
+def test_a_stale_merge_is_not_kept_for_good() -> None:
+    model = two()
+    merge_lora(model)
+    with torch.no_grad():
+        model[1].lora_B["default"].add_(1)
+    with pytest.raises(ValueError, match="was changed while it was merged"):
+        merge_and_unload(model)
+
+
+def test_unloading_inside_merged_is_fine() -> None:
+    model = two()
+    y = model(X)
+    with merged(model):
+        merge_and_unload(model)
+    torch.testing.assert_close(model(X), y)
+
+
+def test_merging_under_autocast_is_not_in_half_precision() -> None:
+    for variant in ("lora", "dora"):
+        model = two(variant=variant)
+        y = model(X)
+        with torch.autocast("cpu", torch.bfloat16):
+            merge_lora(model)
+        torch.testing.assert_close(model(X), y)
+
+
+def test_a_tie_survives_merging_and_moving() -> None:
+    model = Tied().eval()
+    randomise(inject_lora(model, ["head"], r=2))
+    with pytest.warns(UserWarning, match="is shared with embed"):
+        merge_lora(model)
+    model.double()
+    unmerge_lora(model)
+    assert model.head.weight is model.embed.weight and model.head.weight.dtype == torch.float64
+
+
+def test_every_holder_of_a_shared_parameter_gets_its_flag_back() -> None:
+    model = randomise(inject_lora(Tied(), ["head"], r=2))
+    with pytest.warns(UserWarning, match="is shared with embed"):
+        merge_and_unload(model)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert model.head.weight is not model.embed.weight
+
+
+@pytest.mark.parametrize("how", ["from_layer", "constructed", "injected alone"])
+def test_a_layer_put_into_an_encoder_by_hand_is_not_inert(how: str) -> None:
+    encoder = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True).eval()
+    if how == "from_layer":
+        lora_plus.LoRALinear.from_layer(encoder.linear1)
+    elif how == "constructed":
+        encoder.linear1 = lora_plus.LoRALinear(8, 16)
+    else:
+        inject_lora(encoder.linear1, "")
+    x = torch.randn(2, 3, 8)
+    with torch.no_grad():
+        base = encoder(x)
+        randomise(encoder)
+        assert not torch.allclose(encoder(x), base, atol=1e-3)
+        remove_lora(encoder)
+    assert not encoder.linear1._forward_pre_hooks
+
+
+def test_removing_what_from_layer_made_gives_back_the_flags() -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    lora_plus.LoRALinear.from_layer(model[0])
+    assert all(p.requires_grad for p in remove_lora(model).parameters())
+    inject_lora(model, ["0"])
+    lora_plus.delete_adapter(model, "default")
+    assert type(model[0]) is nn.Linear and all(p.requires_grad for p in model.parameters())
+
+
+def test_the_attention_s_projection_alone_is_refused() -> None:
+    attention = nn.MultiheadAttention(8, 2)
+    with pytest.raises(ValueError, match=r"the output projection of an nn\.MultiheadAttention"):
+        inject_lora(attention.out_proj, "")
+
+
+@pytest.mark.parametrize("harm", ["view", "in place"])
+def test_an_init_cannot_reach_the_base(harm: str) -> None:
+    def init(weight: torch.Tensor, r: int, generator: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        if harm == "in place":
+            weight.mul_(2)
+        return weight[:r], weight.new_zeros(weight.shape[0], r)
+
+    for layer in (nn.Linear(4, 4), nn.Embedding(4, 4, padding_idx=1)):
+        model = nn.Sequential(layer)
+        bits = layer.weight.detach().clone()
+        inject_lora(model, ["0"], r=2, init=init)
+        with torch.no_grad():
+            model[0].lora_A["default"].add_(1)
+        assert torch.equal(model[0].weight, bits)
+
+
+def test_an_init_must_return_finite_numbers() -> None:
+    def init(weight: torch.Tensor, r: int, generator: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.full((r, weight.shape[1]), torch.nan), weight.new_zeros(weight.shape[0], r)
+
+    with pytest.raises(ValueError, match="returned values that are not finite floating-point numbers"):
+        inject_lora(nn.Linear(4, 4), "", init=init)
+
+
+def test_adding_an_adapter_freezes_what_was_trained_before() -> None:
+    model = inject_lora(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)), ["0"], adapter="a", train_also=["1"])
+    inject_lora(model, ["0"], adapter="b")
+    assert [n for n, p in model.named_parameters() if p.requires_grad] == ["0.lora_A.b", "0.lora_B.b"]
+    assert all(p.requires_grad for p in remove_lora(model).parameters())
+
+
+def test_dora_refuses_rows_of_zeros() -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    nn.init.zeros_(model[0].weight)
+    with pytest.raises(ValueError, match="this weight has rows of zeros"):
+        inject_lora(model, ["0"], variant="dora")
+
+
+class NoChildren(nn.Linear):
+    def __init_subclass__(cls, *, kind: str) -> None: ...
+
+
+class Extra(nn.Linear):
+    def get_extra_state(self) -> dict[str, int]:
+        return {"steps": 3}
+
+    def set_extra_state(self, state: dict[str, int]) -> None: ...
+
+
+class Busy(nn.Linear):
+    def activate(self) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("layer", "error", "text"),
+    [
+        (NoChildren, TypeError, "kind"),
+        (Busy, ValueError, r"attributes of a LoRA layer already: \['activate'\]"),
+    ],
+)
+def test_a_class_that_cannot_be_adapted_fails_before_anything_is_changed(layer: Any, error: Any, text: str) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), layer(4, 4), nn.Linear(4, 4))
+    with pytest.raises(error, match=text):
+        inject_lora(model, ["0", "1"], train_also=["2"])
+    assert type(model[0]) is nn.Linear and all(p.requires_grad for p in model.parameters())
+    assert not [key for module in model.modules() for key in module.__dict__ if "lora" in key]
+
+
+def test_state_that_is_no_tensor_is_refused_before_anything_is_changed() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), Extra(4, 4))
+    with pytest.raises(ValueError, match="'2' has state that is not a tensor"):
+        inject_lora(model, ["0"], train_also=["1", "2"])
+    assert not [key for module in model.modules() for key in module.__dict__ if "lora" in key]
+
+
+@pytest.mark.parametrize("wrap", [lambda m: torch.compile(m, backend="eager"), nn.DataParallel], ids=["compiled", "dp"])
+def test_wrappers_leave_no_mark_in_files(wrap: Any, tmp_path: Path) -> None:
+    model = two()
+    lora_plus.save_adapter(wrap(model), tmp_path / "a.safetensors")
+    fresh = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    lora_plus.load_adapter(wrap(fresh), tmp_path / "a.safetensors")
+    assert set(lora_plus.adapter_state_dict(wrap(fresh))) == {f"{n}.lora_{part}" for n in "01" for part in "AB"}
+    assert torch.equal(fresh[0].lora_B["default"], model[0].lora_B["default"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8])
+def test_other_weights_are_refused_by_name(dtype: torch.dtype) -> None:
+    layer = nn.Linear(4, 4)
+    layer.weight = nn.Parameter(layer.weight.detach().to(dtype), requires_grad=False)
+    with pytest.raises(ValueError, match=f"Linear whose weight is {dtype}, expected one of"):
+        inject_lora(nn.Sequential(layer), ["0"])
+
+
+class Halved(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, self.weight * 0.5, self.bias)
+
+
+class Standardised(nn.Conv2d):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+        return self._conv_forward(x, weight, self.bias)
+
+
+class Gated(nn.Linear):
+    def forward(self, x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * gate
+
+
+class Shifted(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) + 1
+
+
+@pytest.mark.parametrize(
+    ("layer", "text"),
+    [
+        (
+            Halved(4, 4),
+            "its own forward is not linear in its weight, so the merged weight would compute something else",
+        ),
+        (Standardised(2, 3, 3), "its own forward does not use its weight as it is"),
+        (Gated(4, 4), "its own forward could not be tried out on one input"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_a_forward_that_merging_would_change_is_not_merged(layer: nn.Module, text: str) -> None:
+    model = randomise(inject_lora(nn.Sequential(layer), ["0"], r=2))
+    weight = model[0].weight
+    with pytest.raises(ValueError, match=text):
+        merge_lora(model)
+    assert model[0].weight is weight and model[0].lora_active == ("default",) and model[0].training
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_forward_that_merging_keeps_is_merged(dtype: torch.dtype) -> None:
+    model = randomise(inject_lora(nn.Sequential(Shifted(4, 4)).to(dtype), ["0"], r=2)).eval()
+    y = model(X.to(dtype))
+    with merged(model):
+        torch.testing.assert_close(model(X.to(dtype)), y, rtol=0.05, atol=0.05)
+
+
+def test_a_head_tied_to_the_rest_is_not_written_for_peft(tmp_path: Path) -> None:
+    model = inject_lora(Tied(), ["q"], train_also=["head"])
+    with pytest.raises(ValueError, match=r"train_also 'head.weight' is tied to 'embed.weight', and PEFT would untie"):
+        lora_plus.save_adapter(model, tmp_path / "peft")
+    assert not (tmp_path / "peft").exists()
+    lora_plus.save_adapter(model, tmp_path / "a.safetensors")
+    assert lora_plus.load_adapter(Tied(), tmp_path / "a.safetensors").q.lora_specs["default"].r == 8
