@@ -307,7 +307,7 @@ class Shifted(nn.Linear):
     [
         (
             Halved(4, 4),
-            "its own forward is not linear in its weight, so the merged weight would compute something else",
+            "its own forward does not use its weight as it is, so merging would change what it computes",
         ),
         (Standardised(2, 3, 3), "its own forward does not use its weight as it is"),
         (Gated(4, 4), "its own forward could not be tried out on one input"),
