@@ -160,6 +160,11 @@ def check_enabled(model: nn.Module) -> None:
 def check_injectable(model: nn.Module, adapter: str) -> None:
     """Raise if an adapter of this name cannot be added to the model now."""
     check_enabled(model)
+    if any(isinstance(module, nn.parallel.DistributedDataParallel) for module in model.modules()):
+        raise ValueError(
+            "the model is wrapped in DistributedDataParallel, which would not reduce the gradients of new parameters; "
+            "add the adapter to the plain model first, then wrap it"
+        )
     for name, layer in lora_layers(model):
         if adapter in layer.lora_specs:
             raise ValueError(

@@ -202,8 +202,8 @@ class LoRALayer(nn.Module):
     @classmethod
     def adopt(cls, module: nn.Module) -> LoRALayer:
         """Turn the layer object into one of this kind, in place and still without adapters."""
-        base_forward = module.__dict__.pop("forward", None)
         module.__class__ = cls.class_for(type(module))
+        base_forward = module.__dict__.pop("forward", None)
         assert isinstance(module, LoRALayer)
         module.start(base_forward)
         return module

@@ -337,3 +337,23 @@ def test_a_head_tied_to_the_rest_is_not_written_for_peft(tmp_path: Path) -> None
     assert not (tmp_path / "peft").exists()
     lora_plus.save_adapter(model, tmp_path / "a.safetensors")
     assert lora_plus.load_adapter(Tied(), tmp_path / "a.safetensors").q.lora_specs["default"].r == 8
+
+
+def test_an_adapter_is_not_added_behind_ddp_s_back(tmp_path: Path) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    try:
+        plain = nn.Sequential(nn.Linear(4, 4))
+        wrapped = nn.parallel.DistributedDataParallel(plain)
+        with pytest.raises(ValueError, match="wrapped in DistributedDataParallel, which would not reduce"):
+            inject_lora(wrapped, ["0"])
+        assert type(plain[0]) is nn.Linear
+        before = inject_lora(plain, ["0"])
+        wrapped = nn.parallel.DistributedDataParallel(before)
+        optimizer = lora_plus.create_loraplus_optimizer(wrapped, torch.optim.AdamW, lr=1e-2)
+        wrapped(X).square().mean().backward()
+        optimizer.step()
+        assert torch.count_nonzero(plain[0].lora_B["default"])
+        lora_plus.save_adapter(wrapped, tmp_path / "a.safetensors")
+        assert set(lora_plus.adapter_state_dict(wrapped)) == {"0.lora_A", "0.lora_B"}
+    finally:
+        torch.distributed.destroy_process_group()
