@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapter_tensors import AdapterTensors, check_adapter_name
+from .collector import collector_paused
 from .config import LoRAConfig, Pattern
 from .freezing import restore_requires_grad, set_requires_grad
 from .init import Init
@@ -20,6 +21,7 @@ from .trained import mark_trained, trained_modules, unmark_trained
 from .variants import AdapterSpec
 
 
+@collector_paused()
 def inject_lora(
     model: nn.Module,
     targets: Pattern | Sequence[Pattern],
@@ -159,13 +161,15 @@ def check_enabled(model: nn.Module) -> None:
 
 def check_injectable(model: nn.Module, adapter: str) -> None:
     """Raise if an adapter of this name cannot be added to the model now."""
-    check_enabled(model)
-    if any(isinstance(module, nn.parallel.DistributedDataParallel) for module in model.modules()):
-        raise ValueError(
-            "the model is wrapped in DistributedDataParallel, which would not reduce the gradients of new parameters; "
-            "add the adapter to the plain model first, then wrap it"
-        )
-    for name, layer in lora_layers(model):
+    for name, layer in model.named_modules():
+        if isinstance(layer, nn.parallel.DistributedDataParallel):
+            raise ValueError(
+                "the model is wrapped in DistributedDataParallel, which would not reduce the gradients of new "
+                "parameters; add the adapter to the plain model first, then wrap it"
+            )
+        if not isinstance(layer, LoRALayer):
+            continue
+        layer.check_enabled()
         if adapter in layer.lora_specs:
             raise ValueError(
                 f"the model has an adapter {adapter!r} already (on {name or 'itself'!r}); "

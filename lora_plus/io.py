@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from . import functional
 from .adapter_tensors import check_adapter_name
 from .adapters import check_adapter, join, unwrap, whole
+from .collector import collector_paused
 from .formats import native, peft
 from .formats.adapter import Adapter, BaseLayer, LayerAdapter, Problems
 from .inject import attach, check_injectable, check_selection
@@ -81,6 +82,7 @@ def save_adapter(
     _WRITERS[chosen](Path(os.path.realpath(path)), data, model)
 
 
+@collector_paused()
 def load_adapter(
     model: nn.Module, path: str | os.PathLike[str], *, adapter: str = "default", trainable: bool = False
 ) -> nn.Module:

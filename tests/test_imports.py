@@ -10,7 +10,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent / "lora_plus"
 
 STRATA = [
-    {"version", "functional", "adapter_tensors", "freezing", "formats.adapter"},
+    {"version", "functional", "adapter_tensors", "collector", "freezing", "formats.adapter"},
     {"init", "variants", "formats.native", "formats.peft", "trained"},
     {"lora_layer", "config"},
     {"layers"},
