@@ -108,7 +108,9 @@ def adapter_state_dict(model: nn.Module, *, adapter: str = "default") -> dict[st
     for path, layer in lora_layers(model):
         for container, tensor in layer.adapter_tensors(adapter).items():
             state[join(path, container)] = whole(tensor)
-    for path, module, _ in trained_modules(model, adapter):
+    for path, module, record in trained_modules(model, adapter):
+        if record.exchanged:
+            raise ValueError(f"{path!r} shows its original values; leave the disabled(model) block first")
         for name, tensor in module.state_dict(keep_vars=True).items():
             state[join(path, name)] = whole(tensor)
     return state

@@ -519,3 +519,5 @@ def test_an_adapter_is_not_saved_while_disabled(tmp_path: Path) -> None:
     with lora_plus.disabled(model), pytest.raises(ValueError, match=r"save outside of disabled\(model\)"):
         lora_plus.save_adapter(model, tmp_path / "a.safetensors")
     assert not list(tmp_path.iterdir())
+    with lora_plus.disabled(model), pytest.raises(ValueError, match=r"'blocks.0.norm' shows its original values"):
+        lora_plus.adapter_state_dict(model)
