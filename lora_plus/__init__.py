@@ -4,10 +4,20 @@ from .adapters import adapter_names, adapter_state_dict, delete_adapter, disable
 from .config import LoRAConfig
 from .inject import inject_lora, remove_lora
 from .io import load_adapter, save_adapter
-from .layers import LoRAConv1d, LoRAConv2d, LoRAConv3d, LoRAEmbedding, LoRALinear
+from .layers import (
+    LoRAConv1d,
+    LoRAConv2d,
+    LoRAConv3d,
+    LoRAConvTranspose1d,
+    LoRAConvTranspose2d,
+    LoRAConvTranspose3d,
+    LoRAEmbedding,
+    LoRALinear,
+)
 from .lora_layer import LoRALayer
 from .merge import merge_and_unload, merge_lora, merged, unmerge_lora
 from .optim import create_loraplus_optimizer, loraplus_param_groups, split_loraplus_groups
+from .parameters import LoRAParameter
 from .version import __version__
 
 __all__ = [
@@ -15,9 +25,13 @@ __all__ = [
     "LoRAConv1d",
     "LoRAConv2d",
     "LoRAConv3d",
+    "LoRAConvTranspose1d",
+    "LoRAConvTranspose2d",
+    "LoRAConvTranspose3d",
     "LoRAEmbedding",
     "LoRALayer",
     "LoRALinear",
+    "LoRAParameter",
     "__version__",
     "adapter_names",
     "adapter_state_dict",

@@ -35,14 +35,14 @@ class AdapterTensors(nn.Module):
         return ", ".join(f"{name}: {tuple(self[name].shape)}" for name in self)
 
 
-def check_adapter_name(name: object) -> None:
-    """Raise if an adapter cannot have this name: it becomes the last part of its parameters' names."""
+def check_adapter_name(name: object, what: str = "an adapter") -> None:
+    """Raise if an adapter, or a block of rows, cannot have this name: it becomes a part of its parameters' names."""
     if not isinstance(name, str):
-        raise TypeError(f"an adapter's name must be a str, got {name!r}")
+        raise TypeError(f"{what}'s name must be a str, got {name!r}")
     if not name or "." in name:
-        raise ValueError(f"an adapter's name must not be empty or contain a dot, got {name!r}")
+        raise ValueError(f"{what}'s name must not be empty or contain a dot, got {name!r}")
     if hasattr(_NAME_PROBE, name):
-        raise ValueError(f"adapter name {name!r} is an attribute of nn.Module; choose another name")
+        raise ValueError(f"the name {name!r} of {what} is an attribute of nn.Module; choose another name")
 
 
 _NAME_PROBE = AdapterTensors()

@@ -8,14 +8,20 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from .adapted_weight import AdaptedWeight, adapted_weights, adapter_sites
+from .adapter_site import AdapterSite
 from .freezing import restore_requires_grad
-from .lora_layer import LoRALayer, lora_layers
+from .fused_kernels import resume_nesting
+from .inject import check_restorable
+from .lora_layer import LoRALayer
+from .names import join
+from .parameters import LoRAOwner, parameter_holders, restore_parameter
 from .trained import originals, trained_modules, unmark_trained
 
 
 def adapter_names(model: nn.Module) -> list[str]:
     """The names of the adapters that the model holds, in the order in which they were added."""
-    return list(dict.fromkeys(name for _, layer in lora_layers(model) for name in layer.lora_specs))
+    return list(dict.fromkeys(name for _, site, _ in adapter_sites(model) for name in site.lora_specs))
 
 
 def check_adapter(model: nn.Module, adapter: str) -> None:
@@ -39,12 +45,12 @@ def set_adapter(model: nn.Module, adapters: str | Sequence[str]) -> None:
     names = (adapters,) if isinstance(adapters, str) else tuple(dict.fromkeys(adapters))
     for name in names:
         check_adapter(model, name)
-    for path, layer in lora_layers(model):
-        layer.check_enabled()
-        _check_unmerged(path, layer, "choosing its adapters")
-        layer.in_order(names)
-    for _, layer in lora_layers(model):
-        layer.activate(names)
+    for path, weight in adapted_weights(model):
+        weight.check_enabled()
+        _check_unmerged(path, weight, "choosing its adapters")
+        weight.in_order(names)
+    for _, weight in adapted_weights(model):
+        weight.activate(names)
 
 
 def delete_adapter(model: nn.Module, adapter: str) -> None:
@@ -55,17 +61,24 @@ def delete_adapter(model: nn.Module, adapter: str) -> None:
         ValueError: if the model is merged.
     """
     check_adapter(model, adapter)
-    layers = [(path, layer) for path, layer in lora_layers(model) if adapter in layer.lora_specs]
-    for path, layer in layers:
-        layer.check_enabled()
-        _check_unmerged(path, layer, "deleting an adapter")
+    weights = [(path, weight) for path, weight in adapted_weights(model) if adapter in weight.lora_adapters()]
+    for path, weight in weights:
+        weight.check_enabled()
+        _check_unmerged(path, weight, "deleting an adapter")
+    check_restorable(model)
     for _, module, _ in list(trained_modules(model, adapter)):
         unmark_trained(module, restore=True)
-    for _, layer in layers:
-        layer.delete_adapter(adapter)
-        if not layer.lora_specs:
-            layer.restore()
+    for _, weight in weights:
+        weight.delete_adapter(adapter)
+    for module in list(model.modules()):
+        if isinstance(module, LoRALayer) and not module.lora_adapters():
+            module.restore()
+        elif isinstance(module, LoRAOwner):
+            for name, holder in parameter_holders(module).items():
+                if not holder.lora_adapters():
+                    restore_parameter(module, name)
     if not adapter_names(model):
+        resume_nesting(model.modules())
         restore_requires_grad(model.modules())
 
 
@@ -76,7 +89,7 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
     Adapters are passed over, merged weights and modules trained in full are exchanged for the original ones;
     ``requires_grad`` and the merge state are not touched.
     """
-    layers = [layer for _, layer in lora_layers(model)]
+    layers = [weight for _, weight in adapted_weights(model)]
     for layer in layers:
         layer.disable()
     try:
@@ -105,8 +118,8 @@ def adapter_state_dict(model: nn.Module, *, adapter: str = "default") -> dict[st
     model = unwrap(model)
     check_adapter(model, adapter)
     state: dict[str, Tensor] = {}
-    for path, layer in lora_layers(model):
-        for container, tensor in layer.adapter_tensors(adapter).items():
+    for path, site, _ in adapter_sites(model):
+        for container, tensor in site.adapter_tensors(adapter).items():
             state[join(path, container)] = whole(tensor)
     for path, module, record in trained_modules(model, adapter):
         if record.exchanged:
@@ -116,19 +129,14 @@ def adapter_state_dict(model: nn.Module, *, adapter: str = "default") -> dict[st
     return state
 
 
-def join(path: str, name: str) -> str:
-    """The dotted name of something inside the module at ``path``, which is empty for the model itself."""
-    return f"{path}.{name}" if path else name
-
-
 def whole(tensor: Tensor) -> Tensor:
     """The tensor, detached; a DTensor is gathered from its shards."""
     gather = getattr(tensor, "full_tensor", None)
     return (tensor if gather is None else gather()).detach()
 
 
-def _check_unmerged(path: str, layer: LoRALayer, what: str) -> None:
-    if layer.lora_merge is not None:
+def _check_unmerged(path: str, weight: AdaptedWeight, what: str) -> None:
+    if weight.lora_merge is not None:
         raise ValueError(f"the model is merged ({path!r} is); call unmerge_lora(model) before {what}")
 
 
@@ -137,9 +145,9 @@ class SummaryRow:
     """One adapter on one layer."""
 
     name: str
-    """The layer's first name in the model."""
+    """The first name in the model of the layer, parameter or block of rows."""
     layer: str
-    """The class of the layer without adapters."""
+    """The class of the layer without adapters, or ``"parameter"``."""
     adapter: str
     r: int
     alpha: float
@@ -180,13 +188,12 @@ class Summary:
 def lora_summary(model: nn.Module) -> Summary:
     """What was adapted: layers, ranks, scales, sizes, and notes on what is unusual."""
     rows = []
-    for path, layer in lora_layers(model):
-        for adapter, spec in layer.lora_specs.items():
-            size = sum(tensor.numel() for tensor in layer.adapter_tensors(adapter).values())
-            notes = _notes(layer, adapter)
-            rows.append(
-                SummaryRow(path, layer.base_class.__name__, adapter, spec.r, spec.alpha, spec.scale, size, notes)
-            )
+    for path, site, weight in adapter_sites(model):
+        what = weight.base_class.__name__ if isinstance(weight, LoRALayer) else "parameter"
+        for adapter, spec in site.lora_specs.items():
+            size = sum(tensor.numel() for tensor in site.adapter_tensors(adapter).values())
+            notes = _notes(site, weight, adapter)
+            rows.append(SummaryRow(path, what, adapter, spec.r, spec.alpha, spec.scale, size, notes))
     trained = [
         (path, record.adapter, sum(p.numel() for p in module.parameters()))
         for path, module, record in trained_modules(model)
@@ -196,12 +203,12 @@ def lora_summary(model: nn.Module) -> Summary:
     return Summary(rows, trained, trainable, sum(p.numel() for p in parameters))
 
 
-def _notes(layer: LoRALayer, adapter: str) -> str:
-    tensors, spec, merge = layer.adapter_tensors(adapter), layer.lora_specs[adapter], layer.lora_merge
-    (out_features, _), (_, in_features) = tensors["lora_B"].shape, tensors["lora_A"].shape
+def _notes(site: AdapterSite, weight: AdaptedWeight, adapter: str) -> str:
+    tensors, spec, merge = site.adapter_tensors(adapter), site.lora_specs[adapter], weight.lora_merge
+    full_rank = min(tensors["lora_B"].shape[-2], tensors["lora_A"].shape[-1])
     notes = {
-        f"r exceeds the weight's full rank {min(out_features, in_features)}": spec.r > min(out_features, in_features),
-        "inactive": adapter not in layer.lora_active,
+        f"r exceeds the weight's full rank {full_rank}": spec.r > full_rank,
+        "inactive": adapter not in weight.lora_active,
         "merged": merge is not None and adapter in merge.adapters,
         f"rounding lost {merge.lost if merge else 0} of the update": merge is not None and merge.lost is not None,
     }

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .adapter_tensors import check_adapter_name
 from .init import Init, resolve
 from .variants import AdapterSpec
 
@@ -48,6 +49,10 @@ class LoRAConfig:
     """``"lora"``, or ``"dora"`` (arXiv:2402.09353)."""
     train_also: Pattern | Sequence[Pattern] = ()
     """Modules that are trained in full and saved with the adapter, such as a new head."""
+    fused: Mapping[Any, Sequence[str] | Mapping[str, int]] | None = None
+    """By pattern, the names of the projections that one layer computes together, with their rows if they differ."""
+    layouts: Mapping[Any, str] | None = None
+    """By pattern, how bare parameters are stored, as one of `LAYOUTS`."""
     dtype: torch.dtype | None = None
     """Dtype of A and B; None for float32, or the base's own where that is wider."""
 
@@ -58,14 +63,20 @@ class LoRAConfig:
             raise ValueError('no target given; name layers, or pass "all-linear"')
         self.spec()
         resolve(self.init)
-        for field in ("rank_pattern", "alpha_pattern"):
+        checks: dict[str, Callable[[Any], Any]] = {
+            "rank_pattern": lambda r: self.spec(r=r),
+            "alpha_pattern": lambda alpha: self.spec(alpha=alpha),
+            "fused": _check_blocks,
+            "layouts": _check_layout,
+        }
+        for field, check in checks.items():
             pattern = {} if getattr(self, field) is None else getattr(self, field)
             if not isinstance(pattern, Mapping):
                 raise TypeError(f"{field} must be a mapping from pattern to value, got {pattern!r}")
             object.__setattr__(self, field, dict(pattern))
             for key, value in pattern.items():
                 try:
-                    self.spec(**{"r" if field == "rank_pattern" else "alpha": value})
+                    check(value)
                 except (TypeError, ValueError) as error:
                     raise type(error)(f"{field}[{key!r}]: {error}") from None
         if self.dtype is not None and not (isinstance(self.dtype, torch.dtype) and self.dtype.is_floating_point):
@@ -87,7 +98,7 @@ class LoRAConfig:
             raise ValueError(f"init is a function ({self.init!r}) and cannot be written; give it a name in INITS")
         for name in ("targets", "exclude", "train_also"):
             fields[name] = [_pattern_to_json(name, pattern) for pattern in fields[name]]
-        for name in ("rank_pattern", "alpha_pattern"):
+        for name in _BY_PATTERN:
             fields[name] = [[_pattern_to_json(name, pattern), value] for pattern, value in fields[name].items()]
         fields["dtype"] = None if self.dtype is None else str(self.dtype).removeprefix("torch.")
         return fields
@@ -108,12 +119,37 @@ class LoRAConfig:
         for name in ("targets", "exclude", "train_also"):
             if name in values:
                 values[name] = tuple(map(_pattern_from_json, as_patterns(values[name])))
-        for name in ("rank_pattern", "alpha_pattern"):
+        for name in _BY_PATTERN:
             if values.get(name) is not None:
                 values[name] = {_pattern_from_json(pattern): value for pattern, value in values[name]}
         if values.get("dtype") is not None:
             values["dtype"] = getattr(torch, str(values["dtype"]), values["dtype"])
         return cls(**values)
+
+
+_BY_PATTERN = ("rank_pattern", "alpha_pattern", "fused", "layouts")
+
+LAYOUTS = ("o i -> o i", "i o -> o i", "e o i -> e o i", "e i o -> e o i")
+"""How a bare parameter can be stored: (out, in) or (in, out), alone or as a stack of experts."""
+
+
+def _check_layout(layout: Any) -> None:
+    if layout not in LAYOUTS:
+        raise ValueError(f"unknown layout {layout!r}; choose one of {LAYOUTS}")
+
+
+def _check_blocks(blocks: Any) -> None:
+    if isinstance(blocks, str) or not isinstance(blocks, (Sequence, Mapping)):
+        raise TypeError(f"expected a list of names, or a mapping from names to numbers of rows, got {blocks!r}")
+    names = list(blocks)
+    if not names or len(set(names)) < len(names):
+        raise ValueError(f"expected one name or more, each once, got {names}")
+    for name in names:
+        check_adapter_name(name, "a block")
+    if isinstance(blocks, Mapping) and not all(
+        isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in blocks.values()
+    ):
+        raise ValueError(f"numbers of rows must be positive integers, got {blocks!r}")
 
 
 def as_patterns(patterns: Any) -> tuple[Any, ...]:

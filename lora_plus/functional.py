@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 def to_matrix(weight: Tensor, layout: str) -> Tensor:
-    """The weight as a matrix ``(out, in)``.
+    """The weight as a matrix ``(out, in)``, or as a stack of them ``(stack, out, in)``.
 
     Args:
         weight: the weight as the layer stores it.
@@ -27,7 +27,7 @@ def to_matrix(weight: Tensor, layout: str) -> Tensor:
 
 
 def from_matrix(matrix: Tensor, layout: str, shape: Sequence[int]) -> Tensor:
-    """The inverse of `to_matrix`: a matrix ``(out, in)`` as the stored weight of the given shape."""
+    """The inverse of `to_matrix`: a matrix view as the stored weight of the given shape."""
     stored, viewed = layout.split(" -> ")
     if stored == viewed:
         return matrix
@@ -36,10 +36,9 @@ def from_matrix(matrix: Tensor, layout: str, shape: Sequence[int]) -> Tensor:
 
 
 @functools.cache
-def matrix_shape(layout: str, shape: tuple[int, ...]) -> tuple[int, int]:
-    """``(out, in)`` of the matrix view of a weight with this layout and shape."""
-    out_features, in_features = to_matrix(torch.empty(shape, device="meta"), layout).shape
-    return out_features, in_features
+def matrix_shape(layout: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """``(out, in)``, or ``(stack, out, in)``, of the matrix view of a weight with this layout and shape."""
+    return tuple(to_matrix(torch.empty(shape, device="meta"), layout).shape)
 
 
 def accumulation_dtype(*dtypes: torch.dtype) -> torch.dtype:
@@ -69,8 +68,28 @@ def delta(A: Tensor, B: Tensor, scale: float) -> Tensor:
 
 
 def row_norm(matrix: Tensor) -> Tensor:
-    """The Euclidean norm of each row (output channel) of a matrix ``(out, in)``: ``(out,)``, float32 or better."""
-    return torch.linalg.vector_norm(matrix, dim=1, dtype=accumulation_dtype(matrix.dtype))
+    """The Euclidean norm of each row (output channel): ``(..., out, in) -> (..., out)``, float32 or better."""
+    return torch.linalg.vector_norm(matrix, dim=-1, dtype=accumulation_dtype(matrix.dtype))
+
+
+def block_rows(blocks: Sequence[Tensor], starts: Sequence[int], rows: int) -> Tensor:
+    """The matrix ``(rows, R)`` that has block i at row ``starts[i]``, each in columns of its own, and zeros elsewhere.
+
+    With the A's of several updates stacked to ``(R, in)``, it is the B of their common update.
+
+    Args:
+        blocks: ``(rows_i, r_i)`` each, in the order of their rows; R is the sum of the r_i.
+        starts: the first row of each.
+        rows: the number of all rows.
+    """
+    width = sum(block.shape[1] for block in blocks)
+    pieces, row, column = [], 0, 0
+    for block, start in zip(blocks, starts, strict=True):
+        pieces.append(block.new_zeros(start - row, width))
+        pieces.append(F.pad(block, (column, width - column - block.shape[1])))
+        row, column = start + block.shape[0], column + block.shape[1]
+    pieces.append(blocks[0].new_zeros(rows - row, width))
+    return torch.cat(pieces)
 
 
 def relative_error(approximation: Tensor, exact: Tensor) -> float:
@@ -112,35 +131,30 @@ def embedding_update(
 
 def conv_update(
     x: Tensor,
-    A: Tensor,
     B: Tensor,
     scale: float,
     dropout: float,
-    kernel: Sequence[int],
     groups: int,
-    convolve: Callable[[Tensor, Tensor], Tensor],
+    convolve: Callable[[Tensor], Tensor],
+    spatial: int,
 ) -> Tensor:
-    """The convolution of ``x`` with the kernel that the matrix ``scale * B A`` is a view of.
+    """The convolution of ``x`` with the kernel that the matrix ``scale * B @ A`` is a view of.
 
-    A is a convolution to r channels, shared by all groups; B mixes them, a 1x1 convolution.
+    A is a convolution to r channels in each group; B mixes them, a 1x1 convolution.
 
     Args:
-        x: ``(batch, in * groups, ...)`` or without the batch.
-        A: ``(r, in * prod(kernel))``, ``in`` being the input channels of one group.
-        B: ``(out, r)``.
+        x: ``(batch, channels, ...)`` or without the batch.
+        B: ``(out, r)``, the rows of each group in turn.
         scale: the factor of the update.
         dropout: probability that an entry of ``x`` is dropped.
-        kernel: the spatial size of the layer's kernel.
         groups: the layer's number of groups.
-        convolve: ``(x, weight) -> y`` with the layer's own stride, padding, dilation and groups.
+        convolve: ``x -> (..., groups * r, ...)``, the convolution with A.
+        spatial: the number of dimensions that the kernel has.
     """
     if dropout:
         x = F.dropout(x, dropout)
-    spatial = len(kernel)
-    down = A.reshape(A.shape[0], -1, *kernel).repeat(groups, *[1] * (spatial + 1))  # (groups * r, in, *kernel)
     up = B.reshape(*B.shape, *[1] * spatial)  # (out, r, 1, ...)
-    h = convolve(x, down) * scale  # (..., groups * r, ...)
-    return _POINTWISE[spatial](h, up, groups=groups)
+    return _POINTWISE[spatial](convolve(x) * scale, up, groups=groups)
 
 
 _POINTWISE: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}

@@ -9,14 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .adapted_weight import AdaptedWeight, adapted_weights
 from .adapter_tensors import AdapterTensors, check_adapter_name
+from .class_swap import check_top_class
 from .collector import collector_paused
 from .config import LoRAConfig, Pattern
 from .freezing import restore_requires_grad, set_requires_grad
+from .fused_kernels import keep_out_of_fused_kernels, resume_nesting, stop_nesting
 from .init import Init
-from .layers import lora_class
-from .lora_layer import LoRALayer, lora_layers
-from .targets import Found, select
+from .lora_layer import LoRALayer
+from .parameters import LoRAOwner, restore_owner
+from .places import Found, Place
+from .targets import select
 from .trained import mark_trained, trained_modules, unmark_trained
 from .variants import AdapterSpec
 
@@ -36,6 +40,8 @@ def inject_lora(
     init: str | Init = "kaiming",
     variant: str = "lora",
     train_also: Pattern | Sequence[Pattern] = (),
+    fused: Mapping[Any, Sequence[str] | Mapping[str, int]] | None = None,
+    layouts: Mapping[Any, str] | None = None,
     adapter: str = "default",
     dtype: torch.dtype | None = None,
     generator: torch.Generator | None = None,
@@ -53,11 +59,19 @@ def inject_lora(
 
     Args:
         model: any module; it is changed.
-        targets: which layers: a pattern or a list of patterns. A pattern is a name (``"q"`` matches ``q`` and
+        targets: what gets adapters: a pattern or a list of patterns. A pattern is a name (``"q"`` matches ``q`` and
             whatever ends in ``.q``), a glob (``"layers.*.mlp.*"``, which may also start at any dot), a compiled
             regular expression (on the full name), a module type, a function ``(name, module) -> bool``, or
-            ``"all-linear"``: every linear layer but the parts of ``nn.MultiheadAttention``, a head tied to an
-            embedding, and what ``exclude`` or ``train_also`` names. ``""`` is the model itself.
+            ``"all-linear"``: every linear layer and the projections of every ``nn.MultiheadAttention``, but a head
+            tied to an embedding, and what ``exclude`` or ``train_also`` names. ``""`` is the model itself.
+
+            The projections of an ``nn.MultiheadAttention`` ``attn`` are ``attn.q``, ``attn.k``, ``attn.v`` and
+            ``attn.out_proj`` (or ``attn.out``); ``attn.in_proj`` is the first three, ``attn`` or the type all of
+            them. A recurrent layer stands for its matrices, ``lstm.weight_ih_l0`` for one of them. A parameter of two
+            or three dimensions is a target under its own name (``"experts.gate_up_proj"``), as is the weight of a
+            layer that is read but not called (``"proj.weight"``); the update of such a weight is a dense matrix in
+            every step, and dropout is refused there. A glob or a regular expression looks among the parameters only
+            if it matches nothing else.
         r: rank of the update.
         alpha: numerator of the scaling.
         dropout: probability that an entry of an adapter's input is dropped in training.
@@ -68,6 +82,11 @@ def inject_lora(
         init: a name in ``lora_plus.init.INITS`` or a function ``(weight, r, generator) -> (A, B)``.
         variant: ``"lora"`` or ``"dora"``.
         train_also: patterns of modules to train in full and save with the adapter, such as a new head.
+        fused: ``{pattern: names}`` for layers that compute several projections together, e.g.
+            ``{"c_attn": ["q", "k", "v"]}``, or ``{"qkv": {"q": 64, "k": 16, "v": 16}}`` with the rows of each. They are
+            then targets ``c_attn.q``, ..., with factors of their own; ``c_attn`` stands for all of them.
+        layouts: ``{pattern: layout}`` for parameters that are not stored as (out, in): one of ``"i o -> o i"``,
+            ``"e o i -> e o i"`` (a stack of experts, the default for three dimensions), ``"e i o -> e o i"``.
         adapter: name of the adapter. A model can hold several; the one injected last is the active one.
         dtype: of A and B; None for float32, or the base's own where that is wider.
         generator: source of all random numbers; None for torch's global generator.
@@ -82,19 +101,18 @@ def inject_lora(
     check_adapter_name(adapter)
     config = LoRAConfig(
         targets=targets, r=r, alpha=alpha, dropout=dropout, exclude=exclude, rank_pattern=rank_pattern,
-        alpha_pattern=alpha_pattern, scaling=scaling, init=init, variant=variant, train_also=train_also, dtype=dtype,
+        alpha_pattern=alpha_pattern, scaling=scaling, init=init, variant=variant, train_also=train_also, fused=fused,
+        layouts=layouts, dtype=dtype,
     )  # fmt: skip
     check_injectable(model, adapter)
     selection = select(model, config)
-    check_selection(model, [found for found, _, _ in selection.layers], selection.train_also)
+    check_selection(model, [place for place, _, _ in selection.places], selection.train_also)
     spec_of = functools.cache(lambda layer_r, layer_alpha: config.spec(r=layer_r, alpha=layer_alpha))
     prepared = []
-    for found, layer_r, layer_alpha in selection.layers:
-        kind, spec = lora_class(found.module), spec_of(layer_r, layer_alpha)
-        assert kind is not None
-        kind.class_for(type(found.module))  # a class that cannot be derived from fails here, before anything is changed
-        tensors = kind.new_tensors(found.module, spec, init=init, dtype=dtype, generator=generator)
-        prepared.append((found.module, spec, tensors))
+    for place, layer_r, layer_alpha in selection.places:
+        spec = spec_of(layer_r, layer_alpha)
+        place.check_adoptable()
+        prepared.append((place, spec, place.new_tensors(spec, init=init, dtype=dtype, generator=generator)))
     attach(model, adapter, prepared, [found.module for found in selection.train_also])
     return model
 
@@ -109,25 +127,37 @@ def remove_lora(model: nn.Module) -> nn.Module:
         The same model.
     """
     check_enabled(model)
+    check_restorable(model)
     for _, module, _ in list(trained_modules(model)):
         unmark_trained(module, restore=True)
-    for _, layer in list(lora_layers(model)):
-        if layer.lora_merge is not None:
-            layer.bind_weight(layer.lora_merge.weight)
-        layer.restore()
-    restore_requires_grad(model.modules())
+    for _, weight in adapted_weights(model):
+        if weight.lora_merge is not None:
+            weight.unmerge()
+    make_plain(model)
     return model
+
+
+def make_plain(model: nn.Module) -> None:
+    """Turn everything adapted into what it was, with the weights that are bound, and restore ``requires_grad``."""
+    modules = list(model.modules())
+    for module in modules:
+        if isinstance(module, LoRALayer):
+            module.restore()
+        elif isinstance(module, LoRAOwner):
+            restore_owner(module)
+    resume_nesting(modules)
+    restore_requires_grad(model.modules())
 
 
 def attach(
     model: nn.Module,
     adapter: str,
-    prepared: Sequence[tuple[nn.Module, AdapterSpec, dict[str, Tensor]]],
+    prepared: Sequence[tuple[Place, AdapterSpec, dict[str, Tensor]]],
     train_also: Sequence[nn.Module],
     *,
     trainable: bool = True,
 ) -> None:
-    """Put prepared adapter tensors on the layers, freeze the rest of the model, and make the adapter the active one."""
+    """Put prepared tensors in their places, freeze the rest of the model, and make the adapter the active one."""
     for module in train_also:
         mark_trained(module, adapter)
     modules = list(model.modules())
@@ -135,28 +165,47 @@ def attach(
     for module in train_also:
         set_requires_grad(module.modules(), trainable)
     for module in modules:
-        if isinstance(module, LoRALayer):
-            module.activate(())
-            for _, _, parameter in module.lora_parameters():
+        if isinstance(module, AdapterTensors):
+            for parameter in module.parameters():
                 parameter.requires_grad_(False)
-    for module, spec, tensors in prepared:
-        kind = lora_class(module)
-        assert kind is not None
-        layer = module if isinstance(module, LoRALayer) else kind.adopt(module)
-        layer.add_adapter(adapter, spec, tensors, trainable=trainable)
-        if layer is model:  # what it is a part of is not known
-            layer.stay_off_fast_path()
-    for parent in modules:
-        if isinstance(parent, nn.TransformerEncoderLayer):
-            for child in parent.children():
+    for place, spec, tensors in prepared:
+        place.adopt().add_adapter(adapter, spec, tensors, trainable=trainable)
+    for _, weight in adapted_weights(model):
+        weight.activate((adapter,))
+    _keep_adapters_in(model, modules)
+
+
+def _keep_adapters_in(model: nn.Module, modules: Sequence[nn.Module]) -> None:
+    """See to it that no fused kernel of torch passes the adapters by."""
+    if isinstance(model, LoRALayer):  # what it is a part of is not known
+        keep_out_of_fused_kernels(model)
+    for module in modules:
+        if isinstance(module, nn.TransformerEncoderLayer):
+            for child in module.children():
                 if isinstance(child, LoRALayer):
-                    child.stay_off_fast_path()
+                    keep_out_of_fused_kernels(child)
+        if isinstance(module, nn.TransformerEncoder) and any(adapted_weights(module)):
+            stop_nesting([module])
 
 
 def check_enabled(model: nn.Module) -> None:
     """Raise inside a ``disabled`` block of this model."""
-    for _, layer in lora_layers(model):
-        layer.check_enabled()
+    for _, weight in adapted_weights(model):
+        weight.check_enabled()
+
+
+def check_restorable(model: nn.Module) -> None:
+    """Raise, naming the layer, if something adapted cannot become what it was.
+
+    Raises:
+        ValueError: if another tool has changed its class since the injection.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, (LoRALayer, LoRAOwner)):
+            try:
+                check_top_class(module)
+            except ValueError as error:
+                raise ValueError(f"{name or 'the model'!r} cannot be restored: {error}") from None
 
 
 def check_injectable(model: nn.Module, adapter: str) -> None:
@@ -167,10 +216,10 @@ def check_injectable(model: nn.Module, adapter: str) -> None:
                 "the model is wrapped in DistributedDataParallel, which would not reduce the gradients of new "
                 "parameters; add the adapter to the plain model first, then wrap it"
             )
-        if not isinstance(layer, LoRALayer):
+        if not isinstance(layer, AdaptedWeight):
             continue
         layer.check_enabled()
-        if adapter in layer.lora_specs:
+        if adapter in layer.lora_adapters():
             raise ValueError(
                 f"the model has an adapter {adapter!r} already (on {name or 'itself'!r}); "
                 "give the new one another name, or call remove_lora(model) first"
@@ -179,14 +228,14 @@ def check_injectable(model: nn.Module, adapter: str) -> None:
             raise ValueError(f"the model is merged ({name!r} is); call unmerge_lora(model) before adding an adapter")
 
 
-def check_selection(model: nn.Module, layers: Sequence[Found], train_also: Sequence[Found]) -> None:
+def check_selection(model: nn.Module, places: Sequence[Place], train_also: Sequence[Found]) -> None:
     """Raise if a layer is inside a module that another adapter trains in full, or a module cannot be so trained."""
     for name, module, record in trained_modules(model):
         inside = {id(child) for child in module.modules()}
-        for found in layers:
-            if id(found.module) in inside:
+        for place in places:
+            if id(place.owner) in inside:
                 raise ValueError(
-                    f"{found.name!r} cannot be adapted: {name!r} is trained in full with the adapter {record.adapter!r}"
+                    f"{place.name!r} cannot be adapted: {name!r} is trained in full with the adapter {record.adapter!r}"
                 )
     for found in train_also:
         for _, _, record in trained_modules(found.module):
@@ -195,5 +244,5 @@ def check_selection(model: nn.Module, layers: Sequence[Found], train_also: Seque
             raise ValueError(f"train_also: {found.name!r} ({type(found.module).__name__}) has no parameter to train")
         if not all(isinstance(value, Tensor) for value in found.module.state_dict(keep_vars=True).values()):
             raise ValueError(f"train_also: {found.name!r} has state that is not a tensor and could not be restored")
-        if any(isinstance(child, LoRALayer) for child in found.module.modules()):
+        if any(isinstance(child, AdaptedWeight) for child in found.module.modules()):
             raise ValueError(f"train_also: {found.name!r} contains an adapted layer")

@@ -4,31 +4,31 @@ from __future__ import annotations
 
 import json
 import os
-import uuid
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, TensorSpec, safe_open, serialize_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from . import functional
 from .adapter_tensors import check_adapter_name
-from .adapters import check_adapter, join, unwrap, whole
+from .adapters import check_adapter, unwrap, whole
+from .atomic_files import replacing, serialize, write_safetensors
 from .collector import collector_paused
+from .config import LAYOUTS
 from .formats import native, peft
 from .formats.adapter import Adapter, BaseLayer, LayerAdapter, Problems
 from .inject import attach, check_injectable, check_selection
-from .layers import lora_class
-from .lora_layer import lora_layers
-from .targets import Found, find_modules, near_misses, refusal
+from .layers import DTYPES
+from .names import join
+from .places import PARAMETER, Found, Place, adapted_places, find_modules, find_parameters, find_places
+from .targets import near_misses
 from .trained import trained_modules
 from .variants import AdapterSpec
 from .version import __version__
-
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def save_adapter(
@@ -110,23 +110,23 @@ def load_adapter(
     path = Path(path)
     found = find_modules(unwrap(model))
     by_name = {name: entry for entry in found.values() for name in entry.names}
+    places = {name: place for place in (*find_parameters(found), *find_places(found, {})) for name, _ in place.names}
     problems: list[str] = []
-    data = _read(path, by_name, problems)
-    _check_layers(data, by_name, problems)
-    _check_trained(data, by_name, problems)
+    data = _read(path, places, by_name, problems)
+    chosen = _choose_places(data, places, by_name, problems)
+    _check_trained(data, by_name, chosen, problems)
     if not problems and not data.layers:
         problems.append("it has no adapted layer")
     if problems:
         raise Problems(f"adapter {str(path)!r} cannot be loaded; the model is unchanged", problems)
     trained = [by_name[name] for name in data.trained]
-    check_selection(model, [by_name[name] for name in data.layers], trained)
+    check_selection(model, list(chosen.values()), trained)
     prepared = []
     for name, layer in data.layers.items():
-        weight = by_name[name].module.weight
-        assert isinstance(weight, Tensor)
+        weight = chosen[name].stored()
         home = torch.device("cpu") if weight.is_meta else weight.device
         tensors = {part: tensor.to(home) for part, tensor in layer.tensors.items()}
-        prepared.append((by_name[name].module, AdapterSpec(**layer.settings), tensors))
+        prepared.append((chosen[name], AdapterSpec(**layer.settings), tensors))
     attach(model, adapter, prepared, [entry.module for entry in trained], trainable=trainable)
     with torch.no_grad():
         for name, tensors in data.trained.items():
@@ -142,12 +142,12 @@ def describe(model: nn.Module, adapter: str, metadata: Mapping[str, str] | None 
     """One adapter of a model as plain data. Sharded tensors are gathered, so every rank must call this."""
     check_adapter(model, adapter)
     layers = {}
-    for path, layer in lora_layers(model):
-        if adapter in layer.lora_specs:
-            spec = layer.lora_specs[adapter]
+    for place, site in adapted_places(model):
+        if adapter in site.lora_specs:
+            spec = site.lora_specs[adapter]
             settings = {name: getattr(spec, name) for name in native.SETTINGS}
-            tensors = {name: whole(tensor) for name, tensor in layer.adapter_tensors(adapter).items()}
-            layers[path] = LayerAdapter(_base(layer), settings, spec.scale, tensors)
+            tensors = {name: whole(tensor) for name, tensor in site.adapter_tensors(adapter).items()}
+            layers[place.name] = LayerAdapter(place.base(), settings, spec.scale, tensors)
     found = list(trained_modules(model, adapter))
     if any(record.exchanged for _, _, record in found):
         raise ValueError("the modules trained in full show their original values; save outside of disabled(model)")
@@ -158,14 +158,6 @@ def describe(model: nn.Module, adapter: str, metadata: Mapping[str, str] | None 
         if id(module) not in inside
     }
     return Adapter(layers, trained, dict(metadata or {}))
-
-
-def _base(module: nn.Module) -> BaseLayer:
-    kind = lora_class(module)
-    assert kind is not None
-    assert isinstance(module.weight, Tensor)
-    # a user's own subclass is written as the torch layer that it is
-    return BaseLayer(kind.kind_name(), kind.layout, tuple(module.weight.shape), kind.base_facts(module))
 
 
 # ---- writing ---------------------------------------------------------------------------------------------------------
@@ -187,8 +179,8 @@ def _write_peft(path: Path, data: Adapter, model: nn.Module) -> None:
         raise Problems("the adapter cannot be written in PEFT's format", tied)
     tensors, config = peft.write(data, names, containers)
     text = json.dumps(config, indent=2, sort_keys=True, allow_nan=False) + "\n"
-    with _replacing(path / peft.WEIGHTS, path / peft.CONFIG) as (weights, config_file):
-        _serialize(weights, tensors, peft.METADATA)
+    with replacing(path / peft.WEIGHTS, path / peft.CONFIG) as (weights, config_file):
+        serialize(weights, tensors, peft.METADATA)
         config_file.write_text(text, encoding="utf-8")
 
 
@@ -209,72 +201,13 @@ def _tied_to_others(model: nn.Module, trained: list[str]) -> list[str]:
 _WRITERS: dict[str, Callable[[Path, Adapter, nn.Module], None]] = {"native": _write_native, "peft": _write_peft}
 
 
-def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file atomically, with a header that is the same for the same contents."""
-    with _replacing(path) as (temporary,):
-        _serialize(temporary, tensors, metadata)
-
-
-def _serialize(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    held = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(tensors.items())}
-    specs = {
-        name: TensorSpec(
-            dtype=str(tensor.dtype).removeprefix("torch."), shape=list(tensor.shape), data_ptr=tensor.data_ptr(),
-            data_len=tensor.numel() * tensor.element_size(),
-        )
-        for name, tensor in held.items()
-    }  # fmt: skip
-    serialize_file(specs, str(path), dict(metadata))
-
-
-@contextmanager
-def _replacing(*paths: Path) -> Iterator[list[Path]]:
-    """Temporary paths beside ``paths`` that take their places when the block ends well, and are removed otherwise.
-
-    What was written is on the disk before a name changes, so a crash leaves the old file or the new one, whole. Of
-    several files the last is the one without which the others are not read: where it changes, it is out of the way
-    until the others are in place, so a crash between two renames leaves no mixture of old and new that could be read.
-    """
-    temporaries = [path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp") for path in paths]
-    last, aside = paths[-1], temporaries[-1].with_suffix(".old")
-    try:
-        for path, temporary in zip(paths, temporaries, strict=True):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary.touch()
-        modes = [temporary.stat().st_mode for temporary in temporaries]
-        yield temporaries
-        for temporary, mode in zip(temporaries, modes, strict=True):
-            temporary.chmod(mode)  # safetensors makes its files readable by the owner only
-            _flush(temporary)
-        if len(paths) > 1 and last.exists() and last.read_bytes() != temporaries[-1].read_bytes():
-            os.replace(last, aside)
-        for path, temporary in zip(paths, temporaries, strict=True):
-            os.replace(temporary, path)
-        if os.name == "posix":  # a rename is lasting once its folder is written; elsewhere folders cannot be opened
-            for folder in {path.parent for path in paths}:
-                _flush(folder)
-    finally:
-        if aside.exists() and temporaries[0].exists():  # nothing took its place yet
-            os.replace(aside, last)
-        for leftover in (*temporaries, aside):
-            leftover.unlink(missing_ok=True)
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 # ---- reading ---------------------------------------------------------------------------------------------------------
 
 
-def _read(path: Path, by_name: Mapping[str, Found], problems: list[str]) -> Adapter:
+def _read(path: Path, places: Mapping[str, Place], by_name: Mapping[str, Found], problems: list[str]) -> Adapter:
     """The adapter at a path, in whichever format it is."""
     if path.is_dir():
-        return _read_peft(path, by_name, problems)
+        return _read_peft(path, places, by_name, problems)
     if not path.exists():
         raise FileNotFoundError(f"there is no adapter at {str(path)!r}")
     tensors, metadata = _read_safetensors(path, problems)
@@ -287,7 +220,7 @@ def _read(path: Path, by_name: Mapping[str, Found], problems: list[str]) -> Adap
     return native.read(tensors, metadata, _scale, problems)
 
 
-def _read_peft(path: Path, by_name: Mapping[str, Found], problems: list[str]) -> Adapter:
+def _read_peft(path: Path, places: Mapping[str, Place], by_name: Mapping[str, Found], problems: list[str]) -> Adapter:
     present = [name for name in (peft.CONFIG, peft.WEIGHTS) if (path / name).exists()]
     for name in {peft.CONFIG, peft.WEIGHTS} - set(present):
         pickled = (path / name).with_suffix(".bin").exists()
@@ -302,7 +235,8 @@ def _read_peft(path: Path, by_name: Mapping[str, Found], problems: list[str]) ->
     tensors, _ = _read_safetensors(path / peft.WEIGHTS, problems)
     if problems:
         return Adapter({}, {})
-    bases = {name: None if refusal(entry) else _base(entry.module) for name, entry in by_name.items()}
+    bases: dict[str, BaseLayer | None] = dict.fromkeys(by_name)
+    bases |= {name: None if place.refusal() else place.base() for name, place in places.items()}
     return peft.read(tensors, config, bases, _scale, problems)
 
 
@@ -323,28 +257,49 @@ def _read_safetensors(path: Path, problems: list[str]) -> tuple[dict[str, Tensor
 # ---- checking against the model --------------------------------------------------------------------------------------
 
 
-def _check_layers(data: Adapter, by_name: Mapping[str, Found], problems: list[str]) -> None:
-    seen: dict[int, str] = {}
+def _choose_places(
+    data: Adapter, places: Mapping[str, Place], by_name: Mapping[str, Found], problems: list[str]
+) -> dict[str, Place]:
+    """The place in the model of each layer of the file; what does not fit is added to the problems."""
+    chosen: dict[str, Place] = {}
+    seen: dict[Any, str] = {}
     missing: list[str] = []
     for name, layer in data.layers.items():
         for part, tensor in layer.tensors.items():
-            if tensor.dtype not in _DTYPES:
-                problems.append(f"{join(name, part)!r} is {tensor.dtype}, expected one of {_DTYPES}")
+            if tensor.dtype not in DTYPES:
+                problems.append(f"{join(name, part)!r} is {tensor.dtype}, expected one of {DTYPES}")
             elif not _is_finite(tensor):
                 problems.append(f"{join(name, part)!r} has values that are not finite")
-        if name not in by_name:
+        place = _place(name, layer.base, places, by_name)
+        if place is None:
             missing.append(name)
             continue
-        entry = by_name[name]
-        reason = refusal(entry)
+        chosen[name] = place
+        reason = place.refusal() or place.overlapped()
         if reason is not None:
             problems.append(f"{name!r} cannot be adapted: it is {reason}")
             continue
-        first = seen.setdefault(id(entry.module), name)
+        first = seen.setdefault(place.key, name)
         if first != name:
             problems.append(f"{name!r} and {first!r} are one module in this model")
-        problems += [f"{name!r}: {line}" for line in _misfits(layer, _base(entry.module))]
+        problems += [f"{name!r}: {line}" for line in _misfits(layer, place.base())]
     problems += _missing_modules(missing, by_name)
+    return chosen
+
+
+def _place(name: str, base: BaseLayer, places: Mapping[str, Place], by_name: Mapping[str, Found]) -> Place | None:
+    """Where in the model a layer of the file belongs."""
+    rows = base.facts.get("rows")
+    owner_name = base.facts.get("parameter", "").rpartition(".")[0]
+    inside = name.startswith(f"{owner_name}.") or not owner_name
+    if base.kind != PARAMETER and rows is not None and inside and owner_name in by_name:
+        label = name.removeprefix(owner_name).removeprefix(".")
+        owner = by_name[owner_name].module
+        return Place(owner, by_name[owner_name].name, [(name, owner)], label=label, rows=tuple(rows))
+    place = places.get(name)
+    if place is not None and base.kind == PARAMETER and base.layout in LAYOUTS:
+        return replace(place, layout=base.layout)  # a user may have stated it
+    return place
 
 
 def _missing_modules(names: list[str], by_name: Mapping[str, Found]) -> list[str]:
@@ -362,9 +317,15 @@ def _misfits(layer: LayerAdapter, base: BaseLayer) -> list[str]:
     lines = [f"{field} {file!r} in the file, {ours!r} in the model" for field, file, ours in pairs if file != ours]
     if lines:
         return lines
-    out_features, in_features = functional.matrix_shape(base.layout, base.shape)
+    *stack, out_features, in_features = functional.matrix_shape(base.layout, base.shape)
+    if "rows" in base.facts:
+        out_features = base.facts["rows"][1] - base.facts["rows"][0]
     r = layer.settings["r"]
-    expected = {"lora_A": (r, in_features), "lora_B": (out_features, r), "lora_magnitude": (out_features,)}
+    expected = {
+        "lora_A": (*stack, r, in_features),
+        "lora_B": (*stack, out_features, r),
+        "lora_magnitude": (*stack, out_features),
+    }
     return [
         f"{part} has shape {tuple(tensor.shape)}, expected {expected[part]}"
         for part, tensor in layer.tensors.items()
@@ -372,8 +333,10 @@ def _misfits(layer: LayerAdapter, base: BaseLayer) -> list[str]:
     ]
 
 
-def _check_trained(data: Adapter, by_name: Mapping[str, Found], problems: list[str]) -> None:
-    adapted = {id(by_name[name].module): name for name in data.layers if name in by_name}
+def _check_trained(
+    data: Adapter, by_name: Mapping[str, Found], chosen: Mapping[str, Place], problems: list[str]
+) -> None:
+    adapted = {id(place.owner): name for name, place in chosen.items()}
     seen: dict[int, str] = {}
     for name, tensors in data.trained.items():
         if name not in by_name:
@@ -399,7 +362,7 @@ def _trained_misfit(tensor: Tensor, wanted: Tensor) -> str | None:
     """Why a tensor of a module trained in full cannot take the place of the model's own; None if it can."""
     if tensor.shape != wanted.shape:
         return f"shape {tuple(tensor.shape)} in the file, {tuple(wanted.shape)} in the model"
-    if tensor.dtype != wanted.dtype and not (tensor.dtype in _DTYPES and wanted.dtype in _DTYPES):
+    if tensor.dtype != wanted.dtype and not (tensor.dtype in DTYPES and wanted.dtype in DTYPES):
         return f"{tensor.dtype} in the file, {wanted.dtype} in the model"
     if wanted.is_meta:
         return "the model has no values for it yet (it is on the meta device); load the base model first"
@@ -409,4 +372,4 @@ def _trained_misfit(tensor: Tensor, wanted: Tensor) -> str | None:
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    return tensor.dtype not in _DTYPES or bool(torch.isfinite(tensor).all())
+    return tensor.dtype not in DTYPES or bool(torch.isfinite(tensor).all())

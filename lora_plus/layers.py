@@ -5,9 +5,10 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import functional
@@ -50,18 +51,21 @@ def why_unsupported(module: nn.Module) -> str | None:
         return f"{type(module).__name__} whose weight is not initialised; run a forward pass first"
     if not isinstance(weight, Tensor):
         return f"{type(module).__name__} without a weight tensor"
-    if weight.dtype not in _DTYPES:
-        return f"{type(module).__name__} whose weight is {weight.dtype}, expected one of {_DTYPES}"
+    if weight.dtype not in DTYPES:
+        return f"{type(module).__name__} whose weight is {weight.dtype}, expected one of {DTYPES}"
     if not weight.numel():
         return f"{type(module).__name__} whose weight is empty"
     if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
-        return "the output projection of an nn.MultiheadAttention, which reads its weight and never calls it"
+        return (
+            "the output projection of an nn.MultiheadAttention, which never calls it; inject into the attention itself"
+        )
     if not isinstance(module, LoRALayer) and (clash := _clash(type(module)) | (_OWN_NAMES & _names(module))):  # type: ignore[arg-type]
         return f"{type(module).__name__} that has attributes of a LoRA layer already: {sorted(clash)}"
     return None
 
 
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+"""Of the weights that can be adapted."""
 
 _OWN_NAMES = (set(dir(LoRALayer)) | set(LoRALayer.__annotations__)) - set(dir(nn.Module)) - {"weight"}
 
@@ -90,7 +94,7 @@ class LoRALinear(LoRALayer, nn.Linear):
     def trial_input(self) -> Tensor:
         return _trial(self.weight, 2, self.weight.shape[1])
 
-    def low_rank(self, x: Tensor, A: Tensor, B: Tensor, scale: float, dropout: float) -> Tensor:
+    def low_rank(self, x: Tensor, A: Tensor, B: Tensor, scale: float, dropout: float, shape: torch.Size) -> Tensor:
         return functional.linear_update(x, A, B, scale, dropout)
 
 
@@ -108,7 +112,7 @@ class LoRATransposedLinear(LoRALayer):
     def trial_input(self) -> Tensor:
         return _trial(self.weight, 2, self.weight.shape[0])
 
-    def low_rank(self, x: Tensor, A: Tensor, B: Tensor, scale: float, dropout: float) -> Tensor:
+    def low_rank(self, x: Tensor, A: Tensor, B: Tensor, scale: float, dropout: float, shape: torch.Size) -> Tensor:
         return functional.linear_update(x, A, B, scale, dropout)
 
 
@@ -130,9 +134,8 @@ class LoRAEmbedding(LoRALayer, nn.Embedding):
     padding_idx: int | None
 
     @classmethod
-    def adjust(cls, module: nn.Module, tensors: dict[str, Tensor]) -> None:
-        if isinstance(module.padding_idx, int):
-            tensors["lora_A"][:, module.padding_idx] = 0
+    def no_update(cls, layer: nn.Module) -> int | None:
+        return layer.padding_idx if isinstance(layer.padding_idx, int) else None
 
     @classmethod
     def base_facts(cls, module: nn.Module) -> dict[str, Any]:
@@ -155,17 +158,15 @@ class LoRAEmbedding(LoRALayer, nn.Embedding):
         finally:
             self.max_norm = max_norm
 
-    def low_rank(self, x: Tensor, A: Tensor, B: Tensor, scale: float, dropout: float) -> Tensor:
+    def low_rank(self, x: Tensor, A: Tensor, B: Tensor, scale: float, dropout: float, shape: torch.Size) -> Tensor:
         return functional.embedding_update(x, A, B, scale, dropout, self.padding_idx, self.scale_grad_by_freq)
 
 
 class _LoRAConv(LoRALayer):
-    """A convolution whose update is a convolution to r channels and a 1x1 convolution; torch's own padding and groups.
-
-    A is ``(r, in_channels / groups * prod(kernel_size))``, shared by the groups; B is ``(out_channels, r)``.
-    """
+    """What the convolutions share: an update is a convolution like the layer's to r channels, and a 1x1 convolution."""
 
     kernel_size: tuple[int, ...]
+    stride: tuple[int, ...]
     dilation: tuple[int, ...]
     groups: int
 
@@ -175,11 +176,13 @@ class _LoRAConv(LoRALayer):
 
     def trial_input(self) -> Tensor:
         sizes = (step * (width - 1) + 3 for step, width in zip(self.dilation, self.kernel_size, strict=True))
-        return _trial(self.weight, 1, self.weight.shape[1] * self.groups, *sizes)
+        return _trial(self.weight, 1, self.in_channels, *sizes)  # type: ignore[arg-type]
 
-    def low_rank(self, x: Tensor, A: Tensor, B: Tensor, scale: float, dropout: float) -> Tensor:
-        convolve = functools.partial(self._conv_forward, bias=None)  # type: ignore[operator, arg-type, misc]
-        return functional.conv_update(x, A, B, scale, dropout, self.kernel_size, self.groups, convolve)
+    def low_rank(self, x: Tensor, A: Tensor, B: Tensor, scale: float, dropout: float, shape: torch.Size) -> Tensor:
+        # A is (r, in_channels / groups * prod(kernel_size)), shared by the groups; B is (out_channels, r)
+        down = A.reshape(A.shape[0], -1, *self.kernel_size).repeat(self.groups, *[1] * (1 + len(self.kernel_size)))
+        convolve = functools.partial(self._conv_forward, weight=down, bias=None)  # type: ignore[operator, arg-type, misc]
+        return functional.conv_update(x, B, scale, dropout, self.groups, convolve, len(self.kernel_size))
 
 
 @adapts(nn.Conv1d)
@@ -203,4 +206,56 @@ class LoRAConv3d(_LoRAConv, nn.Conv3d):
     """``nn.Conv3d`` with adapters."""
 
     layout = "o i d h w -> o (i d h w)"
+    channel = -4
+
+
+class _LoRAConvTranspose(_LoRAConv):
+    """Transposed convolutions; here B is ``(out_channels / groups, r)`` and shared by the groups."""
+
+    def low_rank(self, x: Tensor, A: Tensor, B: Tensor, scale: float, dropout: float, shape: torch.Size) -> Tensor:
+        down = A.reshape(A.shape[0], -1, *self.kernel_size).transpose(0, 1)  # (in_channels, r, *kernel)
+        spatial, padding = len(self.kernel_size), cast(tuple[int, ...], self.padding)
+        settings = zip(x.shape[-spatial:], self.stride, padding, self.dilation, self.kernel_size, strict=True)
+        least = [(n - 1) * step - 2 * pad + width * (k - 1) + 1 for n, step, pad, width, k in settings]
+        # the caller can ask for an output size, which shows in the base's output only
+        extra = [size - smallest for size, smallest in zip(shape[-spatial:], least, strict=True)]
+        convolve = functools.partial(
+            _TRANSPOSED[spatial], weight=down, stride=self.stride, padding=padding, output_padding=extra,
+            groups=self.groups, dilation=self.dilation,
+        )  # fmt: skip
+        up = B.repeat(self.groups, 1)
+        return functional.conv_update(x, up, scale, dropout, self.groups, convolve, spatial)
+
+    def per_channel(self, values: Tensor) -> Tensor:
+        return super().per_channel(values if len(values) == self.out_channels else values.repeat(self.groups))
+
+
+_TRANSPOSED: dict[int, Callable[..., Tensor]] = {
+    1: F.conv_transpose1d,
+    2: F.conv_transpose2d,
+    3: F.conv_transpose3d,
+}
+
+
+@adapts(nn.ConvTranspose1d)
+class LoRAConvTranspose1d(_LoRAConvTranspose, nn.ConvTranspose1d):
+    """``nn.ConvTranspose1d`` with adapters."""
+
+    layout = "i o k -> o (i k)"
+    channel = -2
+
+
+@adapts(nn.ConvTranspose2d)
+class LoRAConvTranspose2d(_LoRAConvTranspose, nn.ConvTranspose2d):
+    """``nn.ConvTranspose2d`` with adapters."""
+
+    layout = "i o h w -> o (i h w)"
+    channel = -3
+
+
+@adapts(nn.ConvTranspose3d)
+class LoRAConvTranspose3d(_LoRAConvTranspose, nn.ConvTranspose3d):
+    """``nn.ConvTranspose3d`` with adapters."""
+
+    layout = "i o d h w -> o (i d h w)"
     channel = -4

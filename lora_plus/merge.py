@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from . import functional
+from .adapted_weight import AdaptedWeight, Merge, adapted_weights
 from .adapters import check_adapter
-from .freezing import restore_requires_grad
-from .lora_layer import LoRALayer, Merge, lora_layers
+from .inject import check_restorable, make_plain
+from .lora_layer import LoRALayer
+from .names import join
 from .trained import trained_modules, unmark_trained
 
 
@@ -61,10 +63,9 @@ def merge_lora(model: nn.Module, *, adapters: Sequence[str] | None = None) -> Me
         ValueError: if there is nothing to merge, the model is merged already, a layer's weight cannot be replaced, or
             a merged weight would not be finite. The model is then as it was.
     """
-    report, bound = _compute(model, adapters)
-    for layer, weight, merge in bound:
-        layer.bind_weight(nn.Parameter(weight, requires_grad=merge.weight.requires_grad))
-        layer.lora_merge = merge
+    report, merges = _compute(model, adapters)
+    for weight, merge in merges:
+        weight.bind_merged(merge)
     return report
 
 
@@ -74,14 +75,13 @@ def unmerge_lora(model: nn.Module) -> None:
     Raises:
         ValueError: if the model is not merged.
     """
-    merged_layers = [layer for _, layer in lora_layers(model) if layer.lora_merge is not None]
-    if not merged_layers:
+    merged_weights = [weight for _, weight in adapted_weights(model) if weight.lora_merge is not None]
+    if not merged_weights:
         raise ValueError("the model is not merged")
-    for layer in merged_layers:
-        layer.check_enabled()
-        assert layer.lora_merge is not None
-        layer.bind_weight(layer.lora_merge.weight)
-        layer.lora_merge = None
+    for weight in merged_weights:
+        weight.check_enabled()
+    for weight in merged_weights:
+        weight.unmerge()
 
 
 @contextmanager
@@ -94,7 +94,7 @@ def merged(model: nn.Module, *, adapters: Sequence[str] | None = None) -> Iterat
     try:
         yield model
     finally:
-        if any(layer.lora_merge is not None for _, layer in lora_layers(model)):
+        if any(weight.lora_merge is not None for _, weight in adapted_weights(model)):
             unmerge_lora(model)
 
 
@@ -109,75 +109,62 @@ def merge_and_unload(model: nn.Module, *, adapters: Sequence[str] | None = None)
     Raises:
         KeyError, ValueError: as `merge_lora`; a model that is merged already keeps its merged weights.
     """
+    check_restorable(model)
     if not _is_merged(model, adapters):
         merge_lora(model, adapters=adapters)
-    for _, layer in list(lora_layers(model)):
-        layer.restore()
     for _, module, _ in list(trained_modules(model)):
         unmark_trained(module, restore=False)
-    restore_requires_grad(model.modules())
+    make_plain(model)
     return model
 
 
 def _is_merged(model: nn.Module, adapters: Sequence[str] | None) -> bool:
     """Whether the model is merged with these adapters; a model that is merged in any other way is an error."""
-    layers = list(lora_layers(model))
-    if not any(layer.lora_merge is not None for _, layer in layers):
+    weights = list(adapted_weights(model))
+    if not any(weight.lora_merge is not None for _, weight in weights):
         return False
     for adapter in adapters or ():
         check_adapter(model, adapter)
-    for path, layer in layers:
-        layer.check_enabled()
-        wanted = _wanted(layer, adapters)
-        there = layer.lora_merge.adapters if layer.lora_merge is not None else ()
+    for path, weight in weights:
+        weight.check_enabled()
+        wanted = _wanted(weight, adapters)
+        there = weight.lora_merge.adapters if weight.lora_merge is not None else ()
         if wanted != there:
             raise ValueError(
                 f"{path!r} is merged with {list(there)}, not with {list(wanted)}; call unmerge_lora(model) first"
             )
-        if layer.lora_merge is not None:
-            layer.check_unchanged(layer.lora_merge)
+        if weight.lora_merge is not None:
+            weight.check_unchanged(weight.lora_merge)
     return True
 
 
-def _wanted(layer: LoRALayer, adapters: Sequence[str] | None) -> tuple[str, ...]:
-    return layer.lora_active if adapters is None else layer.in_order(adapters)
+def _wanted(weight: AdaptedWeight, adapters: Sequence[str] | None) -> tuple[str, ...]:
+    return weight.lora_active if adapters is None else weight.in_order(adapters)
 
 
-def _compute(
-    model: nn.Module, adapters: Sequence[str] | None
-) -> tuple[MergeReport, list[tuple[LoRALayer, Tensor, Merge]]]:
+def _compute(model: nn.Module, adapters: Sequence[str] | None) -> tuple[MergeReport, list[tuple[AdaptedWeight, Merge]]]:
     """The merged weights of a model, checked, with nothing changed yet."""
     for adapter in adapters or ():
         check_adapter(model, adapter)
-    bound: list[tuple[LoRALayer, Tensor, Merge]] = []
+    merges: list[tuple[AdaptedWeight, Merge]] = []
     report = MergeReport([], {}, _ties(model, adapters))
     problems = []
-    for path, layer in lora_layers(model):
-        layer.check_enabled()
-        names = _wanted(layer, adapters)
+    for path, weight in adapted_weights(model):
+        weight.check_enabled()
+        names = _wanted(weight, adapters)
         if not names:
             continue
-        refusal = _refusal(layer)
-        if refusal is not None:
-            problems.append(f"{path!r}: {refusal}")
+        made = _refusal(weight) or _merge(weight, names)
+        if isinstance(made, str):
+            problems.append(f"{path!r}: {made}")
             continue
-        exact = layer.merged_weight(names)
-        weight = torch.empty_like(layer.weight).copy_(exact)
-        if not _as_finite_as(weight, layer.weight):
-            problems.append(f"{path!r}: the merged weight is not finite in {weight.dtype}")
-            continue
-        differs = _trial(layer, names, weight)
-        if differs is not None:
-            problems.append(f"{path!r}: {differs}")
-            continue
-        lost = _lost(layer.weight.detach(), weight, exact)
-        if lost is not None:
-            report.lost[path] = lost
+        if made.lost is not None:
+            report.lost[path] = made.lost
         report.layers.append(path)
-        bound.append((layer, weight, Merge(layer.weight, names, layer.adapter_versions(names), None, lost)))
+        merges.append((weight, made))
     if problems:
         raise ValueError("nothing was merged, because of\n" + "\n".join(f"  {line}" for line in problems))
-    if not bound:
+    if not merges:
         raise ValueError("there is no active adapter to merge; call inject_lora or set_adapter first")
     for path, others in report.untied:
         warnings.warn(
@@ -185,23 +172,39 @@ def _compute(
             "so a checkpoint of the merged model must be loaded into a model where the two are not tied",
             stacklevel=3,
         )
-    return report, bound
+    return report, merges
 
 
-def _refusal(layer: LoRALayer) -> str | None:
-    if layer.lora_merge is not None:
+@torch.no_grad()
+def _merge(weight: AdaptedWeight, names: tuple[str, ...]) -> Merge | str:
+    """The merged state of a weight, or why it cannot be merged."""
+    base = weight.weight
+    exact = weight.effective_weight(names)
+    merged_weight = torch.empty_like(base).copy_(exact)
+    if not _as_finite_as(merged_weight, base):
+        return f"the merged weight is not finite in {merged_weight.dtype}"
+    bound = nn.Parameter(merged_weight, requires_grad=base.requires_grad)
+    differs = _trial(weight, names, bound) if isinstance(weight, LoRALayer) else None
+    if differs is not None:
+        return differs
+    lost = _lost(base, merged_weight, exact)
+    return Merge(base, bound, names, weight.adapter_versions(names), lost)
+
+
+def _refusal(weight: AdaptedWeight) -> str | None:
+    if weight.lora_merge is not None:
         return "it is merged already; call unmerge_lora(model) first"
-    if "weight" not in layer._parameters:
+    if "weight" not in weight._parameters:
         return "its weight is computed by a parametrization or a hook; remove that before merging"
-    if layer.weight.is_meta:
+    if weight.weight.is_meta:
         return "its weight has no values yet (meta device); load them first"
-    if hasattr(layer.weight, "full_tensor"):
+    if hasattr(weight.weight, "full_tensor"):
         return "its weight is sharded; merge the gathered model or the saved files instead"
     return None
 
 
 @torch.no_grad()
-def _trial(layer: LoRALayer, names: tuple[str, ...], weight: Tensor) -> str | None:
+def _trial(layer: LoRALayer, names: tuple[str, ...], merged_weight: nn.Parameter) -> str | None:
     """Why the merged weight does not compute what the adapters do, where the layer's forward is a user's own.
 
     Such a forward may mask, scale or normalise its weight; then ``W + s B A`` in its place is something else.
@@ -215,26 +218,24 @@ def _trial(layer: LoRALayer, names: tuple[str, ...], weight: Tensor) -> str | No
         base = layer.base_forward(x)
         layer.lora_active = names
         unmerged = layer(x)
-        layer.bind_weight(nn.Parameter(weight, requires_grad=False))
+        layer.bind_weight(merged_weight)
         merged_output = layer.base_forward(x)
     except Exception as error:
         return f"its own forward could not be tried out on one input ({type(error).__name__}: {error})"
     finally:
         layer.bind_weight(original)
         layer.lora_active, layer.training = active, training
-    rounding = 32 * torch.finfo(weight.dtype).eps * unmerged.abs().max()
+    rounding = 32 * torch.finfo(merged_weight.dtype).eps * unmerged.abs().max()
     if (merged_output - unmerged).abs().max() > 0.01 * (unmerged - base).abs().max() + rounding:
         return "its own forward does not use its weight as it is, so merging would change what it computes"
     return None
 
 
-@torch.no_grad()
 def _as_finite_as(merged_weight: Tensor, base: Tensor) -> bool:
     finite = torch.isfinite(merged_weight)
     return bool(finite.all()) or bool((finite | ~torch.isfinite(base)).all())
 
 
-@torch.no_grad()
 def _lost(base: Tensor, rounded: Tensor, exact: Tensor) -> float | None:
     """How far the applied update is from the exact one, relative to its size; None at float32 and above."""
     if base.element_size() >= 4:
@@ -244,18 +245,17 @@ def _lost(base: Tensor, rounded: Tensor, exact: Tensor) -> float | None:
 
 
 def _ties(model: nn.Module, adapters: Sequence[str] | None) -> list[tuple[str, list[str]]]:
-    """Layers to be merged whose weight has other names outside the layer."""
+    """Weights to be merged that have other names outside their layer."""
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
     aliases: dict[int, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, LoRALayer):
-            aliases.setdefault(id(module), []).append(f"{name}.weight" if name else "weight")
+        if isinstance(module, AdaptedWeight):
+            aliases.setdefault(id(module), []).append(join(name, "weight"))
     ties = []
-    for path, layer in lora_layers(model):
-        others = sorted(set(names.get(id(layer.weight), [])) - set(aliases[id(layer)]))
-        wanted = _wanted(layer, adapters)
-        if others and wanted:
+    for path, weight in adapted_weights(model):
+        others = sorted(set(names.get(id(weight.weight), [])) - set(aliases[id(weight)]))
+        if others and _wanted(weight, adapters):
             ties.append((path, others))
     return ties

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .lora_layer import lora_layers
+from .adapted_weight import adapter_sites
 
 LR_MODES: dict[str, Callable[[float, float], tuple[float, float]]] = {
     "A": lambda lr, ratio: (lr, lr * ratio),  # the paper's convention
@@ -139,7 +139,9 @@ def split_loraplus_groups(
         ValueError: if a group has no ``"lr"``, or no group holds a B matrix of the model.
     """
     factor_A, factor_B = _rates(1.0, lr_ratio, lr_mode)
-    role_of = {id(parameter): role for _, layer in lora_layers(model) for _, role, parameter in layer.lora_parameters()}
+    role_of = {
+        id(parameter): role for _, site, _ in adapter_sites(model) for _, role, parameter in site.lora_parameters()
+    }
     factors = {"A": factor_A, "B": factor_B}
     split: list[dict[str, Any]] = []
     found_B = False
@@ -167,7 +169,9 @@ def split_loraplus_groups(
 
 def _grouped(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """``(group name, parameter)`` for every trainable parameter, each once."""
-    roles = {id(p): _GROUP_OF_ROLE[role] for _, layer in lora_layers(model) for _, role, p in layer.lora_parameters()}
+    roles = {
+        id(p): _GROUP_OF_ROLE[role] for _, site, _ in adapter_sites(model) for _, role, p in site.lora_parameters()
+    }
     if not roles:
         raise ValueError("the model has no LoRA adapter; call inject_lora(model, ...) before building the optimizer")
     seen: set[int] = set()

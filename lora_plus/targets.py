@@ -1,77 +1,40 @@
-"""Which modules of a model a list of patterns selects, and what is wrong with the patterns that select nothing."""
+"""Which places of a model a list of patterns selects, and what is wrong with the patterns that select nothing."""
 
 from __future__ import annotations
 
 import difflib
 import fnmatch
+import itertools
 import re
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
+from . import functional
 from .config import LoRAConfig, Pattern, as_patterns
-from .layers import KINDS, LoRALinear, LoRATransposedLinear, lora_class, why_unsupported
-from .lora_layer import LoRALayer
+from .layers import KINDS, lora_class
+from .names import join
+from .parts import PARTS
+from .places import Found, Place, find_modules, find_parameters, find_places
 
 ALL_LINEAR = "all-linear"
 
 
 @dataclass
-class Found:
-    """One module object of a model, under all the names it has there."""
-
-    module: nn.Module
-    names: list[str]
-    parents: list[nn.Module] = field(default_factory=list)
-
-    @property
-    def name(self) -> str:
-        """The first name, the one that ``named_modules`` gives."""
-        return self.names[0]
-
-
-@dataclass
 class Selection:
-    """What `select` found: the layers to adapt with their rank and alpha, and the modules to train in full."""
+    """What `select` found: the places to adapt with their rank and alpha, and the modules to train in full."""
 
-    layers: list[tuple[Found, int, float]]
+    places: list[tuple[Place, int, float]]
     train_also: list[Found]
 
 
-def find_modules(model: nn.Module) -> dict[int, Found]:
-    """Every module of the model once, by identity, with all its names and parents; adapters' containers left out."""
-    found: dict[int, Found] = {}
-    hidden = {id(child) for layer in model.modules() if isinstance(layer, LoRALayer) for child in layer.children()}
-    for name, module in model.named_modules(remove_duplicate=False):
-        if id(module) not in hidden:
-            found.setdefault(id(module), Found(module, [])).names.append(name)
-    for entry in list(found.values()):
-        if isinstance(entry.module, tuple(_READS_WEIGHTS)):
-            for child in entry.module.children():
-                found[id(child)].parents.append(entry.module)
-    return found
-
-
-_READS_WEIGHTS: dict[type[nn.Module], str] = {
-    nn.MultiheadAttention: "inside an nn.MultiheadAttention, which reads its weight and never calls it",
-}
-"""Modules that use a child's weight without calling the child, so that an adapter on the child would be inert."""
-
-
-def refusal(entry: Found) -> str | None:
-    """What keeps the module from being adapted, as a noun phrase; None if it can be."""
-    for parent in entry.parents:
-        return next(reason for owner, reason in _READS_WEIGHTS.items() if isinstance(parent, owner))
-    return why_unsupported(entry.module)
-
-
 def matcher(pattern: Pattern) -> Callable[[str, nn.Module], bool]:
-    """The pattern as a function of a module's full name and the module."""
+    """The pattern as a function of a full name and the module that it belongs to."""
     if isinstance(pattern, str):
         tail = f".{pattern}"
-        if not set(pattern) & set("*?["):
+        if not _is_glob(pattern):
             return lambda name, module: name == pattern or name.endswith(tail)
         # a glob may start at any dot, as a plain name may
         glob = re.compile(rf"(?:.*\.)?(?:{fnmatch.translate(pattern)})", re.DOTALL)
@@ -88,7 +51,7 @@ def matcher(pattern: Pattern) -> Callable[[str, nn.Module], bool]:
 
 
 def select(model: nn.Module, config: LoRAConfig) -> Selection:
-    """The layers that the config's patterns select in this model.
+    """The places that the config's patterns select in this model.
 
     Raises:
         ValueError: one error for all patterns that select nothing, or nothing that can be adapted, or that disagree.
@@ -99,52 +62,106 @@ def select(model: nn.Module, config: LoRAConfig) -> Selection:
 class _Selector:
     def __init__(self, model: nn.Module, config: LoRAConfig) -> None:
         self.config = config
-        self.found = find_modules(model)
+        self.model = model
         self.problems: list[str] = []
+        self.found = find_modules(model)
+        self.places = find_places(self.found, self._fused())
+        self._parameters: list[Place] | None = None
 
     def select(self) -> Selection:
         config = self.config
-        excluded = self._union("exclude", config.exclude)
-        trained = self._union("train_also", config.train_also)
-        inside_trained = {id(module) for key in trained for module in self.found[key].module.modules()}
-        chosen: dict[int, Found] = {}
+        trained = self._trained()
+        inside_trained = {id(module) for entry in trained for module in entry.module.modules()}
+        excluded = self._excluded()
+        chosen: dict[Any, Place] = {}
         for pattern in as_patterns(config.targets):
             if pattern == ALL_LINEAR:
                 chosen |= self._all_linear(excluded, inside_trained)
             else:
                 chosen |= self._target(pattern, excluded)
-        for key in inside_trained & chosen.keys():
-            name = self.found[key].name
-            self.problems.append(f"{name!r} is both a target and trained in full by train_also; add it to exclude")
-        order = [entry for key, entry in self.found.items() if key in chosen]
-        ranks = self._per_layer("rank_pattern", config.rank_pattern or {}, config.r, order)
-        alphas = self._per_layer("alpha_pattern", config.alpha_pattern or {}, config.alpha, order)
+        for place in chosen.values():
+            if id(place.owner) in inside_trained:
+                self.problems.append(
+                    f"{place.name!r} is both a target and trained in full by train_also; add it to exclude"
+                )
+        self._check_apart(chosen.values())
+        order = [place for place in (*self.places, *(self._parameters or [])) if chosen.get(place.key) is place]
+        ranks = self._per_place("rank_pattern", config.rank_pattern or {}, config.r, order)
+        alphas = self._per_place("alpha_pattern", config.alpha_pattern or {}, config.alpha, order)
+        self._check_used("layouts", config.layouts or {}, [place for place in order if place.parameter is not None])
+        spec = config.spec()
+        self.problems += [f"{place.name!r}: {line}" for place in order if (line := place.misfits(spec)) is not None]
         if self.problems:
             raise ValueError("nothing was changed, because of\n" + "\n".join(f"  {line}" for line in self.problems))
-        return Selection(list(zip(order, ranks, alphas, strict=True)), [self.found[key] for key in trained])
+        return Selection(list(zip(order, ranks, alphas, strict=True)), trained)
 
-    def _matching(self, pattern: Pattern, among: Iterable[Found]) -> Iterator[Found]:
-        matches = matcher(pattern)
-        return (entry for entry in among if any(matches(name, entry.module) for name in entry.names))
+    def _check_apart(self, chosen: Iterable[Place]) -> None:
+        """Report places that overlap: a layer and its own parameter, or blocks and what has adapters already."""
+        layers = {place.owner: place.name for place in chosen if place.parameter is None}
+        for place in chosen:
+            if place.parameter is not None and place.owner in layers:
+                self.problems.append(f"{place.name!r} and its layer {layers[place.owner]!r} are both targets; name one")
+            overlapped = place.overlapped()
+            if overlapped is not None:
+                self.problems.append(f"{place.name!r} cannot be adapted: {overlapped}")
 
-    def _union(self, setting: str, patterns: Any) -> dict[int, Found]:
-        union: dict[int, Found] = {}
-        for pattern in patterns:
-            hits = {id(entry.module): entry for entry in self._matching(pattern, self.found.values())}
+    @property
+    def parameters(self) -> list[Place]:
+        """All parameters as places, found when a pattern first asks for them."""
+        if self._parameters is None:
+            known = {(place.owner, place.parameter) for place in self.places}
+            stated = [(matcher(pattern), layout) for pattern, layout in (self.config.layouts or {}).items()]
+
+            def layout_of(name: str) -> str | None:
+                return next((layout for matches, layout in stated if matches(name, self.model)), None)
+
+            places = find_parameters(self.found, layout_of)
+            self._parameters = [place for place in places if (place.owner, place.parameter) not in known]
+        return self._parameters
+
+    def _trained(self) -> list[Found]:
+        trained: dict[int, Found] = {}
+        for pattern in as_patterns(self.config.train_also):
+            matches = matcher(pattern)
+            hits = [e for e in self.found.values() if any(matches(name, e.module) for name in e.names)]
             if not hits:
-                self._nothing(setting, pattern)
-            union |= hits
-        return union
+                self._nothing("train_also", pattern, "module", [name for e in self.found.values() for name in e.names])
+            trained |= {id(entry.module): entry for entry in hits}
+        return list(trained.values())
 
-    def _target(self, pattern: Pattern, excluded: dict[int, Found]) -> dict[int, Found]:
-        hits = list(self._matching(pattern, self.found.values()))
-        reasons = {id(entry.module): refusal(entry) for entry in hits}
-        supported = [entry for entry in hits if reasons[id(entry.module)] is None]
-        kept = {id(entry.module): entry for entry in supported if id(entry.module) not in excluded}
+    def _excluded(self) -> set[Any]:
+        excluded: set[Any] = set()
+        for pattern in as_patterns(self.config.exclude):
+            hits = list(self._matching(pattern))
+            if not hits:
+                self._nothing("exclude", pattern, "module", _all_names(self.places))
+            excluded |= {place.key for place in hits}
+        return excluded
+
+    def _matching(self, pattern: Pattern) -> Iterator[Place]:
+        """Layers, parts and blocks; parameters by their plain name, or where a pattern matches nothing else."""
+        hits = _hits(pattern, self.places)
+        yield from hits
+        if isinstance(pattern, str) and pattern and not _is_glob(pattern):
+            yield from self._parameters_named(pattern)
+        elif not hits and isinstance(pattern, (str, re.Pattern)) and pattern:
+            yield from _hits(pattern, self.parameters)
+
+    def _parameters_named(self, name: str) -> list[Place]:
+        last = name.rpartition(".")[2]
+        if self._parameters is None and not any(last in entry.module._parameters for entry in self.found.values()):
+            return []
+        return _hits(name, self.parameters)
+
+    def _target(self, pattern: Pattern, excluded: set[Any]) -> dict[Any, Place]:
+        hits = list(self._matching(pattern))
+        reasons = {place.key: place.refusal() for place in hits}
+        supported = [place for place in hits if reasons[place.key] is None]
+        kept = {place.key: place for place in supported if place.key not in excluded}
         if not hits:
-            self._nothing("target", pattern)
+            self._nothing("target", pattern, "module or parameter", _all_names([*self.places, *self.parameters]))
         elif not supported:
-            shown = [f"{entry.name or 'the model itself'} ({reasons[id(entry.module)]})" for entry in hits[:4]]
+            shown = [f"{place.name or 'the model itself'} ({reasons[place.key]})" for place in hits[:4]]
             more = f" and {len(hits) - 4} more" if len(hits) > 4 else ""
             self.problems.append(
                 f"target {_show(pattern)} matches nothing that can be adapted: {', '.join(shown)}{more}; {_supported()}"
@@ -153,42 +170,101 @@ class _Selector:
             self.problems.append(f"target {_show(pattern)} matches only layers that exclude takes out")
         return kept
 
-    def _all_linear(self, excluded: dict[int, Found], inside_trained: set[int]) -> dict[int, Found]:
+    def _all_linear(self, excluded: set[Any], inside_trained: set[int]) -> dict[Any, Place]:
         embeddings = {id(e.module.weight) for e in self.found.values() if isinstance(e.module, nn.Embedding)}
-        linear = (LoRALinear, LoRATransposedLinear)
-        kept: dict[int, Found] = {}
-        for key, entry in self.found.items():
-            kind = lora_class(entry.module)
-            if kind is None or not issubclass(kind, linear) or entry.parents:
+        kept: dict[Any, Place] = {}
+        for place in self.places:
+            if not place.linear or place.key in excluded or id(place.owner) in inside_trained:
                 continue
-            if key in excluded or key in inside_trained or id(entry.module.weight) in embeddings:
+            if place.parameter is None and id(place.owner.weight) in embeddings:
                 continue
-            reason = refusal(entry)
+            reason = place.refusal()
             if reason is None:
-                kept[key] = entry
+                kept[place.key] = place
             else:
-                self.problems.append(f"{ALL_LINEAR!r}: {entry.name!r} cannot be adapted: {reason}; exclude it")
+                self.problems.append(f"{ALL_LINEAR!r}: {place.name!r} cannot be adapted: {reason}; exclude it")
         if not kept and not self.problems:
-            self.problems.append(f"target {ALL_LINEAR!r} finds no linear layer to adapt in this model")
+            self.problems.append(f"target {ALL_LINEAR!r} finds no linear layer to adapt in this model{self._listed()}")
         return kept
 
-    def _per_layer(self, setting: str, patterns: Any, default: Any, layers: list[Found]) -> list[Any]:
-        """The value for each layer; a layer that two keys match, or a key that matches no layer, is a problem."""
-        values: dict[int, tuple[Any, Any]] = {}
-        for pattern, value in patterns.items():
-            hits = list(self._matching(pattern, layers))
-            if not hits and not self.problems:
-                self._nothing(setting, pattern, layers)
+    def _fused(self) -> dict[int, dict[str, tuple[int, int]]]:
+        """The blocks of rows of each layer that the user says is fused."""
+        blocks: dict[int, dict[str, tuple[int, int]]] = {}
+        for pattern, sizes in (self.config.fused or {}).items():
+            matches = matcher(pattern)
+            hits = [e for e in self.found.values() if any(matches(name, e.module) for name in e.names)]
+            if not hits:
+                self._nothing("fused", pattern, "module", [name for e in self.found.values() for name in e.names])
             for entry in hits:
-                other, _ = values.setdefault(id(entry.module), (pattern, value))
-                if other is not pattern:
-                    self.problems.append(f"{setting}: {_show(other)} and {_show(pattern)} both match {entry.name!r}")
-        return [values.get(id(entry.module), (None, default))[1] for entry in layers]
+                rows = _rows(entry.module, sizes)
+                if isinstance(rows, str):
+                    self.problems.append(f"fused {_show(pattern)}: {entry.name!r} {rows}")
+                elif id(entry.module) in blocks:
+                    self.problems.append(f"fused: {_show(pattern)} and another key both match {entry.name!r}")
+                else:
+                    blocks[id(entry.module)] = rows
+        return blocks
 
-    def _nothing(self, setting: str, pattern: Pattern, among: Iterable[Found] | None = None) -> None:
-        what = "module" if among is None else "adapted layer"
-        names = [name for entry in (among or self.found.values()) for name in entry.names]
-        self.problems.append(f"{setting} {_show(pattern)} matches no {what}{near_misses(pattern, names)}")
+    def _per_place(self, setting: str, patterns: Mapping[Any, Any], default: Any, places: list[Place]) -> list[Any]:
+        """The value for each place; a place that two keys match, or a key that matches no place, is a problem."""
+        self._check_used(setting, patterns, places)
+        values: dict[Any, tuple[Any, Any]] = {}
+        for pattern, value in patterns.items():
+            for place in _hits(pattern, places):
+                other, _ = values.setdefault(place.key, (pattern, value))
+                if other is not pattern:
+                    self.problems.append(f"{setting}: {_show(other)} and {_show(pattern)} both match {place.name!r}")
+        return [values.get(place.key, (None, default))[1] for place in places]
+
+    def _check_used(self, setting: str, patterns: Iterable[Any], places: list[Place]) -> None:
+        for pattern in patterns:
+            if not self.problems and not _hits(pattern, places):
+                self._nothing(setting, pattern, "adapted layer", _all_names(places))
+
+    def _nothing(self, setting: str, pattern: Pattern, what: str, names: Iterable[str]) -> None:
+        self.problems.append(
+            f"{setting} {_show(pattern)} matches no {what}{near_misses(pattern, names)}{self._listed()}"
+        )
+
+    def _listed(self) -> str:
+        """A hint where modules are kept in plain lists, which hide them from the model."""
+        for entry in self.found.values():
+            for name, value in entry.module.__dict__.items():
+                items = value.values() if isinstance(value, dict) else value
+                plain = isinstance(value, (list, tuple, dict)) and not name.startswith("_")
+                if plain and any(isinstance(item, nn.Module) and id(item) not in self.found for item in items):
+                    held, kind = join(entry.name, name), type(value).__name__
+                    return f"; {held!r} holds modules in a plain {kind}, make it an nn.ModuleList or nn.ModuleDict"
+        return ""
+
+
+def _hits(pattern: Pattern, places: Iterable[Place]) -> list[Place]:
+    matches = matcher(pattern)
+    return [place for place in places if any(matches(*each) for each in place.names + place.aliases)]
+
+
+def _all_names(places: Iterable[Place]) -> list[str]:
+    return [name for place in places for name, _ in place.names + place.aliases]
+
+
+def _is_glob(pattern: str) -> bool:
+    return bool(set(pattern) & set("*?["))
+
+
+def _rows(module: nn.Module, sizes: Sequence[str] | Mapping[str, int]) -> dict[str, tuple[int, int]] | str:
+    """The rows of each block by its name, or what is wrong."""
+    kind = lora_class(module)
+    if kind is None or not isinstance(getattr(module, "weight", None), Tensor):
+        return f"is a {type(module).__name__}, expected a layer that can be adapted"
+    total = functional.matrix_shape(kind.layout, kind.stored_shape(module))[0]
+    if not isinstance(sizes, Mapping):
+        if total % len(sizes):
+            return f"has {total} rows, which are not {len(sizes)} equal blocks; state the rows of each"
+        sizes = dict.fromkeys(sizes, total // len(sizes))
+    if sum(sizes.values()) != total:
+        return f"has {total} rows, but the blocks {dict(sizes)} have {sum(sizes.values())}"
+    ends = list(itertools.accumulate(sizes.values()))
+    return {label: (end - size, end) for (label, size), end in zip(sizes.items(), ends, strict=True)}
 
 
 def near_misses(wanted: Any, names: Iterable[str]) -> str:
@@ -207,4 +283,6 @@ def _show(pattern: Pattern) -> str:
 
 
 def _supported() -> str:
-    return f"supported are {', '.join(base.__name__ for base in KINDS)} and GPT-2's Conv1D"
+    layers = ", ".join(base.__name__ for base in KINDS)
+    parts = ", ".join(module.__name__ for module in PARTS)
+    return f"supported are {layers}, GPT-2's Conv1D, the weights of {parts}, and parameters of two or three dimensions"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
@@ -23,7 +23,7 @@ SCALINGS: dict[str, Callable[[float, int], float]] = {
 
 
 class Variant(Protocol):
-    """What a variant states; all matrices in the matrix view ``(out, in)``, float32 or better."""
+    """What a variant states; all matrices in the matrix view, float32 or better."""
 
     exclusive: bool
     """Whether a second active adapter of this variant on the same layer has no agreed meaning."""
@@ -36,8 +36,8 @@ class Variant(Protocol):
         """The layer's output from the base's output ``y`` and the low-rank ``update`` of the activations."""
         ...
 
-    def merge(self, weight: Tensor, tensors: dict[str, Tensor], scale: float) -> Tensor:
-        """The weight that computes what `join` computes."""
+    def merge(self, weight: Tensor, A: Tensor, B: Tensor, scale: float, tensors: Mapping[str, Tensor]) -> Tensor:
+        """The weight that computes what `join` computes, with the same gradients; ``tensors`` has the extra ones."""
         ...
 
 
@@ -52,8 +52,8 @@ class LoRA:
     def join(self, layer: LoRALayer, adapter: str, y: Tensor, update: Tensor) -> Tensor:
         return y + update.to(y.dtype)
 
-    def merge(self, weight: Tensor, tensors: dict[str, Tensor], scale: float) -> Tensor:
-        return weight + functional.delta(tensors["lora_A"], tensors["lora_B"], scale)
+    def merge(self, weight: Tensor, A: Tensor, B: Tensor, scale: float, tensors: Mapping[str, Tensor]) -> Tensor:
+        return weight + functional.delta(A, B, scale)
 
 
 class DoRA:
@@ -74,7 +74,7 @@ class DoRA:
     def join(self, layer: LoRALayer, adapter: str, y: Tensor, update: Tensor) -> Tensor:
         tensors = layer.adapter_tensors(adapter)
         with torch.no_grad():
-            weight = functional.to_matrix(layer.weight, layer.layout)
+            weight = layer.weight_matrix()
             norm = self._norm(weight, tensors["lora_A"], tensors["lora_B"], layer.lora_specs[adapter].scale)
         ratio = layer.per_channel(tensors["lora_magnitude"] / norm)
         bias = getattr(layer, "bias", None)
@@ -82,10 +82,10 @@ class DoRA:
         # y + (ratio - 1) * Wx, not ratio * Wx + bias: at the start ratio is 1 and y comes out bit for bit
         return y + (ratio - 1).to(y.dtype) * plain + ratio.to(y.dtype) * update.to(y.dtype)
 
-    def merge(self, weight: Tensor, tensors: dict[str, Tensor], scale: float) -> Tensor:
-        A, B = tensors["lora_A"], tensors["lora_B"]
-        ratio = tensors["lora_magnitude"] / self._norm(weight, A, B, scale)
-        return ratio.unsqueeze(1) * (weight + functional.delta(A, B, scale))
+    def merge(self, weight: Tensor, A: Tensor, B: Tensor, scale: float, tensors: Mapping[str, Tensor]) -> Tensor:
+        moved = weight + functional.delta(A, B, scale)
+        ratio = tensors["lora_magnitude"] / functional.row_norm(moved.detach())
+        return ratio.unsqueeze(-1) * moved
 
     @staticmethod
     def _norm(weight: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import lora_plus
 from lora_plus import functional
-from lora_plus.lora_layer import LoRALayer
+from lora_plus.adapter_site import AdapterSite
 
 
 class Conv1D(nn.Module):
@@ -101,7 +101,7 @@ def randomise(model: nn.Module, seed: int = 7, size: float = 0.3) -> nn.Module:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for module in model.modules():
-            if isinstance(module, LoRALayer):
+            if isinstance(module, AdapterSite):
                 for _, _, parameter in module.lora_parameters():
                     noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
                     parameter.add_((size * noise).to(parameter.dtype))
@@ -111,7 +111,7 @@ def randomise(model: nn.Module, seed: int = 7, size: float = 0.3) -> nn.Module:
 def explicit(model: nn.Module) -> nn.Module:
     """A plain copy of an adapted model whose weights are the explicit W + s B A (or DoRA's), in float64."""
     plain = lora_plus.remove_lora(copy.deepcopy(model)).double()
-    for name, layer in lora_plus.lora_layer.lora_layers(model):
+    for name, layer in lora_plus.adapted_weight.adapted_weights(model):
         weight = functional.to_matrix(layer.weight.detach().double(), layer.layout)
         for adapter in layer.lora_active:
             spec = layer.lora_specs[adapter]

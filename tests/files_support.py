@@ -18,7 +18,7 @@ from conftest import randomise
 from torch import Tensor, nn
 
 import lora_plus
-from lora_plus.lora_layer import lora_layers
+from lora_plus.adapted_weight import adapted_weights
 
 PATHS = {"native": "adapter.safetensors", "peft": "adapter"}
 DTYPES = {torch.float32: "F32", torch.float64: "F64", torch.bfloat16: "BF16", torch.int32: "I32", torch.int64: "I64"}
@@ -110,7 +110,7 @@ def settings_of(model: nn.Module, adapter: str = "default") -> dict[str, dict[st
     fields = ("r", "alpha", "scaling", "variant", "dropout", "scale")
     return {
         path: {name: getattr(layer.lora_specs[adapter], name) for name in fields}
-        for path, layer in lora_layers(model)
+        for path, layer in adapted_weights(model)
         if adapter in layer.lora_specs
     }
 

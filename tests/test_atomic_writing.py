@@ -26,7 +26,7 @@ from files_support import (
 from torch import nn
 
 import lora_plus
-from lora_plus import io
+from lora_plus import atomic_files
 
 
 @pytest.mark.skipif(os.name != "posix", reason="file modes are POSIX")
@@ -70,7 +70,7 @@ def half_written(tensors: object, path: str, metadata: object) -> None:
 
 
 INTERRUPTIONS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
-    "while writing tensors": lambda patch: patch.setattr(io, "serialize_file", half_written),
+    "while writing tensors": lambda patch: patch.setattr(atomic_files, "serialize_file", half_written),
     "before the disk has it": lambda patch: patch.setattr(os, "fsync", fail),
     "at the renaming": lambda patch: patch.setattr(os, "replace", fail),
     "while writing texts": lambda patch: patch.setattr(Path, "write_text", fail),

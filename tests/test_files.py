@@ -30,7 +30,7 @@ from files_support import (
 from torch import nn
 
 import lora_plus
-from lora_plus.lora_layer import lora_layers
+from lora_plus.adapted_weight import adapted_weights
 
 NOT_IN_PEFT = {
     "embedding-max-norm": "'layer': PEFT adds the update of an embedding after applying max_norm, this library before",
@@ -140,7 +140,7 @@ def test_a_shared_layer_is_one_adapter_under_any_of_its_names(format: str, tmp_p
     wanted = saved(x)
     for model in (base, turned):
         torch.testing.assert_close(lora_plus.load_adapter(model, path)(x), wanted)
-        assert len(list(lora_layers(model))) == 1
+        assert len(list(adapted_weights(model))) == 1
 
 
 @pytest.mark.parametrize("format", PATHS)

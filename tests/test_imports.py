@@ -10,10 +10,13 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent / "lora_plus"
 
 STRATA = [
-    {"version", "functional", "adapter_tensors", "collector", "freezing", "formats.adapter"},
-    {"init", "variants", "formats.native", "formats.peft", "trained"},
-    {"lora_layer", "config"},
-    {"layers"},
+    {"version", "names", "functional", "adapter_tensors", "collector", "freezing", "fused_kernels", "class_swap"},
+    {"init", "variants", "formats.adapter", "trained", "atomic_files"},
+    {"new_adapter", "adapter_site", "formats.native", "formats.peft", "config"},
+    {"adapted_weight"},
+    {"lora_layer", "parameters"},
+    {"layers", "parts"},
+    {"places"},
     {"targets"},
     {"inject"},
     {"adapters", "optim"},

@@ -13,7 +13,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import lora_plus
-from lora_plus.lora_layer import LoRALayer, lora_layers
+from lora_plus.adapted_weight import adapted_weights
+from lora_plus.lora_layer import LoRALayer
 
 HALVES = (torch.float16, torch.bfloat16)
 
@@ -323,7 +324,7 @@ def test_lora_layers_names_each_layer_once() -> None:
     shared = nn.Linear(2, 2)
     model = nn.ModuleDict({"a": shared, "b": shared, "c": nn.Linear(2, 2)})
     lora_plus.inject_lora(model, "all-linear", r=1)
-    assert [name for name, _ in lora_layers(model)] == ["a", "c"]
+    assert [name for name, _ in adapted_weights(model)] == ["a", "c"]
 
 
 def test_the_padding_row_gets_no_update_in_training_and_merging() -> None:

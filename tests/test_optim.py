@@ -168,7 +168,7 @@ def trajectory(alpha: float, make: Callable[..., torch.optim.Optimizer], ratio: 
         optimizer.zero_grad()
         (model(x) - y).square().mean().backward()
         optimizer.step()
-        updates.append(model.merged_weight(("default",)))
+        updates.append(model.effective_weight(("default",)).detach())
     return torch.stack(updates)
 
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 import lora_plus
 from lora_plus.layers import LoRALinear
-from lora_plus.lora_layer import lora_layers
+from lora_plus.adapted_weight import adapted_weights
 
 pytestmark = pytest.mark.peers
 peft = pytest.importorskip("peft")
@@ -330,7 +330,7 @@ def test_a_whole_model_goes_to_peft_and_back(name: str, dtype: torch.dtype, tmp_
                if len(theirs.get_submodule(path))}  # fmt: skip
     adapted |= {path.removeprefix("base_model.model.") for path, module in theirs.named_modules()
                 if getattr(module, "lora_embedding_A", None)}  # fmt: skip
-    assert adapted == {path for path, _ in lora_layers(model)}
+    assert adapted == {path for path, _ in adapted_weights(model)}
     theirs.save_pretrained(str(tmp_path / "theirs"))
     again = lora_plus.load_adapter(net(dtype), tmp_path / "theirs")
     torch.testing.assert_close(again(TOKENS), wanted, rtol=tolerance, atol=tolerance)
@@ -503,7 +503,9 @@ def test_we_open_a_whole_peft_model(name: str, dtype: torch.dtype, tmp_path: Pat
     assert (wanted - net(dtype)(TOKENS)).abs().max() > 1e-3
     torch.testing.assert_close(loaded(TOKENS), wanted, rtol=tolerance, atol=tolerance)
     assert count(lora_plus.adapter_state_dict(loaded)) == count(load_file(tmp_path / "adapter_model.safetensors"))
-    assert {layer.lora_specs["default"].dropout for _, layer in lora_layers(loaded)} == {config.get("lora_dropout", 0)}
+    assert {layer.lora_specs["default"].dropout for _, layer in adapted_weights(loaded)} == {
+        config.get("lora_dropout", 0)
+    }
     lora_plus.save_adapter(loaded, tmp_path / "ours")
     torch.testing.assert_close(
         opened_by_peft(net(dtype), tmp_path / "ours")(TOKENS), wanted, rtol=tolerance, atol=tolerance
@@ -565,7 +567,7 @@ def test_overlapping_alpha_keys_that_peft_reordered_are_warned_of(tmp_path: Path
     # the file's order, which PEFT goes by too
     theirs = peft.PeftModel.from_pretrained(base(), str(tmp_path / "overlap"))
     scales = [theirs.base_model.model[place]["q"].scaling["default"] for place in (0, 1)]
-    assert [layer.lora_specs["default"].scale for _, layer in lora_layers(model)] == scales
+    assert [layer.lora_specs["default"].scale for _, layer in adapted_weights(model)] == scales
     # keys that agree, or exclude each other, are no reason to warn
     for name, pattern in {"equal": {"q": 4, r"1\.q": 4}, "apart": {r"0\.q": 4, r"1\.q": 64}}.items():
         config = peft.LoraConfig(target_modules=["q"], alpha_pattern=pattern)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import lora_plus
-from lora_plus.lora_layer import lora_layers
+from lora_plus.adapted_weight import adapted_weights
 
 NAMES = [
     "lora_Block", "debias_proj", "lora_A", "lora_B", "lora", "bias_", "weights", "0", "12", "default", "base_layer",
@@ -81,7 +81,7 @@ def test_each_trainable_parameter_is_in_exactly_one_group(tree: dict, adapter: s
     assert len(members) == len(set(members)) and all(g["params"] for g in groups)
     assert set(members) == {id(p) for p in model.parameters() if p.requires_grad}
     group_of = {id(p): g["name"] for g in groups for p in g["params"]}
-    for _, layer in lora_layers(model):
+    for _, layer in adapted_weights(model):
         wanted = ("lora_embedding",) * 2 if isinstance(layer, nn.Embedding) else ("lora_A", "lora_B")
         assert (group_of[id(layer.lora_A[adapter])], group_of[id(layer.lora_B[adapter])]) == wanted
     for name in rest if full else ():
@@ -97,7 +97,7 @@ def test_inject_and_remove_is_the_identity(tree: dict, adapter: str, share: floa
     types = [type(module) for module in model.modules()]
     targets, rest = split(tree, share)
     lora_plus.inject_lora(model, exactly(targets), r=2, adapter=adapter, train_also=[exactly(rest)] if rest else ())
-    assert [name for name, _ in lora_layers(model)] == targets
+    assert [name for name, _ in adapted_weights(model)] == targets
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -125,6 +125,6 @@ def test_save_and_load_gives_equal_tensors(tree: dict, adapter: str, again: str,
     wanted = lora_plus.adapter_state_dict(model, adapter=adapter)
     got = lora_plus.adapter_state_dict(loaded, adapter=again)
     assert wanted.keys() == got.keys() and all(torch.equal(wanted[name], got[name]) for name in wanted)
-    assert {n: layer.lora_specs[adapter] for n, layer in lora_layers(model)} == {
-        n: layer.lora_specs[again] for n, layer in lora_layers(loaded)
+    assert {n: layer.lora_specs[adapter] for n, layer in adapted_weights(model)} == {
+        n: layer.lora_specs[again] for n, layer in adapted_weights(loaded)
     }

@@ -14,13 +14,14 @@ class BaseLayer:
     """What a file needs to know of the layer that an adapter belongs to."""
 
     kind: str
-    """Class of the plain layer, e.g. ``"Linear"``."""
+    """Class of the plain layer, e.g. ``"Linear"``, or ``"Parameter"``."""
     layout: str
     """einops pattern from the stored weight to its matrix view ``(out, in)``."""
     shape: tuple[int, ...]
     """Shape of the stored weight."""
     facts: dict[str, Any] = field(default_factory=dict)
-    """Further settings of the layer that decide what the adapter computes: ``groups``, ``max_norm``."""
+    """What else decides what the adapter computes: ``groups``, ``max_norm``; for a parameter or a block of rows, the
+    full name of the ``parameter`` and the ``rows``; ``of``, the class of the module that reads the parameter itself."""
 
 
 @dataclass
@@ -33,7 +34,7 @@ class LayerAdapter:
     scale: float
     """The factor of B A that follows from the settings."""
     tensors: dict[str, Tensor]
-    """``lora_A (r, in)``, ``lora_B (out, r)``, and ``lora_magnitude (out,)`` for DoRA."""
+    """``lora_A (r, in)``, ``lora_B (out, r)``, and ``lora_magnitude (out,)`` for DoRA; of a stack, one of each."""
 
 
 @dataclass
@@ -45,11 +46,6 @@ class Adapter:
     """Modules trained in full, each with its tensors by their name inside the module."""
     metadata: dict[str, str] = field(default_factory=dict)
     """What the user wrote beside it."""
-
-
-def join(path: str, name: str) -> str:
-    """The dotted name of something inside the module at ``path``, which is empty for the model itself."""
-    return f"{path}.{name}" if path else name
 
 
 def most_common(values: Sequence[Any]) -> Any:

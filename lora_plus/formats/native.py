@@ -11,8 +11,11 @@ full keep their plain names. The header's metadata has one entry, ``lora_plus``,
      "metadata": {}}
 
 A layer's entry repeats a setting only where it deviates from the one on top; ``groups`` and ``max_norm`` are there for
-layers that have them. The update of a layer is ``scale * B @ A`` with ``scale = alpha / r`` (``"standard"``) or
-``alpha / sqrt(r)`` (``"rslora"``), a matrix ``(out, in)`` in the layout that the entry states.
+layers that have them. An adapter of a parameter that no layer is called for has the kind ``"Parameter"``, and ``of``
+where a known module reads it; an adapter of some rows has ``rows``, the first one and the one after the last. Both have
+``parameter``, the weight's full name. The update of a layer is ``scale * B @ A`` with ``scale = alpha / r``
+(``"standard"``) or ``alpha / sqrt(r)`` (``"rslora"``), a matrix ``(out, in)`` in the layout that the entry states, or a
+stack of them.
 """
 
 from __future__ import annotations
@@ -23,12 +26,14 @@ from typing import Any
 
 from torch import Tensor
 
-from .adapter import Adapter, BaseLayer, LayerAdapter, join, most_common
+from lora_plus.names import join
+
+from .adapter import Adapter, BaseLayer, LayerAdapter, most_common
 
 KEY = "lora_plus"
 VERSION = 1
 SETTINGS = ("r", "alpha", "scaling", "variant", "dropout")
-FACTS = ("groups", "max_norm")
+FACTS = ("groups", "max_norm", "parameter", "rows", "of")
 CONTAINERS = {"lora": ("lora_A", "lora_B"), "dora": ("lora_A", "lora_B", "lora_magnitude")}
 """The tensors that an adapter of each variant has."""
 
@@ -76,13 +81,13 @@ def read(
     for path, entry in document.get("layers", {}).items():
         layer = _layer(path, entry, document, left, scale, problems)
         if layer is None:
-            unread.append(join(path, ""))
+            unread.append(path and f"{path}.")
         else:
             adapter.layers[path] = layer
     for path, names in document.get("train_also", {}).items():
         if not isinstance(names, list) or not all(isinstance(name, str) and names.count(name) == 1 for name in names):
             problems.append(f"train_also {path!r}: expected a list of different tensor names, got {names!r}")
-            unread.append(join(path, ""))
+            unread.append(path and f"{path}.")
             continue
         missing = [name for name in names if join(path, name) not in left]
         problems += [f"tensor {join(path, name)!r} is missing" for name in missing]
@@ -152,4 +157,28 @@ def _layer(
     if missing:
         return None
     facts = {name: entry[name] for name in FACTS if name in entry}
+    rows, parameter = facts.get("rows", [0, 1]), facts.get("parameter", "")
+    if not (
+        isinstance(rows, list)
+        and len(rows) == 2
+        and all(isinstance(row, int) for row in rows)
+        and 0 <= rows[0] < rows[1]
+    ):
+        problems.append(f"layer {path!r}: rows must be the first one and the one after the last, got {rows!r}")
+        return None
+    if not isinstance(parameter, str):
+        problems.append(f"layer {path!r}: parameter must be a name, got {parameter!r}")
+        return None
     return LayerAdapter(BaseLayer(kind, layout, tuple(shape), facts), settings, factor, found)
+
+
+def _is_range(rows: Any) -> bool:
+    whole = isinstance(rows, list) and len(rows) == 2 and all(type(row) is int for row in rows)
+    return whole and bool(0 <= rows[0] < rows[1])
+
+
+_FACT_CHECKS: dict[str, Callable[[Any], bool]] = {
+    "rows": _is_range,
+    "parameter": lambda name: isinstance(name, str),
+    "of": lambda name: isinstance(name, str),
+}

@@ -1,0 +1,307 @@
+"""A frozen weight with adapters: which of them are active, the weight that contains them, and the merged state."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from . import functional
+from .adapter_site import AdapterSite, RowBlock
+from .functional import accumulation_dtype
+from .names import join
+from .variants import VARIANTS, AdapterSpec
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+BLOCKS = "lora_blocks"
+
+
+@dataclass
+class Merge:
+    """The state of a merged weight: what unmerging needs."""
+
+    weight: Tensor
+    """The base's own parameter, bound back by unmerging."""
+    bound: nn.Parameter
+    """The parameter that contains the adapters."""
+    adapters: tuple[str, ...]
+    """The adapters that it contains."""
+    versions: dict[str, int]
+    """The version counter of each of their tensors when they were merged."""
+    lost: float | None
+    """Relative error of the applied update after rounding to the weight's dtype; None at float32 and above."""
+
+
+class AdaptedWeight(AdapterSite):
+    """A module whose ``weight`` has adapters: on the whole matrix, or on blocks of its rows."""
+
+    nesting: ClassVar[int] = 0
+    """How many modules of ours are between the user's own module and this one, itself included."""
+    layout: str
+    """einops pattern from the stored weight to its matrix view ``(out, in)``, or ``(stack, out, in)``."""
+    weight: Tensor
+    lora_active: tuple[str, ...]
+    """The adapters that take part in the forward, in the order in which they are applied."""
+    lora_disabled: int
+    """How many ``disabled`` blocks are open: above zero, the base is computed."""
+    lora_merge: Merge | None
+    """What unmerging needs; None while the weight is not merged."""
+
+    def start(self) -> None:
+        """The state of a weight that has no adapter yet."""
+        self.__dict__.update(lora_specs={}, lora_active=(), lora_disabled=0, lora_merge=None)
+
+    def _described(self) -> str:
+        """What messages call it."""
+        return type(self).__name__
+
+    def weight_matrix(self) -> Tensor:
+        """The stored weight, detached, in its matrix view."""
+        return functional.to_matrix(self.weight.detach(), self.layout)
+
+    # ---- its adapters ------------------------------------------------------------------------------------------
+
+    def adapter_sites(self) -> Iterator[AdapterSite]:
+        """Where adapters can be: the whole weight, and blocks of its rows."""
+        yield self
+        yield from self.row_blocks()
+
+    def row_blocks(self) -> list[RowBlock]:
+        """The blocks of rows that have adapters, from the top."""
+        container = self._modules.get(BLOCKS)
+        blocks = [] if container is None else [block for block in container.children() if isinstance(block, RowBlock)]
+        return sorted(blocks, key=lambda block: block.start)
+
+    def row_block(self, label: str, start: int, stop: int, total: int) -> RowBlock:
+        """The block of these rows out of ``total``, which is made if it is not there."""
+        container = self._modules.setdefault(BLOCKS, nn.Module())
+        assert container is not None
+        block = container._modules.setdefault(label, RowBlock(label, start, stop, total))
+        assert isinstance(block, RowBlock) and (block.start, block.stop) == (start, stop)
+        return block
+
+    def lora_adapters(self) -> list[str]:
+        """The adapters that this weight has, whole or on blocks."""
+        if BLOCKS not in self._modules:
+            return list(self.lora_specs)
+        return list(dict.fromkeys(name for site in self.adapter_sites() for name in site.lora_specs))
+
+    def lora_spec(self, adapter: str) -> AdapterSpec:
+        """An adapter's settings; r and alpha are those of its first block where it has several."""
+        if adapter in self.lora_specs:
+            return self.lora_specs[adapter]
+        return next(block.lora_specs[adapter] for block in self.row_blocks() if adapter in block.lora_specs)
+
+    def lora_factors(self, adapter: str) -> tuple[Tensor, Tensor, float]:
+        """A, B and the scale of an adapter; those of row blocks are put together, with B block-structured."""
+        spec = self.lora_specs.get(adapter)
+        if spec is not None:
+            return self.lora_A[adapter], self.lora_B[adapter], spec.scale
+        blocks = [block for block in self.row_blocks() if adapter in block.lora_specs]
+        A = torch.cat([block.lora_A[adapter] for block in blocks], dim=-2)
+        scaled = [block.lora_B[adapter] * block.lora_specs[adapter].scale for block in blocks]
+        return A, functional.block_rows(scaled, [block.start for block in blocks], blocks[0].total), 1.0
+
+    def delete_adapter(self, name: str) -> None:
+        """Drop an adapter of this weight, and the blocks that have none left."""
+        assert self.lora_merge is None
+        for site in list(self.adapter_sites()):
+            if name in site.lora_specs:
+                site.drop_adapter(name)
+        container = self._modules.get(BLOCKS)
+        for block in self.row_blocks():
+            if container is not None and not block.lora_specs:
+                del container._modules[block.lora_label]
+        if container is not None and not container._modules:
+            del self._modules[BLOCKS]
+        self.activate(tuple(other for other in self.lora_active if other != name))
+
+    def activate(self, names: tuple[str, ...]) -> None:
+        """Let just these adapters take part in the forward; names that this weight lacks are passed over."""
+        self.lora_active = self.in_order(names)
+
+    def in_order(self, names: Sequence[str]) -> tuple[str, ...]:
+        """Those of these adapters that the weight has, in the order in which they apply.
+
+        Raises:
+            ValueError: if they have no agreed sum.
+        """
+        there = self.lora_adapters()
+        here = [name for name in dict.fromkeys(names) if name in there]
+        if len(here) < 2:
+            return tuple(here)
+        exclusive = [name for name in here if VARIANTS[self.lora_spec(name).variant].exclusive]
+        if len(exclusive) > 1:
+            raise ValueError(
+                f"adapters {exclusive} each rescale the weight (DoRA), and two rescalings of one weight have no agreed "
+                "meaning; use one of them at a time"
+            )
+        # a rescaling acts on the base; sums come after it
+        return (*exclusive, *(name for name in here if name not in exclusive))
+
+    # ---- the weight that contains them -------------------------------------------------------------------------
+
+    def effective_weight(self, adapters: tuple[str, ...]) -> Tensor:
+        """The weight with these adapters in it: in the stored layout, float32 or better, not yet rounded."""
+        matrix = functional.to_matrix(self.weight, self.layout)
+        matrix = matrix.to(accumulation_dtype(matrix.dtype))
+        for name in adapters:
+            matrix = VARIANTS[self.lora_spec(name).variant].merge(
+                matrix, *self.lora_factors(name), self.adapter_tensors(name)
+            )
+        return functional.from_matrix(matrix, self.layout, self.weight.shape)
+
+    def bind_weight(self, weight: Tensor) -> None:
+        """Make this parameter the weight; the one it had is left as it is, for whoever shares it."""
+        assert isinstance(weight, nn.Parameter)
+        self._parameters["weight"] = weight
+
+    def bind_merged(self, merge: Merge) -> None:
+        """Become merged."""
+        self.bind_weight(merge.bound)
+        self.lora_merge = merge
+
+    def unmerge(self) -> None:
+        """Bind the base's own parameter again."""
+        assert self.lora_merge is not None
+        self.bind_weight(self.lora_merge.weight)
+        self.lora_merge = None
+
+    def disable(self) -> None:
+        """Compute what the base computes until `enable` has been called as often."""
+        self.lora_disabled += 1
+        if self.lora_merge is not None:
+            self.bind_weight(self.lora_merge.weight)
+
+    def enable(self) -> None:
+        """Undo one `disable`."""
+        self.lora_disabled -= 1
+        if not self.lora_disabled and self.lora_merge is not None:
+            self.bind_weight(self.lora_merge.bound)
+
+    def check_enabled(self) -> None:
+        """Raise inside a ``disabled`` block, where changes to adapters would be mixed up with what it restores."""
+        if self.lora_disabled:
+            raise ValueError("the adapters are disabled; leave the disabled(model) block first")
+
+    def is_merged_now(self) -> bool:
+        """Whether the weight as it is bound contains the adapters; raises where that would mislead.
+
+        Raises:
+            ValueError: if the adapters were to be trained or have been changed, or the weight has been replaced.
+        """
+        merge = self.lora_merge
+        if merge is None or self.lora_disabled:
+            return False
+        trained = (p.requires_grad for site in self.adapter_sites() for _, _, p in site.lora_parameters())
+        if self.training and torch.is_grad_enabled() and any(trained):
+            raise ValueError(
+                f"this {self._described()} is merged, so its adapters would get no gradient; call "
+                "unmerge_lora(model) before training, or model.eval() or torch.no_grad() to run the merged model"
+            )
+        if not torch.compiler.is_compiling():
+            self.check_unchanged(merge)
+        return True
+
+    def check_unchanged(self, merge: Merge) -> None:
+        """Raise if an adapter has been changed in place, or the weight been replaced, since it was merged."""
+        if self.adapter_versions(merge.adapters) != merge.versions:
+            raise ValueError(
+                f"an adapter of this {self._described()} was changed while it was merged, which the merged weight "
+                "does not follow; call unmerge_lora(model), and merge_lora(model) again if it shall be merged"
+            )
+        if not self.lora_disabled and self._parameters.get("weight") is not merge.bound:
+            raise ValueError(
+                f"the weight of this {self._described()} was replaced while it was merged (by tying weights again, or "
+                "by sharding), so the adapters are not in it any more; call unmerge_lora(model) before, and merge after"
+            )
+
+    def adapter_versions(self, adapters: tuple[str, ...]) -> dict[str, int]:
+        """The version counters of these adapters' tensors: they differ after any change in place."""
+        return {
+            f"{site.lora_label}.{container}.{name}": 0 if tensor.is_inference() else tensor._version
+            for site in self.adapter_sites()
+            for name in adapters
+            for container, tensor in site.adapter_tensors(name).items()
+        }
+
+    # ---- its state ---------------------------------------------------------------------------------------------
+
+    def own_children(self) -> dict[str, nn.Module]:
+        """The submodules that hold adapters."""
+        names = (*self.roles, BLOCKS)
+        return {name: child for name in names if (child := self._modules.get(name)) is not None}
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        """As ever; while merged, that of the plain module with the merged weight, without adapter keys."""
+        state: dict[str, Any] = super().state_dict(*args, **kwargs)
+        if self.lora_merge is not None:
+            for child_name, child in self.own_children().items():
+                for name, _ in child.named_parameters():
+                    state.pop(f"{kwargs.get('prefix', '')}{child_name}.{name}", None)
+        return state
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        if self.lora_merge is not None:
+            errors = args[-1]
+            errors.append(f"layer {prefix.rstrip('.')!r} is merged; call unmerge_lora(model) before loading")
+            return
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        if self.weight.is_meta:
+            self._apply_without_values(fn, recurse)
+            return self
+        super()._apply(fn, recurse)
+        merge = self.lora_merge
+        if merge is not None:
+            hidden = merge.bound if self.lora_disabled else merge.weight
+            hidden.data = fn(hidden.data)  # the same object: it may be tied
+            if not self.lora_disabled:
+                bound = self._parameters["weight"]
+                assert bound is not None
+                merge.bound = bound
+            merge.versions = self.adapter_versions(merge.adapters)
+        return self
+
+    def _apply_without_values(self, fn: Callable[[Tensor], Tensor], recurse: bool) -> None:
+        # to_empty() on a base that has no values yet must not empty the adapters, which have theirs
+        held = self.own_children()
+        for name in held:
+            del self._modules[name]
+        super()._apply(fn, recurse)
+        self._modules.update(held)
+        if not self.weight.is_meta:
+            for child in held.values():
+                child.to(self.weight.device)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self.lora_merge is not None:  # a copy's version counters start anew
+            self.lora_merge.versions = self.adapter_versions(self.lora_merge.adapters)
+
+
+def adapted_weights(model: nn.Module) -> Iterator[tuple[str, AdaptedWeight]]:
+    """``(name, weight)`` for every adapted layer or parameter of a model, each once, under its first name."""
+    for path, module in model.named_modules():
+        if isinstance(module, AdaptedWeight):
+            yield join(owner_path(path, module), module.lora_label), module
+
+
+def adapter_sites(model: nn.Module) -> Iterator[tuple[str, AdapterSite, AdaptedWeight]]:
+    """``(name, site, weight)`` for all that has adapters in a model: whole weights, and blocks of their rows."""
+    for path, module in model.named_modules():
+        if isinstance(module, AdaptedWeight):
+            for site in module.adapter_sites():
+                if site.lora_specs:
+                    yield join(owner_path(path, module), site.lora_label), site, module
+
+
+def owner_path(path: str, weight: AdaptedWeight) -> str:
+    """The path of the user's own module that the weight belongs to."""
+    return path if not weight.nesting else ".".join(path.split(".")[: -weight.nesting])

@@ -1,0 +1,76 @@
+"""What holds the adapters of one matrix: their settings and their tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from .adapter_tensors import AdapterTensors
+from .variants import AdapterSpec
+
+
+class AdapterSite(nn.Module):
+    """The adapters of one matrix, a whole weight or some rows of one, by the name of the adapter."""
+
+    roles: ClassVar[dict[str, str]] = {"lora_A": "A", "lora_B": "B", "lora_magnitude": "magnitude"}
+    """What the tensors of each container are to the optimizer."""
+
+    lora_label: str = ""
+    """The name of the matrix inside the module that it belongs to; empty where it is that module's one weight."""
+    lora_A: AdapterTensors
+    lora_B: AdapterTensors
+    lora_specs: dict[str, AdapterSpec]
+    """The settings of each adapter, by its name."""
+
+    def add_adapter(self, name: str, spec: AdapterSpec, tensors: dict[str, Tensor], *, trainable: bool = True) -> None:
+        """Take in an adapter with these tensors."""
+        assert name not in self.lora_specs
+        for container, tensor in tensors.items():
+            if container not in self._modules:
+                self._modules[container] = AdapterTensors()
+            self._container(container)[name] = nn.Parameter(tensor, requires_grad=trainable)
+        self.lora_specs[name] = spec
+
+    def drop_adapter(self, name: str) -> None:
+        """Forget an adapter."""
+        for container in self.adapter_tensors(name):
+            del self._container(container)[name]
+        del self.lora_specs[name]
+
+    def adapter_tensors(self, adapter: str) -> dict[str, nn.Parameter]:
+        """The parameters of one adapter by the name of their container: lora_A, lora_B, ..."""
+        present = (name for name in self.roles if name in self._modules)
+        return {name: self._container(name)[adapter] for name in present if adapter in self._container(name)}
+
+    def lora_parameters(self) -> Iterator[tuple[str, str, nn.Parameter]]:
+        """``(adapter, role, parameter)`` for every adapter parameter of this matrix.
+
+        Freezing, optimizer groups, saving and deleting go by this, never by names.
+        """
+        for adapter in self.lora_specs:
+            for container, parameter in self.adapter_tensors(adapter).items():
+                yield adapter, self.roles[container], parameter
+
+    def extra_repr(self) -> str:
+        adapters = ", ".join(f"{name}: r={spec.r}, alpha={spec.alpha:g}" for name, spec in self.lora_specs.items())
+        base = super().extra_repr()
+        return f"{base}, lora=({adapters})" if base else f"lora=({adapters})"
+
+    def _container(self, name: str) -> AdapterTensors:
+        container = self._modules[name]
+        assert isinstance(container, AdapterTensors)
+        return container
+
+
+class RowBlock(AdapterSite):
+    """Adapters of the rows ``start:stop``, of ``total``, of a weight's matrix view: one of several fused projections."""
+
+    def __init__(self, label: str, start: int, stop: int, total: int) -> None:
+        super().__init__()
+        self.lora_label, self.start, self.stop, self.total = label, start, stop, total
+        self.lora_specs = {}
+
+    def extra_repr(self) -> str:
+        return f"rows={self.start}:{self.stop}, {super().extra_repr()}"

@@ -1,0 +1,37 @@
+"""Exchanging the class of a module object, beneath the class that torch puts on top of a parametrized one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+from torch.nn.utils import parametrize
+
+
+def swap_class(module: nn.Module, change: Callable[[Any], type[nn.Module]]) -> None:
+    """Give the module the class that ``change`` makes of its own.
+
+    A module under ``torch.nn.utils.parametrizations`` has a class of its own that derives from the module's. It stays
+    on top, so that parametrizations can be added and removed before and after.
+    """
+    top = type(module)
+    if not parametrize.is_parametrized(module):
+        module.__class__ = change(top)
+        return
+    below = change(top.__bases__[0])
+    body = {name: value for name, value in top.__dict__.items() if name not in ("__dict__", "__weakref__")}
+    module.__class__ = type(f"Parametrized{below.__name__}", (below,), body)
+
+
+def check_top_class(module: nn.Module) -> None:
+    """Raise if the module's class is not one that this library gave it.
+
+    Raises:
+        ValueError: naming the class that another tool has put on top.
+    """
+    top: type[Any] = type(module)
+    if parametrize.is_parametrized(module):
+        top = top.__bases__[0]
+    if "base_class" not in top.__dict__:
+        raise ValueError(f"its class {top.__name__} was put on top of ours by another tool; undo that first")

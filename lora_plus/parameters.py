@@ -1,0 +1,187 @@
+"""LoRA on weights that somebody else reads: the parameter's attribute gives the weight with the adapters in it.
+
+``nn.MultiheadAttention`` hands ``in_proj_weight`` to a function, an ``nn.LSTM`` hands its weights to a kernel, stacked
+experts are bare parameters. There is no layer to call, so the update is a dense matrix, made anew whenever the
+attribute is read. The module keeps its identity, its state-dict keys and its code; its class becomes one on which the
+adapted attribute is a property, and the parameter itself moves into a `LoRAParameter` inside the module.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from .adapted_weight import AdaptedWeight
+from .class_swap import swap_class
+
+HOLDERS = "lora_parameters"
+"""The submodule of an owner that has a `LoRAParameter` for each adapted parameter, by the parameter's name."""
+
+
+class LoRAParameter(AdaptedWeight):
+    """A parameter with adapters: called, it returns the weight to compute with, in the parameter's shape and dtype.
+
+    Args:
+        weight: the parameter.
+        layout: einops pattern to its matrix view ``(out, in)`` or ``(stack, out, in)``.
+        label: the name of its adapters inside the module that owns it.
+        of: the class of the module whose part it is, if that reads the parameter in a way of its own.
+    """
+
+    nesting = 2
+
+    def __init__(self, weight: nn.Parameter, layout: str, label: str, of: str | None = None) -> None:
+        super().__init__()
+        self.weight = weight
+        self.layout, self.lora_label, self.of = layout, label, of
+        self.start()
+
+    def forward(self) -> Tensor:
+        if self.is_merged_now() or self.lora_disabled or not self.lora_active:
+            return self.weight
+        return self.effective_weight(self.lora_active).to(self.weight.dtype)
+
+    def raw(self) -> nn.Parameter:
+        """The parameter that is bound now."""
+        bound = self._parameters["weight"]
+        assert bound is not None
+        return bound
+
+    def _described(self) -> str:
+        return f"parameter {self.lora_label!r}"
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """Nothing of its own: the owner saves the parameter, under the name that it always had."""
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        if self.lora_merge is not None:
+            super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class LoRAOwner(nn.Module):
+    """A module some of whose own parameters have adapters; comes before the module's class among the bases."""
+
+    base_class: ClassVar[type[nn.Module]]
+    """The class that the module has without adapters."""
+    adapted_names: ClassVar[tuple[str, ...]]
+    """The adapted parameters."""
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        with _in_place(self):
+            super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        with _in_place(self, merged=False):  # those report that they are merged
+            super()._load_from_state_dict(*args)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As ever; a parameter given to an adapted name becomes the base of its adapters."""
+        if name not in self.adapted_names:
+            super().register_parameter(name, param)
+            return
+        holder = parameter_holders(self)[name]
+        if param is None or param.shape != holder.weight.shape or holder.lora_merge is not None:
+            raise ValueError(
+                f"{name!r} has adapters, so it can only be replaced by a parameter of its shape "
+                f"{tuple(holder.weight.shape)} while it is not merged; call remove_lora(model) first"
+            )
+        holder.bind_weight(param)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        with torch.no_grad():  # recurrent layers keep the weights that they compute with
+            reduced: Any = super().__reduce_ex__(protocol)
+        # a class made on the fly has no name to be found by: pickle what it was made from
+        return _new_owner, (self.base_class, self.adapted_names), *reduced[2:]
+
+
+def parameter_holders(module: nn.Module) -> dict[str, LoRAParameter]:
+    """The adapted parameters of a module, by their names."""
+    container = module._modules.get(HOLDERS) if isinstance(module, LoRAOwner) else None
+    return {} if container is None else dict(container._modules)  # type: ignore[arg-type]
+
+
+def raw_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """A module's own parameters without their adapters, by name."""
+    own = {name: parameter for name, parameter in module._parameters.items() if parameter is not None}
+    return own | {name: holder.raw() for name, holder in parameter_holders(module).items()}
+
+
+def adopt_parameter(owner: nn.Module, name: str, layout: str, label: str, of: str | None = None) -> LoRAParameter:
+    """The `LoRAParameter` of an owner's parameter, which is made, still without adapters, if it is not there."""
+    holders = parameter_holders(owner)
+    if name not in holders:
+        parameter = owner._parameters[name]
+        assert parameter is not None
+        swap_class(owner, lambda swapped: _owner_class(_plain(swapped), (*holders, name)))
+        container = owner._modules.setdefault(HOLDERS, nn.Module())
+        assert container is not None
+        holders[name] = LoRAParameter(parameter, layout, label, of)
+        holders[name].train(owner.training)
+        container._modules[name] = holders[name]
+        owner._parameters[name] = None  # which keeps its place among the keys
+    assert holders[name].layout == layout
+    return holders[name]
+
+
+def restore_owner(owner: LoRAOwner) -> None:
+    """Turn an owner back into the plain module it was, in place; its adapters are dropped."""
+    for name, holder in parameter_holders(owner).items():
+        owner._parameters[name] = holder.raw()
+    del owner._modules[HOLDERS]
+    swap_class(owner, _plain)
+
+
+def restore_parameter(owner: LoRAOwner, name: str) -> None:
+    """Make one adapted parameter plain again."""
+    holders = parameter_holders(owner)
+    if len(holders) == 1:
+        restore_owner(owner)
+        return
+    owner._parameters[name] = holders[name].raw()
+    del owner._modules[HOLDERS]._modules[name]  # type: ignore[union-attr]
+    rest = tuple(other for other in holders if other != name)
+    swap_class(owner, lambda swapped: _owner_class(_plain(swapped), rest))
+
+
+@contextmanager
+def _in_place(owner: LoRAOwner, *, merged: bool = True) -> Iterator[None]:
+    """The adapted parameters back among the owner's own, with those that are merged or without."""
+    holders = {name: holder for name, holder in parameter_holders(owner).items() if merged or not holder.lora_merge}
+    for name, holder in holders.items():
+        owner._parameters[name] = holder.raw()
+    try:
+        yield
+    finally:
+        for name, holder in holders.items():
+            holder._parameters["weight"] = owner._parameters[name]  # another object after loading with assign=True
+            owner._parameters[name] = None
+
+
+def _plain(layer_class: Any) -> Any:
+    return layer_class.base_class if issubclass(layer_class, LoRAOwner) else layer_class
+
+
+@functools.cache
+def _owner_class(layer_class: Any, names: tuple[str, ...]) -> type[LoRAOwner]:
+    body: dict[str, Any] = {name: _effective(name) for name in names}
+    body |= {"base_class": layer_class, "adapted_names": names, "__doc__": layer_class.__doc__}
+    body["__module__"] = layer_class.__module__
+    return type(f"LoRA{layer_class.__name__}", (LoRAOwner, layer_class), body)
+
+
+def _effective(name: str) -> property:
+    def read(owner: LoRAOwner) -> Tensor:
+        weight: Tensor = owner._modules[HOLDERS]._modules[name]()  # type: ignore[union-attr, misc]
+        return weight
+
+    return property(read, doc=f"The parameter {name!r} with its adapters in it.")
+
+
+def _new_owner(layer_class: Any, names: tuple[str, ...]) -> LoRAOwner:
+    owner_class = _owner_class(layer_class, names)
+    return owner_class.__new__(owner_class)

@@ -1,0 +1,72 @@
+"""Modules whose own code reads their weights: which parameters of theirs can have adapters, and under which names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import nn
+
+from .parameters import raw_parameters
+
+
+@dataclass(frozen=True)
+class Part:
+    """A parameter of a module, or some rows of one."""
+
+    parameter: str
+    label: str
+    """Its name inside the submodule that owns the parameter; empty where it is that submodule's one."""
+    child: str = ""
+    """The submodule that owns the parameter; empty for the module itself."""
+    rows: tuple[int, int] | None = None
+    layout: str = "o i -> o i"
+    aliases: tuple[str, ...] = ()
+    """Further names inside the module, which several parts can share; so can the parameter's and the module's own."""
+    linear: bool = False
+    """Whether it is a linear map of activations, as ``"all-linear"`` takes them."""
+
+
+PARTS: dict[type[nn.Module], Callable[[nn.Module], list[Part]]] = {}
+"""Module class -> the parts of such a module; a subclass is served by the nearest entry."""
+
+
+def parts_of(module: nn.Module) -> list[Part]:
+    """The parts of a module that computes with its weights itself; empty for any other."""
+    described_by = next((PARTS[parent] for parent in type(module).__mro__ if parent in PARTS), None)
+    return [] if described_by is None else described_by(module)
+
+
+def _attention(module: nn.Module) -> list[Part]:
+    assert isinstance(module, nn.MultiheadAttention)
+    there, width = raw_parameters(module), module.embed_dim
+    out = Part("weight", "", "out_proj", aliases=("out",), linear=True)
+    parts = []
+    for index, name in enumerate("qkv"):
+        packed = "in_proj_weight" in there
+        rows = (index * width, (index + 1) * width) if packed else None
+        parameter = "in_proj_weight" if packed else f"{name}_proj_weight"
+        parts.append(Part(parameter, name, rows=rows, aliases=("in_proj",), linear=True))
+    return [*parts, out]
+
+
+def _weights(module: nn.Module) -> list[Part]:
+    there = raw_parameters(module).items()
+    return [Part(name, name) for name, parameter in there if name.startswith("weight") and parameter.ndim == 2]
+
+
+def _rows_of_a_table(module: nn.Module) -> list[Part]:
+    return [Part("weight", "weight", layout="n d -> d n")]
+
+
+def _bilinear(module: nn.Module) -> list[Part]:
+    return [Part("weight", "weight", layout="o i j -> o (i j)")]
+
+
+PARTS |= {
+    nn.MultiheadAttention: _attention,
+    nn.RNNBase: _weights,
+    nn.RNNCellBase: _weights,
+    nn.EmbeddingBag: _rows_of_a_table,
+    nn.Bilinear: _bilinear,
+}

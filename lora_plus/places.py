@@ -1,0 +1,292 @@
+"""Where adapters can be put in a model: on its layers, on blocks of their rows, and on parameters that others read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import functional
+from .adapted_weight import AdaptedWeight, owner_path
+from .adapter_site import AdapterSite, RowBlock
+from .formats.adapter import BaseLayer
+from .init import Init
+from .layers import DTYPES, LoRALinear, LoRATransposedLinear, lora_class, why_unsupported
+from .lora_layer import LoRALayer, needs_values
+from .names import join
+from .new_adapter import new_tensors
+from .parameters import HOLDERS, LoRAOwner, LoRAParameter, adopt_parameter, parameter_holders, raw_parameters
+from .parts import PARTS, Part, parts_of
+from .variants import VARIANTS, AdapterSpec
+
+PARAMETER = "Parameter"
+"""What files call the kind of a parameter that is adapted on its own."""
+
+
+@dataclass
+class Found:
+    """One module object of a model, under all the names it has there."""
+
+    module: nn.Module
+    names: list[str]
+
+    @property
+    def name(self) -> str:
+        """The first name, the one that ``named_modules`` gives."""
+        return self.names[0]
+
+
+@dataclass
+class Place:
+    """A weight of a model, or some rows of one, that an adapter can be put on."""
+
+    owner: nn.Module
+    """The layer, or the module that has the parameter."""
+    owner_name: str
+    names: list[tuple[str, nn.Module]]
+    """Its own name, once for each name of the owner, with the module that a type or a function is asked about."""
+    aliases: list[tuple[str, nn.Module]] = field(default_factory=list)
+    """Further names for targets, which can be those of several places."""
+    parameter: str | None = None
+    """The parameter that is adapted on its own, because no layer that computes with it is called."""
+    label: str = ""
+    """The name inside the owner; empty where the adapter is the owner's one."""
+    rows: tuple[int, int] | None = None
+    """The block of rows of the matrix view; None for all."""
+    layout: str = "o i -> o i"
+    """Of a parameter; a layer states its own."""
+    of: str | None = None
+    """The class of the module that it is a part of, where that module reads its weights itself."""
+    linear: bool = False
+    """Whether ``"all-linear"`` includes it."""
+
+    @property
+    def name(self) -> str:
+        """Its own name: what files and summaries call it."""
+        return self.names[0][0]
+
+    @property
+    def key(self) -> tuple[int, str | None, tuple[int, int] | None]:
+        """The same for the same place, under whatever name it was found."""
+        return id(self.owner), self.parameter, self.rows
+
+    @property
+    def kind(self) -> type[LoRALayer]:
+        """The kind of the layer."""
+        kind = lora_class(self.owner)
+        assert kind is not None
+        return kind
+
+    def refusal(self) -> str | None:
+        """Why no adapter can be put here, as a noun phrase; None if one can."""
+        if self.parameter is not None:
+            return self._parameter_refusal(self.parameter, raw_parameters(self.owner)[self.parameter])
+        if parameter_holders(self.owner):
+            return f"{type(self.owner).__name__} whose parameters {sorted(parameter_holders(self.owner))} have adapters"
+        return why_unsupported(self.owner)
+
+    def _parameter_refusal(self, name: str, parameter: nn.Parameter) -> str | None:
+        what = f"parameter {name!r}"
+        if isinstance(self.owner, LoRALayer):
+            return f"{what} of a layer that has adapters itself"
+        if isinstance(parameter, nn.UninitializedParameter):
+            return f"{what} that is not initialised; run a forward pass first"
+        if parameter.dtype not in DTYPES:
+            return f"{what} of {parameter.dtype}, expected one of {DTYPES}"
+        if parameter.ndim != len(self.layout.split(" -> ")[0].split()) or not parameter.numel():
+            return f"{what} of shape {tuple(parameter.shape)}, expected two or three dimensions, none of them 0"
+        if "parametrizations" in self.owner._modules and name.startswith("original"):
+            return f"{what} of a parametrization"
+        return None
+
+    def misfits(self, spec: AdapterSpec) -> str | None:
+        """What such an adapter cannot do here; None if it can."""
+        if self.parameter is not None and spec.dropout:
+            return f"dropout {spec.dropout} has no input to act on where only a weight is read; use 0, or exclude it"
+        if self.rows is not None and VARIANTS[spec.variant].exclusive:
+            return f"variant {spec.variant!r} rescales whole weights and cannot act on some rows of one"
+        return None
+
+    def overlapped(self) -> str | None:
+        """What adapters are there already on other rows that overlap these; None if there are none."""
+        there = parameter_holders(self.owner).get(self.parameter) if self.parameter else self.owner
+        if not isinstance(there, AdaptedWeight):
+            return None
+        for block in there.row_blocks():
+            if self.rows is None or (
+                self.rows != (block.start, block.stop) and self.rows[0] < block.stop and block.start < self.rows[1]
+            ):
+                return f"rows {block.start} to {block.stop} of its weight have adapters as {block.lora_label!r}"
+            if (self.rows == (block.start, block.stop)) != (self.label == block.lora_label):
+                return f"its weight has adapters on a block {block.lora_label!r}, rows {block.start} to {block.stop}"
+        if self.rows is not None and there.lora_specs:
+            return "its whole weight has adapters"
+        return None
+
+    def stored(self) -> Tensor:
+        """The stored weight that the adapter is added to, without adapters."""
+        weight = self.owner.weight if self.parameter is None else raw_parameters(self.owner)[self.parameter]
+        assert isinstance(weight, Tensor)
+        return weight
+
+    def matrix(self, *, values: bool = True) -> Tensor:
+        """The matrix view of the weight, or of its rows; without values only shape, dtype and device count."""
+        if self.parameter is None:
+            matrix = self.kind.matrix_of(self.owner, values=values)
+        else:
+            matrix = functional.to_matrix(self.stored().detach(), self.layout)
+        return matrix if self.rows is None else matrix[self.rows[0] : self.rows[1]]
+
+    def new_tensors(
+        self, spec: AdapterSpec, *, init: str | Init, dtype: torch.dtype | None, generator: torch.Generator | None
+    ) -> dict[str, Tensor]:
+        """The tensors of a new adapter, by the name of their container; nothing is changed."""
+        matrix = self.matrix(values=needs_values(spec, init))
+        hole = self.kind.no_update(self.owner) if self.parameter is None else None
+        return new_tensors(matrix, spec, init=init, dtype=dtype, generator=generator, no_update=hole)
+
+    def check_adoptable(self) -> None:
+        """Raise where `adopt` would fail, before anything is changed."""
+        if self.parameter is None and not isinstance(self.owner, LoRALayer):
+            self.kind.class_for(type(self.owner))
+
+    def adopt(self) -> AdapterSite:
+        """What holds adapters here: the layer, parameter or block, which becomes one if it is not."""
+        weight: AdaptedWeight
+        if self.parameter is not None:
+            whole = self.parameter if self.rows is not None else self.label
+            weight = adopt_parameter(self.owner, self.parameter, self.layout, whole, self.of)
+        else:
+            weight = self.owner if isinstance(self.owner, LoRALayer) else self.kind.adopt(self.owner)
+        if self.rows is None:
+            return weight
+        base = self.base()
+        return weight.row_block(self.label, *self.rows, functional.matrix_shape(base.layout, base.shape)[0])
+
+    def base(self) -> BaseLayer:
+        """What a file says of the weight."""
+        facts: dict[str, Any] = {}
+        if self.parameter is not None or self.rows is not None:
+            facts["parameter"] = join(self.owner_name, self.parameter or "weight")
+        if self.rows is not None:
+            facts["rows"] = list(self.rows)
+        if self.of is not None:
+            facts["of"] = self.of
+        if self.parameter is not None:
+            return BaseLayer(PARAMETER, self.layout, tuple(self.stored().shape), facts)
+        kind = self.kind
+        # a user's own subclass is written as the torch layer that it is
+        return BaseLayer(
+            kind.kind_name(), kind.layout, kind.stored_shape(self.owner), kind.base_facts(self.owner) | facts
+        )
+
+
+def find_modules(model: nn.Module) -> dict[int, Found]:
+    """Every module of the model once, by identity, with all its names; what holds adapters is left out."""
+    found: dict[int, Found] = {}
+    hidden = {id(child) for module in model.modules() for held in _held(module) for child in held.modules()}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if id(module) not in hidden:
+            found.setdefault(id(module), Found(module, [])).names.append(name)
+    return found
+
+
+def _held(module: nn.Module) -> Iterable[nn.Module]:
+    if isinstance(module, AdaptedWeight):
+        return module.own_children().values()
+    return [module._modules[HOLDERS]] if isinstance(module, LoRAOwner) else []  # type: ignore[list-item]
+
+
+def find_places(found: Mapping[int, Found], fused: Mapping[int, Mapping[str, tuple[int, int]]]) -> list[Place]:
+    """The places of a model, in the order of its modules: parts, fused blocks, and whatever else is a module.
+
+    Args:
+        found: the modules, from `find_modules`.
+        fused: by the identity of a linear layer, its blocks of rows by their names.
+    """
+    places = []
+    inside: set[int] = set()
+    for key, entry in found.items():
+        parts = parts_of(entry.module)
+        for part in parts:
+            owner = entry.module.get_submodule(part.child)
+            inside.add(id(owner))
+            places.append(_part_place(entry, part, owner))
+        for label, rows in fused.get(key, {}).items():
+            names = [(join(name, label), entry.module) for name in entry.names]
+            whole = [(name, entry.module) for name in entry.names]
+            linear = _is_linear(entry.module)
+            places.append(Place(entry.module, entry.name, names, whole, label=label, rows=rows, linear=linear))
+        if not parts and key not in fused and key not in inside:
+            names = [(name, entry.module) for name in entry.names]
+            places.append(Place(entry.module, entry.name, names, linear=_is_linear(entry.module)))
+    return places
+
+
+def _part_place(entry: Found, part: Part, owner: nn.Module) -> Place:
+    own = join(part.child, part.label)
+    return Place(
+        owner,
+        join(entry.name, part.child),
+        [(join(name, own), owner) for name in entry.names],
+        [
+            (join(name, inner), entry.module)
+            for name in entry.names
+            for inner in (*part.aliases, join(part.child, part.parameter), "")
+        ],
+        part.parameter,
+        part.label,
+        part.rows,
+        part.layout,
+        of=next(parent.__name__ for parent in type(entry.module).__mro__ if parent in PARTS),
+        linear=part.linear,
+    )
+
+
+def find_parameters(
+    found: Mapping[int, Found], layouts: Callable[[str], str | None] = lambda name: None
+) -> list[Place]:
+    """Every parameter of the model as a place of its own, whoever reads it.
+
+    Args:
+        found: the modules, from `find_modules`.
+        layouts: the layout that a user states for a parameter of this name, if any.
+    """
+    places = []
+    for entry in found.values():
+        for parameter, value in raw_parameters(entry.module).items():
+            names = [(join(name, parameter), entry.module) for name in entry.names]
+            stated = next((layout for name, _ in names if (layout := layouts(name)) is not None), None)
+            layout = stated or _usual_layout(entry.module, value)
+            places.append(Place(entry.module, entry.name, names, [], parameter, parameter, None, layout))
+    return places
+
+
+def adapted_places(model: nn.Module) -> Iterator[tuple[Place, AdapterSite]]:
+    """The places of a model that have adapters, with what holds these."""
+    for path, module in model.named_modules():
+        if not isinstance(module, AdaptedWeight):
+            continue
+        owner_name, parameter, of = path, None, None
+        if isinstance(module, LoRAParameter):
+            owner_name, parameter, of = owner_path(path, module), path.rpartition(".")[2], module.of
+        owner = model.get_submodule(owner_name)
+        for site in module.adapter_sites():
+            if site.lora_specs:
+                rows = (site.start, site.stop) if isinstance(site, RowBlock) else None
+                names = [(join(owner_name, site.lora_label), owner)]
+                yield Place(owner, owner_name, names, [], parameter, site.lora_label, rows, module.layout, of), site
+
+
+def _usual_layout(owner: nn.Module, parameter: Tensor) -> str:
+    # transformers marks experts that are stored as (stack, in, out)
+    stack = "e i o -> e o i" if getattr(owner, "is_transposed", False) else "e o i -> e o i"
+    return stack if parameter.ndim == 3 else "o i -> o i"
+
+
+def _is_linear(module: nn.Module) -> bool:
+    kind = lora_class(module)
+    return kind is not None and issubclass(kind, (LoRALinear, LoRATransposedLinear))
