@@ -1,6 +1,7 @@
 """LoRA and LoRA+ for any PyTorch model: inject adapters, train them, save them, merge them."""
 
 from .adapters import adapter_names, adapter_state_dict, delete_adapter, disabled, lora_summary, set_adapter
+from .check import check_adapters
 from .config import LoRAConfig
 from .inject import inject_lora, remove_lora
 from .io import load_adapter, save_adapter
@@ -35,6 +36,7 @@ __all__ = [
     "__version__",
     "adapter_names",
     "adapter_state_dict",
+    "check_adapters",
     "create_loraplus_optimizer",
     "delete_adapter",
     "disabled",

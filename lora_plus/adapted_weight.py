@@ -42,6 +42,8 @@ class AdaptedWeight(AdapterSite):
 
     nesting: ClassVar[int] = 0
     """How many modules of ours are between the user's own module and this one, itself included."""
+    quantized: ClassVar[bool] = False
+    """Whether the weight is stored in a way that an update cannot be added to."""
     layout: str
     """einops pattern from the stored weight to its matrix view ``(out, in)``, or ``(stack, out, in)``."""
     weight: Tensor
@@ -61,8 +63,12 @@ class AdaptedWeight(AdapterSite):
         return type(self).__name__
 
     def weight_matrix(self) -> Tensor:
-        """The stored weight, detached, in its matrix view."""
-        return functional.to_matrix(self.weight.detach(), self.layout)
+        """The stored weight in its matrix view."""
+        return functional.to_matrix(self.weight, self.layout)
+
+    def dense_weight(self) -> Tensor:
+        """The stored weight as numbers, in the dtype that a merged one gets."""
+        return self.weight
 
     # ---- its adapters ------------------------------------------------------------------------------------------
 
@@ -148,7 +154,7 @@ class AdaptedWeight(AdapterSite):
 
     def effective_weight(self, adapters: tuple[str, ...]) -> Tensor:
         """The weight with these adapters in it: in the stored layout, float32 or better, not yet rounded."""
-        matrix = functional.to_matrix(self.weight, self.layout)
+        matrix = self.weight_matrix()
         matrix = matrix.to(accumulation_dtype(matrix.dtype))
         for name in adapters:
             matrix = VARIANTS[self.lora_spec(name).variant].merge(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import ClassVar
 
 from torch import Tensor, nn
@@ -44,6 +44,11 @@ class AdapterSite(nn.Module):
         present = (name for name in self.roles if name in self._modules)
         return {name: self._container(name)[adapter] for name in present if adapter in self._container(name)}
 
+    def exchange_tensors(self, adapter: str, tensors: Mapping[str, nn.Parameter]) -> None:
+        """Bind other parameters as those of an adapter; the ones that it had are left as they are."""
+        for container, parameter in tensors.items():
+            self._container(container)[adapter] = parameter
+
     def lora_parameters(self) -> Iterator[tuple[str, str, nn.Parameter]]:
         """``(adapter, role, parameter)`` for every adapter parameter of this matrix.
 
@@ -65,7 +70,7 @@ class AdapterSite(nn.Module):
 
 
 class RowBlock(AdapterSite):
-    """Adapters of the rows ``start:stop``, of ``total``, of a weight's matrix view: one of several fused projections."""
+    """Adapters of the rows ``start:stop``, out of ``total``, of a weight's matrix view: one of several projections."""
 
     def __init__(self, label: str, start: int, stop: int, total: int) -> None:
         super().__init__()

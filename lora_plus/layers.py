@@ -13,12 +13,16 @@ from torch import Tensor, nn
 
 from . import functional
 from .lora_layer import LoRALayer
+from .quantized import STORES, StraightThrough, dense_dtype, dense_weight, store_of
 
 KINDS: dict[type[nn.Module], type[LoRALayer]] = {}
 """Base layer class -> its LoRA class. A subclass of a base layer is served by the nearest entry."""
 
 LOOKALIKES: list[type[LoRALayer]] = []
 """Kinds known by what a layer has, not by its class, because that class is in a package we do not import."""
+
+NARROWER: dict[type[LoRALayer], list[type[LoRALayer]]] = {}
+"""Kind -> kinds that serve some of its layers, known by what the layer has."""
 
 Kind = TypeVar("Kind", bound=type[LoRALayer])
 
@@ -39,19 +43,26 @@ def lora_class(module: nn.Module) -> type[LoRALayer] | None:
     if isinstance(module, LoRALayer):
         return type(module)
     by_class = next((KINDS[parent] for parent in type(module).__mro__ if parent in KINDS), None)
-    return by_class or next((kind for kind in LOOKALIKES if kind.fits(module)), None)
+    if by_class is None:
+        return next((kind for kind in LOOKALIKES if kind.fits(module)), None)
+    return next((kind for kind in NARROWER.get(by_class, ()) if kind.fits(module)), by_class)
 
 
 def why_unsupported(module: nn.Module) -> str | None:
     """Why this layer cannot be adapted; None if it can."""
-    if lora_class(module) is None:
+    kind, store = lora_class(module), store_of(module)
+    if kind is None:
         return type(module).__name__
+    if store is not None and not kind.quantized:
+        return f"{type(module).__name__} whose weight is quantized ({store})"
+    if store is not None and not STORES[store].is_ready(module):
+        return f"{type(module).__name__} whose weight is not quantized yet; move the model to its device first"
     weight = getattr(module, "weight", None)
     if isinstance(weight, nn.UninitializedParameter):
         return f"{type(module).__name__} whose weight is not initialised; run a forward pass first"
     if not isinstance(weight, Tensor):
         return f"{type(module).__name__} without a weight tensor"
-    if weight.dtype not in DTYPES:
+    if not kind.quantized and weight.dtype not in DTYPES:
         return f"{type(module).__name__} whose weight is {weight.dtype}, expected one of {DTYPES}"
     if not weight.numel():
         return f"{type(module).__name__} whose weight is empty"
@@ -96,6 +107,47 @@ class LoRALinear(LoRALayer, nn.Linear):
 
     def low_rank(self, x: Tensor, A: Tensor, B: Tensor, scale: float, dropout: float, shape: torch.Size) -> Tensor:
         return functional.linear_update(x, A, B, scale, dropout)
+
+
+class LoRAQuantizedLinear(LoRALinear):
+    """A linear layer of another package whose weight is quantized; it is merged only into a plain layer."""
+
+    base_class = nn.Linear
+    quantized = True
+
+    @classmethod
+    def fits(cls, module: nn.Module) -> bool:
+        return isinstance(module, nn.Linear) and store_of(module) is not None
+
+    @classmethod
+    def matrix_of(cls, layer: nn.Module, *, values: bool = True) -> Tensor:
+        if values:
+            return dense_weight(layer)
+        assert isinstance(layer.weight, Tensor)
+        return torch.empty(1, device=layer.weight.device).expand(cls.stored_shape(layer))
+
+    @classmethod
+    def stored_shape(cls, layer: nn.Module) -> tuple[int, ...]:
+        assert isinstance(layer, nn.Linear)
+        return layer.out_features, layer.in_features
+
+    def trial_input(self) -> None:  # type: ignore[override]
+        """None: the packages' forwards are known."""
+
+    def dense_weight(self) -> Tensor:
+        dense = dense_weight(self)
+        return dense.to(dense_dtype(self, dense))
+
+    def base_forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        y = super().base_forward(*args, **kwargs)
+        x = args[0] if args else next(iter(kwargs.values()))
+        if torch.is_grad_enabled() and x.requires_grad and not y.requires_grad:
+            # kernels that quantize activations drop the gradient without a word
+            y = StraightThrough.apply(x, y, self)
+        return y
+
+
+NARROWER[LoRALinear] = [LoRAQuantizedLinear]
 
 
 class LoRATransposedLinear(LoRALayer):

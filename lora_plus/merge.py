@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from .adapters import check_adapter
 from .inject import check_restorable, make_plain
 from .lora_layer import LoRALayer
 from .names import join
+from .quantized import make_dense, store_of
 from .trained import trained_modules, unmark_trained
 
 
@@ -98,10 +100,15 @@ def merged(model: nn.Module, *, adapters: Sequence[str] | None = None) -> Iterat
             unmerge_lora(model)
 
 
-def merge_and_unload(model: nn.Module, *, adapters: Sequence[str] | None = None) -> nn.Module:
+def merge_and_unload(model: nn.Module, *, adapters: Sequence[str] | None = None, dequantize: bool = False) -> nn.Module:
     """Plain modules with the merged weights; the adapters and the original weights are dropped.
 
     Modules trained in full keep their trained values. ``requires_grad`` is as it was before the first injection.
+
+    Args:
+        model, adapters: as in `merge_lora`.
+        dequantize: turn adapted layers with a quantized weight into plain ``nn.Linear`` layers. Their weight has the
+            dtype that it had before it was quantized, where the package remembers that.
 
     Returns:
         The same model.
@@ -110,11 +117,19 @@ def merge_and_unload(model: nn.Module, *, adapters: Sequence[str] | None = None)
         KeyError, ValueError: as `merge_lora`; a model that is merged already keeps its merged weights.
     """
     check_restorable(model)
+    quantized = [
+        (weight, store) for _, weight in adapted_weights(model) if weight.quantized and (store := store_of(weight))
+    ]
     if not _is_merged(model, adapters):
-        merge_lora(model, adapters=adapters)
+        _, merges = _compute(model, adapters, dequantize=dequantize)
+        for weight, merge in merges:
+            weight.bind_merged(merge)
     for _, module, _ in list(trained_modules(model)):
         unmark_trained(module, restore=False)
+    dense = [(weight, store) for weight, store in quantized if weight.lora_merge is not None]
     make_plain(model)
+    for weight, store in dense:
+        make_dense(cast(nn.Linear, weight), store)
     return model
 
 
@@ -142,7 +157,9 @@ def _wanted(weight: AdaptedWeight, adapters: Sequence[str] | None) -> tuple[str,
     return weight.lora_active if adapters is None else weight.in_order(adapters)
 
 
-def _compute(model: nn.Module, adapters: Sequence[str] | None) -> tuple[MergeReport, list[tuple[AdaptedWeight, Merge]]]:
+def _compute(
+    model: nn.Module, adapters: Sequence[str] | None, *, dequantize: bool = False
+) -> tuple[MergeReport, list[tuple[AdaptedWeight, Merge]]]:
     """The merged weights of a model, checked, with nothing changed yet."""
     for adapter in adapters or ():
         check_adapter(model, adapter)
@@ -154,7 +171,7 @@ def _compute(model: nn.Module, adapters: Sequence[str] | None) -> tuple[MergeRep
         names = _wanted(weight, adapters)
         if not names:
             continue
-        made = _refusal(weight) or _merge(weight, names)
+        made = _refusal(weight, dequantize) or _merge(weight, names)
         if isinstance(made, str):
             problems.append(f"{path!r}: {made}")
             continue
@@ -178,22 +195,27 @@ def _compute(model: nn.Module, adapters: Sequence[str] | None) -> tuple[MergeRep
 @torch.no_grad()
 def _merge(weight: AdaptedWeight, names: tuple[str, ...]) -> Merge | str:
     """The merged state of a weight, or why it cannot be merged."""
-    base = weight.weight
+    base = weight.dense_weight()
     exact = weight.effective_weight(names)
     merged_weight = torch.empty_like(base).copy_(exact)
     if not _as_finite_as(merged_weight, base):
         return f"the merged weight is not finite in {merged_weight.dtype}"
-    bound = nn.Parameter(merged_weight, requires_grad=base.requires_grad)
+    bound = nn.Parameter(merged_weight, requires_grad=weight.weight.requires_grad)
     differs = _trial(weight, names, bound) if isinstance(weight, LoRALayer) else None
     if differs is not None:
         return differs
     lost = _lost(base, merged_weight, exact)
-    return Merge(base, bound, names, weight.adapter_versions(names), lost)
+    return Merge(weight.weight, bound, names, weight.adapter_versions(names), lost)
 
 
-def _refusal(weight: AdaptedWeight) -> str | None:
+def _refusal(weight: AdaptedWeight, dequantize: bool) -> str | None:
     if weight.lora_merge is not None:
         return "it is merged already; call unmerge_lora(model) first"
+    if weight.quantized and not dequantize:
+        return (
+            "its weight is quantized, and quantizing a merged one again would lose most of the update; call "
+            "merge_and_unload(model, dequantize=True)"
+        )
     if "weight" not in weight._parameters:
         return "its weight is computed by a parametrization or a hook; remove that before merging"
     if weight.weight.is_meta:

@@ -10,7 +10,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent / "lora_plus"
 
 STRATA = [
-    {"version", "names", "functional", "adapter_tensors", "collector", "freezing", "fused_kernels", "class_swap"},
+    {"version", "names", "functional", "adapter_tensors", "collector", "freezing", "fused_kernels", "class_swap", "quantized"},
     {"init", "variants", "formats.adapter", "trained", "atomic_files"},
     {"new_adapter", "adapter_site", "formats.native", "formats.peft", "config"},
     {"adapted_weight"},
@@ -20,7 +20,7 @@ STRATA = [
     {"targets"},
     {"inject"},
     {"adapters", "optim"},
-    {"merge"},
+    {"merge", "check"},
     {"io"},
     {"__init__"},
     {"demo", "cli"},

@@ -1,0 +1,304 @@
+"""The proof that each adapter of a model is live: it changes the output, in train and in eval, and gets gradients."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from .adapted_weight import AdaptedWeight, adapter_sites
+from .adapter_site import AdapterSite
+from .adapters import unwrap
+from .lora_layer import LoRALayer
+
+TRAIN_PASSES = 4
+"""At most: layers that are skipped at random in training get another chance."""
+
+
+def check_adapters(model: nn.Module, *inputs: Any, **keywords: Any) -> list[str]:
+    """Run the model on these inputs, and raise unless every active adapter has an effect and can learn.
+
+    The adapters' tensors are exchanged for random ones, since at B = 0 neither an effect nor a gradient of A could be
+    seen. A gradient that is not zero proves that the output depends on a tensor. It is asked for in train mode and in
+    eval mode; a third pass, in eval mode without gradients, shows that inference does not take another path. The cost
+    is these few passes, whatever the number of adapters.
+
+    The model, its gradients, buffers and modes and the random state are left as they were.
+
+    Args:
+        model: the model with adapters, not merged and not sharded; a compiled one is run as it is without compilation.
+        inputs, keywords: what to call the model with. They should reach all parts of it.
+
+    Returns:
+        The names of the places whose adapters were proved live.
+
+    Raises:
+        ValueError: naming each adapter that is not live, and why as far as can be told; or if there is none to check.
+    """
+    model = unwrap(model)
+    probes = [
+        _Probe(name, site, weight, adapter)
+        for name, site, weight in adapter_sites(model)
+        for adapter in site.lora_specs
+        if adapter in weight.lora_active
+    ]
+    _check_checkable(probes)
+    with ExitStack() as state:
+        for context in (torch.inference_mode(False), torch.enable_grad(), _eager(), _left_as_it_was(model)):
+            state.enter_context(context)
+        state.enter_context(_random_adapters(probes))
+        modes = {"eval": _run(model.eval(), inputs, keywords, probes)}
+        for attempt in range(TRAIN_PASSES):
+            train = _run(model.train(), inputs, keywords, probes, seed=attempt)
+            modes["train"] = modes["train"].joined(train) if "train" in modes else train
+            if all(probe.fault(modes["train"]) is None for probe in probes):
+                break
+        with torch.no_grad():
+            inference = _run(model.eval(), inputs, keywords, probes)
+        faults = {probe.key: probe.faults(modes, inference) for probe in probes}
+    dead = [probe for probe in probes if faults[probe.key]]
+    if dead:
+        lines = [f"{probe.title()}, {fault}" for probe in dead for fault in faults[probe.key]]
+        raise ValueError("\n  ".join([f"{len(dead)} of {len(probes)} adapters are not live:", *lines]))
+    return list(dict.fromkeys(probe.name for probe in probes))
+
+
+@dataclass
+class _Seen:
+    """What one pass, or several, showed."""
+
+    used: set[int] = field(default_factory=set)
+    """Probes whose A took part in an operation of the forward."""
+    differentiable: set[int] = field(default_factory=set)
+    """Those of them where gradients were on."""
+    read: set[int] = field(default_factory=set)
+    """Probes whose base weight took part."""
+    gradients: dict[tuple[int, str], str] = field(default_factory=dict)
+    """For each tensor of a probe what its gradient was: one of `_GRADIENTS`."""
+
+    def joined(self, other: _Seen) -> _Seen:
+        """The best of both."""
+        best = {key: min(grade, other.gradients[key], key=_GRADIENTS.index) for key, grade in self.gradients.items()}
+        return _Seen(self.used | other.used, self.differentiable | other.differentiable, self.read | other.read, best)
+
+
+_LIVE, _NOT_FINITE, _ZERO, _NONE = _GRADIENTS = ("live", "not finite", "zero", "none")
+
+
+@dataclass
+class _Probe:
+    """An active adapter in one place."""
+
+    name: str
+    site: AdapterSite
+    weight: AdaptedWeight
+    adapter: str
+    tensors: dict[str, nn.Parameter] = field(default_factory=dict)
+    """The random ones, by the name of their container."""
+
+    @property
+    def key(self) -> int:
+        return id(self)
+
+    def title(self) -> str:
+        """What a message calls it."""
+        return repr(self.name) if self.adapter == "default" else f"{self.name!r}, adapter {self.adapter!r}"
+
+    def faults(self, modes: Mapping[str, _Seen], inference: _Seen) -> list[str]:
+        """In which modes the adapter is not live, and why; nothing if it is live in all."""
+        modes_of: dict[str, list[str]] = {}
+        for mode, seen in modes.items():
+            fault = self.fault(seen)
+            if fault is not None:
+                modes_of.setdefault(fault, []).append(mode)
+        if not modes_of and self.key not in inference.used:
+            return ["in eval without gradients: it is passed by, though it has an effect where gradients are on"]
+        return [f"in {' and '.join(where)}: {fault}" for fault, where in modes_of.items()]
+
+    def fault(self, seen: _Seen) -> str | None:
+        """Why the adapter is not live by what was seen; None if it is."""
+        grades = {name: seen.gradients[self.key, name] for name in self.tensors}
+        worst = max(grades.values(), key=_GRADIENTS.index)
+        if worst == _LIVE:
+            return None
+        if self.key not in seen.used:
+            return self._why_unused(seen)
+        if self.key not in seen.differentiable:
+            return (
+                "it runs with gradients off, under torch.no_grad() or in checkpointing with use_reentrant=True on "
+                "inputs that need no gradient; use use_reentrant=False, or call requires_grad_() on these inputs"
+            )
+        names = ", ".join(name for name, grade in grades.items() if grade == worst)
+        reasons = {
+            _NOT_FINITE: "with these inputs the gradient of {} is not finite",
+            _ZERO: "with these inputs the gradient of {} is exactly zero, as for attention to a single position or an "
+            "expert that gets no tokens; try other inputs",
+            _NONE: "no gradient reaches {}: its output is detached, or the model's output does not depend on it",
+        }
+        return reasons[worst].format(names)
+
+    def _why_unused(self, seen: _Seen) -> str:
+        if isinstance(self.weight, LoRALayer) and "forward" in self.weight.__dict__:
+            return "its forward was replaced after the injection; replace it before, or call remove_lora first"
+        if isinstance(self.weight, LoRALayer) and self.key in seen.read:
+            return f"its weight is read, but the layer is not called; target the parameter '{self.name}.weight' instead"
+        return "it is not called with these inputs; use inputs that reach it, or exclude it"
+
+
+def _check_checkable(probes: list[_Probe]) -> None:
+    if not probes:
+        raise ValueError("there is no active adapter to check; call inject_lora or set_adapter first")
+    for probe in probes:
+        probe.weight.check_enabled()
+        if probe.weight.lora_merge is not None:
+            raise ValueError(f"{probe.name!r} is merged; call unmerge_lora(model) before checking its adapters")
+        if probe.weight.weight.is_meta:
+            raise ValueError(f"the weight of {probe.name!r} has no values yet (meta device); load them first")
+        if hasattr(probe.weight.weight, "full_tensor"):
+            raise ValueError(f"the weight of {probe.name!r} is sharded; check the model before it is sharded")
+
+
+def _run(model: nn.Module, inputs: Any, keywords: Any, probes: list[_Probe], seed: int = 0) -> _Seen:
+    """One pass, with a backward pass where gradients are on."""
+    torch.manual_seed(seed)
+    seen = _Seen()
+    with _Watch(probes, seen):
+        copies: dict[int, Tensor] = {}
+        outputs = model(*_copied(inputs, copies), **_copied(keywords, copies))
+    roots = [tensor for tensor in _tensors(outputs) if tensor.requires_grad]
+    if roots:
+        # random weights, because sums of normalised outputs have no gradient
+        torch.autograd.backward(roots, [torch.randn_like(root) for root in roots])
+    for probe in probes:
+        for name, tensor in probe.tensors.items():
+            seen.gradients[probe.key, name] = _grade(tensor.grad)
+            tensor.grad = None
+    return seen
+
+
+def _grade(gradient: Tensor | None) -> str:
+    if gradient is None:
+        return _NONE
+    size = torch.linalg.vector_norm(gradient.float())
+    return _NOT_FINITE if not bool(size.isfinite()) else _LIVE if float(size) else _ZERO
+
+
+class _Watch(TorchDispatchMode):
+    """Notes which tensors take part in operations; below autograd, so that no module or kernel behaves differently."""
+
+    def __init__(self, probes: list[_Probe], seen: _Seen) -> None:
+        super().__init__()
+        self.seen = seen
+        self.factors = {_memory(probe.tensors["lora_A"]): probe.key for probe in probes}
+        self.weights: dict[int, list[int]] = {}
+        for probe in probes:
+            self.weights.setdefault(_memory(probe.weight.weight), []).append(probe.key)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for tensor in _tensors((args, kwargs or {})):
+            memory = _memory(tensor)
+            if memory in self.factors:
+                self.seen.used.add(self.factors[memory])
+                if torch.is_grad_enabled():
+                    self.seen.differentiable.add(self.factors[memory])
+            self.seen.read.update(self.weights.get(memory, ()))
+        return func(*args, **(kwargs or {}))
+
+
+def _memory(tensor: Tensor) -> int:
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except (NotImplementedError, RuntimeError):  # kinds of tensor that have no storage of their own
+        return -id(tensor)
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """The tensors in nested lists, tuples and mappings."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _tensors(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _tensors(item)
+
+
+def _copied(value: Any, copies: dict[int, Tensor]) -> Any:
+    """The inputs with tensors of their own, so that no backward pass reaches what is the user's."""
+    if isinstance(value, Tensor):
+        if id(value) not in copies:  # one tensor given twice stays one: attention to itself is told by that
+            copies[id(value)] = value.detach().clone().requires_grad_(value.requires_grad)
+        return copies[id(value)]
+    if isinstance(value, dict):
+        return {name: _copied(item, copies) for name, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_copied(item, copies) for item in value)
+    return value
+
+
+def _eager() -> AbstractContextManager[Any]:
+    """Without compilation, where torch can be told so."""
+    stance: Callable[[str], AbstractContextManager[Any]] | None = getattr(torch.compiler, "set_stance", None)
+    return nullcontext() if stance is None else stance("force_eager")
+
+
+@contextmanager
+def _random_adapters(probes: list[_Probe]) -> Iterator[None]:
+    """Random tensors in place of the adapters' own, which are not touched."""
+    generator = torch.Generator().manual_seed(0)
+    own = [(probe, probe.site.adapter_tensors(probe.adapter)) for probe in probes]
+    try:
+        for probe, tensors in own:
+            for name, tensor in tensors.items():
+                noise = 0.02 * torch.randn(tensor.shape, generator=generator)
+                near = tensor.detach() if name == "lora_magnitude" else torch.zeros_like(tensor)
+                probe.tensors[name] = nn.Parameter(near + noise.to(tensor.device, tensor.dtype))
+            probe.site.exchange_tensors(probe.adapter, probe.tensors)
+        yield
+    finally:
+        for probe, tensors in own:
+            probe.site.exchange_tensors(probe.adapter, tensors)
+
+
+@contextmanager
+def _left_as_it_was(model: nn.Module) -> Iterator[None]:
+    """Modes, gradients, buffers, rows that ``max_norm`` rescales, and random states, as they were before."""
+    modes = [(module, module.training) for module in model.modules()]
+    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
+    held = [
+        (names, name, tensor, tensor.detach().clone())
+        for module in model.modules()
+        for names in (module._buffers, module._parameters if getattr(module, "max_norm", None) is not None else {})
+        for name, tensor in names.items()
+        if tensor is not None
+    ]
+    numpy = sys.modules.get("numpy")
+    numpy_state = None if numpy is None else numpy.random.get_state()
+    python_state = random.getstate()
+    devices = sorted({parameter.device.index for parameter in model.parameters() if parameter.is_cuda})
+    for parameter, _ in gradients:
+        parameter.grad = None
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        random.setstate(python_state)
+        if numpy is not None:
+            numpy.random.set_state(numpy_state)
+        for names, name, tensor, values in held:
+            names[name] = tensor  # type: ignore[assignment]
+            if not torch.equal(tensor.detach(), values):
+                with torch.no_grad():
+                    tensor.copy_(values)
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
+        for module, training in modes:
+            module.training = training

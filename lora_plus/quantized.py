@@ -1,0 +1,129 @@
+"""Linear layers whose weight another package stores quantized: how to tell them, and their weight in plain numbers.
+
+No such package is imported: a layer of one is there only if the package is loaded already.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Store:
+    """A way of storing weights."""
+
+    holds: Callable[[Any], bool]
+    """Whether this weight is so stored."""
+    dense: Callable[[Any], Tensor]
+    """The weight ``(out, in)`` of a layer as numbers, by the package's own rule."""
+    leftovers: tuple[str, ...]
+    """Attributes of the layer that a plain linear layer does not have."""
+    dtype: Callable[[Any, Tensor], torch.dtype] = lambda layer, dense: dense.dtype
+    """The dtype that the layer and its dense weight say a plain layer should have."""
+    is_ready: Callable[[Any], bool] = lambda layer: True
+    """Whether the layer's weight has been quantized yet."""
+
+
+def _four_bit(layer: Any) -> Tensor:
+    state = layer.weight.quant_state
+    if getattr(state, "packing_format_for_cpu", False):
+        layer.state_dict()  # which brings a weight that was repacked for the CPU back to the usual order
+    dense: Tensor = sys.modules["bitsandbytes"].functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+    return dense
+
+
+def _eight_bit_scales(layer: Any) -> Tensor | None:
+    scales: Tensor | None = layer.weight.SCB if layer.weight.SCB is not None else layer.state.SCB
+    return scales
+
+
+def _eight_bit(layer: Any) -> Tensor:
+    module = sys.modules["bitsandbytes"]
+    dense: Tensor = module.functional.int8_vectorwise_dequant(layer.weight.data, _eight_bit_scales(layer))
+    return dense
+
+
+def _tensor_subclass(layer: Any) -> Tensor:
+    weight = layer.weight
+    dense: Tensor = weight.get_original_weight() if hasattr(weight, "get_original_weight") else weight.dequantize()
+    return dense
+
+
+STORES: dict[str, Store] = {
+    "bitsandbytes 4 bit": Store(
+        lambda weight: hasattr(weight, "quant_state"),
+        _four_bit,
+        ("compute_dtype", "compute_type_is_set", "quant_state", "quant_storage", "support_avx512bf16_for_cpu"),
+        is_ready=lambda layer: layer.weight.quant_state is not None,
+    ),
+    "bitsandbytes 8 bit": Store(
+        lambda weight: hasattr(weight, "SCB"),
+        _eight_bit,
+        ("state", "index"),
+        # the layer does not say what it was made from; its bias does
+        dtype=lambda layer, dense: dense.dtype if layer.bias is None else layer.bias.dtype,
+        is_ready=lambda layer: _eight_bit_scales(layer) is not None,
+    ),
+    "torchao": Store(
+        # a sharded weight is such a subclass too, and can be gathered
+        lambda weight: hasattr(weight, "__tensor_flatten__") and not hasattr(weight, "full_tensor"),
+        _tensor_subclass,
+        ("extra_repr",),
+    ),
+}
+
+
+def store_of(module: nn.Module) -> str | None:
+    """The name in `STORES` of the way in which the module's weight is stored; None for plain numbers."""
+    weight = getattr(module, "weight", None)
+    if type(weight) is nn.Parameter or not isinstance(weight, Tensor):
+        return None
+    return next((name for name, store in STORES.items() if store.holds(weight)), None)
+
+
+def dense_weight(layer: nn.Module) -> Tensor:
+    """The weight ``(out, in)`` that a quantized linear layer computes with, detached."""
+    store = store_of(layer)
+    assert store is not None
+    with torch.no_grad():
+        return STORES[store].dense(layer).detach()
+
+
+def dense_dtype(layer: nn.Module, dense: Tensor) -> torch.dtype:
+    """The dtype of the plain layer that a quantized one is to become."""
+    store = store_of(layer)
+    assert store is not None
+    return STORES[store].dtype(layer, dense)
+
+
+def make_dense(layer: nn.Linear, store: str) -> None:
+    """Turn a linear layer of another package, whose weight is plain numbers by now, into an ``nn.Linear`` in place."""
+    for name in STORES[store].leftovers:
+        layer.__dict__.pop(name, None)
+    package = store.partition(" ")[0]
+    for key, hook in list(layer._load_state_dict_pre_hooks.items()):
+        if getattr(hook, "__module__", "").startswith(package):
+            del layer._load_state_dict_pre_hooks[key]
+    layer.__class__ = nn.Linear
+    if layer.bias is not None:
+        layer.bias.data = layer.bias.data.to(layer.weight.dtype)  # which a forward in another dtype has changed
+
+
+class StraightThrough(torch.autograd.Function):
+    """The output of a kernel that has no gradient, with the gradient of the linear map ``x W^T`` that it stands for."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor, layer: nn.Module) -> Tensor:
+        ctx.layer, ctx.dtype = layer, x.dtype
+        return y.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        (gradient,) = gradients
+        return (gradient @ dense_weight(ctx.layer).to(gradient.dtype)).to(ctx.dtype), None, None
