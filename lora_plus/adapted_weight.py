@@ -26,9 +26,9 @@ class Merge:
     """The state of a merged weight: what unmerging needs."""
 
     weight: Tensor
-    """The base's own parameter, bound back by unmerging."""
-    bound: nn.Parameter
-    """The parameter that contains the adapters."""
+    """The base's own parameter, or buffer, bound back by unmerging."""
+    bound: Tensor
+    """What is bound in its place and contains the adapters."""
     adapters: tuple[str, ...]
     """The adapters that it contains."""
     versions: dict[str, int]
@@ -42,7 +42,7 @@ class AdaptedWeight(AdapterSite):
 
     nesting: ClassVar[int] = 0
     """How many modules of ours are between the user's own module and this one, itself included."""
-    quantized: ClassVar[bool] = False
+    stored_quantized: ClassVar[bool] = False
     """Whether the weight is stored in a way that an update cannot be added to."""
     layout: str
     """einops pattern from the stored weight to its matrix view ``(out, in)``, or ``(stack, out, in)``."""
@@ -163,9 +163,14 @@ class AdaptedWeight(AdapterSite):
         return functional.from_matrix(matrix, self.layout, self.weight.shape)
 
     def bind_weight(self, weight: Tensor) -> None:
-        """Make this parameter the weight; the one it had is left as it is, for whoever shares it."""
-        assert isinstance(weight, nn.Parameter)
-        self._parameters["weight"] = weight
+        """Make this the weight; the one that it had is left as it is, for whoever shares it."""
+        place = self.weight_place()
+        assert place is not None
+        place["weight"] = weight
+
+    def weight_place(self) -> dict[str, Any] | None:
+        """Where the weight is held: among parameters or buffers; None if it is computed."""
+        return next((held for held in (self._parameters, self._buffers) if "weight" in held), None)
 
     def bind_merged(self, merge: Merge) -> None:
         """Become merged."""
@@ -221,7 +226,7 @@ class AdaptedWeight(AdapterSite):
                 f"an adapter of this {self._described()} was changed while it was merged, which the merged weight "
                 "does not follow; call unmerge_lora(model), and merge_lora(model) again if it shall be merged"
             )
-        if not self.lora_disabled and self._parameters.get("weight") is not merge.bound:
+        if not self.lora_disabled and self.weight is not merge.bound:
             raise ValueError(
                 f"the weight of this {self._described()} was replaced while it was merged (by tying weights again, or "
                 "by sharding), so the adapters are not in it any more; call unmerge_lora(model) before, and merge after"
@@ -269,9 +274,7 @@ class AdaptedWeight(AdapterSite):
             hidden = merge.bound if self.lora_disabled else merge.weight
             hidden.data = fn(hidden.data)  # the same object: it may be tied
             if not self.lora_disabled:
-                bound = self._parameters["weight"]
-                assert bound is not None
-                merge.bound = bound
+                merge.bound = self.weight
             merge.versions = self.adapter_versions(merge.adapters)
         return self
 

@@ -232,7 +232,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 def _copied(value: Any, copies: dict[int, Tensor]) -> Any:
-    """The inputs with tensors of their own, so that no backward pass reaches what is the user's."""
+    """The same with tensors of their own, so that nothing reaches what is the user's."""
     if isinstance(value, Tensor):
         if id(value) not in copies:  # one tensor given twice stays one: attention to itself is told by that
             copies[id(value)] = value.detach().clone().requires_grad_(value.requires_grad)
@@ -273,12 +273,13 @@ def _left_as_it_was(model: nn.Module) -> Iterator[None]:
     """Modes, gradients, buffers, rows that ``max_norm`` rescales, and random states, as they were before."""
     modes = [(module, module.training) for module in model.modules()]
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
-    held = [
-        (names, name, tensor, tensor.detach().clone())
+    buffers = [(module, dict(module._buffers)) for module in model.modules()]
+    rescaled = [
+        (parameter, parameter.detach().clone())
         for module in model.modules()
-        for names in (module._buffers, module._parameters if getattr(module, "max_norm", None) is not None else {})
-        for name, tensor in names.items()
-        if tensor is not None
+        if getattr(module, "max_norm", None) is not None
+        for parameter in module._parameters.values()
+        if parameter is not None
     ]
     numpy = sys.modules.get("numpy")
     numpy_state = None if numpy is None else numpy.random.get_state()
@@ -286,6 +287,9 @@ def _left_as_it_was(model: nn.Module) -> Iterator[None]:
     devices = sorted({parameter.device.index for parameter in model.parameters() if parameter.is_cuda})
     for parameter, _ in gradients:
         parameter.grad = None
+    copies: dict[int, Tensor] = {}
+    for module, own in buffers:
+        module._buffers.update({name: _copied(buffer, copies) for name, buffer in own.items()})
     try:
         with torch.random.fork_rng(devices=devices):
             yield
@@ -293,11 +297,12 @@ def _left_as_it_was(model: nn.Module) -> Iterator[None]:
         random.setstate(python_state)
         if numpy is not None:
             numpy.random.set_state(numpy_state)
-        for names, name, tensor, values in held:
-            names[name] = tensor  # type: ignore[assignment]
-            if not torch.equal(tensor.detach(), values):
+        for module, own in buffers:
+            module._buffers.update(own)
+        for parameter, values in rescaled:
+            if not torch.equal(parameter.detach(), values):
                 with torch.no_grad():
-                    tensor.copy_(values)
+                    parameter.copy_(values)
         for parameter, gradient in gradients:
             parameter.grad = gradient
         for module, training in modes:

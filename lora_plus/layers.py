@@ -53,7 +53,7 @@ def why_unsupported(module: nn.Module) -> str | None:
     kind, store = lora_class(module), store_of(module)
     if kind is None:
         return type(module).__name__
-    if store is not None and not kind.quantized:
+    if store is not None and not kind.stored_quantized:
         return f"{type(module).__name__} whose weight is quantized ({store})"
     if store is not None and not STORES[store].is_ready(module):
         return f"{type(module).__name__} whose weight is not quantized yet; move the model to its device first"
@@ -62,7 +62,7 @@ def why_unsupported(module: nn.Module) -> str | None:
         return f"{type(module).__name__} whose weight is not initialised; run a forward pass first"
     if not isinstance(weight, Tensor):
         return f"{type(module).__name__} without a weight tensor"
-    if not kind.quantized and weight.dtype not in DTYPES:
+    if not kind.stored_quantized and weight.dtype not in DTYPES:
         return f"{type(module).__name__} whose weight is {weight.dtype}, expected one of {DTYPES}"
     if not weight.numel():
         return f"{type(module).__name__} whose weight is empty"
@@ -113,7 +113,7 @@ class LoRAQuantizedLinear(LoRALinear):
     """A linear layer of another package whose weight is quantized; it is merged only into a plain layer."""
 
     base_class = nn.Linear
-    quantized = True
+    stored_quantized = True
 
     @classmethod
     def fits(cls, module: nn.Module) -> bool:

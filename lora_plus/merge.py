@@ -117,9 +117,7 @@ def merge_and_unload(model: nn.Module, *, adapters: Sequence[str] | None = None,
         KeyError, ValueError: as `merge_lora`; a model that is merged already keeps its merged weights.
     """
     check_restorable(model)
-    quantized = [
-        (weight, store) for _, weight in adapted_weights(model) if weight.quantized and (store := store_of(weight))
-    ]
+    quantized = [(weight, store) for _, weight in adapted_weights(model) if (store := store_of(weight)) is not None]
     if not _is_merged(model, adapters):
         _, merges = _compute(model, adapters, dequantize=dequantize)
         for weight, merge in merges:
@@ -200,23 +198,26 @@ def _merge(weight: AdaptedWeight, names: tuple[str, ...]) -> Merge | str:
     merged_weight = torch.empty_like(base).copy_(exact)
     if not _as_finite_as(merged_weight, base):
         return f"the merged weight is not finite in {merged_weight.dtype}"
-    bound = nn.Parameter(merged_weight, requires_grad=weight.weight.requires_grad)
+    own = weight.weight
+    bound = (
+        nn.Parameter(merged_weight, requires_grad=own.requires_grad) if isinstance(own, nn.Parameter) else merged_weight
+    )
     differs = _trial(weight, names, bound) if isinstance(weight, LoRALayer) else None
     if differs is not None:
         return differs
     lost = _lost(base, merged_weight, exact)
-    return Merge(weight.weight, bound, names, weight.adapter_versions(names), lost)
+    return Merge(own, bound, names, weight.adapter_versions(names), lost)
 
 
 def _refusal(weight: AdaptedWeight, dequantize: bool) -> str | None:
     if weight.lora_merge is not None:
         return "it is merged already; call unmerge_lora(model) first"
-    if weight.quantized and not dequantize:
+    if weight.stored_quantized and not dequantize:
         return (
             "its weight is quantized, and quantizing a merged one again would lose most of the update; call "
             "merge_and_unload(model, dequantize=True)"
         )
-    if "weight" not in weight._parameters:
+    if weight.weight_place() is None:
         return "its weight is computed by a parametrization or a hook; remove that before merging"
     if weight.weight.is_meta:
         return "its weight has no values yet (meta device); load them first"
@@ -226,7 +227,7 @@ def _refusal(weight: AdaptedWeight, dequantize: bool) -> str | None:
 
 
 @torch.no_grad()
-def _trial(layer: LoRALayer, names: tuple[str, ...], merged_weight: nn.Parameter) -> str | None:
+def _trial(layer: LoRALayer, names: tuple[str, ...], merged_weight: Tensor) -> str | None:
     """Why the merged weight does not compute what the adapters do, where the layer's forward is a user's own.
 
     Such a forward may mask, scale or normalise its weight; then ``W + s B A`` in its place is something else.
