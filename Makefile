@@ -6,7 +6,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --co
 DEMO_ARGS ?=
 TEST_ARGS ?=
 
-.PHONY: demo test slow lint clean
+.PHONY: demo test slow vision lint clean
 
 demo: $(VENV)/.demo  ## fine-tune a real language model with LoRA+ (two to four minutes)
 	$(BIN)/lora-plus demo $(DEMO_ARGS)
@@ -16,6 +16,10 @@ test: $(VENV)/.test  ## the default tests
 
 slow: $(VENV)/.test  ## the tests that need minutes, or the real model and data
 	$(BIN)/python -m pytest -m slow $(TEST_ARGS)
+
+# Apart, because the torchvision wheel's kernels belong to another build of torch and break imports of other packages.
+vision: $(VENV)/.test $(VENV)/.vision  ## the tests on torchvision and timm models
+	PYTHONPATH=$(VENV)/vision $(BIN)/python -m pytest tests/test_real_models.py -k "torchvision or timm" $(TEST_ARGS)
 
 lint: $(VENV)/.lint  ## style and types
 	$(BIN)/ruff check .
@@ -27,6 +31,10 @@ clean:
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.vision: $(VENV)/bin/python constraints.txt
+	$(INSTALL) --no-deps --target $(VENV)/vision torchvision timm pillow pyyaml
+	touch $@
 
 $(VENV)/.%: $(VENV)/bin/python pyproject.toml constraints.txt
 	$(INSTALL) --editable '.[$*]'

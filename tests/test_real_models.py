@@ -15,6 +15,16 @@ from torch import Tensor, nn
 
 import lora_plus
 
+try:
+    import torchvision  # noqa: F401  (before transformers, which asks whether it is there)
+except ImportError:
+    pass
+except RuntimeError:
+    # its kernels were built for another torch; their names are all that importing its models takes
+    OPERATORS = torch.library.Library("torchvision", "FRAGMENT")
+    for operator in ("nms", "qnms"):
+        OPERATORS.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+
 pytestmark = [
     pytest.mark.peers,
     # said by nn.TransformerEncoder itself when it is given a padding mask
