@@ -20,11 +20,12 @@ from .atomic_files import replacing, serialize, write_safetensors
 from .collector import collector_paused
 from .config import LAYOUTS
 from .formats import native, peft
-from .formats.adapter import Adapter, BaseLayer, LayerAdapter, Problems
+from .formats.adapter import PARAMETER, Adapter, BaseLayer, LayerAdapter, Problems
 from .inject import attach, check_injectable, check_selection
 from .layers import DTYPES
 from .names import join
-from .places import PARAMETER, Found, Place, adapted_places, find_modules, find_parameters, find_places
+from .parameters import raw_parameters
+from .places import Found, Place, adapted_places, find_modules, find_parameters, find_places
 from .targets import near_misses
 from .trained import trained_modules
 from .variants import AdapterSpec
@@ -172,16 +173,34 @@ _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
 
 def _write_peft(path: Path, data: Adapter, model: nn.Module) -> None:
-    names = [name for name, _ in model.named_modules(remove_duplicate=False)]
-    containers = [name for name in data.trained if isinstance(model.get_submodule(name), _CONTAINERS)]
     tied = _tied_to_others(model, list(data.trained))
     if tied:
         raise Problems("the adapter cannot be written in PEFT's format", tied)
-    tensors, config = peft.write(data, names, containers)
+    tensors, config = peft.write(data, _outline(find_modules(model)))
     text = json.dumps(config, indent=2, sort_keys=True, allow_nan=False) + "\n"
     with replacing(path / peft.WEIGHTS, path / peft.CONFIG) as (weights, config_file):
         serialize(weights, tensors, peft.METADATA)
         config_file.write_text(text, encoding="utf-8")
+
+
+def _outline(found: Mapping[int, Found]) -> peft.Outline:
+    """What PEFT goes by when it names the parts of a model."""
+    modules = {}
+    for entry in found.values():
+        raw = raw_parameters(entry.module)
+        modules[entry.name] = [name for name in entry.module._parameters if name in raw]  # in the module's order
+    named = [(name, entry.module) for entry in found.values() for name in entry.names]
+    return peft.Outline(
+        modules,
+        names=dict.fromkeys(name for name, _ in named),
+        containers={name for name, module in named if isinstance(module, _CONTAINERS)},
+        uncalled={name for name, module in named if _has_no_forward(module)},
+        transposed={name for name, module in named if getattr(module, "is_transposed", False)},
+    )
+
+
+def _has_no_forward(module: nn.Module) -> bool:
+    return type(module).forward is nn.Module.forward and "forward" not in vars(module)
 
 
 def _tied_to_others(model: nn.Module, trained: list[str]) -> list[str]:
@@ -237,7 +256,8 @@ def _read_peft(path: Path, places: Mapping[str, Place], by_name: Mapping[str, Fo
         return Adapter({}, {})
     bases: dict[str, BaseLayer | None] = dict.fromkeys(by_name)
     bases |= {name: None if place.refusal() else place.base() for name, place in places.items()}
-    return peft.read(tensors, config, bases, _scale, problems)
+    outline = _outline({id(entry.module): entry for entry in by_name.values()})
+    return peft.read(tensors, config, bases, outline, _scale, problems)
 
 
 def _scale(settings: dict[str, Any]) -> float:

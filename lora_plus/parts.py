@@ -39,11 +39,11 @@ def parts_of(module: nn.Module) -> list[Part]:
 
 def _attention(module: nn.Module) -> list[Part]:
     assert isinstance(module, nn.MultiheadAttention)
-    there, width = raw_parameters(module), module.embed_dim
+    width = module.embed_dim
     out = Part("weight", "", "out_proj", aliases=("out",), linear=True)
     parts = []
     for index, name in enumerate("qkv"):
-        packed = "in_proj_weight" in there
+        packed = module._qkv_same_embed_dim
         rows = (index * width, (index + 1) * width) if packed else None
         parameter = "in_proj_weight" if packed else f"{name}_proj_weight"
         parts.append(Part(parameter, name, rows=rows, aliases=("in_proj",), linear=True))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from . import functional
 from .adapted_weight import AdaptedWeight, owner_path
 from .adapter_site import AdapterSite, RowBlock
-from .formats.adapter import BaseLayer
+from .formats.adapter import PARAMETER, BaseLayer
 from .init import Init
 from .layers import DTYPES, LoRALinear, LoRATransposedLinear, lora_class, why_unsupported
 from .lora_layer import LoRALayer, needs_values
@@ -21,9 +21,6 @@ from .new_adapter import new_tensors
 from .parameters import HOLDERS, LoRAOwner, LoRAParameter, adopt_parameter, parameter_holders, raw_parameters
 from .parts import PARTS, Part, parts_of
 from .variants import VARIANTS, AdapterSpec
-
-PARAMETER = "Parameter"
-"""What files call the kind of a parameter that is adapted on its own."""
 
 
 @dataclass
@@ -83,13 +80,15 @@ class Place:
     def refusal(self) -> str | None:
         """Why no adapter can be put here, as a noun phrase; None if one can."""
         if self.parameter is not None:
-            return self._parameter_refusal(self.parameter, raw_parameters(self.owner)[self.parameter])
+            return self._parameter_refusal(self.parameter, raw_parameters(self.owner).get(self.parameter))
         if parameter_holders(self.owner):
             return f"{type(self.owner).__name__} whose parameters {sorted(parameter_holders(self.owner))} have adapters"
         return why_unsupported(self.owner)
 
-    def _parameter_refusal(self, name: str, parameter: nn.Parameter) -> str | None:
+    def _parameter_refusal(self, name: str, parameter: nn.Parameter | None) -> str | None:
         what = f"parameter {name!r}"
+        if parameter is None:
+            return f"{what} that is not held but computed; remove the parametrization first"
         if isinstance(self.owner, LoRALayer):
             return f"{what} of a layer that has adapters itself"
         if isinstance(parameter, nn.UninitializedParameter):

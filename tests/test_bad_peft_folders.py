@@ -130,6 +130,18 @@ PEFT_CORRUPTIONS: dict[str, tuple[PeftEdit, list[str]]] = {
     "modules_to_save matches nothing": (
         set_config(modules_to_save=["head", "nope"]), ["modules_to_save 'nope' has no tensors in the file"]
     ),
+    "target_parameters a text": (
+        set_config(target_parameters="proj.weight"),
+        ["adapter_config.json: target_parameters must be a list of names, got 'proj.weight'"],
+    ),
+    "target_parameters matches nothing": (
+        set_config(target_parameters=["nope.weight"]),
+        ["target_parameters 'nope.weight' names no parameter inside the model"],
+    ),
+    "target_parameters without tensors": (
+        set_config(target_parameters=["0.weight"]),
+        [f"{name!r}: lora_{part}.weight is missing" for name in ("head.0.weight",) for part in "AB"],
+    ),
     "config a list": (config_is([]), ["adapter_config.json must be a JSON object, got list"]),
     "config empty": (
         config_is(""), ["adapter_config.json is not valid JSON: Expecting value: line 1 column 1 (char 0)"]
@@ -149,8 +161,7 @@ PEFT_CORRUPTIONS: dict[str, tuple[PeftEdit, list[str]]] = {
         for name, value in {
             "use_qalora": True, "use_bdlora": {"a": 1}, "kasa_config": {"a": 1}, "arrow_config": {"a": 1},
             "alora_invocation_tokens": [1], "layer_replication": [[0, 2]], "lora_bias": True,
-            "target_parameters": ["experts.w"], "trainable_token_indices": [1], "megatron_config": {"a": 1},
-            "monteclora_config": {"a": 1},
+            "trainable_token_indices": [1], "megatron_config": {"a": 1}, "monteclora_config": {"a": 1},
         }.items()
     },
     "wrong shape": (
@@ -173,6 +184,18 @@ PEFT_CORRUPTIONS: dict[str, tuple[PeftEdit, list[str]]] = {
         weights(lambda file: file.tensors.clear()),
         ["modules_to_save 'head' has no tensors in the file"],
     ),
+    "nested key": (
+        weights(both(rename(f"{BASE}proj.lora_A.weight", f"{BASE}proj.base_layer.lora_A.weight"),
+                     rename(f"{BASE}proj.lora_B.weight", f"{BASE}proj.base_layer.lora_B.weight"))),
+        [f"tensor '{BASE}proj.base_layer.lora_{part}.weight': 'proj.base_layer' is neither a module nor where PEFT "
+         "adapts a parameter with target_parameters []" for part in "AB"],
+    ),
+    "parameter key": (
+        weights(both(rename(f"{BASE}proj.lora_A.weight", f"{BASE}proj.weight.lora_A.weight"),
+                     rename(f"{BASE}proj.lora_B.weight", f"{BASE}proj.weight.lora_B.weight"))),
+        [f"tensor '{BASE}proj.weight.lora_{part}.weight': 'proj.weight' is neither a module nor where PEFT adapts a "
+         "parameter with target_parameters []" for part in "AB"],
+    ),
     "extra key": (
         weights(put(f"{BASE}proj.extra", torch.ones(1))),
         ["tensor 'base_model.model.proj.extra' is neither part of an adapter nor of modules_to_save ['head']"],
@@ -183,8 +206,8 @@ PEFT_CORRUPTIONS: dict[str, tuple[PeftEdit, list[str]]] = {
     ),
     "base layer key": (
         weights(put(f"{BASE}proj.base_layer.weight", torch.ones(5, 6))),
-        ["tensor 'base_model.model.proj.base_layer.weight': adapters of attention modules, parameters and biases "
-         "cannot be read"],
+        ["tensor 'base_model.model.proj.base_layer.weight' is one of the base model, which an adapter leaves alone; "
+         "save the adapter again with save_embedding_layers=False"],
     ),
     "wrong prefix": (
         weights(rename(f"{BASE}head.0.bias", "head.0.bias")),

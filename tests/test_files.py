@@ -35,6 +35,11 @@ from lora_plus.adapted_weight import adapted_weights
 NOT_IN_PEFT = {
     "embedding-max-norm": "'layer': PEFT adds the update of an embedding after applying max_norm, this library before",
     "conv3d-groups-dora": "'layer': PEFT has no DoRA for grouped convolutions",
+    **{
+        case.name: f"'layer': PEFT has no adapter for {type(case.layer()).__name__}"
+        for case in CASES
+        if case.name.startswith("conv-transpose")
+    },
 }
 """Cases that PEFT's format cannot hold, with the reason that the writer gives."""
 

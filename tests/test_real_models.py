@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import lora_plus
 
 try:
-    import torchvision  # noqa: F401  (before transformers, which asks whether it is there)
+    import torchvision  # before transformers, which asks whether it is there
 except ImportError:
     pass
 except RuntimeError:

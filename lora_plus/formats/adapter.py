@@ -8,6 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
+PARAMETER = "Parameter"
+"""The kind of a parameter that is adapted on its own."""
+
 
 @dataclass(frozen=True)
 class BaseLayer:

@@ -1,0 +1,207 @@
+"""Reads the tensors of a PEFT folder, once its config is in order."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from .adapter import PARAMETER, Adapter, BaseLayer, LayerAdapter
+from .peft_config import USER_FIELDS, fan_in_fan_out, settings_of, warn_of_ambiguous_patterns
+from .peft_names import OUT_PROJECTION, PREFIX, Outline, named_parameters, nesting, split_key
+from .peft_tensors import (
+    ATTENTION,
+    attention_from_peft,
+    convolution_from_peft,
+    parameter_from_peft,
+    tensor_name,
+)
+
+DOUBLED = "peft 0.21.2 adds the update of an nn.MultiheadAttention's out_proj twice, merged or not"
+
+
+class Reader:
+    """Turns the tensors of one folder into an adapter.
+
+    Args:
+        config: the config, checked.
+        bases: every module and every place for an adapter by name, with its base layer if it can be adapted.
+        outline: the names of the model's parts.
+        scale: the factor of B A that follows from a layer's settings; raises on settings that are not valid.
+        problems: list of what is wrong, to add to.
+    """
+
+    def __init__(
+        self,
+        config: dict[str, Any],
+        bases: Mapping[str, BaseLayer | None],
+        outline: Outline,
+        scale: Callable[[dict[str, Any]], float],
+        problems: list[str],
+    ) -> None:
+        self.config, self.bases, self.outline, self.scale, self.problems = config, bases, outline, scale, problems
+        entries = config.get("target_parameters") or []
+        self.problems += [
+            f"target_parameters {entry!r} names no parameter inside the model"
+            for entry in entries
+            if not named_parameters([entry], outline)
+        ]
+        self.parameters = dict.fromkeys(named_parameters(entries, outline))
+        self.nesting = nesting(self.parameters, outline)
+        self.paths = self.nesting.paths()
+        self.attentions: dict[str, dict[str, BaseLayer]] = {}
+        for name, base in bases.items():
+            if base is not None and base.kind == PARAMETER and base.facts.get("of") == ATTENTION:
+                self.attentions.setdefault(name.rpartition(".")[0], {})[name] = base
+
+    def read(self, tensors: dict[str, Tensor]) -> Adapter:
+        """The adapter; it is not whole if there are problems."""
+        metadata = {name: self.config[name] for name in USER_FIELDS if isinstance(self.config.get(name), str)}
+        adapter = Adapter({}, {}, metadata)
+        found = self._sort(tensors, adapter)
+        layers: dict[str, LayerAdapter] = {}
+        for name in dict.fromkeys([*self.parameters, *found]):
+            if name not in self.parameters and self._attention_of(name) is not None:
+                continue
+            layer = self._layer(name, found.get(name, {}))
+            if layer is not None:
+                layers[name] = layer
+        attentions = list(dict.fromkeys(filter(None, map(self._attention_of, found))))
+        parts = {name: layer for module in attentions for name, layer in self._attention(module, found).items()}
+        adapter.layers = dict(sorted({**layers, **parts}.items()))
+        warn_of_ambiguous_patterns([*layers, *attentions], self.config)
+        self._warn_of_doubling(parts)
+        return adapter
+
+    def _sort(self, tensors: dict[str, Tensor], adapter: Adapter) -> dict[str, dict[str, Tensor]]:
+        """The tensors of adapters by what is adapted; those of modules trained in full go to ``adapter``."""
+        saved = self.config.get("modules_to_save") or []
+        trained = [name for name in self.outline.names if any(name.endswith(entry) for entry in saved)]
+        found: dict[str, dict[str, Tensor]] = {}
+        for key, tensor in sorted(tensors.items()):
+            name = key.removeprefix(PREFIX)
+            split = split_key(name)
+            owner = next((module for module in trained if name.startswith(f"{module}.")), None)
+            if not key.startswith(PREFIX):
+                self.problems.append(f"tensor {key!r}: expected a name that starts with {PREFIX!r}")
+            elif split is not None:
+                path, part = split
+                adapted = self._adapted(path)
+                if adapted is None:
+                    self.problems.append(
+                        f"tensor {key!r}: {path!r} is neither a module nor where PEFT adapts a parameter with "
+                        f"target_parameters {self.config.get('target_parameters') or []}"
+                    )
+                else:
+                    found.setdefault(adapted, {})[part] = tensor
+            elif owner is not None:
+                adapter.trained.setdefault(owner, {})[name.removeprefix(f"{owner}.")] = tensor
+            elif "base_layer" in name.split("."):
+                self.problems.append(
+                    f"tensor {key!r} is one of the base model, which an adapter leaves alone; save the adapter again "
+                    "with save_embedding_layers=False"
+                )
+            else:
+                self.problems.append(f"tensor {key!r} is neither part of an adapter nor of modules_to_save {saved}")
+        missing = [entry for entry in saved if not any(name.endswith(entry) for name in adapter.trained)]
+        self.problems += [f"modules_to_save {entry!r} has no tensors in the file" for entry in missing]
+        return found
+
+    def _adapted(self, path: str) -> str | None:
+        """What PEFT has the adapter of at a path: a module, a parameter, or the out_proj inside an attention module."""
+        if path in self.paths:
+            return self.paths[path]
+        path = self.nesting.unwrapped(path)
+        if path in self.outline.names or self._attention_of(path) is not None:
+            return path
+        # a name that the model does not know at all is reported by whoever can say what it may have meant
+        return None if path in self.bases or "base_layer" in path.split(".") else path
+
+    def _attention_of(self, name: str) -> str | None:
+        """The attention module that an adapter belongs to; None if it is another layer's."""
+        module = name.removesuffix(OUT_PROJECTION)
+        return module if module in self.attentions else None
+
+    def _layer(self, name: str, found: dict[str, Tensor]) -> LayerAdapter | None:
+        """The adapter of one layer or parameter with tensors in our shapes."""
+        base = self.bases.get(name)
+        stack = base.shape[0] if base is not None and name in self.parameters and len(base.shape) == 3 else 1
+        layer = self._checked(name, found, stack=stack)
+        if layer is None or base is None:
+            return layer  # the reader of the file reports modules that are not there or cannot be adapted
+        layer.base = base
+        if "max_norm" in base.facts:
+            self.problems.append(
+                f"{name!r}: PEFT adds the update of an embedding after applying max_norm, this library before"
+            )
+            return None
+        if base.kind.startswith("ConvTranspose"):
+            self.problems.append(f"{name!r}: PEFT has no adapter for {base.kind}")
+            return None
+        if name in self.parameters:
+            transposed = name.rpartition(".")[0] in self.outline.transposed
+            return parameter_from_peft(name, layer, transposed, self.problems)
+        return layer if len(base.shape) == 2 else convolution_from_peft(name, layer, self.problems)
+
+    def _attention(self, module: str, found: Mapping[str, dict[str, Tensor]]) -> dict[str, LayerAdapter]:
+        """The adapters of an attention module's parts."""
+        parts = self.attentions[module]
+        if sum("rows" in base.facts for base in parts.values()) != 3:
+            self.problems.append(f"{module!r}: PEFT adapts attention only where q, k and v have one weight together")
+            return {}
+        layers = {name: self.bases.get(name) for name in self.outline.modules if name in found}
+        kinds = {name: "" if base is None else base.kind for name, base in layers.items()}
+        if fan_in_fan_out(kinds, bool(self.config.get("fan_in_fan_out"))).get(module):
+            self.problems.append(
+                f"{module!r}: PEFT transposes the update of its out_proj, because fan_in_fan_out is on for it"
+            )
+            return {}
+        whole = self._checked(module, found.get(module, {}))
+        last = self._checked(module, found.get(module + OUT_PROJECTION, {}), prefix=f"{OUT_PROJECTION[1:]}.")
+        if whole is None or last is None:
+            return {}
+        return attention_from_peft(module, parts, whole, last.tensors, self.problems)
+
+    def _checked(self, name: str, found: dict[str, Tensor], *, prefix: str = "", stack: int = 1) -> LayerAdapter | None:
+        """The tensors of one adapter with what the config says of it, still without a base."""
+        settings = settings_of(name, self.config)
+        wanted = ("lora_A", "lora_B", "lora_magnitude")[: 3 if settings["variant"] == "dora" else 2]
+        missing = [part for part in wanted if part not in found]
+        extra = [part for part in found if part not in wanted]
+        self.problems += [f"{name!r}: {prefix}{tensor_name(part)} is missing" for part in missing]
+        self.problems += [f"{name!r}: {prefix}{tensor_name(part)} is there, but use_dora is not set" for part in extra]
+        if missing or extra:
+            return None
+        flat = [part for part in ("lora_A", "lora_B") if found[part].ndim < 2]
+        if flat:
+            shapes = [f"{prefix}{tensor_name(part)} has shape {tuple(found[part].shape)}" for part in flat]
+            self.problems.append(f"{name!r}: {' and '.join(shapes)}, expected two dimensions or more")
+            return None
+        r = found["lora_A"].shape[0] / stack
+        there = name in self.attentions or self.bases.get(name) is not None
+        if there and settings["r"] != r:
+            self.problems.append(f"{name!r}: rank {r:g} in the file, {settings['r']} in the config")
+            return None
+        if name in self.parameters or self._attention_of(name) is not None:
+            if settings["variant"] == "dora":
+                self.problems.append(f"{name!r}: PEFT has no DoRA for parameters and attention modules")
+                return None
+            settings["dropout"] = 0.0  # PEFT has none there, whatever the config says
+        try:
+            factor = self.scale(settings)
+        except (TypeError, ValueError, OverflowError) as error:
+            self.problems.append(f"{name!r}: {error}")
+            return None
+        return LayerAdapter(BaseLayer("", "", ()), settings, factor, found)
+
+    def _warn_of_doubling(self, parts: Mapping[str, LayerAdapter]) -> None:
+        """Warn of output projections that were trained with twice their update."""
+        names = [name for name, layer in parts.items() if "rows" not in layer.base.facts]
+        if names and self.config.get("peft_version"):
+            warnings.warn(
+                f"the file says W + s B A of {', '.join(map(repr, names))}, which is what is loaded, but {DOUBLED}; if "
+                "it was trained there, double their lora_B to compute the same",
+                stacklevel=2,
+            )
