@@ -152,9 +152,12 @@ class AdaptedWeight(AdapterSite):
 
     # ---- the weight that contains them -------------------------------------------------------------------------
 
-    def effective_weight(self, adapters: tuple[str, ...]) -> Tensor:
-        """The weight with these adapters in it: in the stored layout, float32 or better, not yet rounded."""
-        matrix = self.weight_matrix()
+    def effective_weight(self, adapters: tuple[str, ...], base: Tensor | None = None) -> Tensor:
+        """The weight with these adapters in it: in the stored layout, float32 or better, not yet rounded.
+
+        ``base`` is what they are added to, if it is not the stored weight.
+        """
+        matrix = self.weight_matrix() if base is None else functional.to_matrix(base, self.layout)
         matrix = matrix.to(accumulation_dtype(matrix.dtype))
         for name in adapters:
             matrix = VARIANTS[self.lora_spec(name).variant].merge(

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import random
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,7 +33,8 @@ def check_adapters(model: nn.Module, *inputs: Any, **keywords: Any) -> list[str]
     eval mode; a third pass, in eval mode without gradients, shows that inference does not take another path. The cost
     is these few passes, whatever the number of adapters.
 
-    The model, its gradients, buffers and modes and the random state are left as they were.
+    The model, its gradients, buffers and modes and the random states of torch, Python and numpy are left as they were.
+    What a forward changes besides, parameters of its own accord or a generator, it changes here too.
 
     Args:
         model: the model with adapters, not merged and not sharded; a compiled one is run as it is without compilation.
@@ -172,7 +176,10 @@ def _run(model: nn.Module, inputs: Any, keywords: Any, probes: list[_Probe], see
     with _Watch(probes, seen):
         copies: dict[int, Tensor] = {}
         outputs = model(*_copied(inputs, copies), **_copied(keywords, copies))
-    roots = [tensor for tensor in _tensors(outputs) if tensor.requires_grad]
+    found = list(_tensors(outputs))
+    if not found:
+        raise ValueError(f"no tensor was found in the model's output, a {type(outputs).__name__}; return tensors in it")
+    roots = [tensor for tensor in found if tensor.requires_grad]
     if roots:
         # random weights, because sums of normalised outputs have no gradient
         torch.autograd.backward(roots, [torch.randn_like(root) for root in roots])
@@ -220,7 +227,7 @@ def _memory(tensor: Tensor) -> int:
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
-    """The tensors in nested lists, tuples and mappings."""
+    """The tensors in nested lists, tuples, mappings and dataclasses."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, Mapping):
@@ -229,6 +236,9 @@ def _tensors(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, (list, tuple)):
         for item in value:
             yield from _tensors(item)
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        for own in dataclasses.fields(value):
+            yield from _tensors(getattr(value, own.name))
 
 
 def _copied(value: Any, copies: dict[int, Tensor]) -> Any:
@@ -237,10 +247,19 @@ def _copied(value: Any, copies: dict[int, Tensor]) -> Any:
         if id(value) not in copies:  # one tensor given twice stays one: attention to itself is told by that
             copies[id(value)] = value.detach().clone().requires_grad_(value.requires_grad)
         return copies[id(value)]
-    if isinstance(value, dict):
-        return {name: _copied(item, copies) for name, item in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(_copied(item, copies) for item in value)
+    if isinstance(value, MutableMapping):
+        twin = copy.copy(value)
+        for name, item in value.items():
+            twin[name] = _copied(item, copies)
+        return twin
+    if isinstance(value, (list, tuple)):
+        items = [_copied(item, copies) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        same = copy.copy(value)
+        for own in dataclasses.fields(value):
+            object.__setattr__(same, own.name, _copied(getattr(value, own.name), copies))
+        return same
     return value
 
 
@@ -273,6 +292,8 @@ def _left_as_it_was(model: nn.Module) -> Iterator[None]:
     """Modes, gradients, buffers, rows that ``max_norm`` rescales, and random states, as they were before."""
     modes = [(module, module.training) for module in model.modules()]
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
+    # an optimizer that steps as gradients arrive must not
+    hooks = [(parameter, parameter._post_accumulate_grad_hooks) for parameter in model.parameters()]
     buffers = [(module, dict(module._buffers)) for module in model.modules()]
     rescaled = [
         (parameter, parameter.detach().clone())
@@ -287,6 +308,8 @@ def _left_as_it_was(model: nn.Module) -> Iterator[None]:
     devices = sorted({parameter.device.index for parameter in model.parameters() if parameter.is_cuda})
     for parameter, _ in gradients:
         parameter.grad = None
+        if parameter._post_accumulate_grad_hooks is not None:
+            parameter._post_accumulate_grad_hooks = OrderedDict()
     copies: dict[int, Tensor] = {}
     for module, own in buffers:
         module._buffers.update({name: _copied(buffer, copies) for name, buffer in own.items()})
@@ -298,6 +321,7 @@ def _left_as_it_was(model: nn.Module) -> Iterator[None]:
         if numpy is not None:
             numpy.random.set_state(numpy_state)
         for module, own in buffers:
+            module._buffers.clear()
             module._buffers.update(own)
         for parameter, values in rescaled:
             if not torch.equal(parameter.detach(), values):
@@ -305,5 +329,8 @@ def _left_as_it_was(model: nn.Module) -> Iterator[None]:
                     parameter.copy_(values)
         for parameter, gradient in gradients:
             parameter.grad = gradient
+        for parameter, own_hooks in hooks:
+            if own_hooks is not None:
+                parameter._post_accumulate_grad_hooks = own_hooks
         for module, training in modes:
             module.training = training

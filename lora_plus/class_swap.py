@@ -17,11 +17,15 @@ def swap_class(module: nn.Module, change: Callable[[Any], type[nn.Module]]) -> N
     """
     top = type(module)
     if not parametrize.is_parametrized(module):
-        module.__class__ = change(top)
+        _set_class(module, change(top))
         return
     below = change(top.__bases__[0])
     body = {name: value for name, value in top.__dict__.items() if name not in ("__dict__", "__weakref__")}
-    module.__class__ = type(f"Parametrized{below.__name__}", (below,), body)
+    _set_class(module, type(f"Parametrized{below.__name__}", (below,), body))
+
+
+def _set_class(module: nn.Module, new: type[nn.Module]) -> None:
+    object.__setattr__(module, "__class__", new)  # a module's own __setattr__ may know only its own attributes
 
 
 def check_top_class(module: nn.Module) -> None:

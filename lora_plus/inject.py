@@ -70,8 +70,8 @@ def inject_lora(
             them. A recurrent layer stands for its matrices, ``lstm.weight_ih_l0`` for one of them. A parameter of two
             or three dimensions is a target under its own name (``"experts.gate_up_proj"``), as is the weight of a
             layer that is read but not called (``"proj.weight"``); the update of such a weight is a dense matrix in
-            every step, and dropout is refused there. A glob or a regular expression looks among the parameters only
-            if it matches nothing else.
+            every step, and dropout is refused there. Parameters are looked at only for a name, a glob or a regular
+            expression that matches nothing else.
         r: rank of the update.
         alpha: numerator of the scaling.
         dropout: probability that an entry of an adapter's input is dropped in training.
@@ -211,6 +211,8 @@ def check_restorable(model: nn.Module) -> None:
 def check_injectable(model: nn.Module, adapter: str) -> None:
     """Raise if an adapter of this name cannot be added to the model now."""
     for name, layer in model.named_modules():
+        if any(isinstance(parameter, nn.UninitializedParameter) for parameter in layer._parameters.values()):
+            raise ValueError(f"{name!r} has parameters that are not initialised; run a forward pass first")
         if isinstance(layer, nn.parallel.DistributedDataParallel):
             raise ValueError(
                 "the model is wrapped in DistributedDataParallel, which would not reduce the gradients of new "

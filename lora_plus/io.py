@@ -25,7 +25,7 @@ from .inject import attach, check_injectable, check_selection
 from .layers import DTYPES
 from .names import join
 from .parameters import raw_parameters
-from .places import Found, Place, adapted_places, find_modules, find_parameters, find_places
+from .places import Found, Place, adapted_places, find_modules, find_parameters, find_places, overlaps
 from .targets import near_misses
 from .trained import trained_modules
 from .variants import AdapterSpec
@@ -304,6 +304,7 @@ def _choose_places(
             problems.append(f"{name!r} and {first!r} are one module in this model")
         problems += [f"{name!r}: {line}" for line in _misfits(layer, place.base())]
     problems += _missing_modules(missing, by_name)
+    problems += overlaps({place.key: place for place in chosen.values()}.values())
     return chosen
 
 
@@ -338,6 +339,8 @@ def _misfits(layer: LayerAdapter, base: BaseLayer) -> list[str]:
     if lines:
         return lines
     *stack, out_features, in_features = functional.matrix_shape(base.layout, base.shape)
+    if "rows" in base.facts and base.facts["rows"][1] > out_features:
+        return [f"rows {base.facts['rows']} of a weight that has {out_features}"]
     if "rows" in base.facts:
         out_features = base.facts["rows"][1] - base.facts["rows"][0]
     r = layer.settings["r"]

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import functional
-from .lora_layer import LoRALayer
+from .lora_layer import LoRALayer, argument_names
 from .quantized import STORES, StraightThrough, dense_dtype, dense_weight, store_of
 
 KINDS: dict[type[nn.Module], type[LoRALayer]] = {}
@@ -31,7 +31,7 @@ def adapts(base_class: type[nn.Module]) -> Callable[[Kind], Kind]:
     """Class decorator: enter a LoRA class in the table as the kind for ``base_class`` and its subclasses."""
 
     def enter(kind: Kind) -> Kind:
-        kind.base_class = base_class
+        kind.base_class, kind.lora_arguments = base_class, argument_names(base_class)
         KINDS[base_class] = kind
         return kind
 
@@ -140,7 +140,7 @@ class LoRAQuantizedLinear(LoRALinear):
 
     def base_forward(self, *args: Any, **kwargs: Any) -> Tensor:
         y = super().base_forward(*args, **kwargs)
-        x = args[0] if args else next(iter(kwargs.values()))
+        x = self.input_of(args, kwargs)
         if torch.is_grad_enabled() and x.requires_grad and not y.requires_grad:
             # kernels that quantize activations drop the gradient without a word
             y = StraightThrough.apply(x, y, self)

@@ -7,6 +7,7 @@ weights, base parameter names and ``isinstance`` stay as they were. The kinds of
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -41,6 +42,8 @@ class LoRALayer(AdaptedWeight):
     """The class that the layer has without adapters."""
     _derived_from: ClassVar[type[LoRALayer] | None] = None
     """The kind, for a class that was made for a user's own layer class."""
+    lora_arguments: ClassVar[tuple[str, ...]] = ()
+    """The names of the forward's arguments; the first one is what the update acts on."""
     channel: ClassVar[int] = -1
     """The dimension of the output that the matrix's rows lie along."""
 
@@ -220,8 +223,13 @@ class LoRALayer(AdaptedWeight):
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         if self.is_merged_now():
             return self.base_forward(*args, **kwargs)
-        x = args[0] if args else next(iter(kwargs.values()))
-        return self.adapted(x, self.base_forward(*args, **kwargs))
+        return self.adapted(self.input_of(args, kwargs), self.base_forward(*args, **kwargs))
+
+    def input_of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """The first argument of the layer's forward, however it is given."""
+        given = args or [kwargs[name] for name in self.lora_arguments if name in kwargs]
+        x: Tensor = given[0] if given else next(iter(kwargs.values()))
+        return x
 
     def base_forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """What the layer computed before it was adapted."""
@@ -273,10 +281,16 @@ def needs_values(spec: AdapterSpec, init: str | Init) -> bool:
     return callable(init) or VARIANTS[spec.variant].exclusive
 
 
+def argument_names(layer_class: type[Any]) -> tuple[str, ...]:
+    """The names of the arguments of a layer's forward, in their order."""
+    return tuple(inspect.signature(layer_class.forward).parameters)[1:]
+
+
 @functools.cache
 def _derive(kind: type[Any], layer_class: type[Any]) -> type[LoRALayer]:
-    body = {"base_class": layer_class, "_derived_from": kind, "__module__": layer_class.__module__}
-    return type(f"LoRA{layer_class.__name__}", (kind, layer_class), body | {"__doc__": kind.__doc__})
+    body: dict[str, Any] = {"base_class": layer_class, "_derived_from": kind, "__module__": layer_class.__module__}
+    body |= {"__doc__": kind.__doc__, "lora_arguments": argument_names(layer_class)}
+    return type(f"LoRA{layer_class.__name__}", (kind, layer_class), body)
 
 
 def _new_derived(kind: type[LoRALayer], layer_class: type[nn.Module]) -> LoRALayer:

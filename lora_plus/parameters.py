@@ -41,10 +41,12 @@ class LoRAParameter(AdaptedWeight):
         self.layout, self.lora_label, self.of = layout, label, of
         self.start()
 
-    def forward(self) -> Tensor:
+    def forward(self, weight: Tensor | None = None) -> Tensor:
+        """The weight to compute with; from another one than the parameter, if one is given."""
+        base = self.weight if weight is None else weight
         if self.is_merged_now() or self.lora_disabled or not self.lora_active:
-            return self.weight
-        return self.effective_weight(self.lora_active).to(self.weight.dtype)
+            return base
+        return self.effective_weight(self.lora_active, base).to(base.dtype)
 
     def raw(self) -> nn.Parameter:
         """The parameter that is bound now."""
@@ -70,6 +72,23 @@ class LoRAOwner(nn.Module):
     """The class that the module has without adapters."""
     adapted_names: ClassVar[tuple[str, ...]]
     """The adapted parameters."""
+    _lora_read: dict[Any, Tensor] | None = None
+    """What has been read in the call that runs, if one does."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        raise TypeError(
+            f"{type(self).__name__} is the class of one {self.base_class.__name__} with adapters and makes no others, "
+            f"as slicing it may try to; construct a {self.base_class.__name__}"
+        )
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        # code that reads a weight many times, once for each expert say, gets the same tensor for the length of a call
+        outer = self._lora_read
+        self.__dict__["_lora_read"] = {}
+        try:
+            return super().__call__(*args, **kwargs)
+        finally:
+            self.__dict__["_lora_read"] = outer
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         with _in_place(self):
@@ -83,6 +102,9 @@ class LoRAOwner(nn.Module):
         """As ever; a parameter given to an adapted name becomes the base of its adapters."""
         if name not in self.adapted_names:
             super().register_parameter(name, param)
+            return
+        if self._parameters.get(name) is not None:  # it is in its old place for a moment, as in loading
+            self._parameters[name] = param
             return
         holder = parameter_holders(self)[name]
         if param is None or param.shape != holder.weight.shape or holder.lora_merge is not None:
@@ -117,7 +139,7 @@ def adopt_parameter(owner: nn.Module, name: str, layout: str, label: str, of: st
     if name not in holders:
         parameter = owner._parameters[name]
         assert parameter is not None
-        swap_class(owner, lambda swapped: _owner_class(_plain(swapped), (*holders, name)))
+        swap_class(owner, lambda swapped: owner_class(swapped, (*holders, name)))
         container = owner._modules.setdefault(HOLDERS, nn.Module())
         assert container is not None
         holders[name] = LoRAParameter(parameter, layout, label, of)
@@ -133,6 +155,7 @@ def restore_owner(owner: LoRAOwner) -> None:
     for name, holder in parameter_holders(owner).items():
         owner._parameters[name] = holder.raw()
     del owner._modules[HOLDERS]
+    owner.__dict__.pop("_lora_read", None)
     swap_class(owner, _plain)
 
 
@@ -145,7 +168,7 @@ def restore_parameter(owner: LoRAOwner, name: str) -> None:
     owner._parameters[name] = holders[name].raw()
     del owner._modules[HOLDERS]._modules[name]  # type: ignore[union-attr]
     rest = tuple(other for other in holders if other != name)
-    swap_class(owner, lambda swapped: _owner_class(_plain(swapped), rest))
+    swap_class(owner, lambda swapped: owner_class(swapped, rest))
 
 
 @contextmanager
@@ -166,6 +189,11 @@ def _plain(layer_class: Any) -> Any:
     return layer_class.base_class if issubclass(layer_class, LoRAOwner) else layer_class
 
 
+def owner_class(swapped: Any, names: tuple[str, ...]) -> type[LoRAOwner]:
+    """The class of a module, of this class or without adapters, in which these parameters are adapted."""
+    return _owner_class(_plain(swapped), names)
+
+
 @functools.cache
 def _owner_class(layer_class: Any, names: tuple[str, ...]) -> type[LoRAOwner]:
     body: dict[str, Any] = {name: _effective(name) for name in names}
@@ -176,12 +204,23 @@ def _owner_class(layer_class: Any, names: tuple[str, ...]) -> type[LoRAOwner]:
 
 def _effective(name: str) -> property:
     def read(owner: LoRAOwner) -> Tensor:
-        weight: Tensor = owner._modules[HOLDERS]._modules[name]()  # type: ignore[union-attr, misc]
-        return weight
+        holder: Any = owner._modules[HOLDERS]._modules[name]  # type: ignore[union-attr]
+        # torch.func.functional_call and fully_shard put what shall be computed with where the parameter was
+        base, known = owner._parameters.get(name), owner._lora_read
+        if known is None:
+            return holder(base)  # type: ignore[no-any-return]
+        state = (name, id(base), torch.is_grad_enabled(), holder.lora_active, holder.lora_disabled)
+        if state not in known:
+            known[state] = holder(base)
+        return known[state]
 
     return property(read, doc=f"The parameter {name!r} with its adapters in it.")
 
 
 def _new_owner(layer_class: Any, names: tuple[str, ...]) -> LoRAOwner:
-    owner_class = _owner_class(layer_class, names)
-    return owner_class.__new__(owner_class)
+    made = _owner_class(layer_class, names)
+    return made.__new__(made)
+
+
+OWN_NAMES = frozenset((HOLDERS, *(name for name in vars(LoRAOwner) if not name.startswith("__")))) - set(dir(nn.Module))
+"""What a module must not have for itself in order to become an owner."""

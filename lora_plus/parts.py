@@ -7,8 +7,6 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from .parameters import raw_parameters
-
 
 @dataclass(frozen=True)
 class Part:
@@ -25,6 +23,8 @@ class Part:
     """Further names inside the module, which several parts can share; so can the parameter's and the module's own."""
     linear: bool = False
     """Whether it is a linear map of activations, as ``"all-linear"`` takes them."""
+    refusal: str | None = None
+    """Why it cannot have adapters, as a noun phrase, where the module's settings say so."""
 
 
 PARTS: dict[type[nn.Module], Callable[[nn.Module], list[Part]]] = {}
@@ -50,13 +50,17 @@ def _attention(module: nn.Module) -> list[Part]:
     return [*parts, out]
 
 
-def _weights(module: nn.Module) -> list[Part]:
-    there = raw_parameters(module).items()
-    return [Part(name, name) for name, parameter in there if name.startswith("weight") and parameter.ndim == 2]
+def _recurrent(module: nn.Module) -> list[Part]:
+    names = module._flat_weights_names if isinstance(module, nn.RNNBase) else ("weight_ih", "weight_hh")
+    return [Part(name, name) for name in names if name.startswith("weight")]
 
 
-def _rows_of_a_table(module: nn.Module) -> list[Part]:
-    return [Part("weight", "weight", layout="n d -> d n")]
+def _bag(module: nn.Module) -> list[Part]:
+    assert isinstance(module, nn.EmbeddingBag)
+    refusal = "EmbeddingBag with max_norm, which rescales rows of its weight in place" if module.max_norm else None
+    if module.sparse:
+        refusal = "EmbeddingBag with sparse gradients"
+    return [Part("weight", "weight", layout="n d -> d n", refusal=refusal)]
 
 
 def _bilinear(module: nn.Module) -> list[Part]:
@@ -65,8 +69,8 @@ def _bilinear(module: nn.Module) -> list[Part]:
 
 PARTS |= {
     nn.MultiheadAttention: _attention,
-    nn.RNNBase: _weights,
-    nn.RNNCellBase: _weights,
-    nn.EmbeddingBag: _rows_of_a_table,
+    nn.RNNBase: _recurrent,
+    nn.RNNCellBase: _recurrent,
+    nn.EmbeddingBag: _bag,
     nn.Bilinear: _bilinear,
 }

@@ -18,8 +18,18 @@ from .layers import DTYPES, LoRALinear, LoRATransposedLinear, lora_class, why_un
 from .lora_layer import LoRALayer, needs_values
 from .names import join
 from .new_adapter import new_tensors
-from .parameters import HOLDERS, LoRAOwner, LoRAParameter, adopt_parameter, parameter_holders, raw_parameters
+from .parameters import (
+    HOLDERS,
+    OWN_NAMES,
+    LoRAOwner,
+    LoRAParameter,
+    adopt_parameter,
+    owner_class,
+    parameter_holders,
+    raw_parameters,
+)
 from .parts import PARTS, Part, parts_of
+from .quantized import store_of_weight
 from .variants import VARIANTS, AdapterSpec
 
 
@@ -59,6 +69,8 @@ class Place:
     """The class of the module that it is a part of, where that module reads its weights itself."""
     linear: bool = False
     """Whether ``"all-linear"`` includes it."""
+    refused: str | None = None
+    """Why no adapter can be put here, if that was clear when it was found."""
 
     @property
     def name(self) -> str:
@@ -79,6 +91,8 @@ class Place:
 
     def refusal(self) -> str | None:
         """Why no adapter can be put here, as a noun phrase; None if one can."""
+        if self.refused is not None:
+            return self.refused
         if self.parameter is not None:
             return self._parameter_refusal(self.parameter, raw_parameters(self.owner).get(self.parameter))
         if parameter_holders(self.owner):
@@ -91,6 +105,15 @@ class Place:
             return f"{what} that is not held but computed; remove the parametrization first"
         if isinstance(self.owner, LoRALayer):
             return f"{what} of a layer that has adapters itself"
+        if isinstance(self.owner, (nn.Sequential, nn.ModuleList, nn.ModuleDict, torch.jit.ScriptModule)):
+            return f"{what} of a {type(self.owner).__name__}, which can take in no module that holds adapters"
+        if not isinstance(self.owner, LoRAOwner) and (clash := OWN_NAMES & set(dir(self.owner))):
+            return f"{what} of a {type(self.owner).__name__} that has attributes of ours already: {sorted(clash)}"
+        there = parameter_holders(self.owner).get(name)
+        if there is not None and there.layout != self.layout:
+            return f"{what} that has adapters with the layout {there.layout!r}, not {self.layout!r}"
+        if store_of_weight(parameter) is not None:
+            return f"{what} that is quantized ({store_of_weight(parameter)})"
         if isinstance(parameter, nn.UninitializedParameter):
             return f"{what} that is not initialised; run a forward pass first"
         if parameter.dtype not in DTYPES:
@@ -117,12 +140,10 @@ class Place:
         if not isinstance(there, AdaptedWeight):
             return None
         for block in there.row_blocks():
-            if self.rows is None or (
-                self.rows != (block.start, block.stop) and self.rows[0] < block.stop and block.start < self.rows[1]
-            ):
+            rows = (block.start, block.stop)
+            same = self.rows == rows and self.label == block.lora_label
+            if not same and (_overlap(self.rows, rows) or self.label == block.lora_label):
                 return f"rows {block.start} to {block.stop} of its weight have adapters as {block.lora_label!r}"
-            if (self.rows == (block.start, block.stop)) != (self.label == block.lora_label):
-                return f"its weight has adapters on a block {block.lora_label!r}, rows {block.start} to {block.stop}"
         if self.rows is not None and there.lora_specs:
             return "its whole weight has adapters"
         return None
@@ -151,7 +172,9 @@ class Place:
 
     def check_adoptable(self) -> None:
         """Raise where `adopt` would fail, before anything is changed."""
-        if self.parameter is None and not isinstance(self.owner, LoRALayer):
+        if self.parameter is not None:
+            owner_class(type(self.owner), tuple(dict.fromkeys((*parameter_holders(self.owner), self.parameter))))
+        elif not isinstance(self.owner, LoRALayer):
             self.kind.class_for(type(self.owner))
 
     def adopt(self) -> AdapterSite:
@@ -185,6 +208,29 @@ class Place:
         )
 
 
+def overlaps(places: Iterable[Place]) -> list[str]:
+    """What is wrong with adapting all of these: a layer and its own parameter, or rows that overlap."""
+    lines: list[str] = []
+    layers: dict[int, Place] = {}
+    blocks: dict[tuple[int, str | None], list[Place]] = {}
+    places = list(places)
+    for place in places:
+        if place.parameter is None:
+            layers.setdefault(id(place.owner), place)
+    for place in places:
+        layer = layers.get(id(place.owner))
+        if place.parameter is not None and layer is not None:
+            lines.append(f"{place.name!r} and its layer {layer.name!r} are both to be adapted; choose one")
+        before = blocks.setdefault((id(place.owner), place.parameter), [])
+        lines += [f"{place.name!r} and {other.name!r} overlap" for other in before if _overlap(place.rows, other.rows)]
+        before.append(place)
+    return lines
+
+
+def _overlap(one: tuple[int, int] | None, other: tuple[int, int] | None) -> bool:
+    return one is None or other is None or (one[0] < other[1] and other[0] < one[1])
+
+
 def find_modules(model: nn.Module) -> dict[int, Found]:
     """Every module of the model once, by identity, with all its names; what holds adapters is left out."""
     found: dict[int, Found] = {}
@@ -213,9 +259,10 @@ def find_places(found: Mapping[int, Found], fused: Mapping[int, Mapping[str, tup
     for key, entry in found.items():
         parts = parts_of(entry.module)
         for part in parts:
-            owner = entry.module.get_submodule(part.child)
-            inside.add(id(owner))
-            places.append(_part_place(entry, part, owner))
+            owner = entry.module._modules.get(part.child) if part.child else entry.module
+            if owner is not None:
+                inside.add(id(owner))
+                places.append(_part_place(entry, part, owner))
         for label, rows in fused.get(key, {}).items():
             names = [(join(name, label), entry.module) for name in entry.names]
             whole = [(name, entry.module) for name in entry.names]
@@ -244,24 +291,27 @@ def _part_place(entry: Found, part: Part, owner: nn.Module) -> Place:
         part.layout,
         of=next(parent.__name__ for parent in type(entry.module).__mro__ if parent in PARTS),
         linear=part.linear,
+        refused=part.refusal,
     )
 
 
 def find_parameters(
-    found: Mapping[int, Found], layouts: Callable[[str], str | None] = lambda name: None
+    found: Mapping[int, Found], layouts: Callable[[str, nn.Module], str | None] = lambda name, owner: None
 ) -> list[Place]:
     """Every parameter of the model as a place of its own, whoever reads it.
 
     Args:
         found: the modules, from `find_modules`.
-        layouts: the layout that a user states for a parameter of this name, if any.
+        layouts: the layout that a user states for a parameter of this name in this module, if any.
     """
     places = []
     for entry in found.values():
+        there = parameter_holders(entry.module)
         for parameter, value in raw_parameters(entry.module).items():
             names = [(join(name, parameter), entry.module) for name in entry.names]
-            stated = next((layout for name, _ in names if (layout := layouts(name)) is not None), None)
-            layout = stated or _usual_layout(entry.module, value)
+            layout = next((layout for each in names if (layout := layouts(*each)) is not None), None)
+            if layout is None:
+                layout = there[parameter].layout if parameter in there else _usual_layout(entry.module, value)
             places.append(Place(entry.module, entry.name, names, [], parameter, parameter, None, layout))
     return places
 

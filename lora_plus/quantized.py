@@ -81,7 +81,11 @@ STORES: dict[str, Store] = {
 
 def store_of(module: nn.Module) -> str | None:
     """The name in `STORES` of the way in which the module's weight is stored; None for plain numbers."""
-    weight = getattr(module, "weight", None)
+    return store_of_weight(getattr(module, "weight", None))
+
+
+def store_of_weight(weight: object) -> str | None:
+    """The name in `STORES` of the way in which a weight is stored; None for plain numbers, and what is no weight."""
     if type(weight) is nn.Parameter or not isinstance(weight, Tensor):
         return None
     return next((name for name, store in STORES.items() if store.holds(weight)), None)

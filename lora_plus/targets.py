@@ -6,7 +6,7 @@ import difflib
 import fnmatch
 import itertools
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from .config import LoRAConfig, Pattern, as_patterns
 from .layers import KINDS, lora_class
 from .names import join
 from .parts import PARTS
-from .places import Found, Place, find_modules, find_parameters, find_places
+from .places import Found, Place, find_modules, find_parameters, find_places, overlaps
 
 ALL_LINEAR = "all-linear"
 
@@ -84,26 +84,23 @@ class _Selector:
                 self.problems.append(
                     f"{place.name!r} is both a target and trained in full by train_also; add it to exclude"
                 )
-        self._check_apart(chosen.values())
+        self.problems += overlaps(chosen.values())
+        self.problems += [
+            f"{place.name!r} cannot be adapted: {reason}"
+            for place in chosen.values()
+            if (reason := place.overlapped()) is not None
+        ]
         order = [place for place in (*self.places, *(self._parameters or [])) if chosen.get(place.key) is place]
         ranks = self._per_place("rank_pattern", config.rank_pattern or {}, config.r, order)
         alphas = self._per_place("alpha_pattern", config.alpha_pattern or {}, config.alpha, order)
-        self._check_used("layouts", config.layouts or {}, [place for place in order if place.parameter is not None])
+        self._check_used(
+            "layouts", config.layouts or {}, [place for place in order if place.parameter and not place.of]
+        )
         spec = config.spec()
         self.problems += [f"{place.name!r}: {line}" for place in order if (line := place.misfits(spec)) is not None]
         if self.problems:
             raise ValueError("nothing was changed, because of\n" + "\n".join(f"  {line}" for line in self.problems))
         return Selection(list(zip(order, ranks, alphas, strict=True)), trained)
-
-    def _check_apart(self, chosen: Iterable[Place]) -> None:
-        """Report places that overlap: a layer and its own parameter, or blocks and what has adapters already."""
-        layers = {place.owner: place.name for place in chosen if place.parameter is None}
-        for place in chosen:
-            if place.parameter is not None and place.owner in layers:
-                self.problems.append(f"{place.name!r} and its layer {layers[place.owner]!r} are both targets; name one")
-            overlapped = place.overlapped()
-            if overlapped is not None:
-                self.problems.append(f"{place.name!r} cannot be adapted: {overlapped}")
 
     @property
     def parameters(self) -> list[Place]:
@@ -112,8 +109,8 @@ class _Selector:
             known = {(place.owner, place.parameter) for place in self.places}
             stated = [(matcher(pattern), layout) for pattern, layout in (self.config.layouts or {}).items()]
 
-            def layout_of(name: str) -> str | None:
-                return next((layout for matches, layout in stated if matches(name, self.model)), None)
+            def layout_of(name: str, owner: nn.Module) -> str | None:
+                return next((layout for matches, layout in stated if matches(name, owner)), None)
 
             places = find_parameters(self.found, layout_of)
             self._parameters = [place for place in places if (place.owner, place.parameter) not in known]
@@ -132,32 +129,29 @@ class _Selector:
     def _excluded(self) -> set[Any]:
         excluded: set[Any] = set()
         for pattern in as_patterns(self.config.exclude):
-            hits = list(self._matching(pattern))
+            hits = self._matching(pattern)
             if not hits:
                 self._nothing("exclude", pattern, "module", _all_names(self.places))
             excluded |= {place.key for place in hits}
         return excluded
 
-    def _matching(self, pattern: Pattern) -> Iterator[Place]:
-        """Layers, parts and blocks; parameters by their plain name, or where a pattern matches nothing else."""
+    def _matching(self, pattern: Pattern) -> list[Place]:
+        """Layers, parts and blocks; parameters where a name or an expression matches none of these."""
         hits = _hits(pattern, self.places)
-        yield from hits
-        if isinstance(pattern, str) and pattern and not _is_glob(pattern):
-            yield from self._parameters_named(pattern)
-        elif not hits and isinstance(pattern, (str, re.Pattern)) and pattern:
-            yield from _hits(pattern, self.parameters)
-
-    def _parameters_named(self, name: str) -> list[Place]:
-        last = name.rpartition(".")[2]
-        if self._parameters is None and not any(last in entry.module._parameters for entry in self.found.values()):
-            return []
-        return _hits(name, self.parameters)
+        if hits or not isinstance(pattern, (str, re.Pattern)) or not pattern:
+            return hits
+        return _hits(pattern, self.parameters)
 
     def _target(self, pattern: Pattern, excluded: set[Any]) -> dict[Any, Place]:
-        hits = list(self._matching(pattern))
+        hits = self._matching(pattern)
         reasons = {place.key: place.refusal() for place in hits}
         supported = [place for place in hits if reasons[place.key] is None]
-        kept = {place.key: place for place in supported if place.key not in excluded}
+        kept = {place.key: place for place in supported if not self._is_excluded(place, excluded)}
+        self.problems += [
+            f"target {_show(pattern)} matches {place.name!r}, which cannot be adapted: {reasons[place.key]}; exclude it"
+            for place in hits
+            if supported and place.of and reasons[place.key] is not None and not self._is_excluded(place, excluded)
+        ]
         if not hits:
             self._nothing("target", pattern, "module or parameter", _all_names([*self.places, *self.parameters]))
         elif not supported:
@@ -170,11 +164,15 @@ class _Selector:
             self.problems.append(f"target {_show(pattern)} matches only layers that exclude takes out")
         return kept
 
+    @staticmethod
+    def _is_excluded(place: Place, excluded: set[Any]) -> bool:
+        return place.key in excluded or (id(place.owner), None, None) in excluded
+
     def _all_linear(self, excluded: set[Any], inside_trained: set[int]) -> dict[Any, Place]:
         embeddings = {id(e.module.weight) for e in self.found.values() if isinstance(e.module, nn.Embedding)}
         kept: dict[Any, Place] = {}
         for place in self.places:
-            if not place.linear or place.key in excluded or id(place.owner) in inside_trained:
+            if not place.linear or self._is_excluded(place, excluded) or id(place.owner) in inside_trained:
                 continue
             if place.parameter is None and id(place.owner.weight) in embeddings:
                 continue
