@@ -105,7 +105,7 @@ class LoRALinear(LoRALayer, nn.Linear):
     def trial_input(self) -> Tensor:
         return _trial(self.weight, 2, self.weight.shape[1])
 
-    def low_rank(self, x: Tensor, A: Tensor, B: Tensor, scale: float, dropout: float, shape: torch.Size) -> Tensor:
+    def low_rank(self, x: Tensor, A: Tensor, B: Tensor, scale: float, dropout: float, y: Tensor) -> Tensor:
         return functional.linear_update(x, A, B, scale, dropout)
 
 
@@ -164,7 +164,7 @@ class LoRATransposedLinear(LoRALayer):
     def trial_input(self) -> Tensor:
         return _trial(self.weight, 2, self.weight.shape[0])
 
-    def low_rank(self, x: Tensor, A: Tensor, B: Tensor, scale: float, dropout: float, shape: torch.Size) -> Tensor:
+    def low_rank(self, x: Tensor, A: Tensor, B: Tensor, scale: float, dropout: float, y: Tensor) -> Tensor:
         return functional.linear_update(x, A, B, scale, dropout)
 
 
@@ -210,7 +210,7 @@ class LoRAEmbedding(LoRALayer, nn.Embedding):
         finally:
             self.max_norm = max_norm
 
-    def low_rank(self, x: Tensor, A: Tensor, B: Tensor, scale: float, dropout: float, shape: torch.Size) -> Tensor:
+    def low_rank(self, x: Tensor, A: Tensor, B: Tensor, scale: float, dropout: float, y: Tensor) -> Tensor:
         return functional.embedding_update(x, A, B, scale, dropout, self.padding_idx, self.scale_grad_by_freq)
 
 
@@ -230,7 +230,7 @@ class _LoRAConv(LoRALayer):
         sizes = (step * (width - 1) + 3 for step, width in zip(self.dilation, self.kernel_size, strict=True))
         return _trial(self.weight, 1, self.in_channels, *sizes)  # type: ignore[arg-type]
 
-    def low_rank(self, x: Tensor, A: Tensor, B: Tensor, scale: float, dropout: float, shape: torch.Size) -> Tensor:
+    def low_rank(self, x: Tensor, A: Tensor, B: Tensor, scale: float, dropout: float, y: Tensor) -> Tensor:
         # A is (r, in_channels / groups * prod(kernel_size)), shared by the groups; B is (out_channels, r)
         down = A.reshape(A.shape[0], -1, *self.kernel_size).repeat(self.groups, *[1] * (1 + len(self.kernel_size)))
         convolve = functools.partial(self._conv_forward, weight=down, bias=None)  # type: ignore[operator, arg-type, misc]
@@ -264,13 +264,13 @@ class LoRAConv3d(_LoRAConv, nn.Conv3d):
 class _LoRAConvTranspose(_LoRAConv):
     """Transposed convolutions; here B is ``(out_channels / groups, r)`` and shared by the groups."""
 
-    def low_rank(self, x: Tensor, A: Tensor, B: Tensor, scale: float, dropout: float, shape: torch.Size) -> Tensor:
+    def low_rank(self, x: Tensor, A: Tensor, B: Tensor, scale: float, dropout: float, y: Tensor) -> Tensor:
         down = A.reshape(A.shape[0], -1, *self.kernel_size).transpose(0, 1)  # (in_channels, r, *kernel)
         spatial, padding = len(self.kernel_size), cast(tuple[int, ...], self.padding)
         settings = zip(x.shape[-spatial:], self.stride, padding, self.dilation, self.kernel_size, strict=True)
         least = [(n - 1) * step - 2 * pad + width * (k - 1) + 1 for n, step, pad, width, k in settings]
         # the caller can ask for an output size, which shows in the base's output only
-        extra = [size - smallest for size, smallest in zip(shape[-spatial:], least, strict=True)]
+        extra = [size - smallest for size, smallest in zip(y.shape[-spatial:], least, strict=True)]
         convolve = functools.partial(
             _TRANSPOSED[spatial], weight=down, stride=self.stride, padding=padding, output_padding=extra,
             groups=self.groups, dilation=self.dilation,

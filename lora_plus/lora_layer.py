@@ -52,10 +52,10 @@ class LoRALayer(AdaptedWeight):
 
     # ---- what a kind states ------------------------------------------------------------------------------------
 
-    def low_rank(self, x: Tensor, A: Tensor, B: Tensor, scale: float, dropout: float, shape: torch.Size) -> Tensor:
+    def low_rank(self, x: Tensor, A: Tensor, B: Tensor, scale: float, dropout: float, y: Tensor) -> Tensor:
         """The update ``scale * B A`` applied to the layer's input; A and B come in the compute dtype.
 
-        ``shape`` is that of the base's output.
+        ``y`` is the base's output, for its shape.
         """
         raise NotImplementedError
 
@@ -251,7 +251,7 @@ class LoRALayer(AdaptedWeight):
             spec = self.lora_spec(name)
             A, B, scale = self.lora_factors(name)
             dropout = spec.dropout if self.training else 0.0
-            update = self.low_rank(x, A.to(dtype), B.to(dtype), scale, dropout, y.shape)
+            update = self.low_rank(x, A.to(dtype), B.to(dtype), scale, dropout, y)
             y = VARIANTS[spec.variant].join(self, name, y, update)
         return y
 

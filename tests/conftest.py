@@ -156,6 +156,23 @@ CASES = [
     Case("conv2d-unbatched-dora", lambda: nn.Conv2d(4, 6, 3), _floats(4, 6, 7), DORA),
     Case("conv3d", lambda: nn.Conv3d(2, 3, (1, 2, 3), stride=(1, 2, 1)), _floats(2, 2, 3, 4, 5)),
     Case("conv3d-groups-dora", lambda: nn.Conv3d(2, 4, 1, groups=2), _floats(2, 2, 3, 4, 5), DORA),
+    Case("conv-transpose1d", lambda: nn.ConvTranspose1d(4, 6, 3, stride=2, padding=1, output_padding=1),
+         _floats(2, 4, 5)),
+    Case("conv-transpose1d-unbatched", lambda: nn.ConvTranspose1d(4, 6, 3, dilation=2, bias=False), _floats(4, 5)),
+    Case("conv-transpose1d-groups-dora", lambda: nn.ConvTranspose1d(4, 6, 3, groups=2, stride=2),
+         _floats(2, 4, 5), DORA),
+    Case("conv-transpose2d", lambda: nn.ConvTranspose2d(4, 6, (3, 2), stride=(2, 1), padding=(0, 1)),
+         _floats(2, 4, 3, 4)),
+    Case("conv-transpose2d-groups", lambda: nn.ConvTranspose2d(4, 6, 3, stride=3, groups=2, output_padding=(1, 2)),
+         _floats(2, 4, 3, 2)),
+    Case("conv-transpose2d-depthwise",
+         lambda: nn.ConvTranspose2d(4, 8, 2, groups=4, dilation=(2, 1), output_padding=(1, 0)), _floats(2, 4, 3, 2)),
+    Case("conv-transpose2d-dora", lambda: nn.ConvTranspose2d(4, 6, (2, 3), dilation=(1, 2), bias=False),
+         _floats(2, 4, 3, 4), DORA),
+    Case("conv-transpose3d", lambda: nn.ConvTranspose3d(2, 4, (1, 2, 3), stride=(1, 2, 1), groups=2),
+         _floats(2, 2, 3, 2, 3)),
+    Case("conv-transpose3d-unbatched-dora", lambda: nn.ConvTranspose3d(2, 3, 2, stride=2, output_padding=1),
+         _floats(2, 2, 1, 2), DORA),
 ]  # fmt: skip
 
 
@@ -180,7 +197,7 @@ def case(request: pytest.FixtureRequest) -> Case:
     return request.param
 
 
-pytest.register_assert_rewrite("files_support")
+pytest.register_assert_rewrite("files_support", "parameter_cases", "peft_support")
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,17 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent / "lora_plus"
 
 STRATA = [
-    {"version", "names", "functional", "adapter_tensors", "collector", "freezing", "fused_kernels", "class_swap",
-     "quantized"},
+    {
+        "version",
+        "names",
+        "functional",
+        "adapter_tensors",
+        "collector",
+        "freezing",
+        "fused_kernels",
+        "class_swap",
+        "quantized",
+    },
     {"init", "variants", "formats.adapter", "trained", "atomic_files"},
     {"new_adapter", "adapter_site", "formats.native", "formats.peft_config", "formats.peft_names", "config"},
     {"adapted_weight", "formats.peft_tensors"},

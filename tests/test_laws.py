@@ -292,6 +292,14 @@ def test_inputs_may_be_given_by_name() -> None:
     assert not torch.equal(model.layer(x, 3.0), model.layer(x))
 
 
+def test_arguments_given_by_name_may_come_in_any_order() -> None:
+    x = torch.randn(2, 4, 5)
+    model = Case("own", lambda: ScaledLinear(5, 3), lambda g, d: x).adapted(torch.float32)
+    assert torch.equal(model.layer(shift=3.0, x=x), model.layer(x, 3.0))
+    layer = randomise(lora_plus.LoRAConvTranspose1d(4, 6, 3, stride=2, r=2))
+    assert torch.equal(layer(output_size=[12], input=x), layer(x, [12]))
+
+
 def test_direct_construction_takes_the_base_layer_s_arguments() -> None:
     made = [
         lora_plus.LoRALinear(4, 3, bias=False, dtype=torch.bfloat16, r=2, alpha=4),
@@ -299,6 +307,9 @@ def test_direct_construction_takes_the_base_layer_s_arguments() -> None:
         lora_plus.LoRAConv1d(4, 6, 3, padding=1, r=2),
         lora_plus.LoRAConv2d(4, 6, (3, 1), groups=2, r=2),
         lora_plus.LoRAConv3d(4, 6, 1, r=2),
+        lora_plus.LoRAConvTranspose1d(4, 6, 3, stride=2, r=2),
+        lora_plus.LoRAConvTranspose2d(4, 6, (3, 1), groups=2, r=2),
+        lora_plus.LoRAConvTranspose3d(4, 6, 1, r=2),
     ]
     for layer in made:
         assert [n for n, p in layer.named_parameters() if p.requires_grad] == ["lora_A.default", "lora_B.default"]
@@ -325,6 +336,33 @@ def test_lora_layers_names_each_layer_once() -> None:
     model = nn.ModuleDict({"a": shared, "b": shared, "c": nn.Linear(2, 2)})
     lora_plus.inject_lora(model, "all-linear", r=1)
     assert [name for name, _ in adapted_weights(model)] == ["a", "c"]
+
+
+class Upscaled(nn.Module):
+    """A transposed convolution whose output size the caller asks for."""
+
+    def __init__(self, groups: int) -> None:
+        super().__init__()
+        self.layer = nn.ConvTranspose2d(4, 6, 3, stride=3, padding=1, groups=groups)
+
+    def forward(self, x: torch.Tensor, size: list[int]) -> torch.Tensor:
+        return self.layer(x, output_size=size)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("size", [[7, 4], [8, 6], [9, 5]])
+@pytest.mark.parametrize("variant", ["lora", "dora"])
+def test_a_transposed_convolution_may_be_asked_for_an_output_size(groups: int, size: list[int], variant: str) -> None:
+    model = Upscaled(groups).double()
+    x = torch.randn(2, 4, 3, 2, dtype=torch.float64)
+    base = model(x, size)
+    assert torch.equal(lora_plus.inject_lora(model, ["layer"], r=2, variant=variant)(x, size), base)
+    wanted = explicit(randomise(model))(x, size)
+    assert list(wanted.shape[2:]) == size and not torch.allclose(wanted, base, atol=1e-3)
+    torch.testing.assert_close(model(x, size), wanted, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(model(x=x, size=size), wanted, rtol=1e-12, atol=1e-12)
+    with lora_plus.merged(model.eval()):
+        torch.testing.assert_close(model(x, size), wanted, rtol=1e-12, atol=1e-12)
 
 
 def test_the_padding_row_gets_no_update_in_training_and_merging() -> None:

@@ -69,6 +69,7 @@ def _random_bias(layer: nn.Module) -> nn.Module:
 def peer_case(request: pytest.FixtureRequest) -> Case:
     return request.param
 
+
 def peft_config(case: Case) -> dict[str, Any]:
     """The case's settings in PEFT's words; rank 4, because PEFT wants a multiple of the groups."""
     return {
