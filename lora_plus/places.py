@@ -118,8 +118,10 @@ class Place:
             return f"{what} that is not initialised; run a forward pass first"
         if parameter.dtype not in DTYPES:
             return f"{what} of {parameter.dtype}, expected one of {DTYPES}"
-        if parameter.ndim != len(self.layout.split(" -> ")[0].split()) or not parameter.numel():
+        if parameter.ndim not in (2, 3) or not parameter.numel():
             return f"{what} of shape {tuple(parameter.shape)}, expected two or three dimensions, none of them 0"
+        if parameter.ndim != len(self.layout.split(" -> ")[0].split()):
+            return f"{what} of shape {tuple(parameter.shape)}, which is not {self.layout.split(' -> ')[0]!r}"
         if "parametrizations" in self.owner._modules and name.startswith("original"):
             return f"{what} of a parametrization"
         return None

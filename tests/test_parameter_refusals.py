@@ -187,3 +187,9 @@ def test_dropout_acts_on_the_input_of_fused_rows_in_training_only() -> None:
     assert not torch.count_nonzero(spread[..., 4:8] > 1e-12)
     error = (outputs.mean(0) - plain(x())).abs() / (spread / 20 + 1e-12)
     assert error.max() < 5.5
+
+
+def test_a_layout_that_does_not_fit_the_parameter_is_named() -> None:
+    model = nn.ParameterDict({"experts": torch.randn(2, 3, 4)})
+    with pytest.raises(ValueError, match=r"of shape \(2, 3, 4\), which is not 'i o'"):
+        inject_lora(model, ["experts"], layouts={"experts": "i o -> o i"})
