@@ -35,8 +35,8 @@ def check_adapter(model: nn.Module, adapter: str) -> None:
 def set_adapter(model: nn.Module, adapters: str | Sequence[str]) -> None:
     """Let just these adapters, one or several, take part in the forward.
 
-    ``requires_grad`` is not touched, and modules trained in full (``train_also``) keep their values, whichever adapter
-    they belong to.
+    ``requires_grad`` is not touched (to go on training an adapter, set it on its parameters), and modules trained in
+    full (``train_also``) keep their values, whichever adapter they belong to.
 
     Raises:
         KeyError: if the model holds no adapter of such a name.
@@ -55,6 +55,8 @@ def set_adapter(model: nn.Module, adapters: str | Sequence[str]) -> None:
 
 def delete_adapter(model: nn.Module, adapter: str) -> None:
     """Drop one adapter; layers left without any become plain again, modules it trained in full get their own values.
+
+    If it was the active one, none is active afterwards: choose another with `set_adapter`.
 
     Raises:
         KeyError: if the model holds no adapter of this name.

@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import random
 import sys
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -26,7 +26,7 @@ TRAIN_PASSES = 4
 
 
 def check_adapters(model: nn.Module, *inputs: Any, **keywords: Any) -> list[str]:
-    """Run the model on these inputs, and raise unless every active adapter has an effect and can learn.
+    """Run the model on these inputs, and raise unless every active adapter has an effect and is reached by gradients.
 
     The adapters' tensors are exchanged for random ones, since at B = 0 neither an effect nor a gradient of A could be
     seen. A gradient that is not zero proves that the output depends on a tensor. It is asked for in train mode and in
@@ -47,8 +47,9 @@ def check_adapters(model: nn.Module, *inputs: Any, **keywords: Any) -> list[str]
         ValueError: naming each adapter that is not live, and why as far as can be told; or if there is none to check.
     """
     model = unwrap(model)
+    owners: Counter[int] = Counter(id(p) for module in model.modules() for p in module._parameters.values())
     probes = [
-        _Probe(name, site, weight, adapter)
+        _Probe(name, site, weight, adapter, isinstance(weight, LoRALayer) and owners[id(weight.weight)] == 1)
         for name, site, weight in adapter_sites(model)
         for adapter in site.lora_specs
         if adapter in weight.lora_active
@@ -83,7 +84,7 @@ class _Seen:
     differentiable: set[int] = field(default_factory=set)
     """Those of them where gradients were on."""
     read: set[int] = field(default_factory=set)
-    """Probes whose base weight took part."""
+    """Probes whose base weight took part anywhere but in their own layer."""
     gradients: dict[tuple[int, str], str] = field(default_factory=dict)
     """For each tensor of a probe what its gradient was: one of `_GRADIENTS`."""
 
@@ -104,6 +105,8 @@ class _Probe:
     site: AdapterSite
     weight: AdaptedWeight
     adapter: str
+    own_weight: bool
+    """Whether the weight is the layer's alone: others may read one that they share with it."""
     tensors: dict[str, nn.Parameter] = field(default_factory=dict)
     """The random ones, by the name of their container."""
 
@@ -130,6 +133,11 @@ class _Probe:
         """Why the adapter is not live by what was seen; None if it is."""
         grades = {name: seen.gradients[self.key, name] for name in self.tensors}
         worst = max(grades.values(), key=_GRADIENTS.index)
+        if worst == _LIVE and self.key in seen.read:
+            return (
+                "its weight is also read outside of the layer, where the adapter has no effect until it is merged; "
+                f"target the parameter '{self.name}.weight' instead"
+            )
         if worst == _LIVE:
             return None
         if self.key not in seen.used:
@@ -197,6 +205,9 @@ def _grade(gradient: Tensor | None) -> str:
     return _NOT_FINITE if not bool(size.isfinite()) else _LIVE if float(size) else _ZERO
 
 
+_OWN_STEPS = ("base_forward", "adapted")
+
+
 class _Watch(TorchDispatchMode):
     """Notes which tensors take part in operations; below autograd, so that no module or kernel behaves differently."""
 
@@ -206,7 +217,34 @@ class _Watch(TorchDispatchMode):
         self.factors = {_memory(probe.tensors["lora_A"]): probe.key for probe in probes}
         self.weights: dict[int, list[int]] = {}
         for probe in probes:
-            self.weights.setdefault(_memory(probe.weight.weight), []).append(probe.key)
+            if probe.own_weight:
+                self.weights.setdefault(_memory(probe.weight.weight), []).append(probe.key)
+        self.inside = 0
+        self.layers = {probe.weight for probe in probes if isinstance(probe.weight, LoRALayer)}
+
+    def __enter__(self) -> Any:
+        for layer in self.layers:
+            for name in _OWN_STEPS:
+                layer.__dict__[name] = self._noted(getattr(layer, name))
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        for layer in self.layers:
+            for name in _OWN_STEPS:
+                del layer.__dict__[name]
+
+    def _noted(self, step: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """A step of a layer's own forward, in which reading its weight is in order."""
+
+        def noted(*args: Any, **kwargs: Any) -> Tensor:
+            self.inside += 1
+            try:
+                return step(*args, **kwargs)
+            finally:
+                self.inside -= 1
+
+        return noted
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for tensor in _tensors((args, kwargs or {})):
@@ -215,7 +253,8 @@ class _Watch(TorchDispatchMode):
                 self.seen.used.add(self.factors[memory])
                 if torch.is_grad_enabled():
                     self.seen.differentiable.add(self.factors[memory])
-            self.seen.read.update(self.weights.get(memory, ()))
+            if not self.inside:
+                self.seen.read.update(self.weights.get(memory, ()))
         return func(*args, **(kwargs or {}))
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .adapted_weight import AdaptedWeight, adapted_weights
+from .adapted_weight import AdaptedWeight, adapted_weights, owner_path
 from .adapter_tensors import AdapterTensors, check_adapter_name
 from .class_swap import check_top_class
 from .collector import collector_paused
@@ -20,6 +20,7 @@ from .init import Init
 from .lora_layer import LoRALayer
 from .parameters import LoRAOwner, restore_owner
 from .places import Found, Place
+from .quantized import store_of
 from .targets import select
 from .trained import mark_trained, trained_modules, unmark_trained
 from .variants import AdapterSpec
@@ -223,7 +224,7 @@ def check_injectable(model: nn.Module, adapter: str) -> None:
         layer.check_enabled()
         if adapter in layer.lora_adapters():
             raise ValueError(
-                f"the model has an adapter {adapter!r} already (on {name or 'itself'!r}); "
+                f"the model has an adapter {adapter!r} already (on {owner_path(name, layer) or 'itself'!r}); "
                 "give the new one another name, or call remove_lora(model) first"
             )
         if layer.lora_merge is not None:
@@ -244,6 +245,8 @@ def check_selection(model: nn.Module, places: Sequence[Place], train_also: Seque
             raise ValueError(f"{found.name!r} is already trained in full with the adapter {record.adapter!r}")
         if not any(parameter.is_floating_point() for parameter in found.module.parameters()):
             raise ValueError(f"train_also: {found.name!r} ({type(found.module).__name__}) has no parameter to train")
+        if any(store_of(child) is not None for child in found.module.modules()):
+            raise ValueError(f"train_also: {found.name!r} has a quantized weight, which cannot be trained")
         if not all(isinstance(value, Tensor) for value in found.module.state_dict(keep_vars=True).values()):
             raise ValueError(f"train_also: {found.name!r} has state that is not a tensor and could not be restored")
         if any(isinstance(child, AdaptedWeight) for child in found.module.modules()):

@@ -218,7 +218,10 @@ def _refusal(weight: AdaptedWeight, dequantize: bool) -> str | None:
             "merge_and_unload(model, dequantize=True)"
         )
     if weight.weight_place() is None:
-        return "its weight is computed by a parametrization or a hook; remove that before merging"
+        return (
+            "its weight is computed by a parametrization or a hook; remove that before merging, e.g. with "
+            "torch.nn.utils.parametrize.remove_parametrizations, which leaves the adapter in place"
+        )
     if weight.weight.is_meta:
         return "its weight has no values yet (meta device); load them first"
     if hasattr(weight.weight, "full_tensor"):

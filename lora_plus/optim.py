@@ -77,6 +77,7 @@ def loraplus_param_groups(
         "other": {"lr": lr, "weight_decay": weight_decay},
         "other_no_decay": {"lr": lr, "weight_decay": 0.0},
     }
+    _check_active(model)
     members: dict[str, list[nn.Parameter]] = {name: [] for name in settings}
     for group, parameter in _grouped(model):
         members[group].append(parameter)
@@ -165,6 +166,22 @@ def split_loraplus_groups(
             "no group holds a B matrix of this model; call inject_lora first and build the groups from its parameters"
         )
     return split
+
+
+def _check_active(model: nn.Module) -> None:
+    """Raise where only adapters that take no part in the forward are trainable."""
+    trainable = {
+        (adapter, adapter in weight.lora_active)
+        for _, site, weight in adapter_sites(model)
+        for adapter, _, parameter in site.lora_parameters()
+        if parameter.requires_grad
+    }
+    if trainable and not any(active for _, active in trainable):
+        names = sorted({adapter for adapter, _ in trainable})
+        raise ValueError(
+            f"the trainable adapters {names} are not active and would get no gradient; call "
+            f"set_adapter(model, {names}), or set requires_grad on the parameters of the active one and not on theirs"
+        )
 
 
 def _grouped(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

@@ -131,9 +131,11 @@ class Place:
         if self.parameter is not None and spec.dropout:
             return f"dropout {spec.dropout} has no input to act on where only a weight is read; use 0, or exclude it"
         if self.parameter is None and self.kind.stored_quantized and VARIANTS[spec.variant].exclusive:
-            return f"variant {spec.variant!r} needs the numbers of the weight in every step, and it is quantized"
+            return (
+                f"variant {spec.variant!r} needs the weight's numbers in each step, and they are quantized; exclude it"
+            )
         if self.rows is not None and VARIANTS[spec.variant].exclusive:
-            return f"variant {spec.variant!r} rescales whole weights and cannot act on some rows of one"
+            return f"variant {spec.variant!r} rescales whole weights and cannot act on some rows of one; exclude it"
         return None
 
     def overlapped(self) -> str | None:

@@ -153,7 +153,8 @@ class _Selector:
             if supported and place.of and reasons[place.key] is not None and not self._is_excluded(place, excluded)
         ]
         if not hits:
-            self._nothing("target", pattern, "module or parameter", _all_names([*self.places, *self.parameters]))
+            usable = [*self.places, *(place for place in self.parameters if place.refusal() is None)]
+            self._nothing("target", pattern, "module or parameter", _all_names(usable))
         elif not supported:
             shown = [f"{place.name or 'the model itself'} ({reasons[place.key]})" for place in hits[:4]]
             more = f" and {len(hits) - 4} more" if len(hits) > 4 else ""

@@ -128,7 +128,7 @@ PEFT_CORRUPTIONS: dict[str, tuple[PeftEdit, list[str]]] = {
         set_config(modules_to_save="head"), ["adapter_config.json: modules_to_save must be a list of names, got 'head'"]
     ),
     "modules_to_save matches nothing": (
-        set_config(modules_to_save=["head", "nope"]), ["modules_to_save 'nope' has no tensors in the file"]
+        set_config(modules_to_save=["head", "nope"]), ["modules_to_save 'nope': the model has no such module"]
     ),
     "target_parameters a text": (
         set_config(target_parameters="proj.weight"),

@@ -53,6 +53,7 @@ OFF = "it runs with gradients off"
 INERT: dict[str, tuple[Callable[[nn.Linear, Tensor], Tensor], str]] = {
     "never called": (lambda layer, x: x, "in eval and train: it is not called with these inputs"),
     "weight read": (lambda layer, x: F.linear(x, layer.weight), f"in eval and train: {READ}"),
+    "called and read": (lambda layer, x: layer(x) + F.linear(x, layer.weight), "its weight is also read outside of"),
     "forward replaced": (replaced, "in eval and train: its forward was replaced after the injection"),
     "detached": (lambda layer, x: layer(x).detach(), "in eval and train: no gradient reaches lora_A, lora_B"),
     "times zero": (

@@ -520,3 +520,9 @@ def test_an_adapter_is_not_saved_while_disabled(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
     with lora_plus.disabled(model), pytest.raises(ValueError, match=r"'blocks.0.norm' shows its original values"):
         lora_plus.adapter_state_dict(model)
+
+
+def test_suggested_names_are_ones_that_can_be_adapted() -> None:
+    with pytest.raises(ValueError) as error:
+        inject_lora(nn.ModuleDict({"lstm": nn.LSTM(4, 4)}), ["lstm.weight_ih_l9"])
+    assert "weight_ih_l0" in str(error.value) and "bias" not in str(error.value)

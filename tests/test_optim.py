@@ -299,3 +299,13 @@ def test_the_first_adam_step_moves_b_only_by_its_own_rate() -> None:
 
 def test_public_names_are_the_documented_ones() -> None:
     assert set(lora_plus.__all__) <= set(dir(lora_plus))
+
+
+def test_adapters_that_are_trainable_but_not_active_are_refused() -> None:
+    model = inject_lora(nn.Sequential(nn.Linear(4, 4)), ["0"], adapter="a")
+    inject_lora(model, ["0"], adapter="b")
+    lora_plus.set_adapter(model, "a")
+    with pytest.raises(ValueError, match=r"the trainable adapters \['b'\] are not active and would get no gradient"):
+        loraplus_param_groups(model, lr=1e-3)
+    lora_plus.set_adapter(model, ["a", "b"])
+    assert loraplus_param_groups(model, lr=1e-3)

@@ -302,3 +302,9 @@ def test_an_nf4_model_learns_with_lora_plus() -> None:
         losses[-1].backward()
         optimizer.step()
     assert losses[-1] < losses[0] / 5
+
+
+def test_a_quantized_layer_is_not_trained_in_full() -> None:
+    model = nn.Sequential(BASES[0].layer(), nn.Linear(OUT, 2))
+    with pytest.raises(ValueError, match="train_also: '0' has a quantized weight, which cannot be trained"):
+        lora_plus.inject_lora(model, ["1"], train_also=["0"])

@@ -79,6 +79,8 @@ class Reader:
         """The tensors of adapters by what is adapted; those of modules trained in full go to ``adapter``."""
         saved = self.config.get("modules_to_save") or []
         trained = [name for name in self.outline.names if any(name.endswith(entry) for entry in saved)]
+        absent = [entry for entry in saved if not any(name.endswith(entry) for name in self.outline.names)]
+        self.problems += [f"modules_to_save {entry!r}: the model has no such module" for entry in absent]
         found: dict[str, dict[str, Tensor]] = {}
         for key, tensor in sorted(tensors.items()):
             name = key.removeprefix(PREFIX)
@@ -98,6 +100,8 @@ class Reader:
                     found.setdefault(adapted, {})[part] = tensor
             elif owner is not None:
                 adapter.trained.setdefault(owner, {})[name.removeprefix(f"{owner}.")] = tensor
+            elif any(f".{entry}." in f".{name}" for entry in absent):
+                continue
             elif "base_layer" in name.split("."):
                 self.problems.append(
                     f"tensor {key!r} is one of the base model, which an adapter leaves alone; save the adapter again "
@@ -105,7 +109,7 @@ class Reader:
                 )
             else:
                 self.problems.append(f"tensor {key!r} is neither part of an adapter nor of modules_to_save {saved}")
-        missing = [entry for entry in saved if not any(name.endswith(entry) for name in adapter.trained)]
+        missing = [e for e in saved if e not in absent and not any(name.endswith(e) for name in adapter.trained)]
         self.problems += [f"modules_to_save {entry!r} has no tensors in the file" for entry in missing]
         return found
 
