@@ -46,7 +46,7 @@ def x() -> Tensor:
 
 
 READ = "dropout 0.1 has no input to act on where only a weight is read; use 0, or exclude it"
-ROWS = "variant 'dora' rescales whole weights and cannot act on some rows of one"
+ROWS = "variant 'dora' rescales whole weights and cannot act on some rows of one; exclude it"
 
 
 @pytest.mark.parametrize(
@@ -68,11 +68,11 @@ ROWS = "variant 'dora' rescales whole weights and cannot act on some rows of one
         (["linear.q"], {"fused": {"linear": ["q", "k", "v", "w", "x"]}},
          ["fused 'linear': 'linear' has 12 rows, which are not 5 equal blocks; state the rows of each",
           "target 'linear.q' matches no module or parameter "
-          "(did you mean 'linear' or 'linear.bias' or 'linear.weight'?)"]),
+          "(did you mean 'linear' or 'linear.weight'?)"]),
         (["linear.q"], {"fused": {"linear": {"q": 4, "k": 4}}},
          ["fused 'linear': 'linear' has 12 rows, but the blocks {'q': 4, 'k': 4} have 8",
           "target 'linear.q' matches no module or parameter "
-          "(did you mean 'linear' or 'linear.bias' or 'linear.weight'?)"]),
+          "(did you mean 'linear' or 'linear.weight'?)"]),
         (["stack"], {"layouts": {"matrix": "i o -> o i"}}, ["layouts 'matrix' matches no adapted layer"]),
         (["attention.q"], {"train_also": ["attention"]},
          ["'attention.q' is both a target and trained in full by train_also; add it to exclude"]),
