@@ -141,14 +141,14 @@ class AdaptedWeight(AdapterSite):
         here = [name for name in dict.fromkeys(names) if name in there]
         if len(here) < 2:
             return tuple(here)
-        exclusive = [name for name in here if VARIANTS[self.lora_spec(name).variant].exclusive]
-        if len(exclusive) > 1:
+        rescaling = [name for name in here if VARIANTS[self.lora_spec(name).variant].rescales]
+        if len(rescaling) > 1:
             raise ValueError(
-                f"adapters {exclusive} each rescale the weight (DoRA), and two rescalings of one weight have no agreed "
+                f"adapters {rescaling} each rescale the weight (DoRA), and two rescalings of one weight have no agreed "
                 "meaning; use one of them at a time"
             )
         # a rescaling acts on the base; sums come after it
-        return (*exclusive, *(name for name in here if name not in exclusive))
+        return (*rescaling, *(name for name in here if name not in rescaling))
 
     # ---- the weight that contains them -------------------------------------------------------------------------
 

@@ -28,16 +28,15 @@ def let_into_fused_kernels(layer: nn.Module) -> None:
             del layer._forward_pre_hooks[key]
 
 
-def stop_nesting(modules: Iterable[nn.Module]) -> None:
-    """Let these encoders that contain adapters pass padded batches on as they are."""
-    for module in modules:
-        if isinstance(module, nn.TransformerEncoder) and _USED_NESTED not in module.__dict__:
-            module.__dict__[_USED_NESTED] = module.use_nested_tensor
-            module.use_nested_tensor = False
+def stop_nesting(module: nn.Module) -> None:
+    """Let an encoder that contains adapters pass padded batches on as they are; other modules are left alone."""
+    if isinstance(module, nn.TransformerEncoder) and _USED_NESTED not in module.__dict__:
+        module.__dict__[_USED_NESTED] = module.use_nested_tensor
+        module.use_nested_tensor = False
 
 
 def resume_nesting(modules: Iterable[nn.Module]) -> None:
-    """Undo `stop_nesting`."""
+    """Undo `stop_nesting` on all of these."""
     for module in modules:
         if isinstance(module, nn.TransformerEncoder) and _USED_NESTED in module.__dict__:
             module.use_nested_tensor = module.__dict__.pop(_USED_NESTED)

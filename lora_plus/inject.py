@@ -186,7 +186,7 @@ def _keep_adapters_in(model: nn.Module, modules: Sequence[nn.Module]) -> None:
                 if isinstance(child, LoRALayer):
                     keep_out_of_fused_kernels(child)
         if isinstance(module, nn.TransformerEncoder) and any(adapted_weights(module)):
-            stop_nesting([module])
+            stop_nesting(module)
 
 
 def check_enabled(model: nn.Module) -> None:

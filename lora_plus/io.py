@@ -302,7 +302,8 @@ def _choose_places(
         first = seen.setdefault(place.key, name)
         if first != name:
             problems.append(f"{name!r} and {first!r} are one module in this model")
-        problems += [f"{name!r}: {line}" for line in _misfits(layer, place.base())]
+        unfit = place.misfits(AdapterSpec(**layer.settings))
+        problems += [f"{name!r}: {line}" for line in [*_misfits(layer, place.base()), *([unfit] if unfit else [])]]
     problems += _missing_modules(missing, by_name)
     problems += overlaps({place.key: place for place in chosen.values()}.values())
     return chosen

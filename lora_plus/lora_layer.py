@@ -278,7 +278,7 @@ class LoRALayer(AdaptedWeight):
 
 def needs_values(spec: AdapterSpec, init: str | Init) -> bool:
     """Whether a new adapter depends on the numbers in the weight, and not only on its shape."""
-    return callable(init) or VARIANTS[spec.variant].exclusive
+    return callable(init) or VARIANTS[spec.variant].rescales
 
 
 def argument_names(layer_class: type[Any]) -> tuple[str, ...]:

@@ -130,11 +130,11 @@ class Place:
         """What such an adapter cannot do here; None if it can."""
         if self.parameter is not None and spec.dropout:
             return f"dropout {spec.dropout} has no input to act on where only a weight is read; use 0, or exclude it"
-        if self.parameter is None and self.kind.stored_quantized and VARIANTS[spec.variant].exclusive:
+        if self.parameter is None and self.kind.stored_quantized and VARIANTS[spec.variant].rescales:
             return (
                 f"variant {spec.variant!r} needs the weight's numbers in each step, and they are quantized; exclude it"
             )
-        if self.rows is not None and VARIANTS[spec.variant].exclusive:
+        if self.rows is not None and VARIANTS[spec.variant].rescales:
             return f"variant {spec.variant!r} rescales whole weights and cannot act on some rows of one; exclude it"
         return None
 

@@ -62,7 +62,6 @@ def select(model: nn.Module, config: LoRAConfig) -> Selection:
 class _Selector:
     def __init__(self, model: nn.Module, config: LoRAConfig) -> None:
         self.config = config
-        self.model = model
         self.problems: list[str] = []
         self.found = find_modules(model)
         self.places = find_places(self.found, self._fused())
@@ -119,12 +118,16 @@ class _Selector:
     def _trained(self) -> list[Found]:
         trained: dict[int, Found] = {}
         for pattern in as_patterns(self.config.train_also):
-            matches = matcher(pattern)
-            hits = [e for e in self.found.values() if any(matches(name, e.module) for name in e.names)]
-            if not hits:
-                self._nothing("train_also", pattern, "module", [name for e in self.found.values() for name in e.names])
-            trained |= {id(entry.module): entry for entry in hits}
+            trained |= {id(entry.module): entry for entry in self._modules("train_also", pattern)}
         return list(trained.values())
+
+    def _modules(self, setting: str, pattern: Pattern) -> list[Found]:
+        """The modules that a pattern matches; none is a problem."""
+        matches = matcher(pattern)
+        hits = [e for e in self.found.values() if any(matches(name, e.module) for name in e.names)]
+        if not hits:
+            self._nothing(setting, pattern, "module", [name for e in self.found.values() for name in e.names])
+        return hits
 
     def _excluded(self) -> set[Any]:
         excluded: set[Any] = set()
@@ -190,11 +193,7 @@ class _Selector:
         """The blocks of rows of each layer that the user says is fused."""
         blocks: dict[int, dict[str, tuple[int, int]]] = {}
         for pattern, sizes in (self.config.fused or {}).items():
-            matches = matcher(pattern)
-            hits = [e for e in self.found.values() if any(matches(name, e.module) for name in e.names)]
-            if not hits:
-                self._nothing("fused", pattern, "module", [name for e in self.found.values() for name in e.names])
-            for entry in hits:
+            for entry in self._modules("fused", pattern):
                 rows = _rows(entry.module, sizes)
                 if isinstance(rows, str):
                     self.problems.append(f"fused {_show(pattern)}: {entry.name!r} {rows}")

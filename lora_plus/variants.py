@@ -25,8 +25,8 @@ SCALINGS: dict[str, Callable[[float, int], float]] = {
 class Variant(Protocol):
     """What a variant states; all matrices in the matrix view, float32 or better."""
 
-    exclusive: bool
-    """Whether a second active adapter of this variant on the same layer has no agreed meaning."""
+    rescales: bool
+    """Whether it rescales the weight: it needs the weight's numbers, all its rows, and to be the only one that does."""
 
     def extra(self, weight: Tensor, A: Tensor, B: Tensor, scale: float) -> dict[str, Tensor]:
         """The tensors it learns besides A and B, by the name of their container, at their initial values."""
@@ -44,7 +44,7 @@ class Variant(Protocol):
 class LoRA:
     """``W + s B A`` (Hu et al. 2021, arXiv:2106.09685, eq. 3)."""
 
-    exclusive = False
+    rescales = False
 
     def extra(self, weight: Tensor, A: Tensor, B: Tensor, scale: float) -> dict[str, Tensor]:
         return {}
@@ -59,7 +59,7 @@ class LoRA:
 class DoRA:
     """``m (W + s B A) / ||W + s B A||``, norm by row and detached (Liu et al. 2024, arXiv:2402.09353, eq. 5 and 11)."""
 
-    exclusive = True
+    rescales = True
 
     def extra(self, weight: Tensor, A: Tensor, B: Tensor, scale: float) -> dict[str, Tensor]:
         if weight.is_meta:

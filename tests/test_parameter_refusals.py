@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import randomise
-from files_support import snapshot
+from files_support import parts, refused, snapshot
 from torch import Tensor, nn
 
 import lora_plus
@@ -126,6 +126,26 @@ def test_a_file_for_another_layout_is_refused_and_changes_nothing(tmp_path: Path
     with pytest.raises(ValueError, match="'matrix'"):
         lora_plus.load_adapter(model, tmp_path / "adapter.safetensors")
     assert snapshot(model) == before
+
+
+@pytest.mark.parametrize(
+    ("target", "settings", "extra", "line"),
+    [
+        ("matrix", {"dropout": 0.1}, {}, READ),
+        ("linear.q", {"variant": "dora"}, {"lora_magnitude": torch.ones(4)}, ROWS),
+    ],
+)
+def test_a_file_that_asks_for_what_its_place_cannot_do_is_refused(
+    tmp_path: Path, target: str, settings: dict[str, Any], extra: dict[str, Tensor], line: str
+) -> None:
+    path = tmp_path / "adapter.safetensors"
+    lora_plus.save_adapter(inject_lora(net(), [target], fused=FUSED), path)
+    file = parts(path)
+    file.document["layers"][target].update(settings)
+    for name, tensor in extra.items():
+        file.put(f"{target}.{name}", tensor)
+    path.write_bytes(file.bytes())
+    assert refused(net(), path) == [f"{target!r}: {line}"]
 
 
 @pytest.mark.parametrize("target", ["linear.bias", "lstm.bias_ih_l0"])
