@@ -205,7 +205,7 @@ def _grade(gradient: Tensor | None) -> str:
     return _NOT_FINITE if not bool(size.isfinite()) else _LIVE if float(size) else _ZERO
 
 
-_OWN_STEPS = ("base_forward", "adapted")
+_OWN_STEP = "adapted_forward"
 
 
 class _Watch(TorchDispatchMode):
@@ -219,30 +219,30 @@ class _Watch(TorchDispatchMode):
         for probe in probes:
             if probe.own_weight:
                 self.weights.setdefault(_memory(probe.weight.weight), []).append(probe.key)
-        self.inside = 0
+        self.inside: bool | None = None
+        """While a layer computes, whether gradients were on when it began; None outside of layers."""
         self.layers = {probe.weight for probe in probes if isinstance(probe.weight, LoRALayer)}
 
     def __enter__(self) -> Any:
         for layer in self.layers:
-            for name in _OWN_STEPS:
-                layer.__dict__[name] = self._noted(getattr(layer, name))
+            layer.__dict__[_OWN_STEP] = self._noted(getattr(layer, _OWN_STEP))
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
         for layer in self.layers:
-            for name in _OWN_STEPS:
-                del layer.__dict__[name]
+            del layer.__dict__[_OWN_STEP]
 
     def _noted(self, step: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        """A step of a layer's own forward, in which reading its weight is in order."""
+        """A layer's own computation, in which reading its weight is in order."""
 
         def noted(*args: Any, **kwargs: Any) -> Tensor:
-            self.inside += 1
+            # in an autograd function gradients are off, and yet it is differentiable
+            outside, self.inside = self.inside, torch.is_grad_enabled()
             try:
                 return step(*args, **kwargs)
             finally:
-                self.inside -= 1
+                self.inside = outside
 
         return noted
 
@@ -251,9 +251,9 @@ class _Watch(TorchDispatchMode):
             memory = _memory(tensor)
             if memory in self.factors:
                 self.seen.used.add(self.factors[memory])
-                if torch.is_grad_enabled():
+                if torch.is_grad_enabled() or self.inside:
                     self.seen.differentiable.add(self.factors[memory])
-            if not self.inside:
+            if self.inside is None:
                 self.seen.read.update(self.weights.get(memory, ()))
         return func(*args, **(kwargs or {}))
 

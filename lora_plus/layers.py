@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar, cast
 
 import torch
@@ -12,8 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import functional
+from .fused_linear import Update, can_fuse, fused_linear
 from .lora_layer import LoRALayer, argument_names
 from .quantized import STORES, StraightThrough, dense_dtype, dense_weight, store_of
+from .variants import VARIANTS
 
 KINDS: dict[type[nn.Module], type[LoRALayer]] = {}
 """Base layer class -> its LoRA class. A subclass of a base layer is served by the nearest entry."""
@@ -96,11 +98,34 @@ def _trial(weight: Tensor, *shape: int) -> Tensor:
     return torch.sin(count * count).reshape(shape).to(weight.dtype)
 
 
+_LINEAR_FORWARD = nn.Linear.forward
+
+
 @adapts(nn.Linear)
 class LoRALinear(LoRALayer, nn.Linear):
     """``y = W x + b + s B A x`` (Hu et al. 2021, arXiv:2106.09685): ``(..., in_features) -> (..., out_features)``."""
 
     layout = "o i -> o i"
+
+    def adapted_forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        if len(args) == 1 and not kwargs and self._only_sums():
+            x, weight, bias = args[0], self._parameters["weight"], self._parameters["bias"]
+            if weight is not None and can_fuse(x, weight, bias):
+                return fused_linear(x, weight, bias, list(self._updates(x)))
+        return super().adapted_forward(*args, **kwargs)
+
+    def _only_sums(self) -> bool:
+        """Whether the layer computes ``W x + b`` with parameters that it holds, and active adapters add to that."""
+        if self.lora_base_forward is not None or self.base_class.forward is not _LINEAR_FORWARD or self.lora_disabled:
+            return False
+        if not self.lora_active or not {"weight", "bias"} <= self._parameters.keys():
+            return False
+        return not any(VARIANTS[self.lora_spec(name).variant].rescales for name in self.lora_active)
+
+    def _updates(self, x: Tensor) -> Iterator[Update]:
+        for name in self.lora_active:
+            dropout = self.dropout_of(self.lora_spec(name))
+            yield Update(F.dropout(x, dropout) if dropout else None, *self.lora_factors(name))
 
     def trial_input(self) -> Tensor:
         return _trial(self.weight, 2, self.weight.shape[1])

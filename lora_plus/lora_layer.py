@@ -221,8 +221,11 @@ class LoRALayer(AdaptedWeight):
     # ---- what it computes --------------------------------------------------------------------------------------
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        if self.is_merged_now():
-            return self.base_forward(*args, **kwargs)
+        compute = self.base_forward if self.is_merged_now() else self.adapted_forward
+        return compute(*args, **kwargs)
+
+    def adapted_forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """What the layer computes from its stored weight and its active adapters."""
         return self.adapted(self.input_of(args, kwargs), self.base_forward(*args, **kwargs))
 
     def input_of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -250,10 +253,14 @@ class LoRALayer(AdaptedWeight):
         for name in () if self.lora_disabled else self.lora_active:
             spec = self.lora_spec(name)
             A, B, scale = self.lora_factors(name)
-            dropout = spec.dropout if self.training else 0.0
-            update = self.low_rank(x, A.to(dtype), B.to(dtype), scale, dropout, y)
+            update = self.low_rank(x, A.to(dtype), B.to(dtype), scale, self.dropout_of(spec), y)
             y = VARIANTS[spec.variant].join(self, name, y, update)
         return y
+
+    def dropout_of(self, spec: AdapterSpec) -> float:
+        """The probability that is in force now."""
+        # without dropout the mode is not asked for, so that a compiled layer serves both
+        return spec.dropout if spec.dropout and self.training else 0.0
 
     def per_channel(self, values: Tensor) -> Tensor:
         """A value for each output channel ``(out,)``, shaped to broadcast over the layer's output."""

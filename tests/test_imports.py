@@ -18,6 +18,7 @@ STRATA = [
         "collector",
         "freezing",
         "fused_kernels",
+        "fused_linear",
         "class_swap",
         "quantized",
     },

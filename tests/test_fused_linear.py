@@ -1,0 +1,337 @@
+"""The autograd function of linear layers: exact derivatives of every order, what it keeps, and when it steps aside."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import randomise
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+import lora_plus
+from lora_plus import fused_linear as fused
+from lora_plus import inject_lora
+from lora_plus.fused_linear import Update, fused_linear
+
+IN, OUT, R = 6, 5, 2
+
+
+def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def layer(*, adapters: int = 1, dtype: torch.dtype = torch.float64, bias: bool = True, **settings: Any) -> nn.Module:
+    torch.manual_seed(0)
+    linear = nn.Linear(IN, OUT, bias=bias).to(dtype)
+    for n in range(adapters):
+        inject_lora(linear, "all-linear", r=R + n, alpha=3, adapter=f"a{n}", **settings)
+    lora_plus.set_adapter(linear, [f"a{n}" for n in range(adapters)])
+    linear.requires_grad_(True)
+    return randomise(linear)
+
+
+def explicit(module: nn.Module, x: Tensor) -> Tensor:
+    """What the layer computes, by the definition."""
+    weight = module.weight
+    for name in module.lora_active:
+        A, B, scale = module.lora_factors(name)
+        weight = weight + scale * (B.to(weight.dtype) @ A.to(weight.dtype))
+    return F.linear(x, weight, module.bias)
+
+
+class Used(Exception):
+    """Raised in place of the autograd function."""
+
+
+@contextmanager
+def forbidden(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    def fail(*args: Any) -> None:
+        raise Used
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fused._FusedLinear, "apply", fail)
+        yield
+
+
+# ---- derivatives -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(3, IN), (2, 3, IN), (IN,), (0, IN), (2, 1, 3, IN)], ids=str)
+@pytest.mark.parametrize("own", [False, True], ids=["on x", "on another input"])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("updates", [1, 2])
+def test_first_and_second_derivatives_of_every_input(
+    shape: tuple[int, ...], own: bool, bias: bool, updates: int
+) -> None:
+    x, weight = draw(*shape), draw(OUT, IN, seed=1)
+    parts = [part for n in range(updates) for part in (draw(*shape, seed=2 + n), draw(R + n, IN), draw(OUT, R + n))]
+    inputs = [x, weight, draw(OUT, seed=9), *parts]
+
+    def function(x: Tensor, weight: Tensor, b: Tensor, *parts: Tensor) -> Tensor:
+        triples = [parts[3 * n : 3 * n + 3] for n in range(updates)]
+        made = [Update(u if own else None, A, B, 0.5 + n) for n, (u, A, B) in enumerate(triples)]
+        return fused_linear(x, weight, b if bias else None, made)
+
+    for tensor in inputs:
+        tensor.requires_grad_(True)
+    assert torch.autograd.gradcheck(function, inputs)
+    if x.numel():
+        assert torch.autograd.gradgradcheck(function, inputs)
+
+
+@pytest.mark.parametrize("frozen", [(), ("A",), ("B",), ("x",), ("A", "B"), ("x", "A")], ids=str)
+def test_what_is_frozen_gets_no_gradient_and_the_rest_the_right_one(frozen: tuple[str, ...]) -> None:
+    tensors = {"x": draw(3, IN), "A": draw(R, IN, seed=1), "B": draw(OUT, R, seed=2)}
+    weight = draw(OUT, IN, seed=3)
+    for name, tensor in tensors.items():
+        tensor.requires_grad_(name not in frozen)
+    free = [tensor for name, tensor in tensors.items() if name not in frozen]
+    x, A, B = tensors.values()
+    got = torch.autograd.grad(fused_linear(x, weight, None, [Update(None, A, B, 2.0)]).square().sum(), free)
+    wanted = torch.autograd.grad(F.linear(x, weight + 2 * B @ A).square().sum(), free)
+    torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
+
+
+def test_a_second_gradient_without_the_kept_input_is_refused() -> None:
+    x, A, B = draw(3, IN).requires_grad_(), draw(R, IN), draw(OUT, R).requires_grad_()
+    y = fused_linear(x, draw(OUT, IN), None, [Update(None, A, B, 1.0)])
+    with pytest.raises(RuntimeError, match="not kept while A is frozen"):
+        torch.autograd.grad(y.square().sum(), [B], create_graph=True)
+
+
+@pytest.mark.parametrize("change", [Tensor.t, lambda g: g[:1].expand(3, -1), lambda g: g[:, ::2]], ids=str)
+def test_gradients_of_any_strides(change: Callable[[Tensor], Tensor]) -> None:
+    module = layer()
+    x = draw(3, IN).requires_grad_()
+    wanted = torch.autograd.grad(change(explicit(module, x)).sum(), [x, *module.parameters()])
+    got = torch.autograd.grad(change(module(x)).sum(), [x, *module.parameters()])
+    torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
+    for parameter in module.parameters():
+        parameter.grad = None
+    change(module(x.t().contiguous().t())).sum().backward()
+    for gradient, parameter in zip(wanted[1:], module.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-12, atol=1e-12)
+        assert parameter.grad.is_contiguous()
+
+
+def test_batched_gradients() -> None:
+    module, x = layer(), draw(3, IN).requires_grad_()
+    directions = torch.eye(3 * OUT, dtype=torch.float64).view(-1, 3, OUT)
+    sources = [x, *module.parameters()]
+    got = torch.autograd.grad(module(x), sources, directions, is_grads_batched=True)
+    wanted = torch.autograd.grad(explicit(module, x), sources, directions, is_grads_batched=True)
+    torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
+
+
+# ---- it steps aside --------------------------------------------------------------------------------------------------
+
+TRANSFORMS: dict[str, Callable[[Callable[..., Tensor]], Callable[..., Any]]] = {
+    "grad": lambda f: torch.func.grad(lambda p, x: f(p, x).sum()),
+    "per-sample gradients": lambda f: torch.func.vmap(torch.func.grad(lambda p, x: f(p, x).sum()), (None, 0)),
+    "jacrev": lambda f: torch.func.jacrev(f),
+    "jacfwd": lambda f: torch.func.jacfwd(f, argnums=1),
+    "hessian": lambda f: torch.func.hessian(lambda p, x: f(p, x).square().sum(), argnums=1),
+    "vmap": lambda f: torch.func.vmap(f, (None, 0)),
+    "jvp": lambda f: lambda p, x: torch.func.jvp(lambda x: f(p, x), (x,), (torch.ones_like(x),)),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_function_transforms(transform: str) -> None:
+    module, x = layer(adapters=2), draw(3, IN)
+    parameters = dict(module.named_parameters())
+
+    def ours(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
+        return torch.func.functional_call(module, parameters, x)
+
+    def reference(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
+        weight = parameters["weight"]
+        for n in range(2):
+            scale = 3 / (R + n)
+            weight = weight + scale * parameters[f"lora_B.a{n}"] @ parameters[f"lora_A.a{n}"]
+        return F.linear(x, weight, parameters["bias"])
+
+    apply = TRANSFORMS[transform]
+    torch.testing.assert_close(apply(ours)(parameters, x), apply(reference)(parameters, x), rtol=1e-12, atol=1e-12)
+
+
+def test_forward_mode_differentiation() -> None:
+    module, x = layer(), draw(3, IN)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x, torch.ones_like(x))
+        got = forward_ad.unpack_dual(module(dual)).tangent
+        wanted = forward_ad.unpack_dual(explicit(module, dual)).tangent
+    torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
+
+
+class Doubled(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+def test_it_serves_torchs_own_forward_and_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = draw(2, IN, dtype=torch.float32)
+    plain, own, offloaded = nn.Linear(IN, OUT), Doubled(IN, OUT), nn.Linear(IN, OUT)
+    offloaded.forward = lambda x: F.linear(x, offloaded.weight, offloaded.bias)
+    dora = inject_lora(nn.Linear(IN, OUT), "all-linear", variant="dora")
+    modules = [inject_lora(module, "all-linear") for module in (plain, own, offloaded)]
+    with forbidden(monkeypatch):
+        with pytest.raises(Used):
+            modules[0](x)
+        for module in (*modules[1:], dora):
+            module(x)
+        with lora_plus.disabled(plain):
+            plain(x)
+        with lora_plus.merged(plain.eval()):
+            plain(x)
+        torch.compile(plain, backend="eager", fullgraph=True)(x)
+
+
+def test_a_forward_of_torch_that_was_replaced_stays_the_base(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, x = layer(), draw(2, IN)
+    wanted = module(x) + 1
+    forward = nn.Linear.forward
+    monkeypatch.setattr(nn.Linear, "forward", lambda self, x: forward(self, x) + 1)
+    torch.testing.assert_close(module(x), wanted, rtol=1e-12, atol=1e-12)
+
+
+def test_a_wrong_call_fails_as_it_did() -> None:
+    with pytest.raises(TypeError, match="positional argument"):
+        layer()(draw(2, IN), draw(2, IN))
+    torch.testing.assert_close(layer()(input=draw(2, IN)), layer()(draw(2, IN)), rtol=1e-12, atol=1e-12)
+
+
+# ---- what it keeps, and what it runs ---------------------------------------------------------------------------------
+
+
+def kept_bytes(module: nn.Module, x: Tensor) -> int:
+    """Bytes kept for backward besides parameters, each storage once."""
+    own = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        module(x).sum()
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("adapters", [1, 2])
+def test_only_the_input_and_the_rank_r_activations_are_kept(dtype: torch.dtype, adapters: int) -> None:
+    module = layer(adapters=adapters, dtype=dtype)
+    module.weight.requires_grad_(False)
+    x = draw(16, IN, dtype=dtype).requires_grad_()
+    ranks = sum(R + n for n in range(adapters))
+    assert kept_bytes(module, x) == (x.numel() + 16 * ranks) * dtype.itemsize
+
+
+@pytest.mark.parametrize(("trained", "features"), [((), 0), (("lora_A",), IN), (("lora_B",), R)], ids=str)
+def test_nothing_is_kept_for_what_is_frozen(trained: tuple[str, ...], features: int) -> None:
+    module = layer().requires_grad_(False)
+    for name in trained:
+        getattr(module, name).requires_grad_(True)
+    x = draw(16, IN).requires_grad_()
+    assert kept_bytes(module, x) == 16 * features * 8
+
+
+class Operations(TorchDispatchMode):
+    """Counts the operations that compute or move something."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and not function.is_view:
+            self.counts[function.overloadpacket.__name__] += 1
+        return result
+
+
+def test_a_step_is_six_skinny_products_and_no_pass_over_an_output_besides() -> None:
+    module = layer(bias=False)
+    module.weight.requires_grad_(False)
+    x, dy = draw(16, IN).requires_grad_(), draw(16, OUT)
+    with Operations() as forward:
+        y = module(x)
+    assert forward.counts == {"mm": 2, "addmm_": 1}  # W x, A x; + B h
+    with Operations() as backward:
+        torch.autograd.grad(y, [x, *module.lora_A.parameters(), *module.lora_B.parameters()], dy)
+    # dy W, B^T dy, dA, dB; + dh A; the scale goes onto dh and dB, which have r rows
+    assert backward.counts == {"mm": 4, "addmm_": 1, "mul_": 2}
+
+
+# ---- with other parts of torch ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_autocast_is_followed(dtype: torch.dtype, dropout: float) -> None:
+    module, x = layer(dtype=torch.float32, dropout=dropout), draw(16, IN, dtype=torch.float32)
+    base = nn.Linear(IN, OUT)
+    base.load_state_dict({name: module.state_dict()[name] for name in ("weight", "bias")})
+    with torch.autocast("cpu", dtype=dtype):
+        with torch.no_grad():
+            module.lora_B["a0"].zero_()
+        assert torch.equal(module(x), base(x)) and module(x).dtype == dtype
+        randomise(module)
+        torch.manual_seed(0)
+        y = module(x)
+        torch.manual_seed(0)
+        u = F.dropout(x, dropout)
+        A, B, scale = module.lora_factors("a0")
+        h = F.linear(u.to(dtype).double(), A.to(dtype).double())
+        wanted = F.linear(x.to(dtype).double(), module.weight.to(dtype).double(), module.bias.to(dtype).double())
+        wanted = wanted + scale * F.linear(h, B.to(dtype).double())
+    torch.testing.assert_close(y.double(), wanted, rtol=8 * torch.finfo(dtype).eps, atol=8 * torch.finfo(dtype).eps)
+    gradients = torch.autograd.grad(y.float().sum(), list(module.parameters()))
+    assert [gradient.dtype for gradient in gradients] == [torch.float32] * 4
+
+
+def test_autocast_leaves_float64_alone() -> None:
+    module, x = layer(), draw(3, IN)
+    wanted = module(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(module(x), wanted)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing(dropout: float, reentrant: bool) -> None:
+    module, x = layer(dropout=dropout), draw(16, IN).requires_grad_()
+    gradients = []
+    for run in (module, lambda x: checkpoint(module, x, use_reentrant=reentrant)):
+        torch.manual_seed(0)
+        for parameter in module.parameters():
+            parameter.grad = None
+        run(x).square().sum().backward()
+        gradients.append([parameter.grad for parameter in module.parameters()])
+    assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
+
+
+def test_half_precision_gradients_against_float64() -> None:
+    module, x = layer(dtype=torch.bfloat16, adapters=2), draw(64, IN, dtype=torch.bfloat16).requires_grad_()
+    exact = layer(adapters=2)
+    with torch.no_grad():
+        for parameter, source in zip(exact.parameters(), module.parameters(), strict=True):
+            parameter.copy_(source)
+    double = x.detach().double().requires_grad_()
+    got = torch.autograd.grad(module(x).float().sum(), [x, *module.parameters()])
+    wanted = torch.autograd.grad(explicit(exact, double).sum(), [double, *exact.parameters()])
+    for one, other in zip(got, wanted, strict=True):
+        error = (one.double() - other).norm() / other.norm()
+        assert error < 4 * torch.finfo(torch.bfloat16).eps, error
