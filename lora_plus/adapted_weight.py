@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from . import functional
 from .adapter_site import AdapterSite, RowBlock
-from .functional import accumulation_dtype
+from .functional import Index, accumulation_dtype
 from .names import join
-from .variants import VARIANTS, AdapterSpec
+from .variants import VARIANTS, AdapterSpec, Variant
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -66,9 +66,9 @@ class AdaptedWeight(AdapterSite):
         """The stored weight in its matrix view."""
         return functional.to_matrix(self.weight, self.layout)
 
-    def dense_weight(self) -> Tensor:
-        """The stored weight as numbers, in the dtype that a merged one gets."""
-        return self.weight
+    def dense_weight(self) -> tuple[Tensor, torch.dtype]:
+        """The stored weight as numbers, and the dtype that a merged one gets."""
+        return self.weight, self.weight.dtype
 
     # ---- its adapters ------------------------------------------------------------------------------------------
 
@@ -158,12 +158,23 @@ class AdaptedWeight(AdapterSite):
         ``base`` is what they are added to, if it is not the stored weight.
         """
         matrix = self.weight_matrix() if base is None else functional.to_matrix(base, self.layout)
-        matrix = matrix.to(accumulation_dtype(matrix.dtype))
+        return functional.from_matrix(_joined(matrix, self._summands(adapters), ()), self.layout, self.weight.shape)
+
+    def effective_blocks(self, adapters: tuple[str, ...], base: Tensor) -> Iterator[tuple[Index, Tensor]]:
+        """The same in blocks, with the index of each in the stored weight, so that no second weight is held."""
+        summands = self._summands(adapters)
+        elements = _CPU_BLOCK if base.device.type == "cpu" else _GPU_BLOCK
+        for stored, rows in functional.blocks(self.layout, base.shape, elements):
+            part = base[stored]
+            matrix = _joined(functional.to_matrix(part, self.layout), summands, rows)
+            yield stored, functional.from_matrix(matrix, self.layout, part.shape)
+
+    def _summands(self, adapters: tuple[str, ...]) -> list[_Summand]:
+        summands = []
         for name in adapters:
-            matrix = VARIANTS[self.lora_spec(name).variant].merge(
-                matrix, *self.lora_factors(name), self.adapter_tensors(name)
-            )
-        return functional.from_matrix(matrix, self.layout, self.weight.shape)
+            extra = {key: tensor for key, tensor in self.adapter_tensors(name).items() if key not in _FACTORS}
+            summands.append(_Summand(VARIANTS[self.lora_spec(name).variant], *self.lora_factors(name), extra))
+        return summands
 
     def bind_weight(self, weight: Tensor) -> None:
         """Make this the weight; the one that it had is left as it is, for whoever shares it."""
@@ -296,6 +307,30 @@ class AdaptedWeight(AdapterSite):
         super().__setstate__(state)
         if self.lora_merge is not None:  # a copy's version counters start anew
             self.lora_merge.versions = self.adapter_versions(self.lora_merge.adapters)
+
+
+_FACTORS = ("lora_A", "lora_B")
+_CPU_BLOCK, _GPU_BLOCK = 2**19, 2**24
+"""Elements that are merged at a time: on a CPU they stay in its cache, elsewhere launches must be few."""
+
+
+class _Summand(NamedTuple):
+    """One adapter, as its variant takes it."""
+
+    variant: Variant
+    A: Tensor
+    B: Tensor
+    scale: float
+    extra: dict[str, nn.Parameter]
+
+
+def _joined(matrix: Tensor, summands: list[_Summand], rows: Index) -> Tensor:
+    """These rows of the matrix view with the adapters in them, float32 or better."""
+    matrix = matrix.to(accumulation_dtype(matrix.dtype))
+    for variant, A, B, scale, extra in summands:
+        own = {name: tensor[rows] for name, tensor in extra.items()}
+        matrix = variant.merge(matrix, A[rows[:-1]], B[rows], scale, own)
+    return matrix
 
 
 def adapted_weights(model: nn.Module) -> Iterator[tuple[str, AdaptedWeight]]:

@@ -7,12 +7,15 @@ always ``(out, r)``, whatever the layout of the weight they belong to.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
+
+Index = tuple[slice, ...]
 
 
 def to_matrix(weight: Tensor, layout: str) -> Tensor:
@@ -49,22 +52,27 @@ def accumulation_dtype(*dtypes: torch.dtype) -> torch.dtype:
     return wide
 
 
-def delta(A: Tensor, B: Tensor, scale: float) -> Tensor:
-    """The weight update ``scale * B @ A``, computed in float32 or better.
+def add_delta(weight: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
+    """The weight with its update, ``W + scale * B @ A``, computed in float32 or better.
 
-    Eq. 3 of Hu et al. 2021 (arXiv:2106.09685). Batched over leading dimensions.
+    Eq. 3 of Hu et al. 2021 (arXiv:2106.09685). Batched over one leading dimension, if there is one.
 
     Args:
-        A: ``(..., r, in)``.
-        B: ``(..., out, r)``.
+        weight: ``(out, in)`` or ``(stack, out, in)``.
+        A: ``(r, in)`` or ``(stack, r, in)``.
+        B: ``(out, r)`` or ``(stack, out, r)``.
         scale: the factor of the update, e.g. alpha / r.
 
     Returns:
-        ``(..., out, in)`` in the wider of the factors' dtypes and float32.
+        Of the weight's shape, in the widest of the dtypes and float32. A transposed weight gives a transposed result,
+        so that it lies in memory as the stored weight does.
     """
-    wide = accumulation_dtype(A.dtype, B.dtype)
+    wide = accumulation_dtype(weight.dtype, A.dtype, B.dtype)
+    if weight.stride(-1) != 1 and weight.stride(-2) == 1:
+        return add_delta(weight.mT, B.mT, A.mT, scale).mT
+    product = torch.addmm if weight.ndim == 2 else torch.baddbmm
     with torch.autocast(A.device.type, enabled=False):  # which would multiply in half precision
-        return (B.to(wide) @ A.to(wide)) * scale
+        return product(weight.to(wide), B.to(wide), A.to(wide), alpha=scale)
 
 
 def row_norm(matrix: Tensor) -> Tensor:
@@ -92,11 +100,29 @@ def block_rows(blocks: Sequence[Tensor], starts: Sequence[int], rows: int) -> Te
     return torch.cat(pieces)
 
 
-def relative_error(approximation: Tensor, exact: Tensor) -> float:
-    """``||approximation - exact|| / ||exact||`` in the Frobenius norm; 0 where both are zero."""
-    size = torch.linalg.vector_norm(exact)
-    distance = torch.linalg.vector_norm(approximation - exact)
-    return float(distance / size) if size > 0 else float(distance)
+def blocks(layout: str, shape: Sequence[int], elements: int) -> Iterator[tuple[Index, Index]]:
+    """Cut a stored weight into blocks of whole rows of its matrix view, of about so many elements.
+
+    Yields:
+        The block's index in the stored weight, and that of its rows in the matrix view (``(rows,)``, or
+        ``(matrices, rows)`` of a stack).
+    """
+    stored, viewed = (side.split() for side in layout.split(" -> "))
+    *leading, columns = matrix_shape(layout, tuple(shape))
+    rows = min(leading[-1], max(_LEAST_ROWS, elements // columns))
+    matrices = max(1, elements // (rows * columns))
+    steps = [matrices, rows][-len(leading) :]
+    ranges = [
+        [slice(start, start + step) for start in range(0, extent, step)]
+        for extent, step in zip(leading, steps, strict=True)
+    ]
+    for index in itertools.product(*ranges):
+        by_axis = dict(zip(viewed, index, strict=False))
+        yield tuple(by_axis.get(axis, slice(None)) for axis in stored), index
+
+
+_LEAST_ROWS = 64
+"""Rows of a block, at least: where a row lies across the memory, fewer would use a part of each cache line."""
 
 
 def linear_update(x: Tensor, A: Tensor, B: Tensor, scale: float, dropout: float = 0.0) -> Tensor:

@@ -159,9 +159,9 @@ class LoRAQuantizedLinear(LoRALinear):
     def trial_input(self) -> None:  # type: ignore[override]
         """None: the packages' forwards are known."""
 
-    def dense_weight(self) -> Tensor:
+    def dense_weight(self) -> tuple[Tensor, torch.dtype]:
         dense = dense_weight(self)
-        return dense.to(dense_dtype(self, dense))
+        return dense, dense_dtype(self, dense)
 
     def base_forward(self, *args: Any, **kwargs: Any) -> Tensor:
         y = super().base_forward(*args, **kwargs)

@@ -193,10 +193,17 @@ def _compute(
 @torch.no_grad()
 def _merge(weight: AdaptedWeight, names: tuple[str, ...]) -> Merge | str:
     """The merged state of a weight, or why it cannot be merged."""
-    base = weight.dense_weight()
-    exact = weight.effective_weight(names)
-    merged_weight = torch.empty_like(base).copy_(exact)
-    if not _as_finite_as(merged_weight, base):
+    base, dtype = weight.dense_weight()
+    merged_weight = torch.empty_like(base, dtype=dtype)
+    sums, lost, size = [], [], []
+    for index, exact in weight.effective_blocks(names, base):
+        merged_weight[index] = exact
+        rounded = merged_weight[index].to(exact.dtype)
+        sums.append(rounded.sum())  # finite only if all values are, and cheaper than asking each
+        if merged_weight.element_size() < 4:
+            lost.append(torch.linalg.vector_norm(rounded - exact))
+            size.append(torch.linalg.vector_norm(exact - base[index].to(exact.dtype)))
+    if not bool(torch.isfinite(torch.stack(sums)).all()) and not _as_finite_as(merged_weight, base):
         return f"the merged weight is not finite in {merged_weight.dtype}"
     own = weight.weight
     bound = (
@@ -205,8 +212,7 @@ def _merge(weight: AdaptedWeight, names: tuple[str, ...]) -> Merge | str:
     differs = _trial(weight, names, bound) if isinstance(weight, LoRALayer) else None
     if differs is not None:
         return differs
-    lost = _lost(base, merged_weight, exact)
-    return Merge(own, bound, names, weight.adapter_versions(names), lost)
+    return Merge(own, bound, names, weight.adapter_versions(names), _ratio(lost, size))
 
 
 def _refusal(weight: AdaptedWeight, dequantize: bool) -> str | None:
@@ -258,16 +264,15 @@ def _trial(layer: LoRALayer, names: tuple[str, ...], merged_weight: Tensor) -> s
 
 
 def _as_finite_as(merged_weight: Tensor, base: Tensor) -> bool:
-    finite = torch.isfinite(merged_weight)
-    return bool(finite.all()) or bool((finite | ~torch.isfinite(base)).all())
+    return bool((torch.isfinite(merged_weight) | ~torch.isfinite(base)).all())
 
 
-def _lost(base: Tensor, rounded: Tensor, exact: Tensor) -> float | None:
-    """How far the applied update is from the exact one, relative to its size; None at float32 and above."""
-    if base.element_size() >= 4:
+def _ratio(lost: list[Tensor], size: list[Tensor]) -> float | None:
+    """How far the applied update is from the exact one, relative to its size; None where nothing was rounded."""
+    if not size:
         return None
-    wide = base.to(exact.dtype)
-    return functional.relative_error(rounded.to(exact.dtype) - wide, exact - wide)
+    total = float(torch.linalg.vector_norm(torch.stack(size)))
+    return float(torch.linalg.vector_norm(torch.stack(lost))) / (total or 1.0)
 
 
 def _ties(model: nn.Module, adapters: Sequence[str] | None) -> list[tuple[str, list[str]]]:

@@ -37,7 +37,10 @@ class Variant(Protocol):
         ...
 
     def merge(self, weight: Tensor, A: Tensor, B: Tensor, scale: float, tensors: Mapping[str, Tensor]) -> Tensor:
-        """The weight that computes what `join` computes, with the same gradients; ``tensors`` has the extra ones."""
+        """The weight that computes what `join` computes, with the same gradients; ``tensors`` has the extra ones.
+
+        Each row of the result depends on the same row of the weight, of B and of the extra tensors only.
+        """
         ...
 
 
@@ -53,7 +56,7 @@ class LoRA:
         return y + update.to(y.dtype)
 
     def merge(self, weight: Tensor, A: Tensor, B: Tensor, scale: float, tensors: Mapping[str, Tensor]) -> Tensor:
-        return weight + functional.delta(A, B, scale)
+        return functional.add_delta(weight, A, B, scale)
 
 
 class DoRA:
@@ -83,13 +86,13 @@ class DoRA:
         return y + (ratio - 1).to(y.dtype) * plain + ratio.to(y.dtype) * update.to(y.dtype)
 
     def merge(self, weight: Tensor, A: Tensor, B: Tensor, scale: float, tensors: Mapping[str, Tensor]) -> Tensor:
-        moved = weight + functional.delta(A, B, scale)
+        moved = functional.add_delta(weight, A, B, scale)
         ratio = tensors["lora_magnitude"] / functional.row_norm(moved.detach())
         return ratio.unsqueeze(-1) * moved
 
     @staticmethod
     def _norm(weight: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
-        return functional.row_norm(weight + functional.delta(A, B, scale))
+        return functional.row_norm(functional.add_delta(weight, A, B, scale))
 
 
 VARIANTS: dict[str, Variant] = {"lora": LoRA(), "dora": DoRA()}

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
-from conftest import explicit, randomise
-from torch import nn
+from conftest import CASES, Case, explicit, randomise
+from parameter_cases import PARAMETER_CASES, ParameterCase
+from torch import Tensor, nn
 from torch.nn.utils import parametrizations
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import lora_plus
-from lora_plus import inject_lora, merge_and_unload, merge_lora, merged, unmerge_lora
+from lora_plus import adapted_weight, functional, inject_lora, merge_and_unload, merge_lora, merged, unmerge_lora
 
 
 def net(dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -205,3 +208,65 @@ def test_channels_last_weights_stay_channels_last() -> None:
     conv = nn.Sequential(nn.Conv2d(4, 8, 3)).to(memory_format=torch.channels_last)
     plain = merge_and_unload(randomise(inject_lora(conv, ["0"], r=2)))
     assert plain[0].weight.is_contiguous(memory_format=torch.channels_last)
+
+
+# ---- in blocks -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("elements", [1, 10, 100, 10_000])
+@pytest.mark.parametrize(
+    ("layout", "shape"),
+    [
+        ("o i -> o i", (5, 7)), ("n d -> d n", (7, 5)), ("o i h w -> o (i h w)", (6, 2, 3, 2)),
+        ("i o k -> o (i k)", (2, 6, 3)), ("e o i -> e o i", (3, 4, 5)), ("e i o -> e o i", (3, 4, 5)),
+    ],
+)  # fmt: skip
+def test_blocks_are_whole_rows_and_cover_a_weight_once(
+    monkeypatch: pytest.MonkeyPatch, layout: str, shape: tuple[int, ...], elements: int
+) -> None:
+    monkeypatch.setattr(functional, "_LEAST_ROWS", 1)
+    weight = torch.arange(1.0, 1 + torch.Size(shape).numel()).reshape(shape)
+    matrix, covered = functional.to_matrix(weight, layout), torch.zeros_like(weight)
+    for stored, rows in functional.blocks(layout, shape, elements):
+        assert torch.equal(functional.to_matrix(weight[stored], layout), matrix[rows])
+        assert weight[stored].numel() <= max(elements, matrix.shape[-1])
+        covered[stored] += 1
+    assert (covered == 1).all()
+
+
+@pytest.mark.parametrize("case", [*CASES, *PARAMETER_CASES], ids=lambda case: case.name)
+def test_merging_in_small_blocks_gives_the_same(monkeypatch: pytest.MonkeyPatch, case: Case | ParameterCase) -> None:
+    whole, blocks = (case.adapted() for _ in range(2))
+    whole_report = merge_lora(whole)
+    monkeypatch.setattr(functional, "_LEAST_ROWS", 1)
+    monkeypatch.setattr(adapted_weight, "_CPU_BLOCK", 1)
+    assert merge_lora(blocks).layers == whole_report.layers
+    for name, value in blocks.state_dict().items():
+        torch.testing.assert_close(value, whole.state_dict()[name], rtol=1e-13, atol=1e-13)
+
+
+class Largest(TorchDispatchMode):
+    """Notes the sizes of new tensors, in elements."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and not (function.is_view or function._schema.is_mutable or result.is_meta):
+            self.sizes.append(result.numel())
+        return result
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("variant", ["lora", "dora"])
+def test_a_merge_needs_no_more_memory_than_the_new_weight_and_a_block(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, variant: str
+) -> None:
+    monkeypatch.setattr(adapted_weight, "_CPU_BLOCK", 64 * 96)
+    model = inject_lora(nn.Linear(96, 512).to(dtype), "all-linear", r=2, variant=variant)
+    with Largest() as largest:
+        merge_lora(model)
+    assert sorted(largest.sizes)[-1] == 512 * 96  # the merged weight
+    assert sorted(largest.sizes)[-2] == 64 * 96
