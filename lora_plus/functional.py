@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -71,7 +73,9 @@ def add_delta(weight: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
     if weight.stride(-1) != 1 and weight.stride(-2) == 1:
         return add_delta(weight.mT, B.mT, A.mT, scale).mT
     product = torch.addmm if weight.ndim == 2 else torch.baddbmm
-    with torch.autocast(A.device.type, enabled=False):  # which would multiply in half precision
+    # autocast would multiply in half precision
+    full = torch.autocast(A.device.type, enabled=False) if torch.is_autocast_enabled(A.device.type) else nullcontext()
+    with full:
         return product(weight.to(wide), B.to(wide), A.to(wide), alpha=scale)
 
 
@@ -101,12 +105,15 @@ def block_rows(blocks: Sequence[Tensor], starts: Sequence[int], rows: int) -> Te
 
 
 def blocks(layout: str, shape: Sequence[int], elements: int) -> Iterator[tuple[Index, Index]]:
-    """Cut a stored weight into blocks of whole rows of its matrix view, of about so many elements.
+    """Cut a stored weight into blocks of whole rows of its matrix view, of about so many elements, or leave it whole.
 
     Yields:
         The block's index in the stored weight, and that of its rows in the matrix view (``(rows,)``, or
-        ``(matrices, rows)`` of a stack).
+        ``(matrices, rows)`` of a stack); both are empty for the whole.
     """
+    if math.prod(shape) <= elements:
+        yield (), ()
+        return
     stored, viewed = (side.split() for side in layout.split(" -> "))
     *leading, columns = matrix_shape(layout, tuple(shape))
     rows = min(leading[-1], max(_LEAST_ROWS, elements // columns))

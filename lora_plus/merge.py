@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,7 +12,6 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from . import functional
 from .adapted_weight import AdaptedWeight, Merge, adapted_weights
 from .adapters import check_adapter
 from .inject import check_restorable, make_plain
@@ -155,6 +155,7 @@ def _wanted(weight: AdaptedWeight, adapters: Sequence[str] | None) -> tuple[str,
     return weight.lora_active if adapters is None else weight.in_order(adapters)
 
 
+@torch.no_grad()
 def _compute(
     model: nn.Module, adapters: Sequence[str] | None, *, dequantize: bool = False
 ) -> tuple[MergeReport, list[tuple[AdaptedWeight, Merge]]]:
@@ -190,20 +191,19 @@ def _compute(
     return report, merges
 
 
-@torch.no_grad()
 def _merge(weight: AdaptedWeight, names: tuple[str, ...]) -> Merge | str:
     """The merged state of a weight, or why it cannot be merged."""
     base, dtype = weight.dense_weight()
     merged_weight = torch.empty_like(base, dtype=dtype)
-    sums, lost, size = [], [], []
+    total, lost, size = 0.0, [], []
     for index, exact in weight.effective_blocks(names, base):
         merged_weight[index] = exact
         rounded = merged_weight[index].to(exact.dtype)
-        sums.append(rounded.sum())  # finite only if all values are, and cheaper than asking each
+        total += float(rounded.sum())  # finite only if all values are, and cheaper than asking each
         if merged_weight.element_size() < 4:
             lost.append(torch.linalg.vector_norm(rounded - exact))
             size.append(torch.linalg.vector_norm(exact - base[index].to(exact.dtype)))
-    if not bool(torch.isfinite(torch.stack(sums)).all()) and not _as_finite_as(merged_weight, base):
+    if not math.isfinite(total) and not _as_finite_as(merged_weight, base):
         return f"the merged weight is not finite in {merged_weight.dtype}"
     own = weight.weight
     bound = (
