@@ -29,17 +29,21 @@ class Update(NamedTuple):
     scale: float
 
 
-def can_fuse(*tensors: Tensor | None) -> bool:
-    """Whether `fused_linear` can take these: plain tensors, computed with eagerly and differentiated backwards.
+_LEAST_WORK = 2**15
+"""Elements of input and output together. For less, an autograd function in Python costs more time than it saves, which
+was so below 2**14 to 2**16 (``benchmarks/step.py --layer``)."""
+
+
+def can_fuse(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether `fused_linear` can take these, plain tensors that are differentiated backwards if at all, and pays.
 
     Tensor subclasses (sharded, quantized) have their own rules for each operation, compilers fuse operations
     themselves, and function transforms and forward-mode differentiation cannot look into an autograd function.
     """
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return False
-    if torch.is_inference_mode_enabled() and torch.is_grad_enabled():
-        return False  # where torch's operations keep nothing for backward, an autograd function still tries to
-    return all(t is None or (type(t) in (Tensor, nn.Parameter) and not t.is_nested) for t in tensors)
+    plain = all(t is None or (type(t) in (Tensor, nn.Parameter) and not t.is_nested) for t in (x, weight, bias))
+    return plain and (x.shape[:-1].numel() * sum(weight.shape) >= _LEAST_WORK or not torch.is_grad_enabled())
 
 
 def fused_linear(x: Tensor, weight: Tensor, bias: Tensor | None, updates: Sequence[Update]) -> Tensor:
@@ -54,12 +58,16 @@ def fused_linear(x: Tensor, weight: Tensor, bias: Tensor | None, updates: Sequen
         bias: ``(out,)`` or None.
         updates: the adapters' parts.
     """
-    device = x.device.type
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        x, weight = _autocast(x, dtype), _autocast(weight, dtype)
-        bias = None if bias is None else _autocast(bias, dtype)
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight, bias = (
+            _autocast(x, dtype),
+            _autocast(weight, dtype),
+            None if bias is None else _autocast(bias, dtype),
+        )
         updates = [update._replace(u=None if update.u is None else _autocast(update.u, dtype)) for update in updates]
+    if not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
+        return _compute(x, weight, bias, updates)[0]
     scales = [update.scale for update in updates]
     y: Tensor = _FusedLinear.apply(x, weight, bias, scales, *[part for update in updates for part in update[:3]])
     return y
@@ -70,39 +78,42 @@ def _autocast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _rows(tensor: Tensor) -> Tensor:
-    return tensor.reshape(-1, tensor.shape[-1])
+    return tensor if tensor.ndim == 2 else tensor.reshape(-1, tensor.shape[-1])
+
+
+def _as(factor: Tensor, dtype: torch.dtype) -> Tensor:
+    return factor if factor.dtype is dtype else factor.to(dtype)
 
 
 def _hidden(A: Tensor, u: Tensor) -> Tensor:
     """``A u`` as ``(r, rows)``."""
-    return A.to(u.dtype) @ _rows(u).t()
+    return torch.mm(_as(A, u.dtype), _rows(u).t())
+
+
+def _compute(x: Tensor, weight: Tensor, bias: Tensor | None, updates: Sequence[Update]) -> tuple[Tensor, list[Tensor]]:
+    """The output, and ``A u`` of each update."""
+    # products with the factors come before those with the weight: what they read is then still in the cache
+    hidden = [_hidden(A, x if u is None else u) for u, A, _, _ in updates]
+    y = F.linear(x, weight, bias)
+    rows = _rows(y)
+    for h, (_, _, B, scale) in zip(hidden, updates, strict=True):
+        rows.addmm_(h.t(), _as(B, h.dtype).t(), alpha=scale)
+    return rows.view(y.shape), hidden
 
 
 class _FusedLinear(torch.autograd.Function):
-    """Products with the factors come before those with the weight: what they read is then still in the cache."""
-
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, scales: list[float], *parts: Tensor | None
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, scales: list[float], *parts: Any) -> Tensor:
+        updates = [Update(*parts[3 * n : 3 * n + 3], scale) for n, scale in enumerate(scales)]  # type: ignore[call-arg]
+        y, hidden = _compute(x, weight, bias, updates)
         of_weight, _, _, *needed = ctx.needs_input_grad[1:]
         kept: list[Tensor | None] = [weight, x if of_weight else None]
-        summands = []
-        for n, scale in enumerate(scales):
-            given, A, B = parts[3 * n : 3 * n + 3]
+        for n, (h, (u, A, B, _)) in enumerate(zip(hidden, updates, strict=True)):
             _, of_A, of_B = needed[3 * n : 3 * n + 3]
-            assert A is not None and B is not None
-            u = x if given is None else given
-            h = _hidden(A, u)
-            summands.append((h.t(), B.to(h.dtype).t(), scale))
-            kept += [A, B, u if of_A else None, h if of_B else None]
-        y = F.linear(x, weight, bias)
-        rows = _rows(y)
-        for h, B, scale in summands:
-            rows.addmm_(h, B, alpha=scale)
+            kept += [A, B, (x if u is None else u) if of_A else None, h if of_B else None]
         ctx.save_for_backward(*kept)
-        ctx.scales, ctx.on_x = scales, [given is None for given in parts[::3]]
-        return rows.view(y.shape)
+        ctx.scales, ctx.on_x = scales, [update.u is None for update in updates]
+        return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
@@ -116,20 +127,20 @@ class _FusedLinear(torch.autograd.Function):
             of_u, of_A, of_B = needed[3 * n : 3 * n + 3]
             du = dA = dB = None
             if of_B:
-                dB = (_differentiable(h, A, u) @ d).mul_(scale).t().to(B.dtype)
+                dB = _as(torch.mm(_differentiable(h, A, u), d).mul_(scale).t(), B.dtype)
             if of_u or of_A or (of_x and on_x):
-                dh = (B.to(d.dtype).t() @ d.t()).mul_(scale)  # (r, rows)
-                dA = (dh @ _rows(u)).to(A.dtype) if of_A else None
-                du = (dh.t() @ A.to(d.dtype)).view(*dy.shape[:-1], A.shape[1]) if of_u else None
-                into_dx += [(dh.t(), A.to(d.dtype))] if on_x else []
+                dh = torch.mm(_as(B, d.dtype).t(), d.t()).mul_(scale)  # (r, rows)
+                dA = _as(torch.mm(dh, _rows(u)), A.dtype) if of_A else None
+                du = torch.mm(dh.t(), _as(A, d.dtype)).view(*dy.shape[:-1], A.shape[1]) if of_u else None
+                into_dx += [(dh.t(), _as(A, d.dtype))] if on_x else []
             grads += [du, dA, dB]
         dx = None
         if of_x:
-            dx = d @ weight
-            for dh, A in into_dx:
-                dx.addmm_(dh, A)
+            dx = torch.mm(d, weight)
+            for factors in into_dx:
+                dx.addmm_(*factors)
             dx = dx.view(*dy.shape[:-1], weight.shape[1])
-        dweight = d.t() @ _rows(x) if of_weight else None
+        dweight = torch.mm(d.t(), _rows(x)) if of_weight else None
         dbias = d.sum(0) if of_bias else None
         return dx, dweight, dbias, None, *grads
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import lora_plus
-from lora_plus import functional
+from lora_plus import functional, fused_linear
 from lora_plus.adapter_site import AdapterSite
 
 
@@ -184,6 +184,12 @@ LORA_CASES = [case for case in CASES if case not in DORA_CASES]
 def one_thread() -> None:
     """The tensors are tiny: a second thread only waits."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def small_layers_computed_as_large_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tensors are tiny, and what is to be tested is what real ones meet."""
+    monkeypatch.setattr(fused_linear, "_LEAST_WORK", 0)
 
 
 @pytest.fixture(autouse=True)

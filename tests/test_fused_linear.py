@@ -196,6 +196,25 @@ def test_it_serves_torchs_own_forward_and_no_other(monkeypatch: pytest.MonkeyPat
         torch.compile(plain, backend="eager", fullgraph=True)(x)
 
 
+@pytest.mark.parametrize("adapters", [1, 2])
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_small_layers_are_left_to_torch_with_the_same_result(
+    monkeypatch: pytest.MonkeyPatch, adapters: int, dropout: float
+) -> None:
+    module, x = layer(adapters=adapters, dropout=dropout), draw(8, IN)
+    results = []
+    for least in (8 * (IN + OUT), 8 * (IN + OUT) + 1):
+        monkeypatch.setattr(fused, "_LEAST_WORK", least)
+        torch.manual_seed(0)
+        y = module(x)
+        results.append([y, *torch.autograd.grad(y.square().sum(), list(module.parameters()))])
+        with torch.no_grad():
+            results[-1].append(module.eval()(x))
+        module.train()
+    assert "FusedLinear" not in str(results[1][0].grad_fn) and "FusedLinear" in str(results[0][0].grad_fn)
+    torch.testing.assert_close(results[0], results[1], rtol=1e-12, atol=1e-12)
+
+
 def test_a_forward_of_torch_that_was_replaced_stays_the_base(monkeypatch: pytest.MonkeyPatch) -> None:
     module, x = layer(), draw(2, IN)
     wanted = module(x) + 1
