@@ -38,9 +38,11 @@ def can_fuse(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether `fused_linear` can take these, plain tensors that are differentiated backwards if at all, and pays.
 
     Tensor subclasses (sharded, quantized) have their own rules for each operation, compilers fuse operations
-    themselves, and function transforms and forward-mode differentiation cannot look into an autograd function.
+    themselves, and tracing, function transforms and forward-mode differentiation cannot look into an autograd function.
     """
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return False
     plain = all(t is None or (type(t) in (Tensor, nn.Parameter) and not t.is_nested) for t in (x, weight, bias))
     return plain and (x.shape[:-1].numel() * sum(weight.shape) >= _LEAST_WORK or not torch.is_grad_enabled())

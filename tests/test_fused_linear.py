@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -171,6 +172,16 @@ def test_forward_mode_differentiation() -> None:
         got = forward_ad.unpack_dual(module(dual)).tangent
         wanted = forward_ad.unpack_dual(explicit(module, dual)).tangent
     torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.* is deprecated", "ignore:.torch.jit.* is not supported")
+def test_tracing() -> None:
+    module, x = layer(adapters=2), draw(3, IN)
+    traced = torch.jit.trace(module, x)
+    file = io.BytesIO()
+    torch.jit.save(traced, file)
+    file.seek(0)
+    torch.testing.assert_close(torch.jit.load(file)(2 * x), module(2 * x), rtol=1e-12, atol=1e-12)
 
 
 class Doubled(nn.Linear):
