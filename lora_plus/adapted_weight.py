@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from . import functional
 from .adapter_site import AdapterSite, RowBlock
+from .adapter_tensors import named_modules
 from .functional import Index, accumulation_dtype
 from .names import join
 from .variants import VARIANTS, AdapterSpec, Variant
@@ -80,7 +81,9 @@ class AdaptedWeight(AdapterSite):
     def row_blocks(self) -> list[RowBlock]:
         """The blocks of rows that have adapters, from the top."""
         container = self._modules.get(BLOCKS)
-        blocks = [] if container is None else [block for block in container.children() if isinstance(block, RowBlock)]
+        if container is None:
+            return []
+        blocks = [block for block in container.children() if isinstance(block, RowBlock)]
         return sorted(blocks, key=lambda block: block.start)
 
     def row_block(self, label: str, start: int, stop: int, total: int) -> RowBlock:
@@ -129,7 +132,7 @@ class AdaptedWeight(AdapterSite):
 
     def activate(self, names: tuple[str, ...]) -> None:
         """Let just these adapters take part in the forward; names that this weight lacks are passed over."""
-        self.lora_active = self.in_order(names)
+        self.__dict__["lora_active"] = self.in_order(names)  # nn.Module's own __setattr__ is slow
 
     def in_order(self, names: Sequence[str]) -> tuple[str, ...]:
         """Those of these adapters that the weight has, in the order in which they apply.
@@ -335,14 +338,14 @@ def _joined(matrix: Tensor, summands: list[_Summand], rows: Index) -> Tensor:
 
 def adapted_weights(model: nn.Module) -> Iterator[tuple[str, AdaptedWeight]]:
     """``(name, weight)`` for every adapted layer or parameter of a model, each once, under its first name."""
-    for path, module in model.named_modules():
+    for path, module in named_modules(model):
         if isinstance(module, AdaptedWeight):
             yield join(owner_path(path, module), module.lora_label), module
 
 
 def adapter_sites(model: nn.Module) -> Iterator[tuple[str, AdapterSite, AdaptedWeight]]:
     """``(name, site, weight)`` for all that has adapters in a model: whole weights, and blocks of their rows."""
-    for path, module in model.named_modules():
+    for path, module in named_modules(model):
         if isinstance(module, AdaptedWeight):
             for site in module.adapter_sites():
                 if site.lora_specs:

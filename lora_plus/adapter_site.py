@@ -41,8 +41,15 @@ class AdapterSite(nn.Module):
 
     def adapter_tensors(self, adapter: str) -> dict[str, nn.Parameter]:
         """The parameters of one adapter by the name of their container: lora_A, lora_B, ..."""
-        present = (name for name in self.roles if name in self._modules)
-        return {name: self._container(name)[adapter] for name in present if adapter in self._container(name)}
+        present = [(name, self._container(name)._parameters) for name in self.roles if name in self._modules]
+        return {name: held[adapter] for name, held in present if adapter in held}  # type: ignore[misc]
+
+    def freeze_adapters(self) -> None:
+        """Take the tensors of all adapters out of training."""
+        for container in self.roles.keys() & self._modules.keys():
+            for parameter in self._container(container)._parameters.values():
+                assert parameter is not None
+                parameter.requires_grad_(False)
 
     def exchange_tensors(self, adapter: str, tensors: Mapping[str, nn.Parameter]) -> None:
         """Bind other parameters as those of an adapter; the ones that it had are left as they are."""

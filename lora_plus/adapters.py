@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
 from .adapted_weight import AdaptedWeight, adapted_weights, adapter_sites
-from .adapter_site import AdapterSite
+from .adapter_tensors import named_modules
 from .freezing import restore_requires_grad
 from .fused_kernels import resume_nesting
 from .inject import check_restorable
@@ -17,6 +17,7 @@ from .lora_layer import LoRALayer
 from .names import join
 from .parameters import LoRAOwner, parameter_holders, restore_parameter
 from .trained import originals, trained_modules, unmark_trained
+from .variants import AdapterSpec
 
 
 def adapter_names(model: nn.Module) -> list[str]:
@@ -24,12 +25,13 @@ def adapter_names(model: nn.Module) -> list[str]:
     return list(dict.fromkeys(name for _, site, _ in adapter_sites(model) for name in site.lora_specs))
 
 
-def check_adapter(model: nn.Module, adapter: str) -> None:
-    """Raise a KeyError if the model holds no adapter of this name."""
+def check_adapter(model: nn.Module, *adapters: str) -> None:
+    """Raise a KeyError if the model does not hold adapters of all these names."""
     names = adapter_names(model)
-    if adapter not in names:
-        there = f"it has {', '.join(map(repr, names))}" if names else "it has none; call inject_lora first"
-        raise KeyError(f"the model has no adapter {adapter!r}: {there}")
+    for adapter in adapters:
+        if adapter not in names:
+            there = f"it has {', '.join(map(repr, names))}" if names else "it has none; call inject_lora first"
+            raise KeyError(f"the model has no adapter {adapter!r}: {there}")
 
 
 def set_adapter(model: nn.Module, adapters: str | Sequence[str]) -> None:
@@ -43,13 +45,13 @@ def set_adapter(model: nn.Module, adapters: str | Sequence[str]) -> None:
         ValueError: if the model is merged, or two of them on one layer have no agreed sum (DoRA).
     """
     names = (adapters,) if isinstance(adapters, str) else tuple(dict.fromkeys(adapters))
-    for name in names:
-        check_adapter(model, name)
-    for path, weight in adapted_weights(model):
+    check_adapter(model, *names)
+    weights = list(adapted_weights(model))
+    for path, weight in weights:
         weight.check_enabled()
         _check_unmerged(path, weight, "choosing its adapters")
         weight.in_order(names)
-    for _, weight in adapted_weights(model):
+    for _, weight in weights:
         weight.activate(names)
 
 
@@ -72,7 +74,7 @@ def delete_adapter(model: nn.Module, adapter: str) -> None:
         unmark_trained(module, restore=True)
     for _, weight in weights:
         weight.delete_adapter(adapter)
-    for module in list(model.modules()):
+    for _, module in named_modules(model):
         if isinstance(module, LoRALayer) and not module.lora_adapters():
             module.restore()
         elif isinstance(module, LoRAOwner):
@@ -193,8 +195,9 @@ def lora_summary(model: nn.Module) -> Summary:
     for path, site, weight in adapter_sites(model):
         what = weight.base_class.__name__ if isinstance(weight, LoRALayer) else "parameter"
         for adapter, spec in site.lora_specs.items():
-            size = sum(tensor.numel() for tensor in site.adapter_tensors(adapter).values())
-            notes = _notes(site, weight, adapter)
+            tensors = site.adapter_tensors(adapter)
+            size = sum(tensor.numel() for tensor in tensors.values())
+            notes = _notes(adapter, spec, tensors, weight)
             rows.append(SummaryRow(path, what, adapter, spec.r, spec.alpha, spec.scale, size, notes))
     trained = [
         (path, record.adapter, sum(p.numel() for p in module.parameters()))
@@ -205,8 +208,8 @@ def lora_summary(model: nn.Module) -> Summary:
     return Summary(rows, trained, trainable, sum(p.numel() for p in parameters))
 
 
-def _notes(site: AdapterSite, weight: AdaptedWeight, adapter: str) -> str:
-    tensors, spec, merge = site.adapter_tensors(adapter), site.lora_specs[adapter], weight.lora_merge
+def _notes(adapter: str, spec: AdapterSpec, tensors: Mapping[str, Tensor], weight: AdaptedWeight) -> str:
+    merge = weight.lora_merge
     full_rank = min(tensors["lora_B"].shape[-2], tensors["lora_A"].shape[-1])
     notes = {
         f"r exceeds the weight's full rank {full_rank}": spec.r > full_rank,

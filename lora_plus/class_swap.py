@@ -16,12 +16,17 @@ def swap_class(module: nn.Module, change: Callable[[Any], type[nn.Module]]) -> N
     on top, so that parametrizations can be added and removed before and after.
     """
     top = type(module)
-    if not parametrize.is_parametrized(module):
+    if not _is_parametrized(module):
         _set_class(module, change(top))
         return
     below = change(top.__bases__[0])
     body = {name: value for name, value in top.__dict__.items() if name not in ("__dict__", "__weakref__")}
     _set_class(module, type(f"Parametrized{below.__name__}", (below,), body))
+
+
+def _is_parametrized(module: nn.Module) -> bool:
+    # asking for a submodule that is not there is slow
+    return "parametrizations" in module._modules and parametrize.is_parametrized(module)
 
 
 def _set_class(module: nn.Module, new: type[nn.Module]) -> None:
@@ -35,7 +40,7 @@ def check_top_class(module: nn.Module) -> None:
         ValueError: naming the class that another tool has put on top.
     """
     top: type[Any] = type(module)
-    if parametrize.is_parametrized(module):
+    if _is_parametrized(module):
         top = top.__bases__[0]
     if "base_class" not in top.__dict__:
         raise ValueError(f"its class {top.__name__} was put on top of ours by another tool; undo that first")

@@ -16,7 +16,7 @@ def set_requires_grad(modules: Iterable[nn.Module], wanted: bool) -> None:
         (module, name, parameter)
         for module in modules
         for name, parameter in module._parameters.items()
-        if parameter is not None and parameter.is_floating_point() and parameter.requires_grad != wanted
+        if parameter is not None and parameter.requires_grad != wanted and parameter.is_floating_point()
     ]
     # noted for all before any is changed: a shared parameter has several owners
     for module, name, parameter in owned:

@@ -8,9 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from .adapted_weight import AdaptedWeight, adapted_weights, owner_path
-from .adapter_tensors import AdapterTensors, check_adapter_name
+from .adapter_site import AdapterSite
+from .adapter_tensors import check_adapter_name, named_modules
 from .class_swap import check_top_class
 from .collector import collector_paused
 from .config import LoRAConfig, Pattern
@@ -140,14 +142,14 @@ def remove_lora(model: nn.Module) -> nn.Module:
 
 def make_plain(model: nn.Module) -> None:
     """Turn everything adapted into what it was, with the weights that are bound, and restore ``requires_grad``."""
-    modules = list(model.modules())
+    modules = [module for _, module in named_modules(model)]
     for module in modules:
         if isinstance(module, LoRALayer):
             module.restore()
         elif isinstance(module, LoRAOwner):
             restore_owner(module)
     resume_nesting(modules)
-    restore_requires_grad(model.modules())
+    restore_requires_grad(module for _, module in named_modules(model))
 
 
 def attach(
@@ -161,14 +163,13 @@ def attach(
     """Put prepared tensors in their places, freeze the rest of the model, and make the adapter the active one."""
     for module in train_also:
         mark_trained(module, adapter)
-    modules = list(model.modules())
-    set_requires_grad((module for module in modules if not isinstance(module, AdapterTensors)), False)
+    modules = [module for _, module in named_modules(model)]
+    set_requires_grad(modules, False)
     for module in train_also:
         set_requires_grad(module.modules(), trainable)
     for module in modules:
-        if isinstance(module, AdapterTensors):
-            for parameter in module.parameters():
-                parameter.requires_grad_(False)
+        if isinstance(module, AdapterSite):
+            module.freeze_adapters()
     for place, spec, tensors in prepared:
         place.adopt().add_adapter(adapter, spec, tensors, trainable=trainable)
     for _, weight in adapted_weights(model):
@@ -201,7 +202,7 @@ def check_restorable(model: nn.Module) -> None:
     Raises:
         ValueError: if another tool has changed its class since the injection.
     """
-    for name, module in model.named_modules():
+    for name, module in named_modules(model):
         if isinstance(module, (LoRALayer, LoRAOwner)):
             try:
                 check_top_class(module)
@@ -211,8 +212,8 @@ def check_restorable(model: nn.Module) -> None:
 
 def check_injectable(model: nn.Module, adapter: str) -> None:
     """Raise if an adapter of this name cannot be added to the model now."""
-    for name, layer in model.named_modules():
-        if any(isinstance(parameter, nn.UninitializedParameter) for parameter in layer._parameters.values()):
+    for name, layer in named_modules(model):
+        if any(is_lazy(parameter) for parameter in layer._parameters.values()):  # type: ignore[arg-type]
             raise ValueError(f"{name!r} has parameters that are not initialised; run a forward pass first")
         if isinstance(layer, nn.parallel.DistributedDataParallel):
             raise ValueError(

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from . import functional
 from .adapter_tensors import check_adapter_name
 from .adapters import check_adapter, unwrap, whole
-from .atomic_files import replacing, serialize, write_safetensors
+from .atomic_files import read_safetensors, replacing, serialize, write_safetensors
 from .collector import collector_paused
 from .config import LAYOUTS
 from .formats import native, peft
@@ -111,9 +112,11 @@ def load_adapter(
     path = Path(path)
     found = find_modules(unwrap(model))
     by_name = {name: entry for entry in found.values() for name in entry.names}
-    places = {name: place for place in (*find_parameters(found), *find_places(found, {})) for name, _ in place.names}
+    places = _by_name(find_places(found, {}))
     problems: list[str] = []
     data = _read(path, places, by_name, problems)
+    if not data.layers.keys() <= places.keys():
+        places = _by_name(find_parameters(found)) | places
     chosen = _choose_places(data, places, by_name, problems)
     _check_trained(data, by_name, chosen, problems)
     if not problems and not data.layers:
@@ -121,13 +124,13 @@ def load_adapter(
     if problems:
         raise Problems(f"adapter {str(path)!r} cannot be loaded; the model is unchanged", problems)
     trained = [by_name[name] for name in data.trained]
-    check_selection(model, list(chosen.values()), trained)
+    check_selection(model, [place for place, _ in chosen.values()], trained)
     prepared = []
     for name, layer in data.layers.items():
-        weight = chosen[name].stored()
+        place, spec = chosen[name]
+        weight = place.stored()
         home = torch.device("cpu") if weight.is_meta else weight.device
-        tensors = {part: tensor.to(home) for part, tensor in layer.tensors.items()}
-        prepared.append((chosen[name], AdapterSpec(**layer.settings), tensors))
+        prepared.append((place, spec, {part: tensor.to(home) for part, tensor in layer.tensors.items()}))
     attach(model, adapter, prepared, [entry.module for entry in trained], trainable=trainable)
     with torch.no_grad():
         for name, tensors in data.trained.items():
@@ -254,9 +257,11 @@ def _read_peft(path: Path, places: Mapping[str, Place], by_name: Mapping[str, Fo
     tensors, _ = _read_safetensors(path / peft.WEIGHTS, problems)
     if problems:
         return Adapter({}, {})
+    found = {id(entry.module): entry for entry in by_name.values()}
+    places = {**_by_name(find_parameters(found)), **places}
     bases: dict[str, BaseLayer | None] = dict.fromkeys(by_name)
     bases |= {name: None if place.refusal() else place.base() for name, place in places.items()}
-    outline = _outline({id(entry.module): entry for entry in by_name.values()})
+    outline = _outline(found)
     return peft.read(tensors, config, bases, outline, _scale, problems)
 
 
@@ -266,9 +271,7 @@ def _scale(settings: dict[str, Any]) -> float:
 
 def _read_safetensors(path: Path, problems: list[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
-        with safe_open(str(path), framework="pt") as file:
-            # copies, because what safetensors hands out may be a window on the file
-            return {name: file.get_tensor(name).clone() for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+        return read_safetensors(path)
     except (SafetensorError, OSError) as error:
         problems.append(f"{path.name} is not a whole safetensors file: {error}")
         return {}, {}
@@ -279,9 +282,9 @@ def _read_safetensors(path: Path, problems: list[str]) -> tuple[dict[str, Tensor
 
 def _choose_places(
     data: Adapter, places: Mapping[str, Place], by_name: Mapping[str, Found], problems: list[str]
-) -> dict[str, Place]:
-    """The place in the model of each layer of the file; what does not fit is added to the problems."""
-    chosen: dict[str, Place] = {}
+) -> dict[str, tuple[Place, AdapterSpec]]:
+    """The place in the model and the settings of each layer of the file; what does not fit is added to the problems."""
+    chosen: dict[str, tuple[Place, AdapterSpec]] = {}
     seen: dict[Any, str] = {}
     missing: list[str] = []
     for name, layer in data.layers.items():
@@ -294,7 +297,8 @@ def _choose_places(
         if place is None:
             missing.append(name)
             continue
-        chosen[name] = place
+        spec = AdapterSpec(**layer.settings)
+        chosen[name] = place, spec
         reason = place.refusal() or place.overlapped()
         if reason is not None:
             problems.append(f"{name!r} cannot be adapted: it is {reason}")
@@ -302,10 +306,10 @@ def _choose_places(
         first = seen.setdefault(place.key, name)
         if first != name:
             problems.append(f"{name!r} and {first!r} are one module in this model")
-        unfit = place.misfits(AdapterSpec(**layer.settings))
+        unfit = place.misfits(spec)
         problems += [f"{name!r}: {line}" for line in [*_misfits(layer, place.base()), *([unfit] if unfit else [])]]
     problems += _missing_modules(missing, by_name)
-    problems += overlaps({place.key: place for place in chosen.values()}.values())
+    problems += overlaps({place.key: place for place, _ in chosen.values()}.values())
     return chosen
 
 
@@ -324,6 +328,10 @@ def _place(name: str, base: BaseLayer, places: Mapping[str, Place], by_name: Map
     return place
 
 
+def _by_name(places: Iterable[Place]) -> dict[str, Place]:
+    return {name: place for place in places for name, _ in place.names}
+
+
 def _missing_modules(names: list[str], by_name: Mapping[str, Found]) -> list[str]:
     # looking for near misses is slow, and a few of them show what is wrong
     hints = [near_misses(name, by_name) for name in names[:3]] + [""] * len(names[3:])
@@ -335,10 +343,9 @@ _BASE_FIELDS = ("kind", "layout", "shape", "facts")
 
 def _misfits(layer: LayerAdapter, base: BaseLayer) -> list[str]:
     """How a layer's adapter differs from what this layer of the model needs."""
-    pairs = [(field, getattr(layer.base, field), getattr(base, field)) for field in _BASE_FIELDS]
-    lines = [f"{field} {file!r} in the file, {ours!r} in the model" for field, file, ours in pairs if file != ours]
-    if lines:
-        return lines
+    if layer.base != base:
+        pairs = [(field, getattr(layer.base, field), getattr(base, field)) for field in _BASE_FIELDS]
+        return [f"{field} {file!r} in the file, {ours!r} in the model" for field, file, ours in pairs if file != ours]
     *stack, out_features, in_features = functional.matrix_shape(base.layout, base.shape)
     if "rows" in base.facts and base.facts["rows"][1] > out_features:
         return [f"rows {base.facts['rows']} of a weight that has {out_features}"]
@@ -358,9 +365,12 @@ def _misfits(layer: LayerAdapter, base: BaseLayer) -> list[str]:
 
 
 def _check_trained(
-    data: Adapter, by_name: Mapping[str, Found], chosen: Mapping[str, Place], problems: list[str]
+    data: Adapter,
+    by_name: Mapping[str, Found],
+    chosen: Mapping[str, tuple[Place, AdapterSpec]],
+    problems: list[str],
 ) -> None:
-    adapted = {id(place.owner): name for name, place in chosen.items()}
+    adapted = {id(place.owner): name for name, (place, _) in chosen.items()}
     seen: dict[int, str] = {}
     for name, tensors in data.trained.items():
         if name not in by_name:
@@ -396,4 +406,6 @@ def _trained_misfit(tensor: Tensor, wanted: Tensor) -> str | None:
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    return tensor.dtype not in DTYPES or bool(torch.isfinite(tensor).all())
+    if tensor.dtype not in DTYPES or math.isfinite(tensor.sum(dtype=torch.float32)):
+        return True
+    return bool(torch.isfinite(tensor).all())  # a sum of finite numbers can be too large

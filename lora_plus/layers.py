@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar, cast
 
 import torch
@@ -72,7 +72,7 @@ def why_unsupported(module: nn.Module) -> str | None:
         return (
             "the output projection of an nn.MultiheadAttention, which never calls it; inject into the attention itself"
         )
-    if not isinstance(module, LoRALayer) and (clash := _clash(type(module)) | (_OWN_NAMES & _names(module))):  # type: ignore[arg-type]
+    if not isinstance(module, LoRALayer) and (clash := _clash(type(module)) | _own_names(module)):  # type: ignore[arg-type]
         return f"{type(module).__name__} that has attributes of a LoRA layer already: {sorted(clash)}"
     return None
 
@@ -83,8 +83,9 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _OWN_NAMES = (set(dir(LoRALayer)) | set(LoRALayer.__annotations__)) - set(dir(nn.Module)) - {"weight"}
 
 
-def _names(module: nn.Module) -> set[str]:
-    return {*module.__dict__, *module._parameters, *module._buffers, *module._modules}
+def _own_names(module: nn.Module) -> set[str]:
+    held: tuple[Mapping[str, Any], ...] = (module.__dict__, module._parameters, module._buffers, module._modules)
+    return {name for names in held for name in names if name in _OWN_NAMES}
 
 
 @functools.cache

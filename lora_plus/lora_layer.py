@@ -71,14 +71,16 @@ class LoRALayer(AdaptedWeight):
     @classmethod
     def matrix_of(cls, layer: nn.Module, *, values: bool = True) -> Tensor:
         """The layer's weight, detached, in its matrix view; without values only shape, dtype and device count."""
-        assert isinstance(layer.weight, Tensor)
-        return functional.to_matrix(layer.weight.detach(), cls.layout)
+        weight = layer.weight
+        assert isinstance(weight, Tensor)
+        return functional.to_matrix(weight.detach(), cls.layout)
 
     @classmethod
     def stored_shape(cls, layer: nn.Module) -> tuple[int, ...]:
         """The shape of the weight as the layer's class stores it."""
-        assert isinstance(layer.weight, Tensor)
-        return tuple(layer.weight.shape)
+        weight = layer.weight
+        assert isinstance(weight, Tensor)
+        return tuple(weight.shape)
 
     @classmethod
     def no_update(cls, layer: nn.Module) -> int | None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from .adapted_weight import adapter_sites
+from .adapted_weight import AdaptedWeight, adapter_sites
+from .adapter_site import AdapterSite
 
 LR_MODES: dict[str, Callable[[float, float], tuple[float, float]]] = {
     "A": lambda lr, ratio: (lr, lr * ratio),  # the paper's convention
@@ -77,9 +78,10 @@ def loraplus_param_groups(
         "other": {"lr": lr, "weight_decay": weight_decay},
         "other_no_decay": {"lr": lr, "weight_decay": 0.0},
     }
-    _check_active(model)
+    sites = list(adapter_sites(model))
+    _check_active(sites)
     members: dict[str, list[nn.Parameter]] = {name: [] for name in settings}
-    for group, parameter in _grouped(model):
+    for group, parameter in _grouped(model, sites):
         members[group].append(parameter)
     if not any(members[group] for group in _GROUP_OF_ROLE.values()):
         raise ValueError("every adapter of the model is frozen; set requires_grad on the adapter to be trained")
@@ -168,11 +170,11 @@ def split_loraplus_groups(
     return split
 
 
-def _check_active(model: nn.Module) -> None:
+def _check_active(sites: Sequence[tuple[str, AdapterSite, AdaptedWeight]]) -> None:
     """Raise where only adapters that take no part in the forward are trainable."""
     trainable = {
         (adapter, adapter in weight.lora_active)
-        for _, site, weight in adapter_sites(model)
+        for _, site, weight in sites
         for adapter, _, parameter in site.lora_parameters()
         if parameter.requires_grad
     }
@@ -184,11 +186,11 @@ def _check_active(model: nn.Module) -> None:
         )
 
 
-def _grouped(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+def _grouped(
+    model: nn.Module, sites: Sequence[tuple[str, AdapterSite, AdaptedWeight]]
+) -> Iterator[tuple[str, nn.Parameter]]:
     """``(group name, parameter)`` for every trainable parameter, each once."""
-    roles = {
-        id(p): _GROUP_OF_ROLE[role] for _, site, _ in adapter_sites(model) for _, role, p in site.lora_parameters()
-    }
+    roles = {id(p): _GROUP_OF_ROLE[role] for _, site, _ in sites for _, role, p in site.lora_parameters()}
     if not roles:
         raise ValueError("the model has no LoRA adapter; call inject_lora(model, ...) before building the optimizer")
     seen: set[int] = set()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from . import functional
-from .adapted_weight import AdaptedWeight, owner_path
+from .adapted_weight import BLOCKS, AdaptedWeight, owner_path
 from .adapter_site import AdapterSite, RowBlock
+from .adapter_tensors import named_modules
 from .formats.adapter import PARAMETER, BaseLayer
 from .init import Init
 from .layers import DTYPES, LoRALinear, LoRATransposedLinear, lora_class, why_unsupported
@@ -67,8 +69,8 @@ class Place:
     """Of a parameter; a layer states its own."""
     of: str | None = None
     """The class of the module that it is a part of, where that module reads its weights itself."""
-    linear: bool = False
-    """Whether ``"all-linear"`` includes it."""
+    linear_part: bool = False
+    """Whether it is a linear map, where that does not follow from the kind of a layer."""
     refused: str | None = None
     """Why no adapter can be put here, if that was clear when it was found."""
 
@@ -82,12 +84,22 @@ class Place:
         """The same for the same place, under whatever name it was found."""
         return id(self.owner), self.parameter, self.rows
 
+    @functools.cached_property
+    def _kind(self) -> type[LoRALayer] | None:
+        return lora_class(self.owner)
+
     @property
     def kind(self) -> type[LoRALayer]:
         """The kind of the layer."""
-        kind = lora_class(self.owner)
-        assert kind is not None
-        return kind
+        assert self._kind is not None
+        return self._kind
+
+    @property
+    def linear(self) -> bool:
+        """Whether ``"all-linear"`` includes it."""
+        if self.parameter is not None or self._kind is None:
+            return self.linear_part
+        return issubclass(self._kind, (LoRALinear, LoRATransposedLinear))
 
     def refusal(self) -> str | None:
         """Why no adapter can be put here, as a noun phrase; None if one can."""
@@ -238,17 +250,16 @@ def _overlap(one: tuple[int, int] | None, other: tuple[int, int] | None) -> bool
 def find_modules(model: nn.Module) -> dict[int, Found]:
     """Every module of the model once, by identity, with all its names; what holds adapters is left out."""
     found: dict[int, Found] = {}
-    hidden = {id(child) for module in model.modules() for held in _held(module) for child in held.modules()}
-    for name, module in model.named_modules(remove_duplicate=False):
-        if id(module) not in hidden:
-            found.setdefault(id(module), Found(module, [])).names.append(name)
+    hidden: set[int] = set()
+    for name, module in named_modules(model, every_name=True):  # a module comes before what it holds
+        if id(module) in hidden:
+            continue
+        found.setdefault(id(module), Found(module, [])).names.append(name)
+        held = BLOCKS if isinstance(module, AdaptedWeight) else HOLDERS if isinstance(module, LoRAOwner) else None
+        container = None if held is None else module._modules.get(held)
+        if container is not None:
+            hidden |= {id(child) for child in container.modules()}
     return found
-
-
-def _held(module: nn.Module) -> Iterable[nn.Module]:
-    if isinstance(module, AdaptedWeight):
-        return module.own_children().values()
-    return [module._modules[HOLDERS]] if isinstance(module, LoRAOwner) else []  # type: ignore[list-item]
 
 
 def find_places(found: Mapping[int, Found], fused: Mapping[int, Mapping[str, tuple[int, int]]]) -> list[Place]:
@@ -270,11 +281,10 @@ def find_places(found: Mapping[int, Found], fused: Mapping[int, Mapping[str, tup
         for label, rows in fused.get(key, {}).items():
             names = [(join(name, label), entry.module) for name in entry.names]
             whole = [(name, entry.module) for name in entry.names]
-            linear = _is_linear(entry.module)
-            places.append(Place(entry.module, entry.name, names, whole, label=label, rows=rows, linear=linear))
+            places.append(Place(entry.module, entry.name, names, whole, label=label, rows=rows))
         if not parts and key not in fused and key not in inside:
             names = [(name, entry.module) for name in entry.names]
-            places.append(Place(entry.module, entry.name, names, linear=_is_linear(entry.module)))
+            places.append(Place(entry.module, entry.name, names))
     return places
 
 
@@ -294,7 +304,7 @@ def _part_place(entry: Found, part: Part, owner: nn.Module) -> Place:
         part.rows,
         part.layout,
         of=next(parent.__name__ for parent in type(entry.module).__mro__ if parent in PARTS),
-        linear=part.linear,
+        linear_part=part.linear,
         refused=part.refusal,
     )
 
@@ -322,13 +332,13 @@ def find_parameters(
 
 def adapted_places(model: nn.Module) -> Iterator[tuple[Place, AdapterSite]]:
     """The places of a model that have adapters, with what holds these."""
-    for path, module in model.named_modules():
+    for path, module in named_modules(model):
         if not isinstance(module, AdaptedWeight):
             continue
         owner_name, parameter, of = path, None, None
         if isinstance(module, LoRAParameter):
             owner_name, parameter, of = owner_path(path, module), path.rpartition(".")[2], module.of
-        owner = model.get_submodule(owner_name)
+        owner: nn.Module = module if parameter is None else model.get_submodule(owner_name)
         for site in module.adapter_sites():
             if site.lora_specs:
                 rows = (site.start, site.stop) if isinstance(site, RowBlock) else None
@@ -340,8 +350,3 @@ def _usual_layout(owner: nn.Module, parameter: Tensor) -> str:
     # transformers marks experts that are stored as (stack, in, out)
     stack = "e i o -> e o i" if getattr(owner, "is_transposed", False) else "e o i -> e o i"
     return stack if parameter.ndim == 3 else "o i -> o i"
-
-
-def _is_linear(module: nn.Module) -> bool:
-    kind = lora_class(module)
-    return kind is not None and issubclass(kind, (LoRALinear, LoRATransposedLinear))

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from .adapter_tensors import named_modules
+
 
 @dataclass
 class Trained:
@@ -27,7 +29,7 @@ _MARK = "_lora_trained"
 
 def trained_modules(model: nn.Module, adapter: str | None = None) -> Iterator[tuple[str, nn.Module, Trained]]:
     """``(name, module, record)`` for the modules trained in full, with one adapter or with any."""
-    for name, module in model.named_modules():
+    for name, module in named_modules(model):
         record = module.__dict__.get(_MARK)
         if record is not None and adapter in (None, record.adapter):
             yield name, module, record

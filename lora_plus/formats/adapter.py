@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -53,7 +54,7 @@ class Adapter:
 
 def most_common(values: Sequence[Any]) -> Any:
     """The value that occurs most often, the first of them if there are several."""
-    return max(dict.fromkeys(values), key=values.count)
+    return Counter(values).most_common(1)[0][0]
 
 
 class Problems(ValueError):

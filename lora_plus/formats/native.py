@@ -34,6 +34,7 @@ KEY = "lora_plus"
 VERSION = 1
 SETTINGS = ("r", "alpha", "scaling", "variant", "dropout")
 FACTS = ("groups", "max_norm", "parameter", "rows", "of")
+_ENTRIES = {"kind", "layout", "shape", *FACTS, *SETTINGS}
 CONTAINERS = {"lora": ("lora_A", "lora_B"), "dora": ("lora_A", "lora_B", "lora_magnitude")}
 """The tensors that an adapter of each variant has."""
 
@@ -138,7 +139,7 @@ def _layer(
     if not isinstance(entry, dict):
         problems.append(f"layer {path!r}: expected an object, got {entry!r}")
         return None
-    unknown = sorted(set(entry) - {"kind", "layout", "shape", *FACTS, *SETTINGS})
+    unknown = sorted(entry.keys() - _ENTRIES)
     problems += [f"layer {path!r}: unknown entry {name!r}" for name in unknown]
     kind, layout, shape = entry.get("kind"), entry.get("layout"), entry.get("shape")
     if not (isinstance(kind, str) and isinstance(layout, str) and isinstance(shape, list)):
@@ -170,15 +171,3 @@ def _layer(
         problems.append(f"layer {path!r}: parameter must be a name, got {parameter!r}")
         return None
     return LayerAdapter(BaseLayer(kind, layout, tuple(shape), facts), settings, factor, found)
-
-
-def _is_range(rows: Any) -> bool:
-    whole = isinstance(rows, list) and len(rows) == 2 and all(type(row) is int for row in rows)
-    return whole and bool(0 <= rows[0] < rows[1])
-
-
-_FACT_CHECKS: dict[str, Callable[[Any], bool]] = {
-    "rows": _is_range,
-    "parameter": lambda name: isinstance(name, str),
-    "of": lambda name: isinstance(name, str),
-}
