@@ -207,6 +207,26 @@ def test_it_serves_torchs_own_forward_and_no_other(monkeypatch: pytest.MonkeyPat
         torch.compile(plain, backend="eager", fullgraph=True)(x)
 
 
+class Counted(nn.Module):
+    """A parametrization that changes nothing, as one with a state would."""
+
+    calls = 0
+
+    def forward(self, value: Tensor) -> Tensor:
+        self.calls += 1
+        return value * 1
+
+
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_a_computed_weight_or_bias_is_computed_once_a_call(name: str) -> None:
+    module, x, counted = layer(), draw(3, IN), Counted()
+    wanted = module(x)
+    nn.utils.parametrize.register_parametrization(module, name, counted)
+    counted.calls = 0
+    torch.testing.assert_close(module(x), wanted, rtol=1e-12, atol=1e-12)
+    assert counted.calls == 1
+
+
 @pytest.mark.parametrize("adapters", [1, 2])
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_small_layers_are_left_to_torch_with_the_same_result(
