@@ -4,9 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 DEMO_ARGS ?=
+BENCH_ARGS ?= --short
 TEST_ARGS ?=
 
-.PHONY: demo test slow vision lint clean
+.PHONY: demo test slow vision bench lint clean
 
 demo: $(VENV)/.demo  ## fine-tune a real language model with LoRA+ (two to four minutes)
 	$(BIN)/lora-plus demo $(DEMO_ARGS)
@@ -20,6 +21,18 @@ slow: $(VENV)/.test  ## the tests that need minutes, or the real model and data
 # Apart, because the torchvision wheel's kernels belong to another build of torch and break imports of other packages.
 vision: $(VENV)/.test $(VENV)/.vision  ## the tests on torchvision and timm models
 	PYTHONPATH=$(VENV)/vision $(BIN)/python -m pytest tests/test_real_models.py -k "torchvision or timm" $(TEST_ARGS)
+
+bench: $(VENV)/.bench  ## a short run of every benchmark, under ten minutes; BENCH_ARGS= for the long ones
+	$(BIN)/python benchmarks/step.py $(BENCH_ARGS)
+	$(BIN)/python benchmarks/step.py $(BENCH_ARGS) --layer 1024 1024
+	$(BIN)/python benchmarks/memory.py $(BENCH_ARGS)
+	$(BIN)/python benchmarks/memory.py $(BENCH_ARGS) --model bert --dtype float32
+	$(BIN)/python benchmarks/products.py $(BENCH_ARGS)
+	$(BIN)/python benchmarks/merge.py $(BENCH_ARGS) --dtype float32 bfloat16
+	$(BIN)/python benchmarks/files.py $(BENCH_ARGS)
+	$(BIN)/python benchmarks/compile.py $(BENCH_ARGS)
+	$(BIN)/python benchmarks/tree.py $(BENCH_ARGS)
+	$(BIN)/python benchmarks/import_time.py $(BENCH_ARGS)
 
 lint: $(VENV)/.lint  ## style and types
 	$(BIN)/ruff check .

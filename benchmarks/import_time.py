@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-import statistics
+import os
 import subprocess
 import sys
+import tempfile
+
+from measuring import Spread
+from options import common_parser, parse
+from report import Cell, Report
 
 NEEDED = "import torch, safetensors, einops"
 MEASURE = f"""
@@ -16,19 +21,29 @@ print(time.perf_counter() - wall, time.process_time() - cpu)
 """
 
 
-def measure() -> tuple[float, float]:
-    """Wall and CPU seconds of the import in one fresh interpreter."""
-    done = subprocess.run([sys.executable, "-c", MEASURE], capture_output=True, text=True, check=True)
+def measure(byte_code: str) -> tuple[float, float]:
+    """Wall and CPU seconds of the import in one fresh interpreter, with byte code kept in a folder."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    environment["PYTHONPYCACHEPREFIX"] = byte_code
+    command = [sys.executable, "-c", MEASURE]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     wall, cpu = map(float, done.stdout.split())
     return wall, cpu
 
 
-def main(runs: int = 9) -> None:
-    measure()  # compiles the byte code
-    walls, cpus = zip(*(measure() for _ in range(runs)), strict=True)
-    for name, values in (("wall", walls), ("CPU", cpus)):
-        spread = f"{min(values) * 1e3:.0f} to {max(values) * 1e3:.0f}"
-        print(f"import lora_plus after {NEEDED[7:]}: {statistics.median(values) * 1e3:.0f} ms {name} ({spread})")
+def main() -> None:
+    parser = common_parser(__doc__)
+    parser.set_defaults(rounds=9)
+    options = parse(parser)
+    report = Report(__doc__, options)
+    with tempfile.TemporaryDirectory() as byte_code:
+        measure(byte_code)  # compiles it
+        measured = zip(*[measure(byte_code) for _ in range(options.rounds)], strict=True)
+    rows: list[list[Cell]] = []
+    for clock, values in zip(("wall", "CPU"), measured, strict=True):
+        rows.append([clock, *(Spread((value,)) for value in (min(values), Spread(values).median, max(values)))])
+    report.table(f"import lora_plus after {NEEDED[7:]}", ("clock", "least", "median", "most"), rows, drawn=("median",))
+    report.close()
 
 
 if __name__ == "__main__":

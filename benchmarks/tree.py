@@ -1,27 +1,33 @@
 """What does a large tree cost? CPU seconds of each operation on thousands of small layers, beside a hand-made wrapper.
 
-Run ``python benchmarks/tree.py``; with ``--peft`` PEFT does the same in the same run. All figures are the process's CPU
-time, the best of several runs, on one thread; quote ratios, since machines differ.
+The figures are the smallest of several runs. "Per layer" divides by the number of layers, and stays the same from size
+to size where an operation is linear. PEFT does the same in the same process at one size, once, asked for
+``"all-linear"``, which costs it least.
+
+    python benchmarks/tree.py --layers 1000 10000 50000
 """
 
 from __future__ import annotations
 
-import argparse
+import copy
 import gc
-import json
 import math
-import platform
 import tempfile
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
+from measuring import CLOCKS, Call, Spread
+from options import common_parser, parse
+from report import Cell, Report
 from torch import Tensor, nn
 
 import lora_plus
 
 RANK = 4
+Operations = Iterator[tuple[str, Call]]
+"""Names and calls; each is timed before the next is asked for."""
 
 
 def tree(layers: int) -> nn.Module:
@@ -40,7 +46,8 @@ class Wrapper(nn.Module):
         self.B = nn.Parameter(torch.zeros(base.out_features, r))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.base(x) + x @ self.A.T @ self.B.T
+        y: Tensor = self.base(x) + x @ self.A.T @ self.B.T
+        return y
 
 
 def wrap(module: nn.Module) -> None:
@@ -52,77 +59,100 @@ def wrap(module: nn.Module) -> None:
             wrap(child)
 
 
-def cpu_seconds(call: Callable[[], object]) -> float:
-    """CPU time of the process during the call."""
-    gc.collect()
-    start = time.process_time()
-    call()
-    return time.process_time() - start
+def ours(layers: int, folder: Path) -> Operations:
+    """The operations of this library, after wrapping by hand."""
+    model, fresh, plain, path = tree(layers), tree(layers), tree(layers), folder / "adapter.safetensors"
+
+    def inject(adapter: str) -> None:
+        lora_plus.inject_lora(model, "all-linear", r=RANK, adapter=adapter)
+
+    disabled = lora_plus.disabled(model)
+    yield "wrap by hand", lambda: wrap(plain)
+    yield "inject", lambda: inject("default")
+    yield "LoRA+ groups", lambda: lora_plus.loraplus_param_groups(model, lr=1e-3)
+    yield "summary", lambda: lora_plus.lora_summary(model)
+    yield "save", lambda: lora_plus.save_adapter(model, path)
+    yield "load", lambda: lora_plus.load_adapter(fresh, path)
+    yield "merge", lambda: lora_plus.merge_lora(model)
+    yield "unmerge", lambda: lora_plus.unmerge_lora(model)
+    yield "disable", disabled.__enter__
+    yield "enable", lambda: disabled.__exit__(None, None, None)
+    yield "second adapter", lambda: inject("second")
+    yield "set_adapter", lambda: lora_plus.set_adapter(model, "default")
+    for n in range(3, 10):
+        inject(f"adapter {n}")
+    yield "tenth adapter", lambda: inject("tenth")
+    yield "set_adapter of ten", lambda: lora_plus.set_adapter(model, "default")
+    yield "remove", lambda: lora_plus.remove_lora(model)
 
 
-def ours(layers: int, folder: Path) -> dict[str, float]:
-    """CPU seconds of each operation of this library, and of wrapping by hand."""
-    model, fresh, by_hand = tree(layers), tree(layers), tree(layers)
-    path = folder / "adapter.safetensors"
-    return {
-        "wrap by hand": cpu_seconds(lambda: wrap(by_hand)),
-        "inject": cpu_seconds(lambda: lora_plus.inject_lora(model, "all-linear", r=RANK)),
-        "second adapter": cpu_seconds(lambda: lora_plus.inject_lora(model, "all-linear", r=RANK, adapter="second")),
-        "LoRA+ groups": cpu_seconds(lambda: lora_plus.loraplus_param_groups(model, lr=1e-3)),
-        "summary": cpu_seconds(lambda: lora_plus.lora_summary(model)),
-        "save": cpu_seconds(lambda: lora_plus.save_adapter(model, path)),
-        "load": cpu_seconds(lambda: lora_plus.load_adapter(fresh, path)),
-        "merge": cpu_seconds(lambda: lora_plus.merge_lora(model)),
-        "unmerge": cpu_seconds(lambda: lora_plus.unmerge_lora(model)),
-        "remove": cpu_seconds(lambda: lora_plus.remove_lora(model)),
-    }
-
-
-def peft(layers: int, folder: Path) -> dict[str, float]:
-    """CPU seconds of the same operations in PEFT."""
+def peft(layers: int, folder: Path) -> Operations:
+    """The same operations in PEFT."""
     from peft import LoraConfig, PeftModel, get_peft_model
 
-    model = tree(layers)
-    made: dict[str, PeftModel] = {}
-    cost = {
-        "inject": cpu_seconds(
-            lambda: made.update(model=get_peft_model(model, LoraConfig(r=RANK, target_modules="all-linear")))  # type: ignore[arg-type, call-overload]
-        )
-    }
-    cost["save"] = cpu_seconds(lambda: made["model"].save_pretrained(str(folder)))
-    cost["load"] = cpu_seconds(lambda: PeftModel.from_pretrained(tree(layers), str(folder)))  # type: ignore[arg-type]
-    cost["merge"] = cpu_seconds(lambda: made["model"].merge_adapter())
-    cost["unmerge"] = cpu_seconds(lambda: made["model"].unmerge_adapter())
-    return cost
+    config, made = LoraConfig(r=RANK, target_modules="all-linear"), list[Any]()
+
+    def add(adapter: str) -> None:
+        made[0].add_adapter(adapter, copy.deepcopy(config))
+
+    plain, fresh = tree(layers), tree(layers)
+    yield "inject", lambda: made.append(get_peft_model(plain, copy.deepcopy(config)))  # type: ignore[arg-type]
+    model = made[0]
+    disabled = model.disable_adapter()
+    yield "save", lambda: model.save_pretrained(str(folder))
+    yield "load", lambda: PeftModel.from_pretrained(fresh, str(folder))  # type: ignore[arg-type]
+    yield "merge", model.merge_adapter
+    yield "unmerge", model.unmerge_adapter
+    yield "disable", disabled.__enter__
+    yield "enable", lambda: disabled.__exit__(None, None, None)
+    yield "second adapter", lambda: add("second")
+    yield "set_adapter", lambda: model.set_adapter("default")
+    for n in range(3, 10):
+        add(f"adapter_{n}")
+    yield "tenth adapter", lambda: add("tenth")
+    yield "set_adapter of ten", lambda: model.set_adapter("default")
+    yield "remove", model.unload
 
 
-def best(measure: Callable[[int, Path], dict[str, float]], layers: int, runs: int) -> dict[str, float]:
-    """The smallest of several measurements of each operation, after one that is not counted."""
+def once(operations: Callable[[int, Path], Operations], layers: int, clock: str) -> dict[str, float]:
+    """Seconds of each operation."""
+    seconds = {}
     with tempfile.TemporaryDirectory() as folder:
-        measure(400, Path(folder))
-        measured = [measure(layers, Path(folder)) for _ in range(runs)]
+        for name, call in operations(layers, Path(folder)):
+            gc.collect()
+            seconds[name] = CLOCKS[clock](call, 1)
+    return seconds
+
+
+def best(operations: Callable[[int, Path], Operations], layers: int, runs: int, clock: str = "cpu") -> dict[str, float]:
+    """The smallest of several measurements of each operation, after a run that is not counted."""
+    once(operations, 100, clock)
+    measured = [once(operations, layers, clock) for _ in range(runs)]
     return {name: min(run[name] for run in measured) for name in measured[0]}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--layers", type=int, nargs="+", default=[10_000, 20_000])
-    parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--peft", action="store_true", help="measure PEFT too, at the first size")
-    parser.add_argument("--json", type=Path, help="also write the figures to this file")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    results = {f"lora_plus, {n:,}": best(ours, n, options.runs) for n in options.layers}
-    if options.peft:
-        results[f"PEFT, {options.layers[0]:,}"] = best(peft, options.layers[0], 1)
-    print(f"CPU seconds; torch {torch.__version__}, Python {platform.python_version()}, {platform.machine()}")
-    width = max(map(len, results)) + 2
-    print(" " * 16 + "".join(name.rjust(width) for name in results))
-    for operation in next(iter(results.values())):
-        cells = [f"{run[operation]:.2f}" if operation in run else "-" for run in results.values()]
-        print(operation.ljust(16) + "".join(cell.rjust(width) for cell in cells))
-    if options.json:
-        options.json.write_text(json.dumps(results, indent=2) + "\n")
+    parser = common_parser(__doc__)
+    parser.set_defaults(rounds=3)
+    parser.add_argument("--layers", type=int, nargs="+", default=[1_000, 10_000, 50_000])
+    parser.add_argument("--peft-layers", type=int, default=1_000, help="PEFT's size; 0 to leave it out")
+    options = parse(parser, layers=[1_000, 3_000], peft_layers=200, rounds=1)
+    report = Report(__doc__, options)
+    sizes = {f"lora_plus, {layers:,}": layers for layers in options.layers}
+    costs = {name: best(ours, layers, options.rounds, options.clock) for name, layers in sizes.items()}
+    if options.peft_layers:
+        name = f"PEFT, {options.peft_layers:,}"
+        sizes[name], costs[name] = options.peft_layers, best(peft, options.peft_layers, 1, options.clock)
+    seconds = {name: {operation: Spread((value,)) for operation, value in cost.items()} for name, cost in costs.items()}
+    per_layer = {name: {o: s.per(sizes[name], "s") for o, s in cost.items()} for name, cost in seconds.items()}
+    columns = ("operation", *costs)
+    for title, shown, drawn in (("in all", seconds, ()), ("per layer", per_layer, columns[1:])):
+        rows: list[list[Cell]] = [
+            [operation, *(cost.get(operation, "") for cost in shown.values())]
+            for operation in next(iter(costs.values()))
+        ]
+        report.table(f"{title}, {options.clock} time", columns, rows, drawn=drawn)
+    report.close()
 
 
 if __name__ == "__main__":
