@@ -96,11 +96,11 @@ def _compute(x: Tensor, weight: Tensor, bias: Tensor | None, updates: Sequence[U
     """The output, and ``A u`` of each update."""
     # products with the factors come before those with the weight: what they read is then still in the cache
     hidden = [_hidden(A, x if u is None else u) for u, A, _, _ in updates]
-    y = F.linear(x, weight, bias)
-    rows = _rows(y)
+    y = F.linear(x, weight, bias).contiguous()
+    rows = y.view(-1, y.shape[-1])
     for h, (_, _, B, scale) in zip(hidden, updates, strict=True):
         rows.addmm_(h.t(), _as(B, h.dtype).t(), alpha=scale)
-    return rows.view(y.shape), hidden
+    return y.detach(), hidden  # not a view any more: the output of an autograd function could not be changed in place
 
 
 class _FusedLinear(torch.autograd.Function):

@@ -14,6 +14,9 @@ import torch.nn.functional as F
 from conftest import randomise
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -121,6 +124,18 @@ def test_gradients_of_any_strides(change: Callable[[Tensor], Tensor]) -> None:
     for gradient, parameter in zip(wanted[1:], module.parameters(), strict=True):
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-12, atol=1e-12)
         assert parameter.grad.is_contiguous()
+
+
+@pytest.mark.parametrize("shape", [(3, IN), (2, 3, IN), (IN,), (0, IN), (2, 1, 3, IN)], ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_output_can_be_changed_in_place(shape: tuple[int, ...], bias: bool) -> None:
+    module, x = layer(bias=bias), draw(*shape).requires_grad_()
+    y = module(x)
+    assert not y._is_view() and y.is_contiguous()
+    y += 1
+    gradients = torch.autograd.grad(y.relu_().sum(), [x, *module.parameters()])
+    wanted = torch.autograd.grad((explicit(module, x) + 1).relu().sum(), [x, *module.parameters()])
+    torch.testing.assert_close(gradients, wanted, rtol=1e-12, atol=1e-12)
 
 
 def test_batched_gradients() -> None:
@@ -385,3 +400,41 @@ def test_half_precision_gradients_against_float64() -> None:
     for one, other in zip(got, wanted, strict=True):
         error = (one.double() - other).norm() / other.norm()
         assert error < 4 * torch.finfo(torch.bfloat16).eps, error
+
+
+@pytest.fixture
+def mesh() -> Iterator[Any]:
+    """A device mesh of this process alone."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()
+
+
+def test_sharded_tensors_are_left_to_torch(mesh: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, x = layer(adapters=2), draw(8, IN)
+    wanted = torch.autograd.grad(module(x).square().sum(), list(module.parameters()))
+    for owner in module.modules():
+        for name, parameter in list(owner._parameters.items()):
+            placed = distribute_tensor(parameter.detach(), mesh, [Shard(0)])
+            owner._parameters[name] = nn.Parameter(placed)
+    with forbidden(monkeypatch):
+        y = module(distribute_tensor(x, mesh, [Replicate()]))
+    got = torch.autograd.grad(y.square().sum(), list(module.parameters()))
+    for one, other in zip(got, wanted, strict=True):
+        torch.testing.assert_close(one.full_tensor(), other, rtol=1e-12, atol=1e-12)
+
+
+def test_a_fully_sharded_layer_is_computed_in_one_function(mesh: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, x = layer(adapters=2), draw(8, IN)
+    y = module(x)
+    y.square().sum().backward()
+    wanted = [y, *(parameter.grad for parameter in module.parameters())]
+    for parameter in module.parameters():
+        parameter.grad = None
+    fully_shard(module, mesh=mesh)
+    with forbidden(monkeypatch), pytest.raises(Used):
+        module(x)
+    y = module(x)
+    y.square().sum().backward()
+    got = [y, *(parameter.grad.full_tensor() for parameter in module.parameters())]
+    torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
