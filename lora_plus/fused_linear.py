@@ -45,7 +45,9 @@ def can_fuse(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return False
     plain = all(t is None or (type(t) in (Tensor, nn.Parameter) and not t.is_nested) for t in (x, weight, bias))
-    return plain and (x.shape[:-1].numel() * sum(weight.shape) >= _LEAST_WORK or not torch.is_grad_enabled())
+    if not plain or x.shape[-1:] != weight.shape[1:] or x.device != weight.device:  # where torch's own error tells more
+        return False
+    return x.shape[:-1].numel() * sum(weight.shape) >= _LEAST_WORK or not torch.is_grad_enabled()
 
 
 def fused_linear(x: Tensor, weight: Tensor, bias: Tensor | None, updates: Sequence[Update]) -> Tensor:

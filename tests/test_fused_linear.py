@@ -269,6 +269,17 @@ def test_a_forward_of_torch_that_was_replaced_stays_the_base(monkeypatch: pytest
     torch.testing.assert_close(module(x), wanted, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize(
+    "wrong", [draw(2, IN + 1), draw(2, IN, dtype=torch.float32), draw(2, IN).to("meta"), torch.tensor(1.0)], ids=str
+)
+def test_a_wrong_input_gives_torchs_own_error(wrong: Tensor) -> None:
+    with pytest.raises(RuntimeError) as theirs:
+        nn.Linear(IN, OUT).double()(wrong)
+    with pytest.raises(RuntimeError) as ours:
+        layer()(wrong)
+    assert str(ours.value).partition("\n")[0] == str(theirs.value).partition("\n")[0]
+
+
 def test_a_wrong_call_fails_as_it_did() -> None:
     with pytest.raises(TypeError, match="positional argument"):
         layer()(draw(2, IN), draw(2, IN))
