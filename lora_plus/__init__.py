@@ -2,7 +2,10 @@
 
 from .adapters import adapter_names, adapter_state_dict, delete_adapter, disabled, lora_summary, set_adapter
 from .check import check_adapters
+from .checkpoint import CheckpointReport, merge_checkpoint
+from .combine import CombineReport, combine_adapters, resize_adapter
 from .config import LoRAConfig
+from .extract import extract_adapter
 from .inject import inject_lora, remove_lora
 from .io import load_adapter, save_adapter
 from .layers import (
@@ -22,6 +25,8 @@ from .parameters import LoRAParameter
 from .version import __version__
 
 __all__ = [
+    "CheckpointReport",
+    "CombineReport",
     "LoRAConfig",
     "LoRAConv1d",
     "LoRAConv2d",
@@ -37,17 +42,21 @@ __all__ = [
     "adapter_names",
     "adapter_state_dict",
     "check_adapters",
+    "combine_adapters",
     "create_loraplus_optimizer",
     "delete_adapter",
     "disabled",
+    "extract_adapter",
     "inject_lora",
     "load_adapter",
     "lora_summary",
     "loraplus_param_groups",
     "merge_and_unload",
+    "merge_checkpoint",
     "merge_lora",
     "merged",
     "remove_lora",
+    "resize_adapter",
     "save_adapter",
     "set_adapter",
     "split_loraplus_groups",

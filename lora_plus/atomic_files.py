@@ -81,14 +81,14 @@ def replacing(*paths: Path) -> Iterator[list[Path]]:
         yield temporaries
         for temporary, mode in zip(temporaries, modes, strict=True):
             temporary.chmod(mode)  # safetensors makes its files readable by the owner only
-            _flush(temporary)
+            flush(temporary)
         if len(paths) > 1 and last.exists() and last.read_bytes() != temporaries[-1].read_bytes():
             os.replace(last, aside)
         for path, temporary in zip(paths, temporaries, strict=True):
             os.replace(temporary, path)
         if os.name == "posix":  # a rename is lasting once its folder is written; elsewhere folders cannot be opened
             for folder in {path.parent for path in paths}:
-                _flush(folder)
+                flush(folder)
     finally:
         if aside.exists() and temporaries[0].exists():  # nothing took its place yet
             os.replace(aside, last)
@@ -96,7 +96,7 @@ def replacing(*paths: Path) -> Iterator[list[Path]]:
             leftover.unlink(missing_ok=True)
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

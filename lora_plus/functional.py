@@ -10,7 +10,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -54,6 +54,12 @@ def accumulation_dtype(*dtypes: torch.dtype) -> torch.dtype:
     return wide
 
 
+def full_precision(device: torch.device) -> AbstractContextManager[object]:
+    """Inside, autocast is off: it would multiply in half precision."""
+    on = torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if on else nullcontext()
+
+
 def add_delta(weight: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
     """The weight with its update, ``W + scale * B @ A``, computed in float32 or better.
 
@@ -73,9 +79,7 @@ def add_delta(weight: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
     if weight.stride(-1) != 1 and weight.stride(-2) == 1:
         return add_delta(weight.mT, B.mT, A.mT, scale).mT
     product = torch.addmm if weight.ndim == 2 else torch.baddbmm
-    # autocast would multiply in half precision
-    full = torch.autocast(A.device.type, enabled=False) if torch.is_autocast_enabled(A.device.type) else nullcontext()
-    with full:
+    with full_precision(A.device):
         return product(weight.to(wide), B.to(wide), A.to(wide), alpha=scale)
 
 

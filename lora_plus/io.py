@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
@@ -11,13 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from . import functional
+from .adapter_files import is_finite, read_adapter, shape_problems, value_problems
 from .adapter_tensors import check_adapter_name
 from .adapters import check_adapter, unwrap, whole
-from .atomic_files import read_safetensors, replacing, serialize, write_safetensors
+from .atomic_files import replacing, serialize, write_safetensors
 from .collector import collector_paused
 from .config import LAYOUTS
 from .formats import native, peft
@@ -71,13 +69,13 @@ def save_adapter(
         f"{join(name, part)!r} has values that are not finite"
         for name, layer in data.layers.items()
         for part, tensor in layer.tensors.items()
-        if not _is_finite(tensor)
+        if not is_finite(tensor)
     ]
     broken += [
         f"{join(name, part)!r} has values that are not finite"
         for name, tensors in data.trained.items()
         for part, _ in model.get_submodule(name).named_parameters()
-        if part in tensors and not _is_finite(tensors[part])
+        if part in tensors and not is_finite(tensors[part])
     ]
     if broken:
         raise Problems(f"adapter {adapter!r} was not saved", broken)
@@ -114,7 +112,7 @@ def load_adapter(
     by_name = {name: entry for entry in found.values() for name in entry.names}
     places = _by_name(find_places(found, {}))
     problems: list[str] = []
-    data = _read(path, places, by_name, problems)
+    data = read_adapter(path, lambda tensors, config: _surroundings(places, by_name), problems)
     if not data.layers.keys() <= places.keys():
         places = _by_name(find_parameters(found)) | places
     chosen = _choose_places(data, places, by_name, problems)
@@ -226,55 +224,15 @@ _WRITERS: dict[str, Callable[[Path, Adapter, nn.Module], None]] = {"native": _wr
 # ---- reading ---------------------------------------------------------------------------------------------------------
 
 
-def _read(path: Path, places: Mapping[str, Place], by_name: Mapping[str, Found], problems: list[str]) -> Adapter:
-    """The adapter at a path, in whichever format it is."""
-    if path.is_dir():
-        return _read_peft(path, places, by_name, problems)
-    if not path.exists():
-        raise FileNotFoundError(f"there is no adapter at {str(path)!r}")
-    tensors, metadata = _read_safetensors(path, problems)
-    if problems:
-        return Adapter({}, {})
-    if native.KEY not in metadata:
-        hint = f"; give the folder {str(path.parent)!r}" if (path.parent / peft.CONFIG).exists() else ""
-        problems.append(f"it is a safetensors file, but its header does not describe an adapter{hint}")
-        return Adapter({}, {})
-    return native.read(tensors, metadata, _scale, problems)
-
-
-def _read_peft(path: Path, places: Mapping[str, Place], by_name: Mapping[str, Found], problems: list[str]) -> Adapter:
-    present = [name for name in (peft.CONFIG, peft.WEIGHTS) if (path / name).exists()]
-    for name in {peft.CONFIG, peft.WEIGHTS} - set(present):
-        pickled = (path / name).with_suffix(".bin").exists()
-        hint = "; there is a .bin file, which is a pickle and is not read: convert it to safetensors" if pickled else ""
-        problems.append(f"the folder has no {name}{hint}")
-    if problems:
-        return Adapter({}, {})
-    try:
-        config = json.loads((path / peft.CONFIG).read_text(encoding="utf-8"))
-    except (ValueError, OSError, RecursionError) as error:
-        problems.append(f"{peft.CONFIG} is not valid JSON: {error}")
-    tensors, _ = _read_safetensors(path / peft.WEIGHTS, problems)
-    if problems:
-        return Adapter({}, {})
+def _surroundings(
+    places: Mapping[str, Place], by_name: Mapping[str, Found]
+) -> tuple[dict[str, BaseLayer | None], peft.Outline]:
+    """What PEFT's format leaves to the model."""
     found = {id(entry.module): entry for entry in by_name.values()}
     places = {**_by_name(find_parameters(found)), **places}
     bases: dict[str, BaseLayer | None] = dict.fromkeys(by_name)
     bases |= {name: None if place.refusal() else place.base() for name, place in places.items()}
-    outline = _outline(found)
-    return peft.read(tensors, config, bases, outline, _scale, problems)
-
-
-def _scale(settings: dict[str, Any]) -> float:
-    return AdapterSpec(**settings).scale
-
-
-def _read_safetensors(path: Path, problems: list[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    try:
-        return read_safetensors(path)
-    except (SafetensorError, OSError) as error:
-        problems.append(f"{path.name} is not a whole safetensors file: {error}")
-        return {}, {}
+    return bases, _outline(found)
 
 
 # ---- checking against the model --------------------------------------------------------------------------------------
@@ -288,11 +246,7 @@ def _choose_places(
     seen: dict[Any, str] = {}
     missing: list[str] = []
     for name, layer in data.layers.items():
-        for part, tensor in layer.tensors.items():
-            if tensor.dtype not in DTYPES:
-                problems.append(f"{join(name, part)!r} is {tensor.dtype}, expected one of {DTYPES}")
-            elif not _is_finite(tensor):
-                problems.append(f"{join(name, part)!r} has values that are not finite")
+        problems += value_problems(name, layer)
         place = _place(name, layer.base, places, by_name)
         if place is None:
             missing.append(name)
@@ -346,22 +300,7 @@ def _misfits(layer: LayerAdapter, base: BaseLayer) -> list[str]:
     if layer.base != base:
         pairs = [(field, getattr(layer.base, field), getattr(base, field)) for field in _BASE_FIELDS]
         return [f"{field} {file!r} in the file, {ours!r} in the model" for field, file, ours in pairs if file != ours]
-    *stack, out_features, in_features = functional.matrix_shape(base.layout, base.shape)
-    if "rows" in base.facts and base.facts["rows"][1] > out_features:
-        return [f"rows {base.facts['rows']} of a weight that has {out_features}"]
-    if "rows" in base.facts:
-        out_features = base.facts["rows"][1] - base.facts["rows"][0]
-    r = layer.settings["r"]
-    expected = {
-        "lora_A": (*stack, r, in_features),
-        "lora_B": (*stack, out_features, r),
-        "lora_magnitude": (*stack, out_features),
-    }
-    return [
-        f"{part} has shape {tuple(tensor.shape)}, expected {expected[part]}"
-        for part, tensor in layer.tensors.items()
-        if tuple(tensor.shape) != expected[part]
-    ]
+    return shape_problems(layer)
 
 
 def _check_trained(
@@ -400,12 +339,6 @@ def _trained_misfit(tensor: Tensor, wanted: Tensor) -> str | None:
         return f"{tensor.dtype} in the file, {wanted.dtype} in the model"
     if wanted.is_meta:
         return "the model has no values for it yet (it is on the meta device); load the base model first"
-    if isinstance(wanted, nn.Parameter) and not _is_finite(tensor):
+    if isinstance(wanted, nn.Parameter) and not is_finite(tensor):
         return "values that are not finite"
     return None
-
-
-def _is_finite(tensor: Tensor) -> bool:
-    if tensor.dtype not in DTYPES or math.isfinite(tensor.sum(dtype=torch.float32)):
-        return True
-    return bool(torch.isfinite(tensor).all())  # a sum of finite numbers can be too large

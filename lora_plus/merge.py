@@ -170,7 +170,7 @@ def _compute(
         names = _wanted(weight, adapters)
         if not names:
             continue
-        made = _refusal(weight, dequantize) or _merge(weight, names)
+        made = _refusal(weight, dequantize) or merged_state(weight, names)
         if isinstance(made, str):
             problems.append(f"{path!r}: {made}")
             continue
@@ -191,7 +191,7 @@ def _compute(
     return report, merges
 
 
-def _merge(weight: AdaptedWeight, names: tuple[str, ...]) -> Merge | str:
+def merged_state(weight: AdaptedWeight, names: tuple[str, ...]) -> Merge | str:
     """The merged state of a weight, or why it cannot be merged."""
     base, dtype = weight.dense_weight()
     merged_weight = torch.empty_like(base, dtype=dtype)
@@ -203,7 +203,7 @@ def _merge(weight: AdaptedWeight, names: tuple[str, ...]) -> Merge | str:
         if merged_weight.element_size() < 4:
             lost.append(torch.linalg.vector_norm(rounded - exact))
             size.append(torch.linalg.vector_norm(exact - base[index].to(exact.dtype)))
-    if not math.isfinite(total) and not _as_finite_as(merged_weight, base):
+    if not math.isfinite(total) and not as_finite_as(merged_weight, base):
         return f"the merged weight is not finite in {merged_weight.dtype}"
     own = weight.weight
     bound = (
@@ -263,7 +263,7 @@ def _trial(layer: LoRALayer, names: tuple[str, ...], merged_weight: Tensor) -> s
     return None
 
 
-def _as_finite_as(merged_weight: Tensor, base: Tensor) -> bool:
+def as_finite_as(merged_weight: Tensor, base: Tensor) -> bool:
     return bool((torch.isfinite(merged_weight) | ~torch.isfinite(base)).all())
 
 

@@ -1,0 +1,112 @@
+"""Reads an adapter from the disk, in whichever format it is, and checks what can be checked without its model."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from . import functional
+from .atomic_files import read_safetensors
+from .formats import native, peft
+from .formats.adapter import Adapter, BaseLayer, LayerAdapter
+from .layers import DTYPES
+from .names import join
+from .variants import AdapterSpec
+
+Surroundings = Callable[[Mapping[str, Tensor], Any], tuple[Mapping[str, BaseLayer | None], peft.Outline]]
+"""What PEFT's format leaves to the model, as `formats.peft.read` takes it; from the folder's tensors and config."""
+
+
+def read_adapter(path: Path, surroundings: Surroundings, problems: list[str]) -> Adapter:
+    """The adapter at a path; what is wrong with it is added to ``problems``.
+
+    Raises:
+        FileNotFoundError: if there is no such file or folder.
+    """
+    if path.is_dir():
+        return _read_peft(path, surroundings, problems)
+    if not path.exists():
+        raise FileNotFoundError(f"there is no adapter at {str(path)!r}")
+    tensors, metadata = _read_safetensors(path, problems)
+    if problems:
+        return Adapter({}, {})
+    if native.KEY not in metadata:
+        hint = f"; give the folder {str(path.parent)!r}" if (path.parent / peft.CONFIG).exists() else ""
+        problems.append(f"it is a safetensors file, but its header does not describe an adapter{hint}")
+        return Adapter({}, {})
+    return native.read(tensors, metadata, _scale, problems)
+
+
+def _read_peft(path: Path, surroundings: Surroundings, problems: list[str]) -> Adapter:
+    present = [name for name in (peft.CONFIG, peft.WEIGHTS) if (path / name).exists()]
+    for name in {peft.CONFIG, peft.WEIGHTS} - set(present):
+        pickled = (path / name).with_suffix(".bin").exists()
+        hint = "; there is a .bin file, which is a pickle and is not read: convert it to safetensors" if pickled else ""
+        problems.append(f"the folder has no {name}{hint}")
+    if problems:
+        return Adapter({}, {})
+    try:
+        config = json.loads((path / peft.CONFIG).read_text(encoding="utf-8"))
+    except (ValueError, OSError, RecursionError) as error:
+        problems.append(f"{peft.CONFIG} is not valid JSON: {error}")
+    tensors, _ = _read_safetensors(path / peft.WEIGHTS, problems)
+    if problems:
+        return Adapter({}, {})
+    bases, outline = surroundings(tensors, config)
+    return Adapter({}, {}) if problems else peft.read(tensors, config, bases, outline, _scale, problems)
+
+
+def _scale(settings: dict[str, Any]) -> float:
+    return AdapterSpec(**settings).scale
+
+
+def _read_safetensors(path: Path, problems: list[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    try:
+        return read_safetensors(path)
+    except (SafetensorError, OSError) as error:
+        problems.append(f"{path.name} is not a whole safetensors file: {error}")
+        return {}, {}
+
+
+def value_problems(name: str, layer: LayerAdapter) -> Iterator[str]:
+    """What is wrong with the values of a layer's adapter."""
+    for part, tensor in layer.tensors.items():
+        if tensor.dtype not in DTYPES:
+            yield f"{join(name, part)!r} is {tensor.dtype}, expected one of {DTYPES}"
+        elif not is_finite(tensor):
+            yield f"{join(name, part)!r} has values that are not finite"
+
+
+def shape_problems(layer: LayerAdapter) -> list[str]:
+    """What is wrong with the shapes of a layer's adapter, given its base."""
+    base = layer.base
+    *stack, out_features, in_features = functional.matrix_shape(base.layout, base.shape)
+    if "rows" in base.facts and base.facts["rows"][1] > out_features:
+        return [f"rows {base.facts['rows']} of a weight that has {out_features}"]
+    if "rows" in base.facts:
+        out_features = base.facts["rows"][1] - base.facts["rows"][0]
+    r = layer.settings["r"]
+    expected = {
+        "lora_A": (*stack, r, in_features),
+        "lora_B": (*stack, out_features, r),
+        "lora_magnitude": (*stack, out_features),
+    }
+    return [
+        f"{part} has shape {tuple(tensor.shape)}, expected {expected[part]}"
+        for part, tensor in layer.tensors.items()
+        if tuple(tensor.shape) != expected[part]
+    ]
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether all values of a tensor are finite; other dtypes than those of weights are."""
+    if tensor.dtype not in DTYPES or math.isfinite(tensor.sum(dtype=torch.float32)):
+        return True
+    return bool(torch.isfinite(tensor).all())  # a sum of finite numbers can be too large

@@ -1,0 +1,218 @@
+"""Merge adapters into a checkpoint on the disk, tensor after tensor, without building a model."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .adapter_files import is_finite
+from .atomic_files import flush
+from .checkpoint_files import HOLDS_WEIGHTS, INDEX, Checkpoint, appearing, copy_file
+from .checkpoint_plan import Change, Names, Plan, renamer
+from .formats.adapter import Problems
+from .functional import matrix_shape
+from .layers import DTYPES
+from .merge import MergeReport, as_finite_as, merged_state
+from .parameters import LoRAParameter
+from .streaming import DTYPES as STORED
+from .streaming import StoredTensor, TensorFile, write_stream
+
+PathLike = str | os.PathLike[str]
+
+
+@dataclass(frozen=True)
+class CheckpointReport:
+    """What `merge_checkpoint` did. ``str()`` of it is one line for each thing worth knowing."""
+
+    merged: list[str]
+    """Names of the tensors with adapters merged into them."""
+    lost: dict[str, float]
+    """As in `MergeReport`, by the names of tensors."""
+    replaced: list[str]
+    """Tensors of modules that were trained in full."""
+    copied: list[str]
+    """All other tensors."""
+    left_out: list[str]
+    """Files of the folder that were not copied, because they have the weights without the adapters."""
+
+    def __str__(self) -> str:
+        lines = [str(MergeReport(self.merged, self.lost, []))]
+        if self.replaced:
+            lines.append(f"replaced {len(self.replaced)} tensors of modules trained in full")
+        lines.append(f"copied {len(self.copied)} tensors")
+        if self.left_out:
+            lines.append(f"left out {', '.join(self.left_out)}: not merged")
+        return "\n".join(lines)
+
+
+def merge_checkpoint(
+    base: PathLike,
+    adapter: PathLike | Sequence[PathLike],
+    out: PathLike,
+    *,
+    dtype: torch.dtype | None = None,
+    weights: Sequence[float] | None = None,
+    names: Names | None = None,
+) -> CheckpointReport:
+    """Write a checkpoint whose weights contain the adapters, as merging in the model and saving it would.
+
+    A tensor that an adapter changes is computed in float32, or float64 where it or the adapter is, and rounded once.
+    All others are copied byte for byte. A few times the largest tensor is in memory. ``out`` appears whole or not at
+    all; what a killed run left beside it is cleared by the next one. Same input, same bytes.
+
+    Of a folder, shards, index, other files and subfolders are taken over, but hidden ones are not, nor other files at
+    the top that hold the weights or an adapter: they would not be merged. A module whose own forward uses its weight
+    in a way of its own cannot be known here; `merge_lora` finds out.
+
+    Args:
+        base: a ``.safetensors`` file, or a folder with ``model.safetensors`` or with shards and
+            ``model.safetensors.index.json``.
+        adapter: a file or folder that `load_adapter` reads, or several, whose updates are added up.
+        out: the new file or folder; a folder may be there if it is empty.
+        dtype: of the new checkpoint's tensors, those in float16, bfloat16, float32 and float64; None to keep each
+            one's. Other files, such as config.json, are not changed.
+        weights: a factor for each adapter; 1 each if not given.
+        names: from the names of tensors in the adapter's model to those in the checkpoint: a mapping of prefixes, such
+            as ``{"model": ""}`` for ``model.layers.0.q.weight`` that is ``layers.0.q.weight`` here, or a function.
+
+    Returns:
+        A report: which tensors, and how much of the update rounding to half precision lost.
+
+    Raises:
+        ValueError: one error with everything that is wrong with the files, or does not fit. Nothing is written then.
+            Also if a new weight would not be finite, found while writing; then nothing stays.
+        FileNotFoundError, FileExistsError: if base or an adapter is not there, or ``out`` is.
+    """
+    base, out = Path(base), Path(os.path.abspath(out))
+    paths = [Path(adapter)] if isinstance(adapter, (str, os.PathLike)) else [Path(path) for path in adapter]
+    factors = [1.0] * len(paths) if weights is None else [float(factor) for factor in weights]
+    _check_arguments(base, paths, out, dtype, factors)
+    checkpoint = Checkpoint(base)
+    plan = Plan(checkpoint, renamer(names))
+    for index, path in enumerate(paths):
+        plan.add(f"adapter {str(path)!r}: " if len(paths) > 1 else "", str(index), path, factors[index])
+    plan.check()
+    if plan.problems:
+        raise Problems(f"nothing was merged into {str(base)!r}", plan.problems)
+    for doubt in plan.doubts:
+        warnings.warn(doubt, stacklevel=2)
+    writer = _Writer(checkpoint, plan, dtype)
+    with appearing(out, checkpoint.single) as folder:
+        writer.write(folder)
+    return writer.report
+
+
+def _check_arguments(base: Path, paths: list[Path], out: Path, dtype: Any, factors: list[float]) -> None:
+    if not paths:
+        raise ValueError("no adapter given")
+    if len(factors) != len(paths):
+        raise ValueError(f"weights has {len(factors)} factors for {len(paths)} adapters")
+    wrong = [factor for factor in factors if not math.isfinite(factor) or not factor]
+    if wrong:
+        raise ValueError(f"weights must be finite and not zero (leave such an adapter out), got {wrong[0]}")
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {DTYPES} or None, got {dtype!r}")
+    if not base.exists():
+        raise FileNotFoundError(f"there is no checkpoint at {str(base)!r}")
+    if base.is_file() and out.suffix != ".safetensors":
+        raise ValueError(f"out must end in '.safetensors' where base is a file, got {str(out)!r}")
+    if out.exists() and not (base.is_dir() and out.is_dir() and not any(out.iterdir())):
+        raise FileExistsError(f"{str(out)!r} exists already; give another name, or remove it first")
+    if base.is_dir() and base.resolve() in out.resolve().parents:
+        raise ValueError(f"out lies inside of base, {str(base)!r}; give a name outside")
+
+
+# ---- writing ---------------------------------------------------------------------------------------------------------
+
+
+class _StoredWeight(LoRAParameter):
+    """A tensor of a checkpoint with adapters, to be merged as a model's are."""
+
+    def __init__(self, tensor: Tensor, change: Change, dtype: torch.dtype) -> None:
+        super().__init__(nn.Parameter(tensor, requires_grad=False), change.layout, "weight")
+        self.merged_dtype = dtype
+        total = matrix_shape(change.layout, tuple(tensor.shape))[0]
+        for adapter, rows, spec, tensors in change.updates:
+            site = self if rows is None else self.row_block("{}:{}".format(*rows), *rows, total)
+            site.add_adapter(adapter, spec, tensors, trainable=False)
+
+    def dense_weight(self) -> tuple[Tensor, torch.dtype]:
+        return self.weight, self.merged_dtype
+
+
+class _Writer:
+    """Writes a checkpoint with its changes into a folder, and keeps the report."""
+
+    def __init__(self, checkpoint: Checkpoint, plan: Plan, dtype: torch.dtype | None) -> None:
+        self.checkpoint, self.changes, self.dtype = checkpoint, plan.changes, dtype
+        self.report = CheckpointReport([], {}, [], [], [])
+
+    def write(self, folder: Path) -> None:
+        """Write all files."""
+        size = 0
+        for name, file in self.checkpoint.files.items():
+            tensors = {tensor: self._stored(entry) for tensor, entry in file.tensors.items()}
+            size += sum(entry.size for entry in tensors.values())
+            if tensors == file.tensors and not self.changes.keys() & tensors.keys():
+                copy_file(file.path, folder / name)
+                self.report.copied.extend(tensors)
+            else:
+                write_stream(folder / name, file, tensors, partial(self._changed, file, tensors))
+        if not self.checkpoint.single:
+            self._write_others(folder, size)
+
+    def _stored(self, entry: StoredTensor) -> StoredTensor:
+        return entry.in_dtype(self.dtype) if self.dtype and STORED.get(entry.dtype) in DTYPES else entry
+
+    @torch.no_grad()
+    def _changed(self, file: TensorFile, tensors: Mapping[str, StoredTensor], name: str) -> Tensor | None:
+        """The new values of a tensor; None if it stays as it is."""
+        change = self.changes.get(name)
+        if change is None and tensors[name] == file.tensors[name]:
+            self.report.copied.append(name)
+            return None
+        dtype = STORED[tensors[name].dtype]
+        if change is None or change.replacement is not None:
+            (self.report.copied if change is None else self.report.replaced).append(name)
+            old = file.read(name) if change is None or change.replacement is None else change.replacement
+            new = old.to(dtype).contiguous()
+            if dtype in DTYPES and not is_finite(new) and not as_finite_as(new, old):
+                raise ValueError(f"{name!r} is not finite in {dtype}; nothing was written")
+            return new
+        weight = _StoredWeight(file.read(name), change, dtype)
+        made = merged_state(weight, weight.in_order(weight.lora_adapters()))
+        if isinstance(made, str):
+            raise ValueError(f"{name!r}: {made}; nothing was written")
+        self.report.merged.append(name)
+        if made.lost is not None:
+            self.report.lost[name] = made.lost
+        return made.bound.detach()
+
+    def _write_others(self, folder: Path, size: int) -> None:
+        done, index = set(self.checkpoint.files), self.checkpoint.index
+        metadata = index.get("metadata")
+        if self.dtype is not None and isinstance(metadata, dict) and "total_size" in metadata:
+            text = json.dumps({**index, "metadata": {**metadata, "total_size": size}}, indent=2) + "\n"
+            (folder / INDEX).write_text(text, encoding="utf-8")
+            flush(folder / INDEX)
+            done.add(INDEX)
+        for path in sorted(self.checkpoint.folder.iterdir()):
+            if path.name in done or path.name.startswith("."):
+                continue
+            if path.is_dir():
+                shutil.copytree(path, folder / path.name, copy_function=copy_file)
+            elif path.suffix in HOLDS_WEIGHTS or path.name == "adapter_config.json":
+                self.report.left_out.append(path.name)
+            else:
+                copy_file(path, folder / path.name)

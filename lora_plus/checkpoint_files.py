@@ -1,0 +1,135 @@
+"""A checkpoint on the disk: one safetensors file, or a folder with several; and a folder that appears whole."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from .atomic_files import flush
+from .formats.adapter import Problems
+from .streaming import StoredTensor, TensorFile
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+HOLDS_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
+"""How the names of files end that hold weights."""
+
+
+class Checkpoint:
+    """The safetensors files of a checkpoint.
+
+    Args:
+        base: a file, or a folder.
+
+    Raises:
+        Problems: if there is no whole checkpoint.
+    """
+
+    def __init__(self, base: Path) -> None:
+        self.base, self.single = base, base.is_file()
+        self.folder = base.parent if self.single else base
+        problems: list[str] = []
+        self.index: dict[str, Any] = {}
+        """What the index of the shards says; empty where there is none."""
+        names = [base.name] if self.single else self._shards(problems)
+        self.files: dict[str, TensorFile] = {}
+        for name in names:
+            try:
+                self.files[name] = TensorFile(self.folder / name)
+            except (SafetensorError, OSError) as error:
+                problems.append(f"{name} is not a whole safetensors file: {error}")
+        self.tensors: dict[str, StoredTensor] = {}
+        self.metadata: dict[str, str] = {}
+        there: dict[str, str] = {}
+        for name, file in self.files.items():
+            self.metadata |= file.metadata
+            twice = [tensor for tensor in file.tensors if tensor in there]
+            problems += [f"{tensor!r} is both in {there[tensor]} and {name}" for tensor in twice]
+            there |= dict.fromkeys(file.tensors, name)
+            self.tensors |= file.tensors
+        if self.index and not problems:
+            said = self.index["weight_map"]
+            problems += [
+                f"{tensor!r} is in {there.get(tensor, 'no file')}, and {INDEX} says {said.get(tensor, 'nothing of it')}"
+                for tensor in sorted(said.keys() | there.keys())
+                if said.get(tensor) != there.get(tensor)
+            ]
+        if problems:
+            raise Problems(f"checkpoint {str(base)!r} cannot be read", problems)
+
+    def _shards(self, problems: list[str]) -> list[str]:
+        """The names of a folder's files."""
+        there = [name for name in (WEIGHTS, INDEX) if (self.folder / name).exists()]
+        if there == [WEIGHTS]:
+            return there
+        if there == [INDEX]:
+            return self._indexed(problems)
+        if there:
+            problems.append(f"the folder has both {WEIGHTS} and {INDEX}; remove the one that is not used")
+        else:
+            others = sorted(path.name for path in self.folder.iterdir() if path.suffix in HOLDS_WEIGHTS)
+            hint = f"; it has {', '.join(others)}: give a .safetensors file itself, convert others" if others else ""
+            problems.append(f"the folder has neither {WEIGHTS} nor {INDEX}{hint}")
+        return []
+
+    def _indexed(self, problems: list[str]) -> list[str]:
+        try:
+            index = json.loads((self.folder / INDEX).read_text(encoding="utf-8"))
+        except (ValueError, OSError, RecursionError) as error:
+            problems.append(f"{INDEX} is not valid JSON: {error}")
+            return []
+        found = index.get("weight_map") if isinstance(index, dict) else None
+        shards: list[Any] = list(found.values()) if isinstance(found, dict) else [None]
+        wrong = [name for name in shards if not isinstance(name, str) or Path(name).name != name]
+        if wrong:
+            problems.append(f"{INDEX}: weight_map must give the name of a file for each tensor, got {wrong[0]!r}")
+            return []
+        self.index = index
+        return sorted(set(shards))
+
+    def config(self) -> dict[str, Any]:
+        """What ``config.json`` says; nothing where there is none that can be read."""
+        path = self.folder / "config.json"
+        try:
+            config = json.loads(path.read_text(encoding="utf-8")) if not self.single and path.exists() else {}
+        except (ValueError, OSError, RecursionError):
+            return {}
+        return config if isinstance(config, dict) else {}
+
+
+def copy_file(source: Path | str, target: Path | str) -> None:
+    """Copy a file's contents; they are on the disk then."""
+    shutil.copyfile(source, target)
+    flush(Path(target))
+
+
+@contextmanager
+def appearing(out: Path, single: bool) -> Iterator[Path]:
+    """A temporary folder beside ``out`` that becomes it, or whose one file does, when the block ends well."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    leftover = re.compile(rf"\.{re.escape(out.name)}\.[0-9a-f]{{32}}\.tmp")
+    for path in out.parent.iterdir():
+        if leftover.fullmatch(path.name) and path.is_dir():
+            shutil.rmtree(path)
+    folder = out.with_name(f".{out.name}.{uuid.uuid4().hex}.tmp")
+    folder.mkdir()
+    try:
+        yield folder
+        if os.name == "posix":
+            flush(folder)
+        if out.is_dir():
+            out.rmdir()  # it is empty, or this fails
+        os.replace(next(folder.iterdir()) if single else folder, out)
+        if os.name == "posix":
+            flush(out.parent)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,214 @@
+"""What adapters do to each tensor of a checkpoint, and everything that does not fit."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+from torch import Tensor
+
+from .adapter_files import is_finite, read_adapter, shape_problems, value_problems
+from .checkpoint_files import Checkpoint
+from .config import LAYOUTS
+from .formats.adapter import PARAMETER, BaseLayer, LayerAdapter
+from .functional import matrix_shape
+from .layers import DTYPES, KINDS, LOOKALIKES
+from .names import join
+from .peft_shapes import Shape, surroundings
+from .streaming import DTYPES as STORED
+from .streaming import StoredTensor
+from .targets import near_misses
+from .variants import VARIANTS, AdapterSpec
+
+Names = Mapping[str, str] | Callable[[str], str]
+"""From the names of tensors in an adapter's model to those in a checkpoint: prefixes, or a function."""
+
+
+def renamer(names: Names | None) -> Callable[[str], str]:
+    """The function from names to names; of prefixes, which end at a dot, the longest counts."""
+    if callable(names):
+        return names
+    prefixes = {old.rstrip("."): new.rstrip(".") for old, new in (names or {}).items()}
+
+    def rename(name: str) -> str:
+        for old in sorted(prefixes, key=len, reverse=True):
+            if not old or name == old or name.startswith(f"{old}."):
+                return join(prefixes[old], name[len(old) :].lstrip("."))
+        return name
+
+    return rename
+
+
+@dataclass
+class Change:
+    """What adapters do to one tensor."""
+
+    layout: str = ""
+    updates: list[tuple[str, tuple[int, int] | None, AdapterSpec, dict[str, Tensor]]] = field(default_factory=list)
+    """The name of the adapter, the rows that it changes or None for all, its settings and its tensors."""
+    replacement: Tensor | None = None
+
+
+def _layouts(kind: str) -> tuple[str, ...]:
+    """How a layer of this kind can store its weight; empty for a kind that is not known."""
+    if kind == PARAMETER:
+        return (*LAYOUTS, "n d -> d n", "o i j -> o (i j)")  # those of nn.EmbeddingBag and nn.Bilinear too
+    return tuple(known.layout for known in (*KINDS.values(), *LOOKALIKES) if known.kind_name() == kind)
+
+
+class Plan:
+    """What becomes of each tensor of a checkpoint; what is wrong is collected in ``problems``."""
+
+    def __init__(self, checkpoint: Checkpoint, rename: Callable[[str], str]) -> None:
+        self.checkpoint, self.rename = checkpoint, rename
+        self.changes: dict[str, Change] = {}
+        self.problems: list[str] = []
+        self.doubts: list[str] = []
+        """What to warn of."""
+        self.missing: list[tuple[str, str, Shape | None]] = []
+
+    def add(self, where: str, adapter: str, path: Path, factor: float) -> None:
+        """Enter an adapter, multiplied by a factor; ``where`` comes before its problems."""
+        problems: list[str] = []
+        around = partial(surroundings, shape_of=self._shape_of, problems=problems)
+        data = read_adapter(path, around, problems)
+        if not problems and not data.layers:
+            problems.append("it has no adapted layer")
+        for name, layer in data.layers.items():
+            problems += value_problems(name, layer)
+            problems += [f"{name!r}: {line}" for line in self._enter(where, adapter, name, layer, factor)]
+        if data.trained and factor != 1:
+            problems.append(f"weight {factor:g} does not apply to {sorted(data.trained)}, which it trains in full")
+        for name, tensors in data.trained.items():
+            problems += self._replace(where, name, tensors)
+        self.problems += [where + line for line in problems]
+
+    def check(self) -> None:
+        """What only shows when all adapters are known."""
+        for number, (where, name, shape) in enumerate(self.missing):
+            # looking for near misses is slow, and a few of them show what is wrong
+            hint = near_misses(name, self.checkpoint.tensors) if number < 3 else ""
+            self.problems.append(f"{where}the checkpoint has no tensor {name!r}{self._tie(name, shape, hint)}")
+        for name, change in self.changes.items():
+            if len(change.updates) > 1 and any(VARIANTS[spec.variant].rescales for _, _, spec, _ in change.updates):
+                self.problems.append(f"{name!r}: {_NO_SUM}")
+            if change.updates and change.replacement is not None:
+                self.problems.append(f"{name!r} is both adapted and trained in full")
+
+    def _shape_of(self, name: str) -> Shape | None:
+        stored = self.checkpoint.tensors.get(self.rename(name))
+        return None if stored is None else stored.shape
+
+    def _enter(self, where: str, adapter: str, name: str, layer: LayerAdapter, factor: float) -> Iterator[str]:
+        base = layer.base
+        target = self.rename(base.facts.get("parameter", join(name, "weight")))
+        stored = self.checkpoint.tensors.get(target)
+        if stored is None:
+            self.missing.append((where, target, base.shape or _implied_shape(layer)))
+            return
+        wrong = self._misfit(target, stored, base)
+        lines = shape_problems(layer) if wrong is None else [wrong]
+        if lines:
+            yield from lines
+            return
+        spec = AdapterSpec(**{**layer.settings, "alpha": layer.settings["alpha"] * factor})
+        rows = tuple(base.facts["rows"]) if "rows" in base.facts else None
+        change = self.changes.setdefault(target, Change(base.layout))
+        change.layout = change.layout or base.layout
+        if change.layout != base.layout:
+            yield f"layout {base.layout!r}, and another adapter says {change.layout!r} of {target!r}"
+        if any(adapter == other and _overlap(rows, theirs) for other, theirs, _, _ in change.updates):
+            yield f"it changes rows of {target!r} that another layer of the same adapter changes too"
+        if VARIANTS[spec.variant].rescales and factor != 1:
+            yield f"weight {factor:g}: {_NO_SUM}"
+        if VARIANTS[spec.variant].rescales and rows is not None:
+            yield f"variant {spec.variant!r} rescales whole weights and cannot act on some rows of one"
+        change.updates.append((adapter, rows, spec, layer.tensors))
+
+    def _misfit(self, target: str, stored: StoredTensor, base: BaseLayer) -> str | None:
+        """Why a tensor of the checkpoint is not the weight that an adapter belongs to."""
+        if STORED.get(stored.dtype) not in DTYPES:
+            return (
+                f"{target!r} is stored as {stored.dtype}, to which an update cannot be added (it may be quantized); "
+                "merge into the checkpoint in floating point that it was made from"
+            )
+        if not base.kind:  # PEFT's format says nothing of it
+            return f"{target!r} has shape {stored.shape}, which is no layer that PEFT adapts"
+        if base.layout not in _layouts(base.kind):
+            return f"unknown kind of layer {base.kind!r} with layout {base.layout!r}"
+        if base.shape != stored.shape:
+            return f"its weight has shape {base.shape} in the adapter, {stored.shape} in the checkpoint"
+        if len(base.layout.split(" -> ")[0].split()) != len(base.shape) or not math.prod(base.shape):
+            return f"its weight has shape {base.shape}, which is not {base.layout.split(' -> ')[0]!r}"
+        if "rows" in base.facts and len(matrix_shape(base.layout, base.shape)) > 2:
+            return "it has rows of a stack of matrices"
+        tied = [repr(other) for other, kept in self.checkpoint.metadata.items() if kept == target]
+        if tied:
+            return f"{target!r} is also {' and '.join(tied)}, which its update would change too; {_UNTIE}"
+        if base.kind == "Embedding":
+            self._doubt_head(target, stored)
+        return None
+
+    def _doubt_head(self, target: str, stored: StoredTensor) -> None:
+        """Note where a head is likely to have the weight of an embedding."""
+        alone = sum(stored.shape == other.shape for other in self.checkpoint.tensors.values()) == 1
+        config = self.checkpoint.config()
+        if alone and config.get("tie_word_embeddings", "model_type" in config):  # transformers' default
+            self.doubts.append(
+                f"{target!r} may be the weight of the head too (tie_word_embeddings), which the embedding's update "
+                f"then changes as well; if so, {_UNTIE}"
+            )
+
+    def _replace(self, where: str, name: str, tensors: Mapping[str, Tensor]) -> Iterator[str]:
+        names = {self.rename(join(name, part)): part for part in tensors}
+        module = {target.removesuffix(part) for target, part in names.items() if target.endswith(part)}
+        lacking = [other for other in self.checkpoint.tensors if other.startswith(tuple(module)) and other not in names]
+        yield from (f"{name!r} is trained in full, but {other!r} of the checkpoint is not in it" for other in lacking)
+        for target, part in names.items():
+            tensor, stored = tensors[part], self.checkpoint.tensors.get(target)
+            if stored is None:
+                self.missing.append((where, target, tuple(tensor.shape)))
+                continue
+            dtype = STORED.get(stored.dtype)
+            if tuple(tensor.shape) != stored.shape:
+                yield f"{target!r} has shape {tuple(tensor.shape)} in the adapter, {stored.shape} in the checkpoint"
+            elif dtype != tensor.dtype and not (dtype in DTYPES and tensor.dtype in DTYPES):
+                yield f"{target!r} is {tensor.dtype} in the adapter, {stored.dtype} in the checkpoint"
+            elif not is_finite(tensor):
+                yield f"{target!r} has values that are not finite"
+            change = self.changes.setdefault(target, Change())
+            if change.replacement is not None:
+                yield f"{target!r} is trained in full by another adapter too"
+            change.replacement = tensor
+
+    def _tie(self, name: str, shape: Shape | None, hint: str) -> str:
+        """Why a tensor may be absent: it has another name, or another one stands for it."""
+        kept = self.checkpoint.metadata.get(name)
+        if kept in self.checkpoint.tensors:
+            return f": it is tied to {kept!r}, and the checkpoint has one tensor for both; {_UNTIE}"
+        alike = [other for other, stored in self.checkpoint.tensors.items() if stored.shape == shape]
+        if len(alike) != 1:
+            return hint
+        return (
+            f"{hint}; if it is tied to {alike[0]!r}, which has the same shape, there is one tensor for both: {_UNTIE}"
+        )
+
+
+_UNTIE = "save the base with the two untied first"
+_NO_SUM = (
+    "DoRA divides by the norm of the weight with its own update alone, so neither a factor nor a sum with another "
+    "adapter has an agreed meaning; merge it alone, with weight 1"
+)
+
+
+def _implied_shape(layer: LayerAdapter) -> Shape | None:
+    """The shape of a linear layer's weight that A and B fit."""
+    A, B = layer.tensors["lora_A"], layer.tensors["lora_B"]
+    return (B.shape[0], A.shape[1]) if A.ndim == B.ndim == 2 else None
+
+
+def _overlap(one: tuple[int, ...] | None, other: tuple[int, ...] | None) -> bool:
+    return one is None or other is None or (one[0] < other[1] and other[0] < one[1])

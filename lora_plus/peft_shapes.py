@@ -1,0 +1,91 @@
+"""What PEFT's format leaves to the model, told from the shapes of the weights that an adapter belongs to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from .formats.adapter import BaseLayer
+from .formats.peft_names import PREFIX, Outline, around, split_key
+from .functional import matrix_shape
+from .layers import LoRAConv1d, LoRAConv2d, LoRAConv3d, LoRAEmbedding, LoRALinear, LoRATransposedLinear
+from .lora_layer import LoRALayer
+
+Shape = tuple[int, ...]
+
+_CONVOLUTIONS: dict[int, type[LoRALayer]] = {3: LoRAConv1d, 4: LoRAConv2d, 5: LoRAConv3d}
+
+_INSTEAD = "load the adapter into its model and save it as a .safetensors file, which says all that is needed"
+
+
+def surroundings(
+    tensors: Mapping[str, Tensor], config: Any, shape_of: Callable[[str], Shape | None], problems: list[str]
+) -> tuple[dict[str, BaseLayer | None], Outline]:
+    """The base layers of a PEFT folder's adapters, and the modules that it names, as `formats.peft.read` takes them.
+
+    Which way round a matrix is stored shows where it is not square. Square ones follow the config's fan_in_fan_out,
+    which is the setting of PEFT's last layer, so the others have to agree with it.
+
+    Args:
+        tensors: all tensors of the folder.
+        config: its config, parsed and not yet checked.
+        shape_of: the shape of the tensor of this full name in the adapter's model; None if there is none.
+        problems: what cannot be told is added.
+    """
+    config = config if isinstance(config, dict) else {}
+    found: dict[str, dict[str, Shape]] = {}
+    names: dict[str, None] = {"": None}
+    for key, tensor in tensors.items():
+        name = key.removeprefix(PREFIX)
+        split = split_key(name)
+        if split is not None:
+            found.setdefault(split[0], {})[name.removeprefix(f"{split[0]}.")] = tuple(tensor.shape)
+        inside = [split[0], *around(split[0])] if split is not None else [*around(name)]
+        names |= dict.fromkeys(path for path in inside[::-1] if "base_layer" not in path.split("."))
+    saved = config.get("modules_to_save")
+    names |= dict.fromkeys(name for name in saved if isinstance(name, str)) if isinstance(saved, list) else {}
+    if config.get("target_parameters"):
+        problems.append(f"how target_parameters are stored cannot be told without the model; {_INSTEAD}")
+    else:
+        problems += [
+            f"{path!r} is an attention module, whose parts cannot be told without the model; {_INSTEAD}"
+            for path in found
+            if shape_of(f"{path}.weight") is None and shape_of(f"{path}.in_proj_weight") is not None
+        ]
+    shapes = {path: shape for path in found if (shape := shape_of(f"{path}.weight")) is not None}
+    bases: dict[str, BaseLayer | None] = {path: _base(shape, found[path]) for path, shape in shapes.items()}
+    linear = {path: shapes[path] for path in shapes if len(shapes[path]) == 2 and bases[path] is None}
+    fitting = {path: _ways_round(shape, found[path]) for path, shape in linear.items()}
+    certain = {kind for kinds in fitting.values() if len(kinds) == 1 for kind in kinds}
+    usual: type[LoRALayer] = LoRATransposedLinear if config.get("fan_in_fan_out") else LoRALinear
+    for path, kinds in fitting.items():
+        if len(kinds) == 2 and certain - {usual}:
+            problems.append(
+                f"{path!r}: whether its square weight is stored as (out, in) or as (in, out) cannot be told, because "
+                f"other layers differ from fan_in_fan_out, {bool(config.get('fan_in_fan_out'))}; {_INSTEAD}"
+            )
+        bases[path] = _of_kind(kinds[0] if len(kinds) == 1 else usual, linear[path])
+    return bases, Outline({}, names, (), (), ())
+
+
+def _of_kind(kind: type[LoRALayer], shape: Shape, **facts: Any) -> BaseLayer:
+    return BaseLayer(kind.kind_name(), kind.layout, shape, facts)
+
+
+def _base(shape: Shape, parts: Mapping[str, Shape]) -> BaseLayer | None:
+    """The base layer, unless it is a linear one, or nothing that PEFT adapts."""
+    if len(shape) == 2 and "lora_embedding_A" in parts:
+        return _of_kind(LoRAEmbedding, shape)
+    if len(shape) not in _CONVOLUTIONS:
+        return None
+    channels = parts.get("lora_A.weight", shape)[1:2]  # of all groups
+    groups = channels[0] // shape[1] if channels and shape[1] else 1
+    return _of_kind(_CONVOLUTIONS[len(shape)], shape, **({"groups": groups} if groups > 1 else {}))
+
+
+def _ways_round(shape: Shape, parts: Mapping[str, Shape]) -> list[type[LoRALayer]]:
+    """The kinds of linear layer that the adapter fits, of a weight of this shape."""
+    ends = parts.get("lora_B.weight", ())[:1] + parts.get("lora_A.weight", ())[1:]
+    return [kind for kind in (LoRALinear, LoRATransposedLinear) if matrix_shape(kind.layout, shape) == ends]
