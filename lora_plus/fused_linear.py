@@ -37,8 +37,9 @@ was so below 2**14 to 2**16 (``benchmarks/step.py --layer``)."""
 def can_fuse(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether `fused_linear` can take these, plain tensors that are differentiated backwards if at all, and pays.
 
-    Tensor subclasses (sharded, quantized) have their own rules for each operation, compilers fuse operations
-    themselves, and tracing, function transforms and forward-mode differentiation cannot look into an autograd function.
+    Tensor subclasses (sharded, quantized) have their own rules for each operation. ``torch.compile`` fails on an
+    autograd function that is given a scale it holds for variable (torch 2.13, two layers, ``dynamic=True``). Tracing,
+    function transforms and forward-mode differentiation cannot look into one.
     """
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False

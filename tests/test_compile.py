@@ -91,6 +91,16 @@ def test_another_adapter_of_the_same_shape_loaded_in_place_costs_no_graph() -> N
     assert run.graphs() == 0
 
 
+def test_shapes_and_scales_can_be_dynamic() -> None:
+    run = Compiled()
+    run.compiled = torch.compile(run.model, backend=run.counter, fullgraph=True, dynamic=True)
+    assert run.graphs() == 1
+    for length in (5, 3):
+        x = torch.randn(2, length, 6, dtype=torch.float64)
+        torch.testing.assert_close(run.compiled(x), run.model(x), rtol=1e-12, atol=1e-12)
+    assert run.counter.frame_count == 2  # another number of dimensions; lengths are free
+
+
 def test_training_a_compiled_model_costs_one_graph() -> None:
     run = Compiled()
     lora_plus.set_adapter(run.model, "b")  # the last one added is the trainable one
