@@ -54,10 +54,14 @@ def accumulation_dtype(*dtypes: torch.dtype) -> torch.dtype:
     return wide
 
 
+def autocast_is_on(device: torch.device) -> bool:
+    """Whether autocast chooses the dtypes of operations on this device; torch has none to ask about on meta."""
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)
+
+
 def full_precision(device: torch.device) -> AbstractContextManager[object]:
     """Inside, autocast is off: it would multiply in half precision."""
-    on = torch.is_autocast_enabled(device.type)
-    return torch.autocast(device.type, enabled=False) if on else nullcontext()
+    return torch.autocast(device.type, enabled=False) if autocast_is_on(device) else nullcontext()
 
 
 def add_delta(weight: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:

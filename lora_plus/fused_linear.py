@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from .functional import autocast_is_on
+
 
 class Update(NamedTuple):
     """One adapter's part in a layer: ``scale * B A u``."""
@@ -63,7 +65,7 @@ def fused_linear(x: Tensor, weight: Tensor, bias: Tensor | None, updates: Sequen
         bias: ``(out,)`` or None.
         updates: the adapters' parts.
     """
-    if torch.is_autocast_enabled(x.device.type):
+    if autocast_is_on(x.device):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight, bias = (
             _autocast(x, dtype),

@@ -18,11 +18,10 @@ STRATA = [
         "collector",
         "freezing",
         "fused_kernels",
-        "fused_linear",
         "class_swap",
         "quantized",
     },
-    {"init", "variants", "formats.adapter", "trained", "atomic_files"},
+    {"init", "variants", "formats.adapter", "trained", "atomic_files", "fused_linear"},
     {
         "new_adapter",
         "adapter_site",

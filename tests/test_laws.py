@@ -375,3 +375,10 @@ def test_the_padding_row_gets_no_update_in_training_and_merging() -> None:
     assert torch.equal(model(x)[2], base.weight[2])
     assert not torch.equal(model(x)[3], base.weight[3])
     assert torch.equal(lora_plus.merge_and_unload(model)(x)[2], base.weight[2])
+
+
+def test_shapes_can_be_inferred_on_the_meta_device(case: Case) -> None:
+    model = case.adapted().to("meta")
+    base = case.model().to("meta")
+    x = case.input().to("meta")
+    assert model(x).shape == base(x).shape
