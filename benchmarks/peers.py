@@ -71,7 +71,7 @@ def _peft(model: nn.Module, targets: Sequence[str], r: int) -> nn.Module:
 
 
 def _loralib(model: nn.Module, targets: Sequence[str], r: int) -> nn.Module:
-    import loralib  # type: ignore[import-not-found, import-untyped]
+    import loralib
 
     for owner, name, layer in _linears(model, targets):
         where = {"device": layer.weight.device, "dtype": layer.weight.dtype}

@@ -125,7 +125,7 @@ def _ceilings(options: argparse.Namespace) -> list[tuple[str, Spread]]:
 
 def _draw(tables: Sequence[Shown], path: Path, facts: dict[str, Any]) -> None:
     """One panel a table: a bar for each median, with a line from the first to the third quartile."""
-    from matplotlib.figure import Figure  # type: ignore[import-not-found, unused-ignore]
+    from matplotlib.figure import Figure
 
     bars = [_bars(table) for table in tables]
     figure = Figure(figsize=(9, 1 + sum(0.25 * len(of_table) + 0.8 for of_table in bars)), layout="constrained")

@@ -73,7 +73,7 @@ def smollm2(options: argparse.Namespace) -> Workload:
 
 def bert(options: argparse.Namespace) -> Workload:
     """An encoder of the sizes of MiniLM-L6, 22M parameters, random."""
-    from transformers import BertConfig, BertModel  # type: ignore[import-not-found, unused-ignore]
+    from transformers import BertConfig, BertModel
 
     sizes: Any = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536}
     config = BertConfig(**sizes, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
@@ -88,7 +88,7 @@ def bert(options: argparse.Namespace) -> Workload:
 
 def vit(options: argparse.Namespace) -> Workload:
     """ViT-B/16, random; a sequence is an image of 197 tokens whatever length is asked for."""
-    from transformers import ViTConfig, ViTModel  # type: ignore[import-not-found, unused-ignore]
+    from transformers import ViTConfig, ViTModel
 
     return Workload(
         lambda: ViTModel(ViTConfig(), add_pooling_layer=False),
