@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from . import functional
 from .adapter_site import AdapterSite, RowBlock
-from .adapter_tensors import named_modules
 from .functional import Index, accumulation_dtype
+from .module_tree import named_modules
 from .names import join
 from .variants import VARIANTS, AdapterSpec, Variant
 

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from .adapted_weight import AdaptedWeight, adapted_weights, adapter_sites
-from .adapter_tensors import named_modules
 from .freezing import restore_requires_grad
 from .fused_kernels import resume_nesting
 from .inject import check_restorable
 from .lora_layer import LoRALayer
+from .module_tree import named_modules
 from .names import join
 from .parameters import LoRAOwner, parameter_holders, restore_parameter
 from .trained import originals, trained_modules, unmark_trained

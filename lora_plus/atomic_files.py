@@ -1,16 +1,14 @@
-"""Writing files whole or not at all, and reading them whole."""
+"""Writing files whole or not at all."""
 
 from __future__ import annotations
 
-import json
 import os
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
-from safetensors import TensorSpec, safe_open, serialize_file
+from safetensors import TensorSpec, serialize_file
 from torch import Tensor
 
 
@@ -31,36 +29,6 @@ def serialize(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, 
         for name, tensor in held.items()
     }  # fmt: skip
     serialize_file(specs, str(path), dict(metadata))
-
-
-def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors of a file, in memory of their own, and the metadata of its header.
-
-    The file is read at once, because asking `safe_open` for thousands of small tensors takes five times as long.
-
-    Raises:
-        SafetensorError, OSError: if it is not a whole safetensors file.
-    """
-    with safe_open(str(path), framework="pt") as file, open(path, "rb") as raw:  # which checks the header
-        start = 8 + int.from_bytes(raw.read(8), "little")
-        header = json.loads(raw.read(start - 8))
-        metadata = header.pop("__metadata__", None) or {}
-        data = bytearray(path.stat().st_size - start)
-        raw.readinto(data)
-        tensors: dict[str, Tensor] = {}
-        for name in sorted(header):
-            entry = header[name]
-            (begin, end), dtype = entry["data_offsets"], _USUAL.get(entry["dtype"])
-            if dtype is None or begin == end:
-                tensors[name] = file.get_tensor(name).clone()  # which may be a window on the file
-                continue
-            values = torch.frombuffer(data, dtype=dtype, count=(end - begin) // dtype.itemsize, offset=begin)
-            tensors[name] = values.reshape(entry["shape"]).clone()
-    return tensors, metadata
-
-
-_USUAL = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
-"""What adapters are stored in."""
 
 
 @contextmanager

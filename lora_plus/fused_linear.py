@@ -32,8 +32,8 @@ class Update(NamedTuple):
 
 
 _LEAST_WORK = 2**15
-"""Elements of input and output together. For less, an autograd function in Python costs more time than it saves: the
-turning point was found between 2**14 and 2**16 (``benchmarks/step.py --layer``)."""
+"""Elements of input and output together. For less, an autograd function in Python costs more time than it saves; on one
+CPU the turning point was between 2**14 and 2**16."""
 
 
 def can_fuse(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:

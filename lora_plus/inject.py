@@ -12,7 +12,7 @@ from torch.nn.parameter import is_lazy
 
 from .adapted_weight import AdaptedWeight, adapted_weights, owner_path
 from .adapter_site import AdapterSite
-from .adapter_tensors import check_adapter_name, named_modules
+from .adapter_tensors import check_adapter_name
 from .class_swap import check_top_class
 from .collector import collector_paused
 from .config import LoRAConfig, Pattern
@@ -20,6 +20,7 @@ from .freezing import restore_requires_grad, set_requires_grad
 from .fused_kernels import keep_out_of_fused_kernels, resume_nesting, stop_nesting
 from .init import Init
 from .lora_layer import LoRALayer
+from .module_tree import named_modules
 from .parameters import LoRAOwner, restore_owner
 from .places import Found, Place
 from .quantized import store_of

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from . import functional
 from .adapted_weight import BLOCKS, AdaptedWeight, owner_path
 from .adapter_site import AdapterSite, RowBlock
-from .adapter_tensors import named_modules
 from .formats.adapter import PARAMETER, BaseLayer
 from .init import Init
 from .layers import DTYPES, LoRALinear, LoRATransposedLinear, lora_class, why_unsupported
 from .lora_layer import LoRALayer, needs_values
+from .module_tree import named_modules
 from .names import join
 from .new_adapter import new_tensors
 from .parameters import (

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .adapter_tensors import named_modules
+from .module_tree import named_modules
 
 
 @dataclass

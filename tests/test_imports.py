@@ -21,8 +21,9 @@ STRATA = [
         "class_swap",
         "quantized",
     },
-    {"init", "variants", "formats.adapter", "trained", "atomic_files", "fused_linear"},
+    {"init", "variants", "formats.adapter", "atomic_files", "fused_linear", "module_tree"},
     {
+        "trained",
         "new_adapter",
         "adapter_site",
         "formats.native",

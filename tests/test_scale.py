@@ -14,7 +14,7 @@ import tree
 from torch import nn
 
 import lora_plus
-from lora_plus import adapter_tensors, atomic_files
+from lora_plus import adapter_files, atomic_files, module_tree
 from lora_plus.adapter_tensors import AdapterTensors
 from lora_plus.formats.adapter import most_common
 
@@ -43,7 +43,7 @@ def test_no_operation_walks_through_the_model_more_often_where_there_are_more_la
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     walked: list[int] = []
-    walk = adapter_tensors.named_modules
+    walk = module_tree.named_modules
 
     def counted(model: nn.Module, **settings: bool) -> list[tuple[str, nn.Module]]:
         found = walk(model, **settings)
@@ -85,7 +85,7 @@ def test_a_walk_finds_what_torch_finds_but_the_containers_of_tensors() -> None:
     lora_plus.inject_lora(model, ["c", "b"], r=1)
     for every_name in (False, True):
         theirs = model.named_modules(remove_duplicate=not every_name)
-        assert adapter_tensors.named_modules(model, every_name=every_name) == [
+        assert module_tree.named_modules(model, every_name=every_name) == [
             (name, module) for name, module in theirs if not isinstance(module, AdapterTensors)
         ]
 
@@ -93,7 +93,7 @@ def test_a_walk_finds_what_torch_finds_but_the_containers_of_tensors() -> None:
 def test_the_tensors_of_a_file_are_read_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a.safetensors"
     lora_plus.save_adapter(lora_plus.inject_lora(tree.tree(40), "all-linear", r=1), path)
-    monkeypatch.setattr(atomic_files, "safe_open", lambda path, framework: nullcontext())  # gives out no tensor
+    monkeypatch.setattr(adapter_files, "safe_open", lambda path, framework: nullcontext())  # gives out no tensor
     lora_plus.load_adapter(tree.tree(40), path)
 
 
@@ -104,7 +104,7 @@ def test_a_file_is_read_as_safetensors_reads_it(tmp_path: Path) -> None:
     tensors = {f"{dtype}": numbers.to(dtype) for dtype in (*dtypes, torch.complex64, torch.float8_e4m3fn)}
     tensors |= {"scalar": torch.tensor(1.5), "empty": torch.empty(0, 3), "byte": torch.ones(1, dtype=torch.uint8)}
     atomic_files.write_safetensors(path, tensors, {"key": "text"})
-    read, metadata = atomic_files.read_safetensors(path)
+    read, metadata = adapter_files.read_safetensors(path)
     assert metadata == {"key": "text"} and list(read) == sorted(tensors)
     path.write_bytes(bytes(path.stat().st_size))  # what was read is no window on the file
     for name, tensor in tensors.items():
