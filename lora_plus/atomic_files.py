@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import os
+import re
+import shutil
+import sys
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from safetensors import TensorSpec, serialize_file
+from safetensors import SafetensorError, TensorSpec, serialize_file
 from torch import Tensor
+
+if sys.platform != "win32":
+    import fcntl
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -28,40 +34,98 @@ def serialize(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, 
         )
         for name, tensor in held.items()
     }  # fmt: skip
-    serialize_file(specs, str(path), dict(metadata))
+    try:
+        serialize_file(specs, str(path), dict(metadata))
+    except SafetensorError as error:
+        raise OSError(f"{str(path)!r} could not be written: {error}") from error
 
 
 @contextmanager
 def replacing(*paths: Path) -> Iterator[list[Path]]:
-    """Temporary paths beside ``paths`` that take their places when the block ends well, and are removed otherwise.
+    """Temporary paths for files of one folder, which take the places of ``paths`` when the block ends well.
 
     What was written is on the disk before a name changes, so a crash leaves the old file or the new one, whole. Of
     several files the last is the one without which the others are not read: where it changes, it is out of the way
     until the others are in place, so a crash between two renames leaves no mixture of old and new that could be read.
     """
-    temporaries = [path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp") for path in paths]
-    last, aside = paths[-1], temporaries[-1].with_suffix(".old")
-    try:
-        for path, temporary in zip(paths, temporaries, strict=True):
-            path.parent.mkdir(parents=True, exist_ok=True)
+    last = paths[-1]
+    with workspace(last) as folder:
+        temporaries, aside = [folder / path.name for path in paths], folder / f"{last.name}.old"
+        for temporary in temporaries:
             temporary.touch()
         modes = [temporary.stat().st_mode for temporary in temporaries]
-        yield temporaries
-        for temporary, mode in zip(temporaries, modes, strict=True):
-            temporary.chmod(mode)  # safetensors makes its files readable by the owner only
-            flush(temporary)
-        if len(paths) > 1 and last.exists() and last.read_bytes() != temporaries[-1].read_bytes():
-            os.replace(last, aside)
-        for path, temporary in zip(paths, temporaries, strict=True):
-            os.replace(temporary, path)
-        if os.name == "posix":  # a rename is lasting once its folder is written; elsewhere folders cannot be opened
-            for folder in {path.parent for path in paths}:
-                flush(folder)
+        try:
+            yield temporaries
+            for temporary, mode in zip(temporaries, modes, strict=True):
+                temporary.chmod(mode)  # safetensors makes its files readable by the owner only
+                flush(temporary)
+            if len(paths) > 1 and last.exists() and last.read_bytes() != temporaries[-1].read_bytes():
+                os.replace(last, aside)
+            for path, temporary in zip(paths, temporaries, strict=True):
+                os.replace(temporary, path)
+            if os.name == "posix":  # a rename is lasting once its folder is written; elsewhere folders cannot be opened
+                flush(last.parent)
+        finally:
+            if aside.exists() and temporaries[0].exists():  # nothing took its place yet
+                os.replace(aside, last)
+
+
+@contextmanager
+def workspace(path: Path) -> Iterator[Path]:
+    """A hidden folder beside a path, for what is to take its place; it is removed at the end.
+
+    What killed runs left there is removed first. Runs that still go on, such as other ranks that save to the same path,
+    hold a lock on their folders. Where the file system has no locks, leftovers stay.
+
+    Raises:
+        OSError: if the folder or something in it cannot be written; it names a path.
+    """
+    parent = path.parent
+    parent.mkdir(parents=True, exist_ok=True)
+    leftover = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{32}}\.tmp")
+    folder = parent / f".{path.name}.{uuid.uuid4().hex}.tmp"
+    with ExitStack() as stack:
+        # the lock of the parent keeps others from taking the folder for a leftover before it is locked itself
+        with _locked(parent, wait=True) as held:
+            for found in parent.iterdir() if held else ():
+                if leftover.fullmatch(found.name) and found.is_dir():
+                    with _locked(found, wait=False) as dead:
+                        if dead:
+                            shutil.rmtree(found, ignore_errors=True)
+            folder.mkdir()
+            stack.callback(shutil.rmtree, folder, ignore_errors=True)
+            stack.enter_context(_locked(folder, wait=True))
+        with naming(path):
+            yield folder
+
+
+@contextmanager
+def naming(path: object) -> Iterator[None]:
+    """Errors of the file system that say nothing of a path, such as that the disk is full, get this one."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:  # else its text is already whole
+            error.filename = str(path)
+        raise
+
+
+@contextmanager
+def _locked(folder: Path, *, wait: bool) -> Iterator[bool]:
+    """Whether this holds the lock of a folder, which ends with the block or with the process."""
+    if sys.platform == "win32":
+        yield False
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            held = True
+        except OSError:  # another process holds it, or there are no locks here
+            held = False
+        yield held
     finally:
-        if aside.exists() and temporaries[0].exists():  # nothing took its place yet
-            os.replace(aside, last)
-        for leftover in (*temporaries, aside):
-            leftover.unlink(missing_ok=True)
+        os.close(handle)
 
 
 def flush(path: Path) -> None:

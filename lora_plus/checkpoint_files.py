@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +12,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from .atomic_files import flush
+from .atomic_files import flush, workspace
 from .formats.adapter import Problems
 from .streaming import StoredTensor, TensorFile
 
@@ -115,14 +113,7 @@ def copy_file(source: Path | str, target: Path | str) -> None:
 @contextmanager
 def appearing(out: Path, single: bool) -> Iterator[Path]:
     """A temporary folder beside ``out`` that becomes it, or whose one file does, when the block ends well."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    leftover = re.compile(rf"\.{re.escape(out.name)}\.[0-9a-f]{{32}}\.tmp")
-    for path in out.parent.iterdir():
-        if leftover.fullmatch(path.name) and path.is_dir():
-            shutil.rmtree(path)
-    folder = out.with_name(f".{out.name}.{uuid.uuid4().hex}.tmp")
-    folder.mkdir()
-    try:
+    with workspace(out) as folder:
         yield folder
         if os.name == "posix":
             flush(folder)
@@ -131,5 +122,3 @@ def appearing(out: Path, single: bool) -> Iterator[Path]:
         os.replace(next(folder.iterdir()) if single else folder, out)
         if os.name == "posix":
             flush(out.parent)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)

@@ -21,6 +21,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from .atomic_files import naming
+
 DTYPES = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "U16": torch.uint16, "I16": torch.int16,
     "U32": torch.uint32, "I32": torch.int32, "U64": torch.uint64, "I64": torch.int64, "F16": torch.float16,
@@ -142,7 +144,8 @@ def _write(file: FileIO, data: memoryview) -> None:
 def _copy(source: FileIO, start: int, size: int, target: FileIO) -> None:
     source.seek(start)
     while size:
-        piece = source.read(min(size, _PIECE))
+        with naming(source.name):
+            piece = source.read(min(size, _PIECE))
         if not piece:
             raise OSError(f"{source.name!r} became shorter while it was read")
         _write(target, memoryview(piece))
