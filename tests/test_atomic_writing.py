@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,7 +21,6 @@ from files_support import (
     settings_of,
     start,
 )
-from torch import nn
 
 import lora_plus
 from lora_plus import atomic_files
@@ -183,39 +180,5 @@ assert kept == {p: p.read_bytes() for p in pathlib.Path(sys.argv[1]).rglob("*") 
 @pytest.mark.skipif(os.name != "posix", reason="needs RLIMIT_FSIZE")
 def test_a_full_disk_is_an_error_and_keeps_the_old_files(tmp_path: Path) -> None:
     errors = finish(start(DISK_FULL, str(tmp_path))).splitlines()
-    assert [line.split()[0] for line in errors] == ["adapter.safetensors", "adapter"]
-    assert all("File too large" in line for line in errors)
-
-
-SAVE_FOREVER = """
-import itertools, sys, torch, lora_plus
-from torch import nn
-model = lora_plus.inject_lora(nn.Sequential(nn.Linear(512, 512)), ["0"], r=64)
-for step in itertools.count(1):
-    for parameter in (model[0].lora_A["default"], model[0].lora_B["default"]):
-        nn.init.constant_(parameter, step)
-    for path in ("adapter.safetensors", "adapter"):
-        lora_plus.save_adapter(model, sys.argv[1] + "/" + path)
-    if step == 1:
-        print("ready", flush=True)
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(os.name != "posix", reason="kills with SIGKILL")
-def test_a_killed_save_leaves_files_that_load(tmp_path: Path) -> None:
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(10):
-        process = start(SAVE_FOREVER, str(tmp_path))
-        assert process.stdout is not None
-        assert process.stdout.readline() == "ready\n"
-        time.sleep(float(torch.rand((), generator=generator)) / 2)
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-        for path in ("adapter.safetensors", "adapter"):
-            model = lora_plus.load_adapter(nn.Sequential(nn.Linear(512, 512)), tmp_path / path)
-            values = {
-                float(value) for tensor in lora_plus.adapter_state_dict(model).values() for value in tensor.unique()
-            }
-            assert len(values) == 1
-            assert values.pop() >= 1
+    assert [line.split()[:2] for line in errors] == [["adapter.safetensors", "OSError"], ["adapter", "OSError"]]
+    assert all("File too large" in line and str(tmp_path) in line for line in errors)

@@ -1,0 +1,170 @@
+"""A save or a merge that is killed leaves the old files or the new ones, and the next run clears up behind it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from files_support import adapted_net, contents, net
+from safetensors.torch import save_file
+from torch import nn
+
+import lora_plus
+from lora_plus import atomic_files
+
+PROGRAM = Path(__file__).with_name("killed_writing.py")
+needs_posix = pytest.mark.skipif(os.name != "posix", reason="kills with SIGKILL")
+
+
+def kills(*arguments: str) -> dict[str, list[dict[str, Any]]]:
+    """What was found after each kill, by what was being written."""
+    places = [str(Path(lora_plus.__file__).parents[1]), str(PROGRAM.parent)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(places)}
+    command = [sys.executable, str(PROGRAM), *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    found: dict[str, list[dict[str, Any]]] = {}
+    for line in done.stdout.splitlines():
+        entry = json.loads(line)
+        found.setdefault(entry.pop("work"), []).append(entry)
+    return found
+
+
+def assert_never_a_mixture(entries: list[dict[str, Any]]) -> None:
+    for entry in entries:
+        assert entry["finished by the next run"], entry
+        # between two renames a folder whose config changes has none, and is refused
+        refused = str(entry["said"]).endswith("the folder has no adapter_config.json")
+        assert entry["state"] in ("old", "new") or refused, entry
+
+
+@needs_posix
+def test_a_kill_before_any_step_leaves_old_or_new_files_and_the_next_run_clears_up(tmp_path: Path) -> None:
+    found = kills(str(tmp_path))
+    assert len(found) == 5
+    for work, entries in found.items():
+        assert_never_a_mixture(entries)
+        states = [entry["state"] for entry in entries]
+        others = 2 if work == "PEFT folder with other settings" else 0
+        assert states == sorted(states, key=["old", "other", "new"].index)
+        assert states.count("other") == others, work
+        assert states.count("old") > 3, work
+        assert any(entry["left"] for entry in entries)
+
+
+@pytest.mark.slow
+@needs_posix
+def test_a_kill_at_any_moment_leaves_old_or_new_files_and_the_next_run_clears_up(
+    tmp_path: Path, record_property: Any
+) -> None:
+    found = kills(str(tmp_path), "40")
+    assert sum(map(len, found.values())) == 200
+    for work, entries in found.items():
+        assert_never_a_mixture(entries)
+        moments = Counter(
+            "after" if entry["state"] == "new" else "while" if entry["left"] or entry["state"] == "other" else "before"
+            for entry in entries
+        )
+        record_property(work, dict(moments))
+        print(f"{work}: killed {dict(moments)} writing")
+        assert moments["while"] >= 5, (work, moments)
+
+
+# ---- disks that cannot be written ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system with room for little."""
+    mounted = shutil.which("mount") and subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(tmp_path)], capture_output=True, check=False
+    )
+    if not mounted or mounted.returncode:
+        pytest.skip("needs the right to mount a file system")
+    yield tmp_path
+    subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+def write(work: str, folder: Path, size: int, seed: int) -> None:
+    """Save an adapter, or merge it, with a layer of some size."""
+    torch.manual_seed(seed)
+    model = lora_plus.inject_lora(nn.Sequential(nn.Linear(1, size)), ["0"], r=2, alpha=seed)
+    nn.init.normal_(model[0].lora_B["default"])
+    if work == "merge":
+        lora_plus.save_adapter(model, folder.parent / "beside.safetensors")
+        save_file(nn.Sequential(nn.Linear(1, size)).state_dict(), folder.parent / "base.safetensors")
+        lora_plus.merge_checkpoint(
+            folder.parent / "base.safetensors", folder.parent / "beside.safetensors", folder / f"{seed}.safetensors"
+        )
+    else:
+        lora_plus.save_adapter(model, folder / work)
+
+
+WORKS = ["adapter.safetensors", "adapter", "merge"]
+
+
+@pytest.mark.parametrize("work", WORKS)
+def test_a_full_disk_is_named_and_keeps_the_old_files(work: str, small_disk: Path) -> None:
+    write(work, small_disk, 64, seed=1)
+    before = contents(small_disk)
+    with pytest.raises(OSError, match="No space left on device") as error:
+        write(work, small_disk, 100_000, seed=2)
+    assert str(small_disk) in str(error.value)
+    assert contents(small_disk) == before
+    assert not list(small_disk.rglob(".*"))
+    write(work, small_disk, 64, seed=2)
+    assert contents(small_disk) != before
+
+
+@pytest.mark.parametrize("work", WORKS)
+def test_a_read_only_disk_is_named_and_keeps_the_old_files(work: str, small_disk: Path) -> None:
+    write(work, small_disk, 64, seed=1)
+    before = contents(small_disk)
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    with pytest.raises(OSError, match="Read-only file system") as error:
+        write(work, small_disk, 64, seed=2)
+    assert str(small_disk) in str(error.value)
+    assert contents(small_disk) == before
+
+
+# ---- runs at the same time -------------------------------------------------------------------------------------------
+
+
+@needs_posix
+@pytest.mark.parametrize("path", ["adapter.safetensors", "adapter"])
+def test_a_save_leaves_others_that_go_on_alone(path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when every rank saves to the same path."""
+    model, serialize, inner = adapted_net(), atomic_files.serialize_file, []
+
+    def save_in_between(*arguments: Any) -> None:
+        serialize(*arguments)
+        if not inner:
+            inner.append(len(list(tmp_path.rglob(".*.tmp"))))
+            lora_plus.save_adapter(model, tmp_path / path)
+
+    monkeypatch.setattr(atomic_files, "serialize_file", save_in_between)
+    lora_plus.save_adapter(model, tmp_path / path)
+    assert inner == [1]
+    assert not list(tmp_path.rglob(".*"))
+    assert len(contents(tmp_path)) == (2 if path == "adapter" else 1)
+    lora_plus.load_adapter(net(), tmp_path / path)
+
+
+@needs_posix
+def test_nothing_but_leftovers_of_the_same_file_is_removed(tmp_path: Path) -> None:
+    other = [f".b.safetensors.{'0' * 32}.tmp", f".a.safetensors.x.{'0' * 32}.tmp", ".a.safetensors.tmp", ".a"]
+    for name in (*other, f".a.safetensors.{'0' * 32}.tmp"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "kept").touch()
+    lora_plus.save_adapter(adapted_net(), tmp_path / "a.safetensors")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*other, "a.safetensors"])
+    assert all((tmp_path / name / "kept").exists() for name in other)
