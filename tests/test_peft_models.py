@@ -221,6 +221,26 @@ def test_a_named_adapter_of_peft_opens_from_its_subfolder(tmp_path: Path) -> Non
     torch.testing.assert_close(loaded(TOKENS), theirs.eval()(TOKENS), rtol=1e-12, atol=1e-12)
 
 
+def test_two_adapters_of_one_peft_model_open_side_by_side(tmp_path: Path) -> None:
+    """PEFT writes "default" into the folder itself and others into folders inside."""
+    theirs = made_by_peft(net(), target_modules=["q"], r=2, lora_alpha=3)
+    theirs.add_adapter("other", peft.LoraConfig(target_modules=["xq", "conv"], r=4, use_rslora=True))
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if ".other" in name:
+                parameter.normal_(generator=torch.Generator().manual_seed(3))
+    theirs.save_pretrained(str(tmp_path))
+    model = lora_plus.load_adapter(net(), tmp_path)
+    lora_plus.load_adapter(model, tmp_path / "other", adapter="other")
+    for adapter in ("default", "other"):
+        theirs.set_adapter(adapter)
+        lora_plus.set_adapter(model, adapter)
+        torch.testing.assert_close(model(TOKENS), theirs(TOKENS), rtol=1e-11, atol=1e-11)
+        lora_plus.save_adapter(model, tmp_path / "ours" / adapter, adapter=adapter)
+        again = opened_by_peft(net(), tmp_path / "ours" / adapter)
+        torch.testing.assert_close(again(TOKENS), theirs(TOKENS), rtol=1e-11, atol=1e-11)
+
+
 @pytest.mark.parametrize("init", ["pissa", "olora"])
 def test_a_base_changing_init_that_was_converted_on_save_opens(init: str, tmp_path: Path) -> None:
     config = peft.LoraConfig(target_modules=["xq"], r=2, init_lora_weights=init)
@@ -271,3 +291,18 @@ def test_overlapping_alpha_keys_that_peft_reordered_are_warned_of(tmp_path: Path
         config = peft.LoraConfig(target_modules=["q"], alpha_pattern=pattern)
         peft.get_peft_model(base(), config).save_pretrained(str(tmp_path / name))
         lora_plus.load_adapter(base(), tmp_path / name)
+
+
+def test_overlapping_rank_keys_that_peft_reordered_are_refused(tmp_path: Path) -> None:
+    """PEFT cannot load its own file: the keys are sorted on the way, and the first that matches counts."""
+
+    def base() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.ModuleDict({"q": nn.Linear(3, 3), "z": nn.ModuleDict({"q": nn.Linear(3, 3)})})
+
+    config = peft.LoraConfig(target_modules=["q"], rank_pattern={"z.q": 2, "q": 3})
+    peft.get_peft_model(base(), config).save_pretrained(str(tmp_path))
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        peft.PeftModel.from_pretrained(base(), str(tmp_path))
+    with pytest.raises(ValueError, match=r"'z.q': rank 2 in the file, 3 in the config"):
+        lora_plus.load_adapter(base(), tmp_path)
