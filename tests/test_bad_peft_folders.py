@@ -107,6 +107,14 @@ PEFT_CORRUPTIONS: dict[str, tuple[PeftEdit, list[str]]] = {
     "dropout=1.5": (
         set_config(lora_dropout=1.5), ["adapter_config.json: lora_dropout must be a number in [0, 1), got 1.5"]
     ),
+    **{
+        f"init {init}": (
+            set_config(init_lora_weights=init),
+            [f"adapter_config.json: init_lora_weights is {init!r}: its tensors belong to a base weight that PEFT "
+             "changes when it loads them; save them again with path_initial_model_for_weight_conversion"],
+        )
+        for init in ("corda", "lora_ga", "loftq")
+    },
     "bias": (
         set_config(bias="foo"),
         ["adapter_config.json: bias is 'foo', and trained biases cannot be read; expected 'none'"],
@@ -213,6 +221,14 @@ PEFT_CORRUPTIONS: dict[str, tuple[PeftEdit, list[str]]] = {
         weights(rename(f"{BASE}head.0.bias", "head.0.bias")),
         ["tensor 'head.0.bias': expected a name that starts with 'base_model.model.'", "'head.0.bias' is missing"],
     ),
+    "wrong prefix of all": (
+        weights(lambda file: [rename(key, key.removeprefix("base_model."))(file) for key in sorted(file.tensors)]),
+        [f"tensor 'model.{name}': expected a name that starts with 'base_model.model.'" for name in (
+            "conv.lora_A.weight", "conv.lora_B.weight", "embed.lora_embedding_A", "embed.lora_embedding_B",
+            "head.0.bias", "head.0.weight", "head.1.bias", "head.1.num_batches_tracked", "head.1.running_mean",
+            "head.1.running_var", "head.1.weight", "proj.lora_A.weight", "proj.lora_B.weight",
+        )] + ["modules_to_save 'head' has no tensors in the file"],
+    ),
     "unknown layer": (
         weights(both(rename(f"{BASE}embed.lora_embedding_A", f"{BASE}embde.lora_embedding_A"),
                      rename(f"{BASE}embed.lora_embedding_B", f"{BASE}embde.lora_embedding_B"))),
@@ -293,6 +309,19 @@ def test_an_incomplete_peft_folder_names_what_is_missing(peft_parts: PeftParts, 
     assert len(problems) == 2
     (folder / "adapter_config.json").write_text("[" * 100_000)
     assert refused(model, folder)[0].startswith("adapter_config.json is not valid JSON: ")
+
+
+@pytest.mark.parametrize("damage", [
+    lambda raw: raw[:-100], lambda raw: raw[:4], lambda raw: b"", lambda raw: b"garbage" * 100,
+    lambda raw: raw + b"\0", lambda raw: b"\x80\x02}q\0." + raw,
+], ids=["short by 100", "four bytes", "empty", "garbage", "long by one", "a pickle"])  # fmt: skip
+def test_weights_that_are_no_whole_file_are_refused(
+    damage: Callable[[bytes], bytes], peft_parts: PeftParts, tmp_path: Path
+) -> None:
+    file = peft_parts.write(tmp_path / "wrong") / "adapter_model.safetensors"
+    file.write_bytes(damage(file.read_bytes()))
+    (line,) = refused(plain_net(), tmp_path / "wrong")
+    assert line.startswith("adapter_model.safetensors is not a whole safetensors file: ")
 
 
 def test_a_flat_magnitude_of_a_convolution_is_refused(tmp_path: Path) -> None:
