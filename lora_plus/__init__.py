@@ -20,6 +20,7 @@ from .layers import (
 )
 from .lora_layer import LoRALayer
 from .merge import merge_and_unload, merge_lora, merged, unmerge_lora
+from .mixed_batch import adapter_per_sample
 from .optim import create_loraplus_optimizer, loraplus_param_groups, split_loraplus_groups
 from .parameters import LoRAParameter
 from .version import __version__
@@ -40,6 +41,7 @@ __all__ = [
     "LoRAParameter",
     "__version__",
     "adapter_names",
+    "adapter_per_sample",
     "adapter_state_dict",
     "check_adapters",
     "combine_adapters",

@@ -14,6 +14,7 @@ from .adapter_site import AdapterSite, RowBlock
 from .functional import Index, accumulation_dtype
 from .module_tree import named_modules
 from .names import join
+from .sample_adapters import SampleAdapters
 from .variants import VARIANTS, AdapterSpec, Variant
 
 if TYPE_CHECKING:
@@ -52,12 +53,14 @@ class AdaptedWeight(AdapterSite):
     """The adapters that take part in the forward, in the order in which they are applied."""
     lora_disabled: int
     """How many ``disabled`` blocks are open: above zero, the base is computed."""
+    lora_samples: SampleAdapters | None
+    """Which adapter each sample of a batch has, inside an ``adapter_per_sample`` block; None elsewhere."""
     lora_merge: Merge | None
     """What unmerging needs; None while the weight is not merged."""
 
     def start(self) -> None:
         """The state of a weight that has no adapter yet."""
-        self.__dict__.update(lora_specs={}, lora_active=(), lora_disabled=0, lora_merge=None)
+        self.__dict__.update(lora_specs={}, lora_active=(), lora_disabled=0, lora_samples=None, lora_merge=None)
 
     def _described(self) -> str:
         """What messages call it."""
@@ -212,10 +215,20 @@ class AdaptedWeight(AdapterSite):
         if not self.lora_disabled and self.lora_merge is not None:
             self.bind_weight(self.lora_merge.bound)
 
-    def check_enabled(self) -> None:
-        """Raise inside a ``disabled`` block, where changes to adapters would be mixed up with what it restores."""
+    def in_force(self) -> tuple[str, ...]:
+        """The adapters that act on all samples now, in the order in which they are applied."""
+        return () if self.lora_disabled or self.lora_samples is not None else self.lora_active
+
+    def check_not_disabled(self) -> None:
+        """Raise inside a ``disabled`` block."""
         if self.lora_disabled:
             raise ValueError("the adapters are disabled; leave the disabled(model) block first")
+
+    def check_enabled(self) -> None:
+        """Raise inside a block at whose end a state is restored, with which changes to adapters would be mixed up."""
+        self.check_not_disabled()
+        if self.lora_samples is not None:
+            raise ValueError("each sample has an adapter of its own; leave the adapter_per_sample block first")
 
     def is_merged_now(self) -> bool:
         """Whether the weight as it is bound contains the adapters; raises where that would mislead.

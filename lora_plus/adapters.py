@@ -49,7 +49,7 @@ def set_adapter(model: nn.Module, adapters: str | Sequence[str]) -> None:
     weights = list(adapted_weights(model))
     for path, weight in weights:
         weight.check_enabled()
-        _check_unmerged(path, weight, "choosing its adapters")
+        check_unmerged(path, weight, "choosing its adapters")
         weight.in_order(names)
     for _, weight in weights:
         weight.activate(names)
@@ -68,7 +68,7 @@ def delete_adapter(model: nn.Module, adapter: str) -> None:
     weights = [(path, weight) for path, weight in adapted_weights(model) if adapter in weight.lora_adapters()]
     for path, weight in weights:
         weight.check_enabled()
-        _check_unmerged(path, weight, "deleting an adapter")
+        check_unmerged(path, weight, "deleting an adapter")
     check_restorable(model)
     for _, module, _ in list(trained_modules(model, adapter)):
         unmark_trained(module, restore=True)
@@ -139,7 +139,8 @@ def whole(tensor: Tensor) -> Tensor:
     return (tensor if gather is None else gather()).detach()
 
 
-def _check_unmerged(path: str, weight: AdaptedWeight, what: str) -> None:
+def check_unmerged(path: str, weight: AdaptedWeight, what: str) -> None:
+    """Raise, saying before what it must be undone, if this weight of a model is merged."""
     if weight.lora_merge is not None:
         raise ValueError(f"the model is merged ({path!r} is); call unmerge_lora(model) before {what}")
 

@@ -151,6 +151,21 @@ def linear_update(x: Tensor, A: Tensor, B: Tensor, scale: float, dropout: float 
     return F.linear(h, B)
 
 
+def linear_update_each(x: Tensor, A: Tensor, B: Tensor, scales: Tensor) -> Tensor:
+    """``scale_i * B_i A_i x_i`` for each sample i of a batch: ``(batch, ..., in) -> (batch, ..., out)``.
+
+    Args:
+        x: ``(batch, ..., in)``.
+        A: ``(batch, r, in)``.
+        B: ``(batch, r, out)``, transposed, so that the factors of a sample lie in memory as they are read.
+        scales: ``(batch,)``, float32 or better: the factor of each sample's update.
+    """
+    rows = x.reshape(len(x), -1, x.shape[-1])
+    h = torch.bmm(rows, A.mT)  # (batch, rows, r)
+    h = (h * scales[:, None, None]).to(h.dtype)
+    return torch.bmm(h, B).reshape(*x.shape[:-1], B.shape[-1])
+
+
 def embedding_update(
     index: Tensor,
     A: Tensor,

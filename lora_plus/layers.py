@@ -107,6 +107,7 @@ class LoRALinear(LoRALayer, nn.Linear):
     """``y = W x + b + s B A x`` (Hu et al. 2021, arXiv:2106.09685): ``(..., in_features) -> (..., out_features)``."""
 
     layout = "o i -> o i"
+    is_linear = True
 
     def adapted_forward(self, *args: Any, **kwargs: Any) -> Tensor:
         if len(args) == 1 and not kwargs and self._only_sums():
@@ -117,11 +118,12 @@ class LoRALinear(LoRALayer, nn.Linear):
 
     def _only_sums(self) -> bool:
         """Whether the layer computes ``W x + b`` with parameters that it holds, and active adapters add to that."""
-        if self.lora_base_forward is not None or self.base_class.forward is not _LINEAR_FORWARD or self.lora_disabled:
+        if self.lora_base_forward is not None or self.base_class.forward is not _LINEAR_FORWARD:
             return False
-        if not self.lora_active or not {"weight", "bias"} <= self._parameters.keys():
+        adapters = self.in_force()
+        if not adapters or not {"weight", "bias"} <= self._parameters.keys():
             return False
-        return not any(VARIANTS[self.lora_spec(name).variant].rescales for name in self.lora_active)
+        return not any(VARIANTS[self.lora_spec(name).variant].rescales for name in adapters)
 
     def _updates(self, x: Tensor) -> Iterator[Update]:
         for name in self.lora_active:
@@ -181,6 +183,7 @@ class LoRATransposedLinear(LoRALayer):
 
     base_class = nn.Module
     layout = "i o -> o i"
+    is_linear = True
 
     @classmethod
     def fits(cls, module: nn.Module) -> bool:
@@ -222,8 +225,8 @@ class LoRAEmbedding(LoRALayer, nn.Embedding):
     def trial_input(self) -> Tensor:
         return torch.arange(min(4, len(self.weight)), device=self.weight.device)
 
-    def adapted(self, x: Tensor, y: Tensor) -> Tensor:
-        y = super().adapted(x, y)
+    def adapted(self, x: Tensor, y: Tensor, adapters: tuple[str, ...]) -> Tensor:
+        y = super().adapted(x, y, adapters)
         return y if self.max_norm is None else functional.clip_norm(y, self.max_norm, self.norm_type)
 
     def base_forward(self, *args: Any, **kwargs: Any) -> Tensor:

@@ -46,6 +46,8 @@ class LoRALayer(AdaptedWeight):
     """The names of the forward's arguments; the first one is what the update acts on."""
     channel: ClassVar[int] = -1
     """The dimension of the output that the matrix's rows lie along."""
+    is_linear: ClassVar[bool] = False
+    """Whether the layer is a linear map of its input's last dimension, and `low_rank` is `linear_update`."""
 
     lora_base_forward: Callable[..., Tensor] | None
     """A forward that had been assigned to the layer object, as offloading hooks do: it stays the base computation."""
@@ -203,7 +205,7 @@ class LoRALayer(AdaptedWeight):
         for name in self.own_children():
             del self._modules[name]
         swap_class(self, lambda swapped: swapped.base_class)
-        for name in ("lora_specs", "lora_active", "lora_disabled", "lora_merge", "lora_base_forward"):
+        for name in ("lora_specs", "lora_active", "lora_disabled", "lora_samples", "lora_merge", "lora_base_forward"):
             del self.__dict__[name]
         plain: nn.Module = self
         if base_forward is not None:
@@ -228,7 +230,15 @@ class LoRALayer(AdaptedWeight):
 
     def adapted_forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """What the layer computes from its stored weight and its active adapters."""
-        return self.adapted(self.input_of(args, kwargs), self.base_forward(*args, **kwargs))
+        x, y = self.input_of(args, kwargs), self.base_forward(*args, **kwargs)
+        if not isinstance(y, Tensor):
+            raise TypeError(
+                f"the forward of {self.base_class.__name__} returns a {type(y).__name__}, and an update can only be "
+                "added to a tensor; exclude this layer"
+            )
+        if self.lora_samples is None or self.lora_disabled:
+            return self.adapted(x, y, self.in_force())
+        return self.lora_samples.output(self, x, y)
 
     def input_of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """The first argument of the layer's forward, however it is given."""
@@ -243,16 +253,11 @@ class LoRALayer(AdaptedWeight):
         y: Tensor = super().forward(*args, **kwargs)
         return y
 
-    def adapted(self, x: Tensor, y: Tensor) -> Tensor:
-        """The base's output ``y`` for the input ``x`` with the active adapters joined to it."""
-        if not isinstance(y, Tensor):
-            raise TypeError(
-                f"the forward of {self.base_class.__name__} returns a {type(y).__name__}, and an update can only be "
-                "added to a tensor; exclude this layer"
-            )
+    def adapted(self, x: Tensor, y: Tensor, adapters: tuple[str, ...]) -> Tensor:
+        """The base's output ``y`` for the input ``x`` with these adapters joined to it."""
         # the arithmetic runs in the input's dtype; an embedding's input has none
         dtype = x.dtype if x.is_floating_point() else y.dtype
-        for name in () if self.lora_disabled else self.lora_active:
+        for name in adapters:
             spec = self.lora_spec(name)
             A, B, scale = self.lora_factors(name)
             update = self.low_rank(x, A.to(dtype), B.to(dtype), scale, self.dropout_of(spec), y)

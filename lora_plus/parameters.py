@@ -44,9 +44,10 @@ class LoRAParameter(AdaptedWeight):
     def forward(self, weight: Tensor | None = None) -> Tensor:
         """The weight to compute with; from another one than the parameter, if one is given."""
         base = self.weight if weight is None else weight
-        if self.is_merged_now() or self.lora_disabled or not self.lora_active:
+        adapters = self.in_force()
+        if self.is_merged_now() or not adapters:
             return base
-        return self.effective_weight(self.lora_active, base).to(base.dtype)
+        return self.effective_weight(adapters, base).to(base.dtype)
 
     def raw(self) -> nn.Parameter:
         """The parameter that is bound now."""
@@ -209,7 +210,7 @@ def _effective(name: str) -> property:
         base, known = owner._parameters.get(name), owner._lora_read
         if known is None:
             return holder(base)  # type: ignore[no-any-return]
-        state = (name, id(base), torch.is_grad_enabled(), holder.lora_active, holder.lora_disabled)
+        state = (name, id(base), torch.is_grad_enabled(), holder.in_force())
         if state not in known:
             known[state] = holder(base)
         return known[state]

@@ -15,7 +15,7 @@ from .adapted_weight import BLOCKS, AdaptedWeight, owner_path
 from .adapter_site import AdapterSite, RowBlock
 from .formats.adapter import PARAMETER, BaseLayer
 from .init import Init
-from .layers import DTYPES, LoRALinear, LoRATransposedLinear, lora_class, why_unsupported
+from .layers import DTYPES, lora_class, why_unsupported
 from .lora_layer import LoRALayer, needs_values
 from .module_tree import named_modules
 from .names import join
@@ -99,7 +99,7 @@ class Place:
         """Whether ``"all-linear"`` includes it."""
         if self.parameter is not None or self._kind is None:
             return self.linear_part
-        return issubclass(self._kind, (LoRALinear, LoRATransposedLinear))
+        return self._kind.is_linear
 
     def refusal(self) -> str | None:
         """Why no adapter can be put here, as a noun phrase; None if one can."""
