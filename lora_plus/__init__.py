@@ -1,6 +1,16 @@
 """LoRA and LoRA+ for any PyTorch model: inject adapters, train them, save them, merge them."""
 
-from .adapters import adapter_names, adapter_state_dict, delete_adapter, disabled, lora_summary, set_adapter
+from .adapters import (
+    active_adapters,
+    adapter_names,
+    adapter_state_dict,
+    delete_adapter,
+    disabled,
+    lora_summary,
+    rename_adapter,
+    set_adapter,
+)
+from .another_adapter import add_adapter
 from .check import check_adapters
 from .checkpoint import CheckpointReport, merge_checkpoint
 from .combine import CombineReport, combine_adapters, resize_adapter
@@ -40,9 +50,11 @@ __all__ = [
     "LoRALinear",
     "LoRAParameter",
     "__version__",
+    "active_adapters",
     "adapter_names",
     "adapter_per_sample",
     "adapter_state_dict",
+    "add_adapter",
     "check_adapters",
     "combine_adapters",
     "create_loraplus_optimizer",
@@ -58,6 +70,7 @@ __all__ = [
     "merge_lora",
     "merged",
     "remove_lora",
+    "rename_adapter",
     "resize_adapter",
     "save_adapter",
     "set_adapter",

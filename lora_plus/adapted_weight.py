@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -51,6 +51,8 @@ class AdaptedWeight(AdapterSite):
     weight: Tensor
     lora_active: tuple[str, ...]
     """The adapters that take part in the forward, in the order in which they are applied."""
+    lora_strengths: dict[str, float]
+    """By active adapter, the factor of its scale while it is active, where that is not 1."""
     lora_disabled: int
     """How many ``disabled`` blocks are open: above zero, the base is computed."""
     lora_samples: SampleAdapters | None
@@ -60,7 +62,8 @@ class AdaptedWeight(AdapterSite):
 
     def start(self) -> None:
         """The state of a weight that has no adapter yet."""
-        self.__dict__.update(lora_specs={}, lora_active=(), lora_disabled=0, lora_samples=None, lora_merge=None)
+        self.__dict__.update(lora_specs={}, lora_active=(), lora_strengths={})
+        self.__dict__.update(lora_disabled=0, lora_samples=None, lora_merge=None)
 
     def _described(self) -> str:
         """What messages call it."""
@@ -110,14 +113,14 @@ class AdaptedWeight(AdapterSite):
         return next(block.lora_specs[adapter] for block in self.row_blocks() if adapter in block.lora_specs)
 
     def lora_factors(self, adapter: str) -> tuple[Tensor, Tensor, float]:
-        """A, B and the scale of an adapter; those of row blocks are put together, with B block-structured."""
-        spec = self.lora_specs.get(adapter)
+        """A, B and the scale of an adapter now; those of row blocks are put together, with B block-structured."""
+        spec, strength = self.lora_specs.get(adapter), self.lora_strength(adapter)
         if spec is not None:
-            return self.lora_A[adapter], self.lora_B[adapter], spec.scale
+            return self.lora_A[adapter], self.lora_B[adapter], spec.scale * strength
         blocks = [block for block in self.row_blocks() if adapter in block.lora_specs]
         A = torch.cat([block.lora_A[adapter] for block in blocks], dim=-2)
         scaled = [block.lora_B[adapter] * block.lora_specs[adapter].scale for block in blocks]
-        return A, functional.block_rows(scaled, [block.start for block in blocks], blocks[0].total), 1.0
+        return A, functional.block_rows(scaled, [block.start for block in blocks], blocks[0].total), strength
 
     def delete_adapter(self, name: str) -> None:
         """Drop an adapter of this weight, and the blocks that have none left."""
@@ -131,11 +134,34 @@ class AdaptedWeight(AdapterSite):
                 del container._modules[block.lora_label]
         if container is not None and not container._modules:
             del self._modules[BLOCKS]
-        self.activate(tuple(other for other in self.lora_active if other != name))
+        self.activate(tuple(other for other in self.lora_active if other != name), self.lora_strengths)
 
-    def activate(self, names: tuple[str, ...]) -> None:
-        """Let just these adapters take part in the forward; names that this weight lacks are passed over."""
-        self.__dict__["lora_active"] = self.in_order(names)  # nn.Module's own __setattr__ is slow
+    def rename_everywhere(self, old: str, new: str) -> None:
+        """Call an adapter of this weight by another name, in every state that it is in."""
+        for site in self.adapter_sites():
+            if old in site.lora_specs:
+                site.rename_adapter(old, new)
+        self.lora_active = tuple(new if name == old else name for name in self.lora_active)
+        self.lora_strengths = {new if name == old else name: factor for name, factor in self.lora_strengths.items()}
+        merge = self.lora_merge
+        if merge is not None:
+            merge.adapters = tuple(new if name == old else name for name in merge.adapters)
+            # what was noted stays noted: a change since the merge must still be found
+            merge.versions = dict(zip(self.adapter_versions(merge.adapters), merge.versions.values(), strict=True))
+
+    def activate(self, names: tuple[str, ...], strengths: Mapping[str, float] | None = None) -> None:
+        """Let just these adapters take part in the forward; names that this weight lacks are passed over.
+
+        ``strengths`` are factors of their scales; 1 for an adapter that has none.
+        """
+        active = self.in_order(names)
+        self.__dict__["lora_active"] = active  # nn.Module's own __setattr__ is slow
+        given = {} if strengths is None else strengths
+        self.__dict__["lora_strengths"] = {name: given[name] for name in active if given.get(name, 1.0) != 1.0}
+
+    def lora_strength(self, adapter: str) -> float:
+        """The factor of an adapter's scale; it goes with being active, and is 1 where samples choose their own."""
+        return 1.0 if self.lora_samples is not None else self.lora_strengths.get(adapter, 1.0)
 
     def in_order(self, names: Sequence[str]) -> tuple[str, ...]:
         """Those of these adapters that the weight has, in the order in which they apply.

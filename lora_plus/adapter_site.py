@@ -39,6 +39,12 @@ class AdapterSite(nn.Module):
             del self._container(container)[name]
         del self.lora_specs[name]
 
+    def rename_adapter(self, old: str, new: str) -> None:
+        """Call an adapter by another name; its parameters and its place in the order stay."""
+        for container in self.adapter_tensors(old):
+            self._container(container).rename(old, new)
+        self.lora_specs = {new if name == old else name: spec for name, spec in self.lora_specs.items()}
+
     def adapter_tensors(self, adapter: str) -> dict[str, nn.Parameter]:
         """The parameters of one adapter by the name of their container: lora_A, lora_B, ..."""
         present = [(name, self._container(name)._parameters) for name in self.roles if name in self._modules]

@@ -22,6 +22,12 @@ class AdapterTensors(nn.Module):
     def __delitem__(self, adapter: str) -> None:
         del self._parameters[adapter]
 
+    def rename(self, old: str, new: str) -> None:
+        """Hold an adapter's parameter, the same object at the same place in the order, under another name."""
+        held = list(self._parameters.items())
+        self._parameters.clear()
+        self._parameters.update((new if name == old else name, parameter) for name, parameter in held)
+
     def __contains__(self, adapter: object) -> bool:
         return adapter in self._parameters
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,7 +10,8 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from .adapted_weight import AdaptedWeight, adapted_weights, adapter_sites
-from .freezing import restore_requires_grad
+from .adapter_tensors import check_adapter_name
+from .freezing import restore_requires_grad, set_requires_grad
 from .fused_kernels import resume_nesting
 from .inject import check_restorable
 from .lora_layer import LoRALayer
@@ -17,12 +19,17 @@ from .module_tree import named_modules
 from .names import join
 from .parameters import LoRAOwner, parameter_holders, restore_parameter
 from .trained import originals, trained_modules, unmark_trained
-from .variants import AdapterSpec
+from .variants import VARIANTS, AdapterSpec
 
 
 def adapter_names(model: nn.Module) -> list[str]:
     """The names of the adapters that the model holds, in the order in which they were added."""
     return list(dict.fromkeys(name for _, site, _ in adapter_sites(model) for name in site.lora_specs))
+
+
+def active_adapters(model: nn.Module) -> list[str]:
+    """The names of the adapters that take part in the forward, in the order in which they are applied."""
+    return list(dict.fromkeys(name for _, weight in adapted_weights(model) for name in weight.lora_active))
 
 
 def check_adapter(model: nn.Module, *adapters: str) -> None:
@@ -34,25 +41,74 @@ def check_adapter(model: nn.Module, *adapters: str) -> None:
             raise KeyError(f"the model has no adapter {adapter!r}: {there}")
 
 
-def set_adapter(model: nn.Module, adapters: str | Sequence[str]) -> None:
+def set_adapter(
+    model: nn.Module, adapters: str | Sequence[str] | Mapping[str, float], *, trainable: bool | None = None
+) -> None:
     """Let just these adapters, one or several, take part in the forward.
 
-    ``requires_grad`` is not touched (to go on training an adapter, set it on its parameters), and modules trained in
-    full (``train_also``) keep their values, whichever adapter they belong to.
+    Modules trained in full (``train_also``) keep their values, whichever adapter they belong to.
+
+    Args:
+        model: a model with adapters.
+        adapters: a name, several, or a mapping from name to a factor of the adapter's scale, as in
+            ``{"style": 0.6, "task": 1.0}``. The factor holds, also in merging, until adapters are chosen again; it is
+            not saved. It may be zero or negative.
+        trainable: True makes these adapters, and the modules trained in full with them, trainable and freezes all
+            others; False freezes all; None leaves ``requires_grad`` as it is.
 
     Raises:
         KeyError: if the model holds no adapter of such a name.
-        ValueError: if the model is merged, or two of them on one layer have no agreed sum (DoRA).
+        TypeError: if a factor is not a number.
+        ValueError: if the model is merged, two of them on one layer have no agreed sum (DoRA), or a factor is not
+            finite, or not 1 for a variant that rescales the weight (DoRA). The model is then as it was.
     """
     names = (adapters,) if isinstance(adapters, str) else tuple(dict.fromkeys(adapters))
+    strengths = adapters if isinstance(adapters, Mapping) else dict.fromkeys(names, 1.0)
     check_adapter(model, *names)
+    _check_strengths(strengths)
     weights = list(adapted_weights(model))
     for path, weight in weights:
         weight.check_enabled()
         check_unmerged(path, weight, "choosing its adapters")
-        weight.in_order(names)
+        for name in weight.in_order(names):
+            variant = weight.lora_spec(name).variant
+            if VARIANTS[variant].rescales and strengths[name] != 1:
+                raise ValueError(
+                    f"the factor of {name!r} must be 1, got {strengths[name]}: on {path!r} it is of the variant "
+                    f"{variant!r}, which rescales the weight, so that its effect is not proportional to its scale"
+                )
     for _, weight in weights:
-        weight.activate(names)
+        weight.activate(names, strengths)
+    if trainable is not None:
+        for _, site, _ in adapter_sites(model):
+            for name, _, parameter in site.lora_parameters():
+                parameter.requires_grad_(trainable and name in names)
+        for _, module, record in trained_modules(model):
+            set_requires_grad(module.modules(), trainable and record.adapter in names)
+
+
+def rename_adapter(model: nn.Module, old: str, new: str) -> None:
+    """Give an adapter another name.
+
+    Its parameters stay the same objects, so optimizers go on working; its place among the adapters, whether it is
+    active, with what factor, trained or merged, and the modules trained in full with it stay, too. Only the keys in
+    ``state_dict()`` change.
+
+    Raises:
+        KeyError: if the model holds no adapter of the old name.
+        TypeError, ValueError: if it cannot have the new name, another one has it, or the adapters are disabled.
+    """
+    check_adapter(model, old)
+    check_adapter_name(new)
+    if new in adapter_names(model):
+        raise ValueError(f"the model has an adapter {new!r} already; choose another name, or call delete_adapter first")
+    weights = [weight for _, weight in adapted_weights(model)]
+    for weight in weights:
+        weight.check_enabled()
+    for weight in weights:
+        weight.rename_everywhere(old, new)
+    for _, _, record in trained_modules(model, old):
+        record.adapter = new
 
 
 def delete_adapter(model: nn.Module, adapter: str) -> None:
@@ -145,6 +201,14 @@ def check_unmerged(path: str, weight: AdaptedWeight, what: str) -> None:
         raise ValueError(f"the model is merged ({path!r} is); call unmerge_lora(model) before {what}")
 
 
+def _check_strengths(strengths: Mapping[str, float]) -> None:
+    for name, factor in strengths.items():
+        if not isinstance(factor, (int, float)) or isinstance(factor, bool):
+            raise TypeError(f"the factor of {name!r} must be a number, got {factor!r}")
+        if not math.isfinite(factor):
+            raise ValueError(f"the factor of {name!r} must be finite, got {factor}")
+
+
 @dataclass(frozen=True)
 class SummaryRow:
     """One adapter on one layer."""
@@ -212,9 +276,11 @@ def lora_summary(model: nn.Module) -> Summary:
 def _notes(adapter: str, spec: AdapterSpec, tensors: Mapping[str, Tensor], weight: AdaptedWeight) -> str:
     merge = weight.lora_merge
     full_rank = min(tensors["lora_B"].shape[-2], tensors["lora_A"].shape[-1])
+    strength = weight.lora_strength(adapter)
     notes = {
         f"r exceeds the weight's full rank {full_rank}": spec.r > full_rank,
         "inactive": adapter not in weight.lora_active,
+        f"scale times {strength:g}": strength != 1,
         "merged": merge is not None and adapter in merge.adapters,
         f"rounding lost {merge.lost if merge else 0} of the update": merge is not None and merge.lost is not None,
     }

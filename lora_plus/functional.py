@@ -157,7 +157,7 @@ def linear_update_each(x: Tensor, A: Tensor, B: Tensor, scales: Tensor) -> Tenso
     Args:
         x: ``(batch, ..., in)``.
         A: ``(batch, r, in)``.
-        B: ``(batch, r, out)``, transposed, so that the factors of a sample lie in memory as they are read.
+        B: ``(batch, r, out)``, transposed.
         scales: ``(batch,)``, float32 or better: the factor of each sample's update.
     """
     rows = x.reshape(len(x), -1, x.shape[-1])

@@ -107,7 +107,7 @@ class LoRALinear(LoRALayer, nn.Linear):
     """``y = W x + b + s B A x`` (Hu et al. 2021, arXiv:2106.09685): ``(..., in_features) -> (..., out_features)``."""
 
     layout = "o i -> o i"
-    is_linear = True
+    linear_low_rank = True
 
     def adapted_forward(self, *args: Any, **kwargs: Any) -> Tensor:
         if len(args) == 1 and not kwargs and self._only_sums():
@@ -183,7 +183,7 @@ class LoRATransposedLinear(LoRALayer):
 
     base_class = nn.Module
     layout = "i o -> o i"
-    is_linear = True
+    linear_low_rank = True
 
     @classmethod
     def fits(cls, module: nn.Module) -> bool:

@@ -46,7 +46,7 @@ class LoRALayer(AdaptedWeight):
     """The names of the forward's arguments; the first one is what the update acts on."""
     channel: ClassVar[int] = -1
     """The dimension of the output that the matrix's rows lie along."""
-    is_linear: ClassVar[bool] = False
+    linear_low_rank: ClassVar[bool] = False
     """Whether the layer is a linear map of its input's last dimension, and `low_rank` is `linear_update`."""
 
     lora_base_forward: Callable[..., Tensor] | None
@@ -205,7 +205,7 @@ class LoRALayer(AdaptedWeight):
         for name in self.own_children():
             del self._modules[name]
         swap_class(self, lambda swapped: swapped.base_class)
-        for name in ("lora_specs", "lora_active", "lora_disabled", "lora_samples", "lora_merge", "lora_base_forward"):
+        for name in _STATE:
             del self.__dict__[name]
         plain: nn.Module = self
         if base_forward is not None:
@@ -288,6 +288,17 @@ class LoRALayer(AdaptedWeight):
         kind = type(self).__dict__.get("_derived_from")
         # a class made on the fly has no name to be found by: pickle what it was made from
         return reduced if kind is None else (_new_derived, (kind, self.base_class), *reduced[2:])
+
+
+_STATE = (
+    "lora_specs",
+    "lora_active",
+    "lora_strengths",
+    "lora_disabled",
+    "lora_samples",
+    "lora_merge",
+    "lora_base_forward",
+)
 
 
 def needs_values(spec: AdapterSpec, init: str | Init) -> bool:

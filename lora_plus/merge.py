@@ -55,7 +55,8 @@ def merge_lora(model: nn.Module, *, adapters: Sequence[str] | None = None) -> Me
 
     Args:
         model: the model; it is changed.
-        adapters: names of the adapters to merge; None for those that are active.
+        adapters: names of the adapters to merge; None for those that are active. An adapter that is active keeps the
+            factor that `set_adapter` gave it; the others have 1.
 
     Returns:
         A report: which layers, and how much of the update the rounding lost.

@@ -84,10 +84,10 @@ def _checked_names(model: nn.Module, adapters: Sequence[str | None]) -> tuple[st
         raise ValueError("expected the name of an adapter, or None, for each sample of the batch, got an empty list")
     distinct = [name for name in dict.fromkeys(names) if name is not None]
     check_adapter(model, *distinct)
-    for name in distinct:
-        for path, _, _ in trained_modules(model, name):
+    for path, _, record in trained_modules(model):
+        if record.adapter in distinct:
             raise ValueError(
-                f"{path!r} is trained in full with the adapter {name!r}, and a batch has only one {path!r}; run the "
-                "samples of each adapter on their own, with set_adapter"
+                f"{path!r} is trained in full with the adapter {record.adapter!r}, and a batch has only one {path!r}; "
+                "run the samples of each adapter on their own, with set_adapter"
             )
     return names

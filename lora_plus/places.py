@@ -99,7 +99,7 @@ class Place:
         """Whether ``"all-linear"`` includes it."""
         if self.parameter is not None or self._kind is None:
             return self.linear_part
-        return self._kind.is_linear
+        return self._kind.linear_low_rank
 
     def refusal(self) -> str | None:
         """Why no adapter can be put here, as a noun phrase; None if one can."""

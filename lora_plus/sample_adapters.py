@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 
 from .functional import accumulation_dtype, linear_update_each
 from .variants import VARIANTS
@@ -98,7 +97,7 @@ class SampleAdapters:
             return layer.adapted(x, y, parts[0][0])
         # without dropout the mode is not asked for, so that a compiled layer serves both
         dropouts = self.dropouts if any(self.dropouts) and layer.training else {0.0}
-        if not layer.is_linear or not self.only_sums or len(dropouts) > 1:
+        if not layer.linear_low_rank or not self.only_sums or len(dropouts) > 1:
             found = [layer.adapted(x.index_select(0, own), y.index_select(0, own), name) for name, own in parts]
             return torch.cat(found).index_select(0, self.grouping.back)
         (dropout,) = dropouts
@@ -120,7 +119,8 @@ class SampleAdapters:
         held = _held(layer)
         state = [(id(tensor), 0 if tensor.is_inference() else tensor._version) for tensor in held]
         if self._stacked is None or self._stacked.state != state or self._stacked.factors[0].dtype != dtype:
-            self._stacked = _Stacked(state, held, self._gathered(layer, dtype))
+            A, B, scales = self._gathered(layer, dtype)
+            self._stacked = _Stacked(state, held, (A, B, scales))
         return self._stacked.factors
 
     def _gathered(self, layer: LoRALayer, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -130,13 +130,13 @@ class SampleAdapters:
             dtype=accumulation_dtype(factors[0][0].dtype),
             device=factors[0][0].device,
         )
-        # a smaller rank is filled up with zeros
-        A = pad_sequence([A for A, _, _ in factors], batch_first=True).to(dtype)
-        B = pad_sequence([B.mT for _, B, _ in factors], batch_first=True).to(dtype)
+        rank = max(len(A) for A, _, _ in factors)
+        A = torch.stack([_widened(A.mT, rank).mT for A, _, _ in factors]).to(dtype)  # (adapters, r, in)
+        B = torch.stack([_widened(B, rank) for _, B, _ in factors]).to(dtype)  # (adapters, out, r)
         which = self.grouping.which
         if which is None:
-            return A, B, scales
-        return A.index_select(0, which), B.index_select(0, which), scales.index_select(0, which)
+            return A, B.mT, scales
+        return A.index_select(0, which), B.index_select(0, which).mT, scales.index_select(0, which)
 
 
 class _Stacked(NamedTuple):
@@ -145,6 +145,12 @@ class _Stacked(NamedTuple):
     state: list[tuple[int, int]]
     held: list[nn.Parameter]
     factors: tuple[Tensor, Tensor, Tensor]
+
+
+def _widened(factor: Tensor, rank: int) -> Tensor:
+    """The factor ``(out, r)`` with columns of zeros up to this rank."""
+    missing = rank - factor.shape[-1]
+    return F.pad(factor, (0, missing)) if missing else factor
 
 
 def _held(layer: LoRALayer) -> list[nn.Parameter]:

@@ -41,7 +41,7 @@ STRATA = [
     {"targets"},
     {"inject", "checkpoint_plan"},
     {"adapters", "optim"},
-    {"merge", "check", "combine", "mixed_batch"},
+    {"merge", "check", "combine", "mixed_batch", "another_adapter"},
     {"io", "extract", "checkpoint"},
     {"__init__"},
     {"demo", "cli"},
