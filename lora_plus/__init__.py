@@ -16,6 +16,7 @@ from .checkpoint import CheckpointReport, merge_checkpoint
 from .combine import CombineReport, combine_adapters, resize_adapter
 from .config import LoRAConfig
 from .extract import extract_adapter
+from .gradient_init import init_from_gradients
 from .inject import inject_lora, remove_lora
 from .io import load_adapter, save_adapter
 from .layers import (
@@ -61,6 +62,7 @@ __all__ = [
     "delete_adapter",
     "disabled",
     "extract_adapter",
+    "init_from_gradients",
     "inject_lora",
     "load_adapter",
     "lora_summary",

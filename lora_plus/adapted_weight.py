@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from . import functional
 from .adapter_site import AdapterSite, RowBlock
+from .adapter_tensors import STARTS
 from .functional import Index, accumulation_dtype
 from .module_tree import named_modules
 from .names import join
@@ -116,10 +117,11 @@ class AdaptedWeight(AdapterSite):
         """A, B and the scale of an adapter now; those of row blocks are put together, with B block-structured."""
         spec, strength = self.lora_specs.get(adapter), self.lora_strength(adapter)
         if spec is not None:
-            return self.lora_A[adapter], self.lora_B[adapter], spec.scale * strength
+            return *self.factors(adapter), spec.scale * strength
         blocks = [block for block in self.row_blocks() if adapter in block.lora_specs]
-        A = torch.cat([block.lora_A[adapter] for block in blocks], dim=-2)
-        scaled = [block.lora_B[adapter] * block.lora_specs[adapter].scale for block in blocks]
+        factors = [block.factors(adapter) for block in blocks]
+        A = torch.cat([A for A, _ in factors], dim=-2)
+        scaled = [B * block.lora_specs[adapter].scale for block, (_, B) in zip(blocks, factors, strict=True)]
         return A, functional.block_rows(scaled, [block.start for block in blocks], blocks[0].total), strength
 
     def delete_adapter(self, name: str) -> None:
@@ -195,8 +197,7 @@ class AdaptedWeight(AdapterSite):
     def effective_blocks(self, adapters: tuple[str, ...], base: Tensor) -> Iterator[tuple[Index, Tensor]]:
         """The same in blocks, with the index of each in the stored weight, so that no second weight is held."""
         summands = self._summands(adapters)
-        elements = _CPU_BLOCK if base.device.type == "cpu" else _GPU_BLOCK
-        for stored, rows in functional.blocks(self.layout, base.shape, elements):
+        for stored, rows in functional.blocks(self.layout, base.shape, functional.block_elements(base.device)):
             part = base[stored]
             matrix = _joined(functional.to_matrix(part, self.layout), summands, rows)
             yield stored, functional.from_matrix(matrix, self.layout, part.shape)
@@ -351,9 +352,7 @@ class AdaptedWeight(AdapterSite):
             self.lora_merge.versions = self.adapter_versions(self.lora_merge.adapters)
 
 
-_FACTORS = ("lora_A", "lora_B")
-_CPU_BLOCK, _GPU_BLOCK = 2**19, 2**24
-"""Elements that are merged at a time: on a CPU they stay in its cache, elsewhere launches must be few."""
+_FACTORS = ("lora_A", "lora_B", *STARTS)
 
 
 class _Summand(NamedTuple):

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
 
-from .adapter_tensors import AdapterTensors
-from .variants import AdapterSpec
+from .adapter_tensors import STARTS, AdapterTensors
+from .variants import SCALINGS, VARIANTS, AdapterSpec
 
 
 class AdapterSite(nn.Module):
     """The adapters of one matrix, a whole weight or some rows of one, by the name of the adapter."""
 
-    roles: ClassVar[dict[str, str]] = {"lora_A": "A", "lora_B": "B", "lora_magnitude": "magnitude"}
+    roles: ClassVar[dict[str, str]] = {"lora_A": "A", "lora_B": "B", "lora_magnitude": "magnitude"} | dict.fromkeys(
+        STARTS, "start"
+    )
     """What the tensors of each container are to the optimizer."""
 
     lora_label: str = ""
@@ -30,8 +34,14 @@ class AdapterSite(nn.Module):
         for container, tensor in tensors.items():
             if container not in self._modules:
                 self._modules[container] = AdapterTensors()
-            self._container(container)[name] = nn.Parameter(tensor, requires_grad=trainable)
+            trained = trainable and self.is_trained(container, spec)
+            self._container(container)[name] = nn.Parameter(tensor, requires_grad=trained)
         self.lora_specs[name] = spec
+
+    @staticmethod
+    def is_trained(container: str, spec: AdapterSpec) -> bool:
+        """Whether training an adapter with these settings changes its tensor in this container."""
+        return container not in STARTS and container not in VARIANTS[spec.variant].frozen
 
     def drop_adapter(self, name: str) -> None:
         """Forget an adapter."""
@@ -50,12 +60,42 @@ class AdapterSite(nn.Module):
         present = [(name, self._container(name)._parameters) for name in self.roles if name in self._modules]
         return {name: held[adapter] for name, held in present if adapter in held}  # type: ignore[misc]
 
+    def factors(self, adapter: str) -> tuple[Tensor, Tensor]:
+        """A ``(r, in)`` and B ``(out, r)`` of the adapter's whole update; with a start taken out of it, 2 r each."""
+        tensors = self.adapter_tensors(adapter)
+        A, B = tensors["lora_A"], tensors["lora_B"]
+        if STARTS[0] not in tensors:
+            return A, B
+        A0, B0 = (tensors[name] for name in STARTS)
+        return torch.cat([A, A0], dim=-2), torch.cat([B, -B0], dim=-1)
+
+    def set_trainable(self, adapter: str, trainable: bool) -> None:
+        """Put an adapter into training, but for what its variant or its start holds fixed, or take it out."""
+        for container, parameter in self.adapter_tensors(adapter).items():
+            parameter.requires_grad_(trainable and self.is_trained(container, self.lora_specs[adapter]))
+
     def freeze_adapters(self) -> None:
         """Take the tensors of all adapters out of training."""
         for container in self.roles.keys() & self._modules.keys():
             for parameter in self._container(container)._parameters.values():
                 assert parameter is not None
                 parameter.requires_grad_(False)
+
+    def plain(self, adapter: str) -> tuple[AdapterSpec, dict[str, Tensor]]:
+        """The adapter as one that has no start to take out: the same update, then of rank 2 r, and the same scale."""
+        spec, tensors = self.lora_specs[adapter], self.adapter_tensors(adapter)
+        if STARTS[0] not in tensors:
+            return spec, dict(tensors)
+        A, B = self.factors(adapter)
+        rest = {name: tensor for name, tensor in tensors.items() if name not in STARTS}
+        r = A.shape[-2]
+        return replace(spec, r=r, alpha=spec.scale / SCALINGS[spec.scaling](1.0, r)), {**rest, "lora_A": A, "lora_B": B}
+
+    def forget_start(self, adapter: str) -> None:
+        """Take nothing out of the adapter's update any more."""
+        for container in STARTS:
+            if container in self._modules and adapter in self._container(container):
+                del self._container(container)[adapter]
 
     def exchange_tensors(self, adapter: str, tensors: Mapping[str, nn.Parameter]) -> None:
         """Bind other parameters as those of an adapter; the ones that it had are left as they are."""

@@ -81,8 +81,8 @@ def set_adapter(
         weight.activate(names, strengths)
     if trainable is not None:
         for _, site, _ in adapter_sites(model):
-            for name, _, parameter in site.lora_parameters():
-                parameter.requires_grad_(trainable and name in names)
+            for name in site.lora_specs:
+                site.set_trainable(name, trainable and name in names)
         for _, module, record in trained_modules(model):
             set_requires_grad(module.modules(), trainable and record.adapter in names)
 

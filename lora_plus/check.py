@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-import random
-import sys
-from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +17,7 @@ from .adapted_weight import AdaptedWeight, adapter_sites
 from .adapter_site import AdapterSite
 from .adapters import unwrap
 from .lora_layer import LoRALayer
+from .trial import copied, left_as_it_was
 
 TRAIN_PASSES = 4
 """At most: layers that are skipped at random in training get another chance."""
@@ -56,7 +54,7 @@ def check_adapters(model: nn.Module, *inputs: Any, **keywords: Any) -> list[str]
     ]
     _check_checkable(probes)
     with ExitStack() as state:
-        for context in (torch.inference_mode(False), torch.enable_grad(), _eager(), _left_as_it_was(model)):
+        for context in (torch.inference_mode(False), torch.enable_grad(), _eager(), left_as_it_was(model)):
             state.enter_context(context)
         state.enter_context(_random_adapters(probes))
         modes = {"eval": _run(model.eval(), inputs, keywords, probes)}
@@ -183,7 +181,7 @@ def _run(model: nn.Module, inputs: Any, keywords: Any, probes: list[_Probe], see
     seen = _Seen()
     with _Watch(probes, seen):
         copies: dict[int, Tensor] = {}
-        outputs = model(*_copied(inputs, copies), **_copied(keywords, copies))
+        outputs = model(*copied(inputs, copies), **copied(keywords, copies))
     found = list(_tensors(outputs))
     if not found:
         raise ValueError(f"no tensor was found in the model's output, a {type(outputs).__name__}; return tensors in it")
@@ -280,28 +278,6 @@ def _tensors(value: Any) -> Iterator[Tensor]:
             yield from _tensors(getattr(value, own.name))
 
 
-def _copied(value: Any, copies: dict[int, Tensor]) -> Any:
-    """The same with tensors of their own, so that nothing reaches what is the user's."""
-    if isinstance(value, Tensor):
-        if id(value) not in copies:  # one tensor given twice stays one: attention to itself is told by that
-            copies[id(value)] = value.detach().clone().requires_grad_(value.requires_grad)
-        return copies[id(value)]
-    if isinstance(value, MutableMapping):
-        twin = copy.copy(value)
-        for name, item in value.items():
-            twin[name] = _copied(item, copies)
-        return twin
-    if isinstance(value, (list, tuple)):
-        items = [_copied(item, copies) for item in value]
-        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        same = copy.copy(value)
-        for own in dataclasses.fields(value):
-            object.__setattr__(same, own.name, _copied(getattr(value, own.name), copies))
-        return same
-    return value
-
-
 def _eager() -> AbstractContextManager[Any]:
     """Without compilation, where torch can be told so."""
     stance: Callable[[str], AbstractContextManager[Any]] | None = getattr(torch.compiler, "set_stance", None)
@@ -324,52 +300,3 @@ def _random_adapters(probes: list[_Probe]) -> Iterator[None]:
     finally:
         for probe, tensors in own:
             probe.site.exchange_tensors(probe.adapter, tensors)
-
-
-@contextmanager
-def _left_as_it_was(model: nn.Module) -> Iterator[None]:
-    """Modes, gradients, buffers, rows that ``max_norm`` rescales, and random states, as they were before."""
-    modes = [(module, module.training) for module in model.modules()]
-    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
-    # an optimizer that steps as gradients arrive must not
-    hooks = [(parameter, parameter._post_accumulate_grad_hooks) for parameter in model.parameters()]
-    buffers = [(module, dict(module._buffers)) for module in model.modules()]
-    rescaled = [
-        (parameter, parameter.detach().clone())
-        for module in model.modules()
-        if getattr(module, "max_norm", None) is not None
-        for parameter in module._parameters.values()
-        if parameter is not None
-    ]
-    numpy = sys.modules.get("numpy")
-    numpy_state = None if numpy is None else numpy.random.get_state()
-    python_state = random.getstate()
-    devices = sorted({parameter.device.index for parameter in model.parameters() if parameter.is_cuda})
-    for parameter, _ in gradients:
-        parameter.grad = None
-        if parameter._post_accumulate_grad_hooks is not None:
-            parameter._post_accumulate_grad_hooks = OrderedDict()
-    copies: dict[int, Tensor] = {}
-    for module, own in buffers:
-        module._buffers.update({name: _copied(buffer, copies) for name, buffer in own.items()})
-    try:
-        with torch.random.fork_rng(devices=devices):
-            yield
-    finally:
-        random.setstate(python_state)
-        if numpy is not None:
-            numpy.random.set_state(numpy_state)
-        for module, own in buffers:
-            module._buffers.clear()
-            module._buffers.update(own)
-        for parameter, values in rescaled:
-            if not torch.equal(parameter.detach(), values):
-                with torch.no_grad():
-                    parameter.copy_(values)
-        for parameter, gradient in gradients:
-            parameter.grad = gradient
-        for parameter, own_hooks in hooks:
-            if own_hooks is not None:
-                parameter._post_accumulate_grad_hooks = own_hooks
-        for module, training in modes:
-            module.training = training

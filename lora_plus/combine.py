@@ -132,7 +132,8 @@ def resize_adapter(
 
     A higher rank keeps the update as it is: A gets rows that are drawn as at the start, B columns of zeros. Scale,
     scaling rule, magnitudes (DoRA) and ``requires_grad`` stay; alpha follows from the scale. A and B become new
-    parameters, so make the optimizer afterwards.
+    parameters, so make the optimizer afterwards. An adapter that started from a part of the weight (PiSSA and the like)
+    is taken for the update of rank 2 r that it is, and becomes a plain one.
 
     Args:
         model: a model with the adapter; it is changed.
@@ -157,6 +158,8 @@ def resize_adapter(
     draft.check(f"adapter {adapter!r} cannot be resized; it is unchanged")
     for (_, site), (spec, tensors) in zip(sites, changed, strict=True):
         site.exchange_tensors(adapter, tensors)
+        if tensors:
+            site.forget_start(adapter)
         site.lora_specs[adapter] = spec
     return draft.report(adapter)
 
@@ -215,11 +218,6 @@ def unusable(*tensors: Tensor) -> str | None:
     return None if finite else "has values that are not finite"
 
 
-def _factors(site: AdapterSite, adapter: str) -> tuple[nn.Parameter, nn.Parameter]:
-    tensors = site.adapter_tensors(adapter)
-    return tensors["lora_A"], tensors["lora_B"]
-
-
 @torch.no_grad()
 def _combined(model: nn.Module, weights: Mapping[str, float], method: Method, options: Options) -> Draft:
     draft = Draft()
@@ -235,7 +233,7 @@ def _combined(model: nn.Module, weights: Mapping[str, float], method: Method, op
         draft.problems += wrong
         if wrong or not names:
             continue
-        parts = [(*_factors(site, name), weights[name] * site.lora_specs[name].scale) for name in names]
+        parts = [(*site.factors(name), weights[name] * site.lora_specs[name].scale) for name in names]
         dtype = accumulation_dtype(*(factor.dtype for A, B, _ in parts for factor in (A, B)))
         updates = [Update(A.to(dtype), B.to(dtype), factor) for A, B, factor in parts]
         fit = draft.fit(place, updates[0].A.device, method.combine, updates, options)
@@ -250,7 +248,7 @@ def _no_summand(site: AdapterSite, adapter: str) -> str | None:
     variant = site.lora_specs[adapter].variant
     if VARIANTS[variant].rescales:
         return f"is of the variant {variant!r}, which rescales the weight: that is no update that could be added"
-    return unusable(*_factors(site, adapter))
+    return unusable(*site.factors(adapter))
 
 
 @torch.no_grad()
@@ -258,7 +256,8 @@ def _resize(
     draft: Draft, place: Place, site: AdapterSite, adapter: str, r: int, generator: torch.Generator | None
 ) -> tuple[AdapterSpec, dict[str, nn.Parameter]]:
     """The settings and the parameters at the new rank; those that there are where nothing changes."""
-    spec, (A, B) = site.lora_specs[adapter], _factors(site, adapter)
+    spec, plain = site.plain(adapter)
+    A, B = plain["lora_A"], plain["lora_B"]
     fit: Factors | None = Factors(A, B, 0.0)
     if (why := unusable(A, B)) is not None:
         draft.problems.append(f"{place.name!r} {why}")
@@ -266,7 +265,8 @@ def _resize(
     elif r < spec.r:
         dtype = accumulation_dtype(A.dtype, B.dtype)
         fit = draft.fit(place, A.device, truncated_product, A.to(dtype), B.to(dtype), r)
-    if fit is None or r == spec.r:
+    own = site.adapter_tensors(adapter)
+    if fit is None or (r == spec.r and A is own["lora_A"]):
         draft.note(place, spec.r, 0.0)
         return spec, {}
     new_A, new_B, error = fit
@@ -277,9 +277,10 @@ def _resize(
         new_A = torch.cat([new_A, fresh["lora_A"].to(new_A)], dim=-2)
         new_B = torch.cat([new_B, fresh["lora_B"].to(new_B)], dim=-1)
     draft.note(place, r, error)
-    tensors = {"lora_A": (new_A, A), "lora_B": (new_B, B)}
+    tensors = {"lora_A": new_A, "lora_B": new_B}
     return replace(spec, r=r, alpha=spec.scale / SCALINGS[spec.scaling](1.0, r)), {
-        name: nn.Parameter(new.to(old.dtype).contiguous(), old.requires_grad) for name, (new, old) in tensors.items()
+        name: nn.Parameter(new.to(own[name].dtype).contiguous(), own[name].requires_grad)
+        for name, new in tensors.items()
     }
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from .adapter_tensors import check_adapter_name
-from .init import Init, resolve
+from .init import Init, check_init
 from .variants import AdapterSpec
 
 Pattern = str | re.Pattern[str] | type[nn.Module] | Callable[[str, nn.Module], bool]
@@ -44,7 +44,7 @@ class LoRAConfig:
     scaling: str = "standard"
     """``"standard"``: alpha / r; ``"rslora"``: alpha / sqrt(r) (arXiv:2312.03732)."""
     init: str | Init = "kaiming"
-    """How A and B start: a name in `lora_plus.init.INITS` or a function of that form."""
+    """How A and B start: a name in `lora_plus.init.INITS` or `lora_plus.init.PRINCIPAL`, or a function of that form."""
     variant: str = "lora"
     """``"lora"``, or ``"dora"`` (arXiv:2402.09353)."""
     train_also: Pattern | Sequence[Pattern] = ()
@@ -62,7 +62,7 @@ class LoRAConfig:
         if not self.targets:
             raise ValueError('no target given; name layers, or pass "all-linear"')
         self.spec()
-        resolve(self.init)
+        check_init(self.init)
         checks: dict[str, Callable[[Any], Any]] = {
             "rank_pattern": lambda r: self.spec(r=r),
             "alpha_pattern": lambda alpha: self.spec(alpha=alpha),

@@ -92,6 +92,23 @@ def row_norm(matrix: Tensor) -> Tensor:
     return torch.linalg.vector_norm(matrix, dim=-1, dtype=accumulation_dtype(matrix.dtype))
 
 
+def sum_row_norm(weight: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
+    """`row_norm` of ``W + scale * B @ A``: ``(..., out, in) -> (..., out)``, float32 or better.
+
+    In blocks of rows that stay in a CPU's cache, which is two to five times faster there than making the sum.
+    """
+    compiling = torch.compiler.is_compiling()  # which would unroll the blocks
+    columns = math.prod(weight.shape) // weight.shape[-2]
+    rows = weight.shape[-2] if compiling else max(_LEAST_ROWS, block_elements(weight.device) // columns)
+    parts = zip(weight.split(rows, dim=-2), B.split(rows, dim=-2), strict=True)
+    return torch.cat([row_norm(add_delta(part, A, part_B, scale)) for part, part_B in parts], dim=-1)
+
+
+def block_elements(device: torch.device) -> int:
+    """Elements to compute at a time: on a CPU they stay in its cache, elsewhere launches must be few."""
+    return 2**19 if device.type == "cpu" else 2**24
+
+
 def block_rows(blocks: Sequence[Tensor], starts: Sequence[int], rows: int) -> Tensor:
     """The matrix ``(rows, R)`` that has block i at row ``starts[i]``, each in columns of its own, and zeros elsewhere.
 

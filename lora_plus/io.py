@@ -146,9 +146,9 @@ def describe(model: nn.Module, adapter: str, metadata: Mapping[str, str] | None 
     layers = {}
     for place, site in adapted_places(model):
         if adapter in site.lora_specs:
-            spec = site.lora_specs[adapter]
+            spec, tensors = site.plain(adapter)
             settings = {name: getattr(spec, name) for name in native.SETTINGS}
-            tensors = {name: whole(tensor) for name, tensor in site.adapter_tensors(adapter).items()}
+            tensors = {name: whole(tensor) for name, tensor in tensors.items()}
             layers[place.name] = LayerAdapter(place.base(), settings, spec.scale, tensors)
     found = list(trained_modules(model, adapter))
     if any(record.exchanged for _, _, record in found):

@@ -209,7 +209,7 @@ class LoRAEmbedding(LoRALayer, nn.Embedding):
     """
 
     layout = "n d -> d n"
-    roles = {"lora_A": "embedding_A", "lora_B": "embedding_B", "lora_magnitude": "magnitude"}
+    roles = LoRALayer.roles | {"lora_A": "embedding_A", "lora_B": "embedding_B"}
 
     max_norm: float | None
     padding_idx: int | None

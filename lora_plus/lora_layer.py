@@ -20,7 +20,7 @@ from .adapter_tensors import check_adapter_name
 from .class_swap import swap_class
 from .freezing import set_requires_grad
 from .fused_kernels import keep_out_of_fused_kernels, let_into_fused_kernels
-from .init import Init
+from .init import PRINCIPAL, Init
 from .new_adapter import new_tensors
 from .variants import VARIANTS, AdapterSpec
 
@@ -218,9 +218,11 @@ class LoRALayer(AdaptedWeight):
         """Draw an adapter's tensors anew, in place."""
         current = self.adapter_tensors(adapter)
         fresh = self.new_tensors(self, self.lora_specs[adapter], init=init, generator=generator)
+        if not fresh.keys() <= current.keys():
+            raise ValueError(f"init {init!r} needs tensors that the adapter {adapter!r} does not have; inject with it")
         with torch.no_grad():
             for name, parameter in current.items():
-                parameter.copy_(fresh[name])
+                parameter.copy_(fresh[name] if name in fresh else torch.zeros_like(parameter))
 
     # ---- what it computes --------------------------------------------------------------------------------------
 
@@ -303,7 +305,7 @@ _STATE = (
 
 def needs_values(spec: AdapterSpec, init: str | Init) -> bool:
     """Whether a new adapter depends on the numbers in the weight, and not only on its shape."""
-    return callable(init) or VARIANTS[spec.variant].rescales
+    return callable(init) or init in PRINCIPAL or VARIANTS[spec.variant].rescales
 
 
 def argument_names(layer_class: type[Any]) -> tuple[str, ...]:

@@ -190,7 +190,7 @@ def _grouped(
     model: nn.Module, sites: Sequence[tuple[str, AdapterSite, AdaptedWeight]]
 ) -> Iterator[tuple[str, nn.Parameter]]:
     """``(group name, parameter)`` for every trainable parameter, each once."""
-    roles = {id(p): _GROUP_OF_ROLE[role] for _, site, _ in sites for _, role, p in site.lora_parameters()}
+    roles = {id(p): _GROUP_OF_ROLE.get(role) for _, site, _ in sites for _, role, p in site.lora_parameters()}
     if not roles:
         raise ValueError("the model has no LoRA adapter; call inject_lora(model, ...) before building the optimizer")
     seen: set[int] = set()

@@ -28,6 +28,9 @@ class Variant(Protocol):
     rescales: bool
     """Whether it rescales the weight: it needs the weight's numbers, all its rows, and to be the only one that does."""
 
+    frozen: tuple[str, ...]
+    """The containers whose tensors are not trained."""
+
     def extra(self, weight: Tensor, A: Tensor, B: Tensor, scale: float) -> dict[str, Tensor]:
         """The tensors it learns besides A and B, by the name of their container, at their initial values."""
         ...
@@ -48,6 +51,7 @@ class LoRA:
     """``W + s B A`` (Hu et al. 2021, arXiv:2106.09685, eq. 3)."""
 
     rescales = False
+    frozen: tuple[str, ...] = ()
 
     def extra(self, weight: Tensor, A: Tensor, B: Tensor, scale: float) -> dict[str, Tensor]:
         return {}
@@ -59,27 +63,33 @@ class LoRA:
         return functional.add_delta(weight, A, B, scale)
 
 
+class LoRAFA(LoRA):
+    """LoRA with A frozen at its start (Zhang et al. 2023, arXiv:2308.03303); the input is not kept for backward."""
+
+    frozen: tuple[str, ...] = ("lora_A",)
+
+
 class DoRA:
     """``m (W + s B A) / ||W + s B A||``, norm by row and detached (Liu et al. 2024, arXiv:2402.09353, eq. 5 and 11)."""
 
     rescales = True
+    frozen: tuple[str, ...] = ()
 
     def extra(self, weight: Tensor, A: Tensor, B: Tensor, scale: float) -> dict[str, Tensor]:
         if weight.is_meta:
             raise ValueError(
                 "DoRA starts from the norm of the weight, which has no values on the meta device; load it first"
             )
-        norm = self._norm(weight, A, B, scale)
+        norm = functional.sum_row_norm(weight, A, B, scale)
         if not bool((norm > 0).all()):
             raise ValueError("DoRA divides by the norm of each row of the weight, and this weight has rows of zeros")
         return {"lora_magnitude": norm}
 
     def join(self, layer: LoRALayer, adapter: str, y: Tensor, update: Tensor) -> Tensor:
-        tensors = layer.adapter_tensors(adapter)
+        magnitude = layer.adapter_tensors(adapter)["lora_magnitude"]
         with torch.no_grad():
-            weight = layer.weight_matrix()
-            norm = self._norm(weight, tensors["lora_A"], tensors["lora_B"], layer.lora_specs[adapter].scale)
-        ratio = layer.per_channel(tensors["lora_magnitude"] / norm)
+            norm = functional.sum_row_norm(layer.weight_matrix(), *layer.lora_factors(adapter))
+        ratio = layer.per_channel(magnitude / norm)
         bias = getattr(layer, "bias", None)
         plain = y if bias is None else y - layer.per_channel(bias.to(y.dtype))
         # y + (ratio - 1) * Wx, not ratio * Wx + bias: at the start ratio is 1 and y comes out bit for bit
@@ -90,12 +100,8 @@ class DoRA:
         ratio = tensors["lora_magnitude"] / functional.row_norm(moved.detach())
         return ratio.unsqueeze(-1) * moved
 
-    @staticmethod
-    def _norm(weight: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
-        return functional.row_norm(functional.add_delta(weight, A, B, scale))
 
-
-VARIANTS: dict[str, Variant] = {"lora": LoRA(), "dora": DoRA()}
+VARIANTS: dict[str, Variant] = {"lora": LoRA(), "lora_fa": LoRAFA(), "dora": DoRA()}
 
 
 @dataclass(frozen=True)

@@ -118,6 +118,8 @@ def explicit(model: nn.Module) -> nn.Module:
             tensors = {key: value.detach().double() for key, value in layer.adapter_tensors(adapter).items()}
             rank = spec.r**0.5 if spec.scaling == "rslora" else spec.r
             weight = weight + spec.alpha / rank * torch.einsum("or,ri->oi", tensors["lora_B"], tensors["lora_A"])
+            if "lora_A0" in tensors:
+                weight = weight - spec.alpha / rank * torch.einsum("or,ri->oi", tensors["lora_B0"], tensors["lora_A0"])
             if spec.variant == "dora":
                 weight = weight * (tensors["lora_magnitude"] / weight.square().sum(1).sqrt())[:, None]
         target = plain.get_submodule(name)
@@ -133,6 +135,7 @@ CASES = [
     Case("linear-unbatched", lambda: nn.Linear(6, 5), _floats(6)),
     Case("linear-rslora", lambda: nn.Linear(6, 5), _floats(4, 6), {"scaling": "rslora"}),
     Case("linear-high-rank", lambda: nn.Linear(3, 2), _floats(4, 3), {"r": 7}),
+    Case("linear-fa", lambda: nn.Linear(6, 5), _floats(4, 6), {"variant": "lora_fa"}),
     Case("linear-dora", lambda: nn.Linear(6, 5), _floats(4, 6), DORA),
     Case("linear-no-bias-dora", lambda: nn.Linear(6, 5, bias=False), _floats(2, 3, 6), DORA),
     Case("conv1d-gpt2", lambda: Conv1D(5, 6), _floats(2, 3, 6)),

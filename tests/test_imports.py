@@ -20,6 +20,7 @@ STRATA = [
         "fused_kernels",
         "class_swap",
         "quantized",
+        "trial",
     },
     {"init", "variants", "formats.adapter", "atomic_files", "fused_linear", "module_tree"},
     {
@@ -41,7 +42,7 @@ STRATA = [
     {"targets"},
     {"inject", "checkpoint_plan"},
     {"adapters", "optim"},
-    {"merge", "check", "combine", "mixed_batch", "another_adapter"},
+    {"merge", "check", "combine", "mixed_batch", "another_adapter", "gradient_init"},
     {"io", "extract", "checkpoint"},
     {"__init__"},
     {"demo", "cli"},

@@ -35,7 +35,8 @@ VERSION = 1
 SETTINGS = ("r", "alpha", "scaling", "variant", "dropout")
 FACTS = ("groups", "max_norm", "parameter", "rows", "of")
 _ENTRIES = {"kind", "layout", "shape", *FACTS, *SETTINGS}
-CONTAINERS = {"lora": ("lora_A", "lora_B"), "dora": ("lora_A", "lora_B", "lora_magnitude")}
+_PAIR = ("lora_A", "lora_B")
+CONTAINERS = {"lora": _PAIR, "lora_fa": _PAIR, "dora": (*_PAIR, "lora_magnitude")}
 """The tensors that an adapter of each variant has."""
 
 
