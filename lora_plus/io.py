@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from .adapter_files import is_finite, read_adapter, shape_problems, value_problems
 from .adapter_tensors import check_adapter_name
 from .adapters import check_adapter, unwrap, whole
-from .atomic_files import replacing, serialize, write_safetensors
+from .atomic_files import write_safetensors
 from .collector import collector_paused
 from .config import LAYOUTS
 from .formats import native, peft
@@ -23,7 +22,7 @@ from .formats.adapter import PARAMETER, Adapter, BaseLayer, LayerAdapter, Proble
 from .inject import attach, check_injectable, check_selection
 from .layers import DTYPES
 from .names import join
-from .parameters import raw_parameters
+from .peft_folder import outline, write_folder
 from .places import Found, Place, adapted_places, find_modules, find_parameters, find_places, overlaps
 from .targets import near_misses
 from .trained import trained_modules
@@ -65,18 +64,7 @@ def save_adapter(
             raise TypeError(f"metadata must map str to str, got {key!r}: {text!r}")
     model = unwrap(model)
     data = describe(model, adapter, metadata)
-    broken = [
-        f"{join(name, part)!r} has values that are not finite"
-        for name, layer in data.layers.items()
-        for part, tensor in layer.tensors.items()
-        if not is_finite(tensor)
-    ]
-    broken += [
-        f"{join(name, part)!r} has values that are not finite"
-        for name, tensors in data.trained.items()
-        for part, _ in model.get_submodule(name).named_parameters()
-        if part in tensors and not is_finite(tensors[part])
-    ]
+    broken = not_finite(data, model)
     if broken:
         raise Problems(f"adapter {adapter!r} was not saved", broken)
     _WRITERS[chosen](Path(os.path.realpath(path)), data, model)
@@ -162,6 +150,20 @@ def describe(model: nn.Module, adapter: str, metadata: Mapping[str, str] | None 
     return Adapter(layers, trained, dict(metadata or {}))
 
 
+def not_finite(data: Adapter, model: nn.Module) -> list[str]:
+    """The adapter's tensors, and the parameters trained with it, that have values that are not finite."""
+    tensors = [
+        (join(name, part), tensor) for name, layer in data.layers.items() for part, tensor in layer.tensors.items()
+    ]
+    tensors += [
+        (join(name, part), trained[part])
+        for name, trained in data.trained.items()
+        for part, _ in model.get_submodule(name).named_parameters()
+        if part in trained
+    ]
+    return [f"{name!r} has values that are not finite" for name, tensor in tensors if not is_finite(tensor)]
+
+
 # ---- writing ---------------------------------------------------------------------------------------------------------
 
 
@@ -170,55 +172,7 @@ def _write_native(path: Path, data: Adapter, model: nn.Module) -> None:
     write_safetensors(path, tensors, metadata)
 
 
-_CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
-
-
-def _write_peft(path: Path, data: Adapter, model: nn.Module) -> None:
-    tied = _tied_to_others(model, list(data.trained))
-    if tied:
-        raise Problems("the adapter cannot be written in PEFT's format", tied)
-    tensors, config = peft.write(data, _outline(find_modules(model)))
-    text = json.dumps(config, indent=2, sort_keys=True, allow_nan=False) + "\n"
-    with replacing(path / peft.WEIGHTS, path / peft.CONFIG) as (weights, config_file):
-        serialize(weights, tensors, peft.METADATA)
-        config_file.write_text(text, encoding="utf-8")
-
-
-def _outline(found: Mapping[int, Found]) -> peft.Outline:
-    """What PEFT goes by when it names the parts of a model."""
-    modules = {}
-    for entry in found.values():
-        raw = raw_parameters(entry.module)
-        modules[entry.name] = [name for name in entry.module._parameters if name in raw]  # in the module's order
-    named = [(name, entry.module) for entry in found.values() for name in entry.names]
-    return peft.Outline(
-        modules,
-        names=dict.fromkeys(name for name, _ in named),
-        containers={name for name, module in named if isinstance(module, _CONTAINERS)},
-        uncalled={name for name, module in named if _has_no_forward(module)},
-        transposed={name for name, module in named if getattr(module, "is_transposed", False)},
-    )
-
-
-def _has_no_forward(module: nn.Module) -> bool:
-    return type(module).forward is nn.Module.forward and "forward" not in vars(module)
-
-
-def _tied_to_others(model: nn.Module, trained: list[str]) -> list[str]:
-    """Parameters of modules trained in full that modules outside share: PEFT would load them untied."""
-    inside: dict[int, str] = {}
-    outside: dict[int, str] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        owned = any(not path or name.startswith(f"{path}.") for path in trained)
-        (inside if owned else outside).setdefault(id(parameter), name)
-    return [
-        f"train_also {name!r} is tied to {outside[key]!r}, and PEFT would untie them; train both, or save a file"
-        for key, name in inside.items()
-        if key in outside
-    ]
-
-
-_WRITERS: dict[str, Callable[[Path, Adapter, nn.Module], None]] = {"native": _write_native, "peft": _write_peft}
+_WRITERS: dict[str, Callable[[Path, Adapter, nn.Module], None]] = {"native": _write_native, "peft": write_folder}
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------------
@@ -232,7 +186,7 @@ def _surroundings(
     places = {**_by_name(find_parameters(found)), **places}
     bases: dict[str, BaseLayer | None] = dict.fromkeys(by_name)
     bases |= {name: None if place.refusal() else place.base() for name, place in places.items()}
-    return bases, _outline(found)
+    return bases, outline(found)
 
 
 # ---- checking against the model --------------------------------------------------------------------------------------

@@ -39,7 +39,7 @@ STRATA = [
     {"lora_layer", "parameters", "formats.peft_limits", "formats.peft_reader"},
     {"layers", "parts", "formats.peft"},
     {"places", "adapter_files", "peft_shapes", "checkpoint_files"},
-    {"targets"},
+    {"targets", "peft_folder"},
     {"inject", "checkpoint_plan"},
     {"adapters", "optim"},
     {"merge", "check", "combine", "mixed_batch", "another_adapter", "gradient_init"},

@@ -14,29 +14,27 @@ from typing import Any
 
 from torch import Tensor
 
-from .adapter import Adapter, BaseLayer, LayerAdapter, Problems, most_common
+from .adapter import Adapter, BaseLayer, LayerAdapter, most_common
 from .peft_config import CONFIG, USER_FIELDS, checked_config
 from .peft_limits import inexpressible, starts_transposed, units
 from .peft_names import PREFIX, Outline, anchored, endings, nesting
 from .peft_reader import DOUBLED, Reader
 from .peft_tensors import attention_to_peft, join_rows, layer_to_peft, parameter_to_peft
 
-__all__ = ["CONFIG", "METADATA", "WEIGHTS", "Outline", "read", "write"]
+__all__ = ["CONFIG", "METADATA", "WEIGHTS", "Outline", "read", "refusals", "write"]
 
 WEIGHTS = "adapter_model.safetensors"
 METADATA = {"format": "pt"}
 
 
-def write(adapter: Adapter, outline: Outline) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors and the config of a PEFT folder.
+def refusals(adapter: Adapter, outline: Outline) -> list[str]:
+    """Every layer or setting that PEFT's format cannot express exactly, with the reason."""
+    return inexpressible(adapter, units(adapter), outline)
 
-    Raises:
-        Problems: naming every layer or setting that PEFT's format cannot express exactly.
-    """
+
+def write(adapter: Adapter, outline: Outline) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors and the config of a PEFT folder, of an adapter for which there are no `refusals`."""
     found = units(adapter)
-    problems = inexpressible(adapter, found, outline)
-    if problems:
-        raise Problems("the adapter cannot be written in PEFT's format", problems)
     modules = {name: layer_to_peft(_joined(layers)) for name, layers in found.modules.items()}
     modules |= {name: attention_to_peft(list(parts.values())) for name, parts in found.attentions.items()}
     parameters = {

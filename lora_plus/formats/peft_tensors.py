@@ -67,7 +67,7 @@ def join_rows(blocks: Sequence[LayerAdapter]) -> LayerAdapter:
         if not any(_same(block.tensors["lora_A"], A) for A in distinct):
             distinct.append(block.tensors["lora_A"])
     starts = [sum(len(A) for A in distinct[:index]) for index in range(len(distinct))]
-    scaled = [_rescaled(block, reference.scale) for block in blocks]
+    scaled = [rescaled(block, reference.scale) for block in blocks]
     dtype = reduce(torch.promote_types, (B.dtype for B in scaled))
     rank, out_features = sum(map(len, distinct)), matrix_shape(base.layout, base.shape)[0]
     joined = torch.zeros(out_features, rank, dtype=dtype, device=scaled[0].device)
@@ -94,9 +94,9 @@ def attention_to_peft(parts: Sequence[LayerAdapter]) -> LayerAdapter:
     B, D = like.new_zeros(3 * width, 0), like.new_zeros(width, 0)  # (3 d, r), (d, r)
     if blocks:
         joined = join_rows(blocks)
-        A, B = joined.tensors["lora_A"], _rescaled(joined, reference.scale)
+        A, B = joined.tensors["lora_A"], rescaled(joined, reference.scale)
     if last is not None:
-        C, D = last.tensors["lora_A"], _rescaled(last, reference.scale)
+        C, D = last.tensors["lora_A"], rescaled(last, reference.scale)
     r = max(len(A), len(C))
     tensors = {
         "lora_A.weight": F.pad(A, (0, 0, 0, r - len(A))),
@@ -138,7 +138,7 @@ def _reference(layers: Sequence[LayerAdapter]) -> LayerAdapter:
     return next(layer for layer in layers if layer.scale == scale)
 
 
-def _rescaled(layer: LayerAdapter, scale: float) -> Tensor:
+def rescaled(layer: LayerAdapter, scale: float) -> Tensor:
     """The B that gives the layer's update under another scale."""
     B = layer.tensors["lora_B"]
     return B if layer.scale == scale else B.to(accumulation_dtype(B.dtype)) * (layer.scale / scale)

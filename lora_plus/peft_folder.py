@@ -1,0 +1,81 @@
+"""Writes an adapter as a folder in PEFT's format."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from torch import nn
+
+from .atomic_files import replacing, serialize
+from .formats import peft
+from .formats.adapter import Adapter, Problems
+from .parameters import raw_parameters
+from .places import Found, find_modules
+
+_CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
+
+
+def write_folder(
+    path: Path,
+    data: Adapter,
+    model: nn.Module,
+    head: str = "the adapter cannot be written in PEFT's format",
+    problems: Sequence[str] = (),
+) -> None:
+    """Write a PEFT folder, whole or not at all.
+
+    Args:
+        path: the folder; it is made if it is missing.
+        data: the adapter.
+        model: the model that it belongs to.
+        head: what the error says before the problems.
+        problems: why it cannot be written, as far as that is known already.
+
+    Raises:
+        Problems: with those, and with every layer or setting that PEFT's format cannot express exactly.
+    """
+    around = outline(find_modules(model))
+    problems = [*problems, *_tied_to_others(model, list(data.trained)), *peft.refusals(data, around)]
+    if problems:
+        raise Problems(head, problems)
+    tensors, config = peft.write(data, around)
+    text = json.dumps(config, indent=2, sort_keys=True, allow_nan=False) + "\n"
+    with replacing(path / peft.WEIGHTS, path / peft.CONFIG) as (weights, config_file):
+        serialize(weights, tensors, peft.METADATA)
+        config_file.write_text(text, encoding="utf-8")
+
+
+def outline(found: Mapping[int, Found]) -> peft.Outline:
+    """What PEFT goes by when it names the parts of a model."""
+    modules = {}
+    for entry in found.values():
+        raw = raw_parameters(entry.module)
+        modules[entry.name] = [name for name in entry.module._parameters if name in raw]  # in the module's order
+    named = [(name, entry.module) for entry in found.values() for name in entry.names]
+    return peft.Outline(
+        modules,
+        names=dict.fromkeys(name for name, _ in named),
+        containers={name for name, module in named if isinstance(module, _CONTAINERS)},
+        uncalled={name for name, module in named if _has_no_forward(module)},
+        transposed={name for name, module in named if getattr(module, "is_transposed", False)},
+    )
+
+
+def _has_no_forward(module: nn.Module) -> bool:
+    return type(module).forward is nn.Module.forward and "forward" not in vars(module)
+
+
+def _tied_to_others(model: nn.Module, trained: list[str]) -> list[str]:
+    """Parameters of modules trained in full that modules outside share: PEFT would load them untied."""
+    inside: dict[int, str] = {}
+    outside: dict[int, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owned = any(not path or name.startswith(f"{path}.") for path in trained)
+        (inside if owned else outside).setdefault(id(parameter), name)
+    return [
+        f"train_also {name!r} is tied to {outside[key]!r}, and PEFT would untie them; train both, or save a file"
+        for key, name in inside.items()
+        if key in outside
+    ]
