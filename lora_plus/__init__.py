@@ -15,6 +15,7 @@ from .check import check_adapters
 from .checkpoint import CheckpointReport, merge_checkpoint
 from .combine import CombineReport, combine_adapters, resize_adapter
 from .config import LoRAConfig
+from .export import ExportReport, export_adapter
 from .extract import extract_adapter
 from .gradient_init import init_from_gradients
 from .inject import inject_lora, remove_lora
@@ -39,6 +40,7 @@ from .version import __version__
 __all__ = [
     "CheckpointReport",
     "CombineReport",
+    "ExportReport",
     "LoRAConfig",
     "LoRAConv1d",
     "LoRAConv2d",
@@ -61,6 +63,7 @@ __all__ = [
     "create_loraplus_optimizer",
     "delete_adapter",
     "disabled",
+    "export_adapter",
     "extract_adapter",
     "init_from_gradients",
     "inject_lora",

@@ -1,0 +1,108 @@
+"""Write an adapter for programs that read PEFT's format in part."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from .adapted_weight import adapted_weights
+from .adapters import unwrap
+from .formats.adapter import Adapter
+from .formats.portable import portable, rank
+from .formats.readers import READERS, limits, options
+from .io import describe, not_finite
+from .layers import DTYPES
+from .names import join
+from .peft_folder import write_folder
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What `export_adapter` wrote. ``str()`` of it is one line for each thing worth knowing."""
+
+    r: int
+    """The rank of all layers, which is alpha too."""
+    options: str
+    """The command-line options that the reader needs; empty if it needs none."""
+
+    def __str__(self) -> str:
+        return f"rank {self.r} and alpha {self.r} on all layers" + (f"\nopen with {self.options}" * bool(self.options))
+
+
+def export_adapter(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    for_: str = "peft",
+    adapter: str = "default",
+    dtype: torch.dtype | None = None,
+    base_model: str | None = None,
+) -> ExportReport:
+    """Write one adapter as a PEFT folder that also programs open which read this format in part.
+
+    Those take one rank and one scale for all layers, in silence if the config says otherwise. So all layers have one
+    rank r here and alpha = r: the scale alpha / r, or alpha / sqrt(r), is multiplied into B, lower ranks are filled up
+    with zeros, and adapters of rows of one weight become one of the whole weight. The updates are the same. Dropout is
+    not kept: to train on elsewhere, use `save_adapter`.
+
+    - ``"peft"``: whatever PEFT's format can express, DoRA and modules trained in full too.
+    - ``"vllm"``: plain LoRA on linear layers, and on embeddings where vLLM's class of the model serves them. Ranks up
+      to 512; the report says which ``--max-lora-rank`` the server needs.
+    - ``"llama.cpp"``: plain LoRA on linear layers and the token embedding, for ``convert_lora_to_gguf.py``, which asks
+      for the ``base_model``. A layer whose weight is tied to another layer's cannot be expressed there.
+
+    The last two know the layers by their names in transformers' models. Files appear whole or not at all, and the same
+    adapter gives the same bytes.
+
+    Args:
+        model: the model that holds the adapter.
+        path: the folder; missing folders are made.
+        for_: the reader: ``"peft"``, ``"vllm"`` or ``"llama.cpp"``.
+        adapter: the adapter's name.
+        dtype: of A, B and the magnitudes, rounded after the scale has been multiplied in; None for float32, or float64
+            where the adapter is. Modules trained in full keep theirs.
+        base_model: name or folder of the base model, for the config.
+
+    Returns:
+        A report: the rank, and the options that the reader needs.
+
+    Raises:
+        KeyError: if the model holds no adapter of this name.
+        ValueError: one error with everything that the reader cannot express, or that is not finite. Nothing is written
+            then.
+    """
+    if for_ not in READERS:
+        raise ValueError(f"unknown reader {for_!r}; choose one of {sorted(READERS)}")
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {DTYPES} or None, got {dtype!r}")
+    reader, model = READERS[for_], unwrap(model)
+    whole = describe(model, adapter, {} if base_model is None else {"base_model_name_or_path": base_model})
+    data = portable(whole, dtype)
+    problems = not_finite(whole, model)
+    if not problems:
+        problems += [f"{line} with its scale in B; choose a wider dtype" for line in not_finite(data, model)]
+    problems += limits(reader, data, _tied(model, data))
+    head = f"adapter {adapter!r} was not exported for {reader.name}; merge_and_unload gives a plain model instead"
+    write_folder(Path(os.path.realpath(path)), data, model, head, problems)
+    r = rank(data)
+    return ExportReport(r, options(reader, r))
+
+
+def _tied(model: nn.Module, data: Adapter) -> dict[str, str]:
+    """By the name of an adapted layer, another name of its weight."""
+    weights: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    for path, layer in adapted_weights(model):
+        if layer.lora_merge is not None:
+            weights[join(path, "weight")] = layer.lora_merge.weight
+    names: dict[int, list[str]] = {}
+    for name, weight in weights.items():
+        names.setdefault(id(weight), []).append(name)
+    own = {path: join(path, "weight") for path in data.layers}
+    alike = {
+        path: [other for other in names.get(id(weights.get(name)), ()) if other != name] for path, name in own.items()
+    }
+    return {path: others[0] for path, others in alike.items() if others}
