@@ -95,14 +95,14 @@ def export_adapter(
 def _tied(model: nn.Module, data: Adapter) -> dict[str, str]:
     """By the name of an adapted layer, another name of its weight."""
     weights: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
-    for path, layer in adapted_weights(model):
-        if layer.lora_merge is not None:
-            weights[join(path, "weight")] = layer.lora_merge.weight
-    names: dict[int, list[str]] = {}
+    for path, adapted in adapted_weights(model):
+        if adapted.lora_merge is not None:  # another tensor is bound in place of the one that is shared
+            weights[join(path, "weight")] = adapted.lora_merge.weight
+    names = dict[int, list[str]]()
     for name, weight in weights.items():
         names.setdefault(id(weight), []).append(name)
-    own = {path: join(path, "weight") for path in data.layers}
+    own = {path: layer.base.facts.get("parameter", join(path, "weight")) for path, layer in data.layers.items()}
     alike = {
-        path: [other for other in names.get(id(weights.get(name)), ()) if other != name] for path, name in own.items()
+        path: [name for name in names.get(id(weights.get(mine)), ()) if name != mine] for path, mine in own.items()
     }
     return {path: others[0] for path, others in alike.items() if others}

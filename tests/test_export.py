@@ -176,6 +176,10 @@ REFUSALS: dict[str, tuple[str, list[str], dict[str, Any], dict[str, Any], list[s
         "llama.cpp", ["embed", "proj"], {}, NAMED,
         ["'embed': its weight is also 'tied.weight', and llama.cpp has one tensor for both"],
     ),
+    "llama.cpp: tied rows": (
+        "llama.cpp", ["tied.a"], {"fused": {"tied": {"a": 3, "b": 4}}}, NAMED,
+        ["'tied.weight': its weight is also 'embed.weight', and llama.cpp has one tensor for both"],
+    ),
     "what PEFT's format cannot express, too": (
         "vllm", ["norm", "conv"], {}, {},
         ["'conv': vLLM takes adapters of Linear, TransposedLinear, Embedding, not of Conv1d",

@@ -141,6 +141,13 @@ def test_rows_attention_and_parameters_go_to_peft(name: str, tmp_path: Path) -> 
     same(first(load_adapter(away.base(), tmp_path)(*arguments)), wanted)
 
 
+def test_the_warning_that_peft_doubles_an_update_points_at_the_caller(tmp_path: Path) -> None:
+    model = Away(Attention, ["part.attn.out_proj"]).adapted()
+    with pytest.warns(UserWarning, match="halve their lora_B") as caught:
+        export_adapter(model, tmp_path)
+    assert [Path(warning.filename).name for warning in caught] == [Path(__file__).name]
+
+
 # ---- vLLM ------------------------------------------------------------------------------------------------------------
 
 

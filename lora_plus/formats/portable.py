@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -58,8 +58,8 @@ def _whole_weights(layers: dict[str, LayerAdapter]) -> dict[str, LayerAdapter]:
     return whole | {name: _joined(several) for name, several in blocks.items()}
 
 
-def _joined(blocks: Iterable[LayerAdapter]) -> LayerAdapter:
-    layer = join_rows(sorted(blocks, key=lambda block: block.base.facts["rows"]))
+def _joined(blocks: Sequence[LayerAdapter]) -> LayerAdapter:
+    layer = join_rows(blocks)
     rows = [0, len(layer.tensors["lora_B"])]
     return replace(layer, base=replace(layer.base, facts={**layer.base.facts, "rows": rows}))
 

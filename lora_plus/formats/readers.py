@@ -1,8 +1,9 @@
 """Programs that open PEFT folders: what each of them takes, as read in their sources.
 
-vLLM 0.27: ``lora/peft_helper.py``, ``lora/lora_model.py``, ``lora/utils.py``, ``config/lora.py``. llama.cpp:
-``convert_lora_to_gguf.py`` at 0b03ada, ``src/llama-adapter.h`` at 215841f. All of them have one rank, one alpha and one
-scaling rule for the whole folder, so what they open is a `portable` adapter.
+vLLM: ``lora/lora_model.py`` at 0306474, ``lora/layers/vocab_parallel_embedding.py`` at 0332189, ``lora/peft_helper.py``
+of its latest documentation and ``config/lora.py`` of 0.14's. llama.cpp: ``convert_lora_to_gguf.py`` at 0b03ada and
+``src/llama-adapter.h`` at 215841f. Both have one rank and one alpha for a whole folder, and pass over the patterns of
+a config in silence, so what they are given is a `portable` adapter.
 """
 
 from __future__ import annotations
