@@ -106,6 +106,15 @@ def test_a_narrow_dtype_rounds_after_the_scale(dtype: torch.dtype, variant: str,
             assert not tensors[f"{PREFIX}{name}.lora_{part}.weight"][rest].any()
 
 
+@pytest.mark.parametrize("settings", [{"variant": "lora_fa"}, {"init": "pissa"}], ids=["lora_fa", "pissa"])
+def test_how_an_adapter_was_trained_makes_no_difference(settings: dict[str, str], tmp_path: Path) -> None:
+    model = randomise(inject_lora(linear(), ["0", "1"], r=2, **settings))
+    export_adapter(model, tmp_path, for_="vllm")
+    fresh = load_adapter(linear(), tmp_path)
+    for (_, one), (_, other) in zip(adapted_weights(model), adapted_weights(fresh), strict=True):
+        torch.testing.assert_close(one.effective_weight(("default",)), other.effective_weight(("default",)))
+
+
 def test_half_precision_adapters_keep_their_bits_at_a_scale_of_two(tmp_path: Path) -> None:
     model = randomise(inject_lora(linear(torch.bfloat16), ["0"], r=2, alpha=4, dtype=torch.bfloat16))
     export_adapter(model, tmp_path / "wide")
