@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,38 +14,67 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from . import functional
-from .formats import native, peft
-from .formats.adapter import Adapter, BaseLayer, LayerAdapter
+from .formats import diffusers, kohya, native, peft
+from .formats.adapter import Adapter, LayerAdapter
+from .formats.peft_renaming import without_left_out
+from .formats.target import Target
 from .layers import DTYPES
 from .names import join
 from .variants import AdapterSpec
 
-Surroundings = Callable[[Mapping[str, Tensor], Any], tuple[Mapping[str, BaseLayer | None], peft.Outline]]
-"""What PEFT's format leaves to the model, as `formats.peft.read` takes it; from the folder's tensors and config."""
+
+@dataclass(frozen=True)
+class Format:
+    """A format of one safetensors file."""
+
+    recognises: Callable[[Collection[str], Mapping[str, str]], bool]
+    """Whether a file is in it, from the names of its tensors and the metadata of its header."""
+    read: Callable[
+        [dict[str, Tensor], Mapping[str, str], Target, Callable[[dict[str, Any]], float], list[str]], Adapter
+    ]
+    """The adapter, from tensors, metadata, what it is loaded into, the rule for scales, and the list of problems."""
 
 
-def read_adapter(path: Path, surroundings: Surroundings, problems: list[str]) -> Adapter:
+FORMATS = {
+    "native": Format(native.recognises, native.read),
+    "kohya": Format(kohya.recognises, kohya.read),
+    "diffusers": Format(diffusers.recognises, diffusers.read),
+}
+"""The formats of one file, in the order in which they are tried."""
+
+
+def read_adapter(path: Path, target: Target, problems: list[str]) -> Adapter:
     """The adapter at a path; what is wrong with it is added to ``problems``.
+
+    Its layers have the names of the file, or those of the target where it is ``resolved``.
 
     Raises:
         FileNotFoundError: if there is no such file or folder.
     """
     if path.is_dir():
-        return _read_peft(path, surroundings, problems)
+        return _read_peft(path, target, problems)
     if not path.exists():
         raise FileNotFoundError(f"there is no adapter at {str(path)!r}")
     tensors, metadata = _read_safetensors(path, problems)
     if problems:
         return Adapter({}, {})
-    if native.KEY not in metadata:
+    fitting = next((format for format in FORMATS.values() if format.recognises(tensors, metadata)), None)
+    if fitting is None:
         hint = f"; give the folder {str(path.parent)!r}" if (path.parent / peft.CONFIG).exists() else ""
         problems.append(f"it is a safetensors file, but its header does not describe an adapter{hint}")
         return Adapter({}, {})
-    return native.read(tensors, metadata, _scale, problems)
+    return fitting.read(tensors, metadata, target, _scale, problems)
 
 
-def _read_peft(path: Path, surroundings: Surroundings, problems: list[str]) -> Adapter:
+def _read_peft(path: Path, target: Target, problems: list[str]) -> Adapter:
     present = [name for name in (peft.CONFIG, peft.WEIGHTS) if (path / name).exists()]
+    inner = sorted(file.parent.name for file in path.glob(f"*/{peft.CONFIG}"))
+    if not present and inner:
+        problems.append(
+            f"the folder has no {peft.CONFIG}, but folders that have one: {', '.join(map(repr, inner))}; "
+            f"give one of them, such as {str(path / inner[0])!r}"
+        )
+        return Adapter({}, {})
     for name in {peft.CONFIG, peft.WEIGHTS} - set(present):
         pickled = (path / name).with_suffix(".bin").exists()
         hint = "; there is a .bin file, which is a pickle and is not read: convert it to safetensors" if pickled else ""
@@ -58,7 +88,8 @@ def _read_peft(path: Path, surroundings: Surroundings, problems: list[str]) -> A
     tensors, _ = _read_safetensors(path / peft.WEIGHTS, problems)
     if problems:
         return Adapter({}, {})
-    bases, outline = surroundings(tensors, config)
+    tensors, config = without_left_out(tensors, config, target.rename)
+    bases, outline = target.peft(tensors, config, problems)
     return Adapter({}, {}) if problems else peft.read(tensors, config, bases, outline, _scale, problems)
 
 
@@ -70,8 +101,18 @@ def _read_safetensors(path: Path, problems: list[str]) -> tuple[dict[str, Tensor
     try:
         return read_safetensors(path)
     except (SafetensorError, OSError) as error:
-        problems.append(f"{path.name} is not a whole safetensors file: {error}")
+        hint = _UNPICKLE if _is_pickle(path) else ""
+        problems.append(f"{path.name} is not a whole safetensors file: {error}{hint}")
         return {}, {}
+
+
+_UNPICKLE = "; it is a pickle, as torch.save writes them, which is not read: convert it to safetensors"
+
+
+def _is_pickle(path: Path) -> bool:
+    """Whether a file begins as those do that torch.save writes."""
+    with open(path, "rb") as file:
+        return file.read(4).startswith((b"PK\3\4", b"\x80"))
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

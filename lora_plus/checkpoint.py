@@ -19,12 +19,13 @@ from torch import Tensor, nn
 from .adapter_files import is_finite
 from .atomic_files import flush
 from .checkpoint_files import HOLDS_WEIGHTS, INDEX, Checkpoint, appearing, copy_file
-from .checkpoint_plan import Change, Names, Plan, renamer
+from .checkpoint_plan import Change, Plan
 from .formats.adapter import Problems
 from .functional import matrix_shape
 from .layers import DTYPES
 from .merge import MergeReport, as_finite_as, merged_state
 from .parameters import LoRAParameter
+from .renaming import Names, Renaming
 from .streaming import DTYPES as STORED
 from .streaming import StoredTensor, TensorFile, write_stream
 
@@ -84,7 +85,8 @@ def merge_checkpoint(
             one's. Other files, such as config.json, are not changed.
         weights: a factor for each adapter; 1 each if not given.
         names: from the names of tensors in the adapter's model to those in the checkpoint: a mapping of prefixes, such
-            as ``{"model": ""}`` for ``model.layers.0.q.weight`` that is ``layers.0.q.weight`` here, or a function.
+            as ``{"model": ""}`` for ``model.layers.0.q.weight`` that is ``layers.0.q.weight`` here, or a function. None
+            for a new name leaves something out. In a file of kohya's the names are those of modules, with underscores.
 
     Returns:
         A report: which tensors, and how much of the update rounding to half precision lost.
@@ -99,7 +101,7 @@ def merge_checkpoint(
     factors = [1.0] * len(paths) if weights is None else [float(factor) for factor in weights]
     _check_arguments(base, paths, out, dtype, factors)
     checkpoint = Checkpoint(base)
-    plan = Plan(checkpoint, renamer(names))
+    plan = Plan(checkpoint, Renaming(names))
     for index, path in enumerate(paths):
         plan.add(f"adapter {str(path)!r}: " if len(paths) > 1 else "", str(index), path, factors[index])
     plan.check()

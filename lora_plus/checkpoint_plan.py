@@ -3,43 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 from torch import Tensor
 
 from .adapter_files import is_finite, read_adapter, shape_problems, value_problems
 from .checkpoint_files import Checkpoint
+from .checkpoint_target import CheckpointTarget
 from .config import LAYOUTS
 from .formats.adapter import PARAMETER, BaseLayer, LayerAdapter
 from .functional import matrix_shape
 from .layers import DTYPES, KINDS, LOOKALIKES
-from .names import join
-from .peft_shapes import Shape, surroundings
+from .names import join, near_misses
+from .peft_shapes import Shape
+from .renaming import Renaming
 from .streaming import DTYPES as STORED
 from .streaming import StoredTensor
-from .targets import near_misses
 from .variants import VARIANTS, AdapterSpec
-
-Names = Mapping[str, str] | Callable[[str], str]
-"""From the names of tensors in an adapter's model to those in a checkpoint: prefixes, or a function."""
-
-
-def renamer(names: Names | None) -> Callable[[str], str]:
-    """The function from names to names; of prefixes, which end at a dot, the longest counts."""
-    if callable(names):
-        return names
-    prefixes = {old.rstrip("."): new.rstrip(".") for old, new in (names or {}).items()}
-
-    def rename(name: str) -> str:
-        for old in sorted(prefixes, key=len, reverse=True):
-            if not old or name == old or name.startswith(f"{old}."):
-                return join(prefixes[old], name[len(old) :].lstrip("."))
-        return name
-
-    return rename
 
 
 @dataclass
@@ -62,8 +44,8 @@ def _layouts(kind: str) -> tuple[str, ...]:
 class Plan:
     """What becomes of each tensor of a checkpoint; what is wrong is collected in ``problems``."""
 
-    def __init__(self, checkpoint: Checkpoint, rename: Callable[[str], str]) -> None:
-        self.checkpoint, self.rename = checkpoint, rename
+    def __init__(self, checkpoint: Checkpoint, rename: Renaming) -> None:
+        self.checkpoint, self.target = checkpoint, CheckpointTarget(checkpoint, rename)
         self.changes: dict[str, Change] = {}
         self.problems: list[str] = []
         self.doubts: list[str] = []
@@ -73,21 +55,28 @@ class Plan:
     def add(self, where: str, adapter: str, path: Path, factor: float) -> None:
         """Enter an adapter, multiplied by a factor; ``where`` comes before its problems."""
         problems: list[str] = []
-        around = partial(surroundings, shape_of=self._shape_of, problems=problems)
-        data = read_adapter(path, around, problems)
-        if not problems and not data.layers:
+        data = read_adapter(path, self.target, problems)
+        rename = str if data.resolved else self.target.rename
+        tensors = {
+            name: rename(layer.base.facts.get("parameter", join(name, "weight"))) for name, layer in data.layers.items()
+        }
+        if not problems and not any(tensors.values()):
             problems.append("it has no adapted layer")
         for name, layer in data.layers.items():
-            problems += value_problems(name, layer)
-            problems += [f"{name!r}: {line}" for line in self._enter(where, adapter, name, layer, factor)]
+            target = tensors[name]
+            if target is not None:
+                problems += value_problems(name, layer)
+                problems += [f"{name!r}: {line}" for line in self._enter(where, adapter, target, layer, factor)]
         if data.trained and factor != 1:
             problems.append(f"weight {factor:g} does not apply to {sorted(data.trained)}, which it trains in full")
-        for name, tensors in data.trained.items():
-            problems += self._replace(where, name, tensors)
+        for name, trained in data.trained.items():
+            problems += self._replace(where, name, trained)
         self.problems += [where + line for line in problems]
 
     def check(self) -> None:
         """What only shows when all adapters are known."""
+        if not self.problems:  # else what was not read may have had the names
+            self.problems += self.target.rename.unused()
         for number, (where, name, shape) in enumerate(self.missing):
             # looking for near misses is slow, and a few of them show what is wrong
             hint = near_misses(name, self.checkpoint.tensors) if number < 3 else ""
@@ -98,13 +87,8 @@ class Plan:
             if change.updates and change.replacement is not None:
                 self.problems.append(f"{name!r} is both adapted and trained in full")
 
-    def _shape_of(self, name: str) -> Shape | None:
-        stored = self.checkpoint.tensors.get(self.rename(name))
-        return None if stored is None else stored.shape
-
-    def _enter(self, where: str, adapter: str, name: str, layer: LayerAdapter, factor: float) -> Iterator[str]:
+    def _enter(self, where: str, adapter: str, target: str, layer: LayerAdapter, factor: float) -> Iterator[str]:
         base = layer.base
-        target = self.rename(base.facts.get("parameter", join(name, "weight")))
         stored = self.checkpoint.tensors.get(target)
         if stored is None:
             self.missing.append((where, target, base.shape or _implied_shape(layer)))
@@ -135,8 +119,8 @@ class Plan:
                 f"{target!r} is stored as {stored.dtype}, to which an update cannot be added (it may be quantized); "
                 "merge into the checkpoint in floating point that it was made from"
             )
-        if not base.kind:  # PEFT's format says nothing of it
-            return f"{target!r} has shape {stored.shape}, which is no layer that PEFT adapts"
+        if not base.kind:  # the file's format says nothing of it
+            return f"{target!r} has shape {stored.shape}, which is no layer that the file's format has adapters of"
         if base.layout not in _layouts(base.kind):
             return f"unknown kind of layer {base.kind!r} with layout {base.layout!r}"
         if base.shape != stored.shape:
@@ -163,7 +147,8 @@ class Plan:
             )
 
     def _replace(self, where: str, name: str, tensors: Mapping[str, Tensor]) -> Iterator[str]:
-        names = {self.rename(join(name, part)): part for part in tensors}
+        renamed = {part: self.target.rename(join(name, part)) for part in tensors}
+        names = {target: part for part, target in renamed.items() if target is not None}
         module = {target.removesuffix(part) for target, part in names.items() if target.endswith(part)}
         lacking = [other for other in self.checkpoint.tensors if other.startswith(tuple(module)) and other not in names]
         yield from (f"{name!r} is trained in full, but {other!r} of the checkpoint is not in it" for other in lacking)

@@ -17,10 +17,10 @@ from .config import LoRAConfig, Pattern
 from .functional import accumulation_dtype
 from .inject import attach, check_injectable, check_selection
 from .low_rank import truncated
-from .names import join
+from .names import join, near_misses
 from .places import Place
 from .quantized import store_of_weight
-from .targets import near_misses, select
+from .targets import select
 
 
 def extract_adapter(

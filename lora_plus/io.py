@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,14 +17,15 @@ from .adapters import check_adapter, unwrap, whole
 from .atomic_files import write_safetensors
 from .collector import collector_paused
 from .config import LAYOUTS
-from .formats import native, peft
+from .formats import diffusers, kohya, native
 from .formats.adapter import PARAMETER, Adapter, BaseLayer, LayerAdapter, Problems
 from .inject import attach, check_injectable, check_selection
 from .layers import DTYPES
-from .names import join
-from .peft_folder import outline, write_folder
-from .places import Found, Place, adapted_places, find_modules, find_parameters, find_places, overlaps
-from .targets import near_misses
+from .model_target import ModelTarget, outline
+from .names import join, near_misses
+from .peft_folder import write_folder
+from .places import Found, Place, adapted_places, find_modules, overlaps
+from .renaming import Names, Renaming, renamed
 from .trained import trained_modules
 from .variants import AdapterSpec
 from .version import __version__
@@ -41,16 +42,20 @@ def save_adapter(
     """Write one adapter, and the modules trained with it, to disk.
 
     A path that ends in ``.safetensors`` gets the native format, one self-describing file; any other path becomes a
-    folder in PEFT's format. A file appears whole or not at all: an interrupted save leaves the old one. The same
+    folder in PEFT's format. The formats of kohya's sd-scripts and of diffusers are one file too. Both name the parts of
+    a pipeline by the model's children ``unet``, ``transformer``, ``text_encoder`` and ``text_encoder_2``, so put them
+    into an ``nn.ModuleDict``; of a model without them, kohya's file is one for a U-Net, and diffusers' names no part. A
+    file appears whole or not at all: an interrupted save leaves the old one. The same
     adapter gives the same bytes.
 
     Args:
         model: the model that holds the adapter.
         path: file or folder; missing folders are made.
         adapter: the adapter's name.
-        format: ``"native"`` or ``"peft"``; None to go by the path.
+        format: ``"native"``, ``"peft"``, ``"kohya"`` (which keeps no dropout) or ``"diffusers"``; None to go by the
+            path.
         metadata: texts to keep with it. PEFT's format has room for ``base_model_name_or_path``, ``revision`` and
-            ``task_type`` only.
+            ``task_type`` only, kohya's and diffusers' for none.
 
     Raises:
         KeyError: if the model holds no adapter of this name.
@@ -72,7 +77,12 @@ def save_adapter(
 
 @collector_paused()
 def load_adapter(
-    model: nn.Module, path: str | os.PathLike[str], *, adapter: str = "default", trainable: bool = False
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    adapter: str = "default",
+    trainable: bool = False,
+    names: Names | None = None,
 ) -> nn.Module:
     """Inject the adapter that a file or a PEFT folder describes, with its tensors, and make it the active one.
 
@@ -81,10 +91,14 @@ def load_adapter(
 
     Args:
         model: a model with the layers that the adapter was made for; it is changed.
-        path: a ``.safetensors`` file in the native format, or a folder in PEFT's.
+        path: a ``.safetensors`` file in the native format, in kohya's or in diffusers', or a folder in PEFT's; which
+            it is shows in the file. Of a folder that holds folders of several adapters, give one of these.
         adapter: the name that it gets in this model.
         trainable: whether the adapter, and the modules trained with it, shall be trained further. Everything else is
             frozen in either case.
+        names: from the names of modules in the file to those in the model, where they differ: a mapping of prefixes,
+            such as ``{"model.layers": "blocks"}``, or a function, which PEFT folders also ask for the modules around
+            adapted ones. None for a new name leaves out what is called so, such as ``{"lora_te": None}``.
 
     Returns:
         The same model.
@@ -96,13 +110,16 @@ def load_adapter(
     check_adapter_name(adapter)
     check_injectable(model, adapter)
     path = Path(path)
-    found = find_modules(unwrap(model))
-    by_name = {name: entry for entry in found.values() for name in entry.names}
-    places = _by_name(find_places(found, {}))
+    target = ModelTarget(unwrap(model), Renaming(names))
+    by_name, places = target.by_name, target.places
     problems: list[str] = []
-    data = read_adapter(path, lambda tensors, config: _surroundings(places, by_name), problems)
+    data = read_adapter(path, target, problems)
+    if data.layers or data.trained:
+        if target.rename.given and not data.resolved:
+            data = renamed(data, target.rename, problems)
+        problems += target.rename.unused()
     if not data.layers.keys() <= places.keys():
-        places = _by_name(find_parameters(found)) | places
+        places = target.parameters() | places
     chosen = _choose_places(data, places, by_name, problems)
     _check_trained(data, by_name, chosen, problems)
     if not problems and not data.layers:
@@ -172,21 +189,22 @@ def _write_native(path: Path, data: Adapter, model: nn.Module) -> None:
     write_safetensors(path, tensors, metadata)
 
 
-_WRITERS: dict[str, Callable[[Path, Adapter, nn.Module], None]] = {"native": _write_native, "peft": write_folder}
+def _write_kohya(path: Path, data: Adapter, model: nn.Module) -> None:
+    names = [name for entry in find_modules(model).values() for name in entry.names]
+    write_safetensors(path, kohya.write(data, names), {})
 
 
-# ---- reading ---------------------------------------------------------------------------------------------------------
+def _write_diffusers(path: Path, data: Adapter, model: nn.Module) -> None:
+    tensors, metadata = diffusers.write(data, lambda name: outline(find_modules(model.get_submodule(name))))
+    write_safetensors(path, tensors, metadata)
 
 
-def _surroundings(
-    places: Mapping[str, Place], by_name: Mapping[str, Found]
-) -> tuple[dict[str, BaseLayer | None], peft.Outline]:
-    """What PEFT's format leaves to the model."""
-    found = {id(entry.module): entry for entry in by_name.values()}
-    places = {**_by_name(find_parameters(found)), **places}
-    bases: dict[str, BaseLayer | None] = dict.fromkeys(by_name)
-    bases |= {name: None if place.refusal() else place.base() for name, place in places.items()}
-    return bases, outline(found)
+_WRITERS: dict[str, Callable[[Path, Adapter, nn.Module], None]] = {
+    "native": _write_native,
+    "peft": write_folder,
+    "kohya": _write_kohya,
+    "diffusers": _write_diffusers,
+}
 
 
 # ---- checking against the model --------------------------------------------------------------------------------------
@@ -234,10 +252,6 @@ def _place(name: str, base: BaseLayer, places: Mapping[str, Place], by_name: Map
     if place is not None and base.kind == PARAMETER and base.layout in LAYOUTS:
         return replace(place, layout=base.layout)  # a user may have stated it
     return place
-
-
-def _by_name(places: Iterable[Place]) -> dict[str, Place]:
-    return {name: place for place in places for name, _ in place.names}
 
 
 def _missing_modules(names: list[str], by_name: Mapping[str, Found]) -> list[str]:

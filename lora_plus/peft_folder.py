@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from torch import nn
@@ -11,10 +11,8 @@ from torch import nn
 from .atomic_files import replacing, serialize
 from .formats import peft
 from .formats.adapter import Adapter, Problems
-from .parameters import raw_parameters
-from .places import Found, find_modules
-
-_CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
+from .model_target import outline
+from .places import find_modules
 
 
 def write_folder(
@@ -45,26 +43,6 @@ def write_folder(
     with replacing(path / peft.WEIGHTS, path / peft.CONFIG) as (weights, config_file):
         serialize(weights, tensors, peft.METADATA)
         config_file.write_text(text, encoding="utf-8")
-
-
-def outline(found: Mapping[int, Found]) -> peft.Outline:
-    """What PEFT goes by when it names the parts of a model."""
-    modules = {}
-    for entry in found.values():
-        raw = raw_parameters(entry.module)
-        modules[entry.name] = [name for name in entry.module._parameters if name in raw]  # in the module's order
-    named = [(name, entry.module) for entry in found.values() for name in entry.names]
-    return peft.Outline(
-        modules,
-        names=dict.fromkeys(name for name, _ in named),
-        containers={name for name, module in named if isinstance(module, _CONTAINERS)},
-        uncalled={name for name, module in named if _has_no_forward(module)},
-        transposed={name for name, module in named if getattr(module, "is_transposed", False)},
-    )
-
-
-def _has_no_forward(module: nn.Module) -> bool:
-    return type(module).forward is nn.Module.forward and "forward" not in vars(module)
 
 
 def _tied_to_others(model: nn.Module, trained: list[str]) -> list[str]:

@@ -70,6 +70,12 @@ def surroundings(
     return bases, Outline({}, names, (), (), ())
 
 
+def usual_base(shape: Shape) -> BaseLayer | None:
+    """The linear layer or convolution that has a weight of this shape; None if there is none."""
+    kind = LoRALinear if len(shape) == 2 else _CONVOLUTIONS.get(len(shape))
+    return None if kind is None else _of_kind(kind, shape)
+
+
 def _of_kind(kind: type[LoRALayer], shape: Shape, **facts: Any) -> BaseLayer:
     return BaseLayer(kind.kind_name(), kind.layout, shape, facts)
 

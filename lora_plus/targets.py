@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import fnmatch
 import itertools
 import re
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from . import functional
 from .config import LoRAConfig, Pattern, as_patterns
 from .layers import KINDS, lora_class
-from .names import join
+from .names import join, near_misses
 from .parts import PARTS
 from .places import Found, Place, find_modules, find_parameters, find_places, overlaps
 
@@ -263,15 +262,6 @@ def _rows(module: nn.Module, sizes: Sequence[str] | Mapping[str, int]) -> dict[s
         return f"has {total} rows, but the blocks {dict(sizes)} have {sum(sizes.values())}"
     ends = list(itertools.accumulate(sizes.values()))
     return {label: (end - size, end) for (label, size), end in zip(sizes.items(), ends, strict=True)}
-
-
-def near_misses(wanted: Any, names: Iterable[str]) -> str:
-    """`` (did you mean 'a' or 'b'?)`` with the names closest to a mistyped one, or nothing."""
-    if not isinstance(wanted, str):
-        return ""
-    tails = {name if "." in wanted else name.rpartition(".")[2] for name in names} - {""}
-    close = difflib.get_close_matches(wanted, sorted(tails), n=3)
-    return f" (did you mean {' or '.join(map(repr, close))}?)" if close else ""
 
 
 def _show(pattern: Pattern) -> str:

@@ -222,7 +222,8 @@ def test_the_format_can_be_named_and_must_be_known(tmp_path: Path) -> None:
         torch.testing.assert_close(lora_plus.load_adapter(net(), tmp_path / name)(TOKENS), model(TOKENS))
     with pytest.raises(ValueError) as error:
         lora_plus.save_adapter(model, tmp_path / "x", format="pickle")
-    assert str(error.value) == "unknown format 'pickle'; choose one of ['native', 'peft'], or None to go by the path"
+    known = "['diffusers', 'kohya', 'native', 'peft']"
+    assert str(error.value) == f"unknown format 'pickle'; choose one of {known}, or None to go by the path"
     with pytest.raises(KeyError, match="the model has no adapter 'nope': it has 'default'"):
         lora_plus.save_adapter(model, tmp_path / "x", adapter="nope")
     assert not (tmp_path / "x").exists()

@@ -50,6 +50,16 @@ class Adapter:
     """Modules trained in full, each with its tensors by their name inside the module."""
     metadata: dict[str, str] = field(default_factory=dict)
     """What the user wrote beside it."""
+    resolved: bool = False
+    """Whether the names are those of what it is loaded into, not those of the file."""
+
+
+def alpha_under(layer: LayerAdapter, scaling: str) -> float:
+    """The alpha that gives a layer's scale under a file's scaling rule, which is the layer's own or alpha / r."""
+    alpha = float(
+        layer.settings["alpha"] if layer.settings["scaling"] == scaling else layer.scale * layer.settings["r"]
+    )
+    return int(alpha) if alpha.is_integer() else alpha
 
 
 def most_common(values: Sequence[Any]) -> Any:

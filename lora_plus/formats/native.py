@@ -21,7 +21,7 @@ stack of them.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -29,6 +29,7 @@ from torch import Tensor
 from lora_plus.names import join
 
 from .adapter import Adapter, BaseLayer, LayerAdapter, most_common
+from .target import Target
 
 KEY = "lora_plus"
 VERSION = 1
@@ -63,9 +64,15 @@ def _entry(layer: LayerAdapter, common: dict[str, Any]) -> dict[str, Any]:
     return base | {name: value for name, value in layer.settings.items() if value != common[name]}
 
 
+def recognises(tensors: Collection[str], metadata: Mapping[str, str]) -> bool:
+    """Whether a file is in this format."""
+    return KEY in metadata
+
+
 def read(
-    tensors: dict[str, Tensor],
+    tensors: Mapping[str, Tensor],
     metadata: Mapping[str, str],
+    target: Target,
     scale: Callable[[dict[str, Any]], float],
     problems: list[str],
 ) -> Adapter:
@@ -74,6 +81,7 @@ def read(
     Args:
         tensors: all tensors of the file.
         metadata: the metadata of its header, which has the entry ``lora_plus``.
+        target: what the adapter is loaded into, of which this format needs to know nothing.
         scale: the factor of B A that follows from a layer's settings; raises on settings that are not valid.
         problems: list to add to.
     """

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .adapter import Adapter, BaseLayer, LayerAdapter, most_common
+from .adapter import Adapter, BaseLayer, LayerAdapter, alpha_under, most_common
 from .peft_config import CONFIG, USER_FIELDS, checked_config
 from .peft_limits import inexpressible, starts_transposed, units
 from .peft_names import PREFIX, Outline, anchored, endings, nesting
@@ -43,8 +43,9 @@ def write(adapter: Adapter, outline: Outline) -> tuple[dict[str, Tensor], dict[s
     }
     layers = dict(sorted({**modules, **parameters}.items()))
     rslora = all(layer.settings["scaling"] == "rslora" for layer in layers.values())
+    scaling = "rslora" if rslora else "standard"
     ranks = {name: layer.settings["r"] for name, layer in layers.items()}
-    alphas = {name: _alpha(layer, rslora) for name, layer in layers.items()}
+    alphas = {name: alpha_under(layer, scaling) for name, layer in layers.items()}
     # PEFT says of a pattern that only a parameter matches that nothing does, so it is parameters that need none
     usual = parameters or layers
     r, alpha = (most_common([values[name] for name in layers if name in usual]) for values in (ranks, alphas))
@@ -93,13 +94,6 @@ def _joined(layers: Mapping[str, LayerAdapter]) -> LayerAdapter:
     """The adapter of a whole weight."""
     several = list(layers.values())
     return join_rows(several) if "rows" in several[0].base.facts else several[0]
-
-
-def _alpha(layer: LayerAdapter, rslora: bool) -> float:
-    """The alpha that gives the layer's scale under the file's one scaling rule."""
-    same_rule = layer.settings["scaling"] == ("rslora" if rslora else "standard")
-    alpha = float(layer.settings["alpha"] if same_rule else layer.scale * layer.settings["r"])
-    return int(alpha) if alpha.is_integer() else alpha
 
 
 def read(

@@ -26,47 +26,47 @@ _BASE_CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Inits after which PEFT's tensors belong to a base weight that PEFT changes at load time, unless converted on save."""
 
 
-def checked_config(config: Any, problems: list[str]) -> dict[str, Any] | None:
+def checked_config(config: Any, problems: list[str], where: str = CONFIG) -> dict[str, Any] | None:
     """The config with PEFT's defaults; None if something is wrong with it, which is added to ``problems``."""
     if not isinstance(config, dict):
-        problems.append(f"{CONFIG} must be a JSON object, got {type(config).__name__}")
+        problems.append(f"{where} must be a JSON object, got {type(config).__name__}")
         return None
     if config.get("peft_type") != "LORA":
-        problems.append(f"{CONFIG}: peft_type is {config.get('peft_type')!r}, expected 'LORA'")
+        problems.append(f"{where}: peft_type is {config.get('peft_type')!r}, expected 'LORA'")
         return None
     count = len(problems)
     # a JSON file need not have the defaults that PEFT's config class has
     config = {"r": 8, "lora_alpha": 8, "lora_dropout": 0.0, **config}
     r, alpha = config["r"], config["lora_alpha"]
     if not _is_int(r) or r <= 0:
-        problems.append(f"{CONFIG}: r must be a positive integer, got {r!r}")
+        problems.append(f"{where}: r must be a positive integer, got {r!r}")
     if not _is_number(alpha) or alpha == 0:
-        problems.append(f"{CONFIG}: lora_alpha must be a finite number and not 0, got {alpha!r}")
+        problems.append(f"{where}: lora_alpha must be a finite number and not 0, got {alpha!r}")
     if not _is_number(config["lora_dropout"]) or not 0 <= config["lora_dropout"] < 1:
-        problems.append(f"{CONFIG}: lora_dropout must be a number in [0, 1), got {config['lora_dropout']!r}")
+        problems.append(f"{where}: lora_dropout must be a number in [0, 1), got {config['lora_dropout']!r}")
     for field, fits in (("rank_pattern", _is_int), ("alpha_pattern", _is_number)):
         pattern = config.get(field) or {}
         if not isinstance(pattern, dict) or not all(isinstance(k, str) and fits(v) for k, v in pattern.items()):
-            problems.append(f"{CONFIG}: {field} must be an object of numbers, got {pattern!r}")
+            problems.append(f"{where}: {field} must be an object of numbers, got {pattern!r}")
             continue
-        problems += [f"{CONFIG}: {field}: {key!r} is not a regular expression" for key in pattern if not _is_regex(key)]
+        problems += [f"{where}: {field}: {key!r} is not a regular expression" for key in pattern if not _is_regex(key)]
     for field in ("use_rslora", "use_dora"):
         if not isinstance(config.get(field), (bool, type(None))):
-            problems.append(f"{CONFIG}: {field} must be true or false, got {config[field]!r}")
+            problems.append(f"{where}: {field} must be true or false, got {config[field]!r}")
     for field in ("modules_to_save", "target_parameters"):
         names = config.get(field) or []
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            problems.append(f"{CONFIG}: {field} must be a list of names, got {names!r}")
+            problems.append(f"{where}: {field} must be a list of names, got {names!r}")
     init = config.get("init_lora_weights", True)
     if isinstance(init, str) and init.startswith(_BASE_CHANGING):
         problems.append(
-            f"{CONFIG}: init_lora_weights is {init!r}: its tensors belong to a base weight that PEFT changes when it "
+            f"{where}: init_lora_weights is {init!r}: its tensors belong to a base weight that PEFT changes when it "
             "loads them; save them again with path_initial_model_for_weight_conversion"
         )
     if config.get("bias", "none") != "none":
-        problems.append(f"{CONFIG}: bias is {config['bias']!r}, and trained biases cannot be read; expected 'none'")
+        problems.append(f"{where}: bias is {config['bias']!r}, and trained biases cannot be read; expected 'none'")
     problems += [
-        f"{CONFIG}: {name} is {value!r}, which plain LoRA and DoRA do not have"
+        f"{where}: {name} is {value!r}, which plain LoRA and DoRA do not have"
         for name, value in sorted(config.items())
         if name not in _HARMLESS and value
     ]

@@ -1,0 +1,46 @@
+"""What a checkpoint answers to the readers of file formats."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from .checkpoint_files import Checkpoint
+from .formats.adapter import BaseLayer
+from .formats.peft_names import Outline
+from .peft_shapes import Shape, surroundings, usual_base
+from .renaming import Renaming
+
+
+class CheckpointTarget:
+    """A checkpoint that an adapter is merged into, as `formats.target.Target` has it.
+
+    Args:
+        checkpoint: the checkpoint.
+        rename: the user's map from the names in the file to those in the checkpoint.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, rename: Renaming) -> None:
+        self.rename = rename
+        self.shapes = {name: stored.shape for name, stored in checkpoint.tensors.items()}
+        self.modules = {name.removesuffix(".weight"): None for name in self.shapes if name.endswith(".weight")}
+
+    def names(self) -> Collection[str]:
+        """The names of all modules that have a weight."""
+        return self.modules.keys()
+
+    def base(self, name: str) -> BaseLayer | None:
+        """The base layer of this name, which is the usual one of the weight's shape; None if there is none."""
+        return usual_base(self.shapes[f"{name}.weight"])
+
+    def peft(
+        self, tensors: Mapping[str, Tensor], config: Any, problems: list[str]
+    ) -> tuple[Mapping[str, BaseLayer | None], Outline]:
+        """The base layers of a folder's adapters, and the modules that it names."""
+        return surroundings(tensors, config, self._shape_of, problems)
+
+    def _shape_of(self, name: str) -> Shape | None:
+        new = self.rename(name)
+        return None if new is None else self.shapes.get(new)

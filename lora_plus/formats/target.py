@@ -1,0 +1,34 @@
+"""What a file leaves to what its adapter is loaded into."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from lora_plus.renaming import Renaming
+
+from .adapter import BaseLayer
+from .peft_names import Outline
+
+
+class Target(Protocol):
+    """A model or a checkpoint, as the readers of formats see it."""
+
+    rename: Renaming
+    """The user's map from the names in the file to those here."""
+
+    def names(self) -> Collection[str]:
+        """The full names of the modules."""
+        ...
+
+    def base(self, name: str) -> BaseLayer | None:
+        """The base layer of this name; None if it cannot be adapted."""
+        ...
+
+    def peft(
+        self, tensors: Mapping[str, Tensor], config: Any, problems: list[str]
+    ) -> tuple[Mapping[str, BaseLayer | None], Outline]:
+        """What `formats.peft.read` needs besides a folder's tensors and config, in the names of the file."""
+        ...
