@@ -127,7 +127,7 @@ def _wrong(parts: Mapping[str, str], given: Mapping[str, Tensor], dialect: Diale
     missing = [end for end, part in zip(ends, ("lora_A", "lora_B"), strict=True) if part not in parts]
     yield from (f"{end} is missing" for end in missing)
     shapes = {part: tuple(tensor.shape) for part, tensor in given.items()}
-    if given.get("alpha", _SCALAR).numel() != 1:
+    if "alpha" in given and given["alpha"].numel() != 1:
         yield f"alpha has shape {shapes['alpha']}, expected a single number"
     if missing:
         return
@@ -136,9 +136,6 @@ def _wrong(parts: Mapping[str, str], given: Mapping[str, Tensor], dialect: Diale
     # of a convolution in groups, B has the rank of one group; the layer's shape shows it
     if len(shapes["lora_A"]) == len(shapes["lora_B"]) == 2 and shapes["lora_A"][0] != shapes["lora_B"][1]:
         yield f"{parts['lora_A']} has rank {shapes['lora_A'][0]}, {parts['lora_B']} has {shapes['lora_B'][1]}"
-
-
-_SCALAR = Tensor(1)
 
 
 def assemble(
