@@ -150,11 +150,12 @@ def write(adapter: Adapter, outlines: Callable[[str], Outline]) -> tuple[dict[st
     document: dict[str, Any] = {}
     for component, part in parts.items():
         start = f"{component}." if component else ""
-        try:
-            own, config = peft.write(part, outlines(component))
-        except Problems as error:
-            problems += [f"{component or 'the model'}: {line}" for line in error.problems]
+        outline = outlines(component)
+        refusals = peft.refusals(part, outline)
+        if refusals:
+            problems += [f"{component or 'the model'}: {line}" for line in refusals]
             continue
+        own, config = peft.write(part, outline)
         tensors |= {start + name.removeprefix(PREFIX): tensor for name, tensor in own.items()}
         document |= {start + key: value for key, value in config.items()}
     if problems:
