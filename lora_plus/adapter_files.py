@@ -81,16 +81,28 @@ def _read_peft(path: Path, target: Target, problems: list[str]) -> Adapter:
         problems.append(f"the folder has no {name}{hint}")
     if problems:
         return Adapter({}, {})
+    text = None
     try:
-        config = json.loads((path / peft.CONFIG).read_text(encoding="utf-8"))
+        text = (path / peft.CONFIG).read_text(encoding="utf-8")
+        config = json.loads(text)
     except (ValueError, OSError, RecursionError) as error:
         problems.append(f"{peft.CONFIG} is not valid JSON: {error}")
     tensors, _ = _read_safetensors(path / peft.WEIGHTS, problems)
+    if not problems and not _still_says(path / peft.CONFIG, text):
+        problems.append("another process wrote to the folder while it was read; load it again")
     if problems:
         return Adapter({}, {})
     tensors, config = without_left_out(tensors, config, target.rename)
     bases, outline = target.peft(tensors, config, problems)
     return Adapter({}, {}) if problems else peft.read(tensors, config, bases, outline, _scale, problems)
+
+
+def _still_says(path: Path, text: str | None) -> bool:
+    """Whether a config is what it was; if it is not, the weights may belong to another one."""
+    try:
+        return path.read_text(encoding="utf-8") == text
+    except (ValueError, OSError):
+        return False
 
 
 def _scale(settings: dict[str, Any]) -> float:

@@ -59,10 +59,11 @@ def replacing(*paths: Path) -> Iterator[list[Path]]:
             for temporary, mode in zip(temporaries, modes, strict=True):
                 temporary.chmod(mode)  # safetensors makes its files readable by the owner only
                 flush(temporary)
-            if len(paths) > 1 and last.exists() and last.read_bytes() != temporaries[-1].read_bytes():
-                os.replace(last, aside)
-            for path, temporary in zip(paths, temporaries, strict=True):
-                os.replace(temporary, path)
+            with _locked(last.parent, wait=True):  # or the files of two runs at the same time could be mixed
+                if len(paths) > 1 and last.exists() and last.read_bytes() != temporaries[-1].read_bytes():
+                    os.replace(last, aside)
+                for path, temporary in zip(paths, temporaries, strict=True):
+                    os.replace(temporary, path)
             if os.name == "posix":  # a rename is lasting once its folder is written; elsewhere folders cannot be opened
                 flush(last.parent)
         finally:

@@ -44,9 +44,11 @@ def save_adapter(
     A path that ends in ``.safetensors`` gets the native format, one self-describing file; any other path becomes a
     folder in PEFT's format. The formats of kohya's sd-scripts and of diffusers are one file too. Both name the parts of
     a pipeline by the model's children ``unet``, ``transformer``, ``text_encoder`` and ``text_encoder_2``, so put them
-    into an ``nn.ModuleDict``; of a model without them, kohya's file is one for a U-Net, and diffusers' names no part. A
-    file appears whole or not at all: an interrupted save leaves the old one. The same
-    adapter gives the same bytes.
+    into an ``nn.ModuleDict``; of a model without them, kohya's file is one for a U-Net, and diffusers' names no part.
+
+    A file appears whole or not at all: an interrupted save leaves the old one, and the next one removes what was left
+    beside it. A save that is killed just when it renames the files of a PEFT folder with other settings leaves a folder
+    without config, which is refused. The same adapter gives the same bytes.
 
     Args:
         model: the model that holds the adapter.
@@ -60,6 +62,7 @@ def save_adapter(
     Raises:
         KeyError: if the model holds no adapter of this name.
         ValueError: if the adapter is not finite, or the format cannot express it exactly. Nothing is written then.
+        OSError: if the disk is full or cannot be written; it names the path. The old files are as they were.
     """
     chosen = ("native" if str(path).endswith(".safetensors") else "peft") if format is None else format
     if chosen not in _WRITERS:

@@ -10,16 +10,17 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
 import torch
-from files_support import adapted_net, contents, net
+from files_support import TOKENS, adapted_net, contents, net, refused
 from safetensors.torch import save_file
 from torch import nn
 
 import lora_plus
-from lora_plus import atomic_files
+from lora_plus import adapter_files, atomic_files
 
 PROGRAM = Path(__file__).with_name("killed_writing.py")
 needs_posix = pytest.mark.skipif(os.name != "posix", reason="kills with SIGKILL")
@@ -157,6 +158,54 @@ def test_a_save_leaves_others_that_go_on_alone(path: str, tmp_path: Path, monkey
     assert not list(tmp_path.rglob(".*"))
     assert len(contents(tmp_path)) == (2 if path == "adapter" else 1)
     lora_plus.load_adapter(net(), tmp_path / path)
+
+
+def assert_one_of(path: Path, models: list[nn.Module]) -> None:
+    """The adapter on the disk, with its settings, is one of the models' own."""
+    y = lora_plus.load_adapter(net(), path)(TOKENS)
+    assert any(torch.equal(y, model(TOKENS)) for model in models)
+
+
+@needs_posix
+def test_two_saves_with_other_settings_at_the_same_time_are_not_mixed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, rename, threads = tmp_path / "adapter", os.replace, []
+    models = [adapted_net(seed, alpha=seed) for seed in (1, 2, 3)]
+    lora_plus.save_adapter(models[0], path)
+
+    def rename_beside_another_save(source: Any, target: Any) -> None:
+        rename(source, target)
+        if not threads:
+            threads.append(Thread(target=lora_plus.save_adapter, args=(models[2], path)))
+            threads[0].start()
+            threads[0].join(0.5)
+
+    monkeypatch.setattr(os, "replace", rename_beside_another_save)
+    lora_plus.save_adapter(models[1], path)
+    threads[0].join()
+    assert_one_of(path, [models[2]])
+    assert not list(tmp_path.rglob(".*"))
+
+
+@pytest.mark.parametrize("alpha", [1, 2])
+def test_a_folder_that_is_saved_while_it_is_read_is_not_a_mixture(
+    alpha: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, read = tmp_path / "adapter", adapter_files.read_safetensors
+    models = [adapted_net(1, alpha=1), adapted_net(2, alpha=alpha)]
+    lora_plus.save_adapter(models[0], path)
+
+    def read_after_a_save(file: Path) -> Any:
+        lora_plus.save_adapter(models[1], path)
+        return read(file)
+
+    monkeypatch.setattr(adapter_files, "read_safetensors", read_after_a_save)
+    if alpha == 1:  # the config is the same
+        assert_one_of(path, models)
+    else:
+        assert refused(net(), path) == ["another process wrote to the folder while it was read; load it again"]
+        assert_one_of(path, models)  # the second save leaves the config as it is
 
 
 @needs_posix

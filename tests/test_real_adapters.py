@@ -29,8 +29,8 @@ TEXT = (
     "Photosynthesis is the process by which green plants use sunlight to make their own food from carbon dioxide "
     "and water."
 )
-TOLERANCE = 1e-3
-"""Largest difference of two float32 logits after 30 layers with sums in another order; they reach 20 and more."""
+TOLERANCE = 3e-4
+"""Largest difference of two float32 logits, which reach 34, after 30 layers with sums in another order."""
 
 NAMES = {
     "embed.": "model.embed_tokens.", "norm.": "model.norm.", "layers.": "model.layers.",
