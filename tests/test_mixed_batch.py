@@ -89,6 +89,26 @@ def test_a_layer_without_a_batch_is_refused_even_where_the_size_fits(case: Case)
         model(x)
 
 
+def test_features_are_not_taken_for_samples_where_their_number_fits() -> None:
+    model = mixed(nn.Sequential(nn.Linear(4, 4)), "0")
+    with adapter_per_sample(model, ["a"] * 4), pytest.raises(ValueError, match=r"layer '0' got an input of"):
+        model(torch.randn(4))
+
+
+@pytest.mark.parametrize("variant", [[], ["dora"]], ids=str)
+def test_the_factor_of_an_active_adapter_is_not_that_of_a_sample(variant: list[str]) -> None:
+    model, x = mixed(nn.Sequential(nn.Linear(4, 4)).double(), "0"), torch.randn(6, 4, dtype=torch.float64)
+    for name in variant:  # samples are then computed adapter by adapter
+        inject_lora(model, ["0"], adapter=name, variant="dora")
+    names = [*NAMES[: 6 - len(variant)], *variant]
+    wanted = one_by_one(model, x, names)
+    set_adapter(model, {"a": 0.5})
+    before = model(x)
+    with adapter_per_sample(model, names):
+        close(model(x), wanted)
+    assert torch.equal(model(x), before)
+
+
 class Fused(nn.Module):
     def __init__(self) -> None:
         super().__init__()
