@@ -31,9 +31,11 @@ from .layers import (
     LoRALinear,
 )
 from .lora_layer import LoRALayer
+from .lr_fold import fold_lr_ratio, unfold_lr_ratio
+from .lr_guard import check_lr_ratio, watch_lr_ratio
 from .merge import merge_and_unload, merge_lora, merged, unmerge_lora
 from .mixed_batch import adapter_per_sample
-from .optim import create_loraplus_optimizer, loraplus_param_groups, split_loraplus_groups
+from .optim import convert_lr, create_loraplus_optimizer, loraplus_param_groups, split_loraplus_groups
 from .parameters import LoRAParameter
 from .version import __version__
 
@@ -59,12 +61,15 @@ __all__ = [
     "adapter_state_dict",
     "add_adapter",
     "check_adapters",
+    "check_lr_ratio",
     "combine_adapters",
+    "convert_lr",
     "create_loraplus_optimizer",
     "delete_adapter",
     "disabled",
     "export_adapter",
     "extract_adapter",
+    "fold_lr_ratio",
     "init_from_gradients",
     "inject_lora",
     "load_adapter",
@@ -80,5 +85,7 @@ __all__ = [
     "save_adapter",
     "set_adapter",
     "split_loraplus_groups",
+    "unfold_lr_ratio",
     "unmerge_lora",
+    "watch_lr_ratio",
 ]

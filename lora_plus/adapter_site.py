@@ -89,7 +89,8 @@ class AdapterSite(nn.Module):
         A, B = self.factors(adapter)
         rest = {name: tensor for name, tensor in tensors.items() if name not in STARTS}
         r = A.shape[-2]
-        return replace(spec, r=r, alpha=spec.scale / SCALINGS[spec.scaling](1.0, r)), {**rest, "lora_A": A, "lora_B": B}
+        alpha = spec.scale / (spec.fold * SCALINGS[spec.scaling](1.0, r))
+        return replace(spec, r=r, alpha=alpha), {**rest, "lora_A": A, "lora_B": B}
 
     def forget_start(self, adapter: str) -> None:
         """Take nothing out of the adapter's update any more."""

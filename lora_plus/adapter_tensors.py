@@ -9,6 +9,9 @@ from torch import nn
 STARTS = ("lora_A0", "lora_B0")
 """The containers of what is taken out of the update again, by inits that start from a part of the weight."""
 
+HELD_DIVIDED = ("lora_B", STARTS[1])
+"""The containers whose tensors `fold_lr_ratio` divides."""
+
 
 class AdapterTensors(nn.Module):
     """One parameter for each adapter, by the adapter's name: what ``layer.lora_A`` and ``layer.lora_B`` are.

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from .adapted_weight import AdaptedWeight, adapted_weights, adapter_sites
-from .adapter_tensors import check_adapter_name
+from .adapter_tensors import HELD_DIVIDED, check_adapter_name
 from .freezing import restore_requires_grad, set_requires_grad
 from .fused_kernels import resume_nesting
 from .inject import check_restorable
@@ -179,8 +179,10 @@ def adapter_state_dict(model: nn.Module, *, adapter: str = "default") -> dict[st
     check_adapter(model, adapter)
     state: dict[str, Tensor] = {}
     for path, site, _ in adapter_sites(model):
-        for container, tensor in site.adapter_tensors(adapter).items():
-            state[join(path, container)] = whole(tensor)
+        if adapter in site.lora_specs:
+            held = {container: whole(tensor) for container, tensor in site.adapter_tensors(adapter).items()}
+            tensors = unfolded(held, site.lora_specs[adapter].fold)
+            state |= {join(path, container): tensor for container, tensor in tensors.items()}
     for path, module, record in trained_modules(model, adapter):
         if record.exchanged:
             raise ValueError(f"{path!r} shows its original values; leave the disabled(model) block first")
@@ -193,6 +195,11 @@ def whole(tensor: Tensor) -> Tensor:
     """The tensor, detached; a DTensor is gathered from its shards."""
     gather = getattr(tensor, "full_tensor", None)
     return (tensor if gather is None else gather()).detach()
+
+
+def unfolded(tensors: Mapping[str, Tensor], fold: float) -> dict[str, Tensor]:
+    """An adapter's tensors as files hold them: B multiplied by what `fold_lr_ratio` divided it by."""
+    return {name: tensor * fold if fold != 1 and name in HELD_DIVIDED else tensor for name, tensor in tensors.items()}
 
 
 def check_unmerged(path: str, weight: AdaptedWeight, what: str) -> None:
@@ -279,6 +286,7 @@ def _notes(adapter: str, spec: AdapterSpec, tensors: Mapping[str, Tensor], weigh
     strength = weight.lora_strength(adapter)
     notes = {
         f"r exceeds the weight's full rank {full_rank}": spec.r > full_rank,
+        f"B divided by {spec.fold:g}, which is in the scale": spec.fold != 1,
         "inactive": adapter not in weight.lora_active,
         f"scale times {strength:g}": strength != 1,
         "merged": merge is not None and adapter in merge.adapters,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .adapter_files import is_finite, read_adapter, shape_problems, value_problems
 from .adapter_tensors import check_adapter_name
-from .adapters import check_adapter, unwrap, whole
+from .adapters import check_adapter, unfolded, unwrap, whole
 from .atomic_files import write_safetensors
 from .collector import collector_paused
 from .config import LAYOUTS
@@ -155,8 +155,9 @@ def describe(model: nn.Module, adapter: str, metadata: Mapping[str, str] | None 
     for place, site in adapted_places(model):
         if adapter in site.lora_specs:
             spec, tensors = site.plain(adapter)
+            tensors = unfolded({name: whole(tensor) for name, tensor in tensors.items()}, spec.fold)
+            spec = replace(spec, fold=1.0)
             settings = {name: getattr(spec, name) for name in native.SETTINGS}
-            tensors = {name: whole(tensor) for name, tensor in tensors.items()}
             layers[place.name] = LayerAdapter(place.base(), settings, spec.scale, tensors)
     found = list(trained_modules(model, adapter))
     if any(record.exchanged for _, _, record in found):

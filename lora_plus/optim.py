@@ -19,6 +19,10 @@ LR_MODES: dict[str, Callable[[float, float], tuple[float, float]]] = {
 }
 """What ``lr`` names: ``(lr, lr_ratio) -> (rate of A, rate of B)``."""
 
+LR_RATIO = "loraplus_ratio"
+"""Entry of the groups of A (where it is 1) and B: the group's rate over A's. The group of an A is the last one before
+that of its B. Optimizers keep it, also in their ``state_dict``."""
+
 _GROUP_OF_ROLE = {
     "A": "lora_A",
     "B": "lora_B",
@@ -48,13 +52,15 @@ def loraplus_param_groups(
     - ``other``, ``other_no_decay``: whatever else is trained (heads, norms), at ``lr``; biases, norm weights and
       other parameters of less than two dimensions are not decayed.
 
+    The first two note their ratio as ``"loraplus_ratio"``, which `check_lr_ratio` goes by.
+
     With ``lr_ratio=1, embedding_lr=None`` and one decay rule, training follows plain LoRA with the same optimizer bit
     for bit. Under Adam a ratio is the same as alpha times that ratio at one rate (up to epsilon, weight decay and
-    gradient clipping): the way to use LoRA+ with optimizers that take a single rate.
+    gradient clipping): `fold_lr_ratio` does that for optimizers that take a single rate.
 
     Args:
         model: a model with adapters; wrapped (DDP, compiled) or not.
-        lr: the rate that ``lr_mode`` says.
+        lr: the rate that ``lr_mode`` says; `convert_lr` gives it for a tuned LoRA run.
         lr_ratio: rate of B over rate of A. Theory asks for more than 1 at large width; below 1, A outruns B, which is
             the opposite of LoRA+ but allowed.
         lr_mode: ``"A"``: lr is A's rate, as in the paper; ``"geometric"``: lr is the geometric mean of both rates,
@@ -64,15 +70,16 @@ def loraplus_param_groups(
         embedding_lr: rate of embedding adapters, absolute as in the original LoRA+ code; None for ``lr``.
 
     Raises:
-        ValueError: if the model has no adapter, or none that is trainable, or a number is out of range.
+        ValueError: if the model has no adapter, or none that is trainable, or a number is out of range, or a ratio is
+            folded into the adapter already (`fold_lr_ratio`).
     """
     rate_A, rate_B = _rates(lr, lr_ratio, lr_mode)
-    _check_number("weight_decay", weight_decay, least=0.0)
+    check_number("weight_decay", weight_decay, least=0.0)
     if embedding_lr is not None:
-        _check_number("embedding_lr", embedding_lr)
+        check_number("embedding_lr", embedding_lr)
     settings: dict[str, dict[str, Any]] = {
-        "lora_A": {"lr": rate_A, "weight_decay": weight_decay},
-        "lora_B": {"lr": rate_B, "weight_decay": weight_decay},
+        "lora_A": {"lr": rate_A, "weight_decay": weight_decay, LR_RATIO: 1.0},
+        "lora_B": {"lr": rate_B, "weight_decay": weight_decay, LR_RATIO: float(lr_ratio)},
         "lora_embedding": {"lr": lr if embedding_lr is None else embedding_lr, "weight_decay": weight_decay},
         "lora_magnitude": {"lr": lr, "weight_decay": 0.0},
         "other": {"lr": lr, "weight_decay": weight_decay},
@@ -80,6 +87,7 @@ def loraplus_param_groups(
     }
     sites = list(adapter_sites(model))
     _check_active(sites)
+    _check_unfolded(sites, lr_ratio)
     members: dict[str, list[nn.Parameter]] = {name: [] for name in settings}
     for group, parameter in _grouped(model, sites):
         members[group].append(parameter)
@@ -121,6 +129,31 @@ def create_loraplus_optimizer(
     return optimizer
 
 
+def convert_lr(lr: float, *, lr_ratio: float = 4.0, lr_mode: str = "A") -> float:
+    """The ``lr`` of LoRA+ that goes with a tuned rate of plain LoRA.
+
+    It keeps the geometric mean of the rates of A and B at the tuned rate, which is what transfers between ratios:
+    ``lr / sqrt(lr_ratio)`` in mode "A", ``lr`` in mode "geometric", ``lr * sqrt(lr_ratio)`` in mode "B".
+
+    Example:
+        >>> convert_lr(2e-4, lr_ratio=4)
+        0.0001
+        >>> convert_lr(2e-4, lr_ratio=4, lr_mode="geometric")
+        0.0002
+        >>> convert_lr(2e-4, lr_ratio=4, lr_mode="B")
+        0.0004
+
+    Args:
+        lr: the rate at which plain LoRA does best, with the same optimizer, rank and alpha.
+        lr_ratio, lr_mode: as they will be passed to `loraplus_param_groups`.
+
+    Raises:
+        ValueError: if a number is out of range, or the mode unknown.
+    """
+    check_number("lr", lr)
+    return lr / math.sqrt(math.prod(_rates(1.0, lr_ratio, lr_mode)))
+
+
 def split_loraplus_groups(
     groups: Iterable[Mapping[str, Any]], model: nn.Module, *, lr_ratio: float, lr_mode: str = "A"
 ) -> list[dict[str, Any]]:
@@ -136,33 +169,42 @@ def split_loraplus_groups(
         lr_ratio, lr_mode: as in `loraplus_param_groups`.
 
     Returns:
-        New groups, none of them empty. The parts are named after their group and ``lora_A`` or ``lora_B``.
+        New groups, none of them empty. The parts are named after their group and ``lora_A`` or ``lora_B``. Where a
+        group held both, the parts with A and B note their ratio as ``"loraplus_ratio"``.
 
     Raises:
-        ValueError: if a group has no ``"lr"``, or no group holds a B matrix of the model.
+        ValueError: if a group has no ``"lr"``, or no group holds a B matrix of the model, or a ratio is folded into the
+            adapter already (`fold_lr_ratio`).
     """
     factor_A, factor_B = _rates(1.0, lr_ratio, lr_mode)
-    role_of = {
-        id(parameter): role for _, site, _ in adapter_sites(model) for _, role, parameter in site.lora_parameters()
-    }
+    sites = list(adapter_sites(model))
+    _check_unfolded(sites, lr_ratio)
+    role_of = {id(parameter): role for _, site, _ in sites for _, role, parameter in site.lora_parameters()}
     factors = {"A": factor_A, "B": factor_B}
+    part_of = {role: role if factor != 1.0 else "" for role, factor in factors.items()}
     split: list[dict[str, Any]] = []
     found_B = False
     for index, group in enumerate(groups):
         if "lr" not in group:
             raise ValueError(f"group {index} has no 'lr'; give each group the rate that B shall learn at a multiple of")
-        parts: dict[str, list[Any]] = {}
+        parts: dict[str, list[Any]] = {"A": [], "": [], "B": []}  # in this order, A comes before its B
+        roles = set()
         for member in group["params"]:
             parameter = member[1] if isinstance(member, tuple) else member
             role = role_of.get(id(parameter), "")
-            found_B |= role == "B"
-            parts.setdefault(role if factors.get(role, 1.0) != 1.0 else "", []).append(member)
+            roles.add(role)
+            parts[part_of.get(role, "")].append(member)
+        found_B |= "B" in roles
+        ratios = {part_of["A"]: 1.0, part_of["B"]: factor_B / factor_A} if {"A", "B"} <= roles else {}
         name = group.get("name", f"group_{index}")
         for role, members in parts.items():
             part = {**group, "params": members, "name": f"{name}.lora_{role}" if role else name}
             if role:
                 part["lr"] = group["lr"] * factors[role]
-            split.append(part)
+            if role in ratios:
+                part[LR_RATIO] = ratios[role]
+            if members:
+                split.append(part)
     if not found_B:
         raise ValueError(
             "no group holds a B matrix of this model; call inject_lora first and build the groups from its parameters"
@@ -184,6 +226,17 @@ def _check_active(sites: Sequence[tuple[str, AdapterSite, AdaptedWeight]]) -> No
             f"the trainable adapters {names} are not active and would get no gradient; call "
             f"set_adapter(model, {names}), or set requires_grad on the parameters of the active one and not on theirs"
         )
+
+
+def _check_unfolded(sites: Sequence[tuple[str, AdapterSite, AdaptedWeight]], lr_ratio: float) -> None:
+    """Raise where a ratio would act twice: on the rates, and in the scale of an adapter that is trained."""
+    for path, site, _ in sites:
+        for adapter, _, parameter in site.lora_parameters():
+            if lr_ratio != 1 and parameter.requires_grad and site.lora_specs[adapter].fold != 1:
+                raise ValueError(
+                    f"a ratio is folded into the adapter {adapter!r} ({path!r}) already, and lr_ratio={lr_ratio} would "
+                    "come on top of it; pass lr_ratio=1, or call unfold_lr_ratio(model) first"
+                )
 
 
 def _grouped(
@@ -211,15 +264,15 @@ def _other_group(module: nn.Module, name: str, parameter: nn.Parameter) -> str:
 
 
 def _rates(lr: float, lr_ratio: float, lr_mode: str) -> tuple[float, float]:
-    _check_number("lr", lr)
-    _check_number("lr_ratio", lr_ratio)
+    check_number("lr", lr)
+    check_number("lr_ratio", lr_ratio)
     try:
         return LR_MODES[lr_mode](lr, lr_ratio)
     except KeyError:
         raise ValueError(f"unknown lr_mode {lr_mode!r}; choose one of {sorted(LR_MODES)}") from None
 
 
-def _check_number(name: str, value: Any, least: float | None = None) -> None:
+def check_number(name: str, value: Any, least: float | None = None) -> None:
     """Raise unless the value is a finite number (or one-element tensor) that is positive, or at least ``least``."""
     if isinstance(value, bool) or not isinstance(value, (int, float, torch.Tensor)):
         raise TypeError(f"{name} must be a number, got {value!r}")

@@ -118,8 +118,10 @@ class AdapterSpec:
     """Name of the variant in `VARIANTS`."""
     dropout: float = 0.0
     """Probability that an entry of the adapter's input is dropped in training."""
+    fold: float = 1.0
+    """B is held divided by this, which the scale makes up for (`fold_lr_ratio`). Files hold B as it is at 1."""
     scale: float = field(init=False, compare=False)
-    """The factor of B A that follows from alpha, r and the scaling rule."""
+    """The factor of B A that follows from alpha, r, the scaling rule and the fold."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.r, int) or isinstance(self.r, bool):
@@ -137,4 +139,4 @@ class AdapterSpec:
         for setting, name, table in (("scaling", self.scaling, SCALINGS), ("variant", self.variant, VARIANTS)):
             if name not in table:
                 raise ValueError(f"unknown {setting} {name!r}; choose one of {sorted(table)}")
-        object.__setattr__(self, "scale", SCALINGS[self.scaling](self.alpha, self.r))
+        object.__setattr__(self, "scale", SCALINGS[self.scaling](self.alpha, self.r) * self.fold)

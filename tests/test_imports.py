@@ -51,7 +51,7 @@ STRATA = [
     {"peft_folder"},
     {"inject", "checkpoint_plan"},
     {"adapters", "optim"},
-    {"merge", "check", "combine", "mixed_batch", "another_adapter", "gradient_init"},
+    {"merge", "check", "combine", "mixed_batch", "another_adapter", "gradient_init", "lr_fold", "lr_guard"},
     {"io", "extract", "checkpoint"},
     {"export"},
     {"__init__"},
