@@ -109,11 +109,15 @@ class _Watch:
                 found = f"{rate / slow[1]:.4g}" if slow[1] else "infinite"
                 raise ValueError(
                     f"{when} group {name!r} learns at {rate:.4g} and {slow[0]!r} at {slow[1]:.4g}: a ratio of {found}, "
-                    f"where LoRA+ was set up with {ratio:.4g}. The ratio is kept by what multiplies each group's own "
-                    f"rate by one factor. Schedulers: a list of {len(groups)} rates, one for each group, in place of "
-                    "one number (max_lr=[...], base_lr=[...], min_lr=[...]); eta_min=0; eps=0; one function for all "
-                    'groups (LambdaLR). Loops: group["lr"] = factor * group["initial_lr"]'
+                    f"where LoRA+ was set up with {ratio:.4g}; {_ADVICE.format(len(groups))}"
                 )
+
+
+_ADVICE = (
+    "multiply the rates of all groups by one factor instead. In a scheduler, give a list of {} rates, one for each "
+    "group, where it takes one (max_lr=[...], base_lr=[...], min_lr=[...]), eta_min=0, eps=0, or one function for all "
+    'groups (LambdaLR); in a loop, set group["lr"] = factor * group["initial_lr"]'
+)
 
 
 def _noted(groups: Sequence[Mapping[str, Any]]) -> list[tuple[int, Mapping[str, Any]]]:
@@ -121,8 +125,8 @@ def _noted(groups: Sequence[Mapping[str, Any]]) -> list[tuple[int, Mapping[str, 
     noted = [(position, group) for position, group in enumerate(groups) if LR_RATIO in group]
     if not noted:
         raise ValueError(
-            f"no group of the optimizer notes the ratio of the rates of A and B (as {LR_RATIO!r}); make the groups with "
-            "loraplus_param_groups, and load no state of an optimizer that was made otherwise: it replaces the notes"
+            f"no group of the optimizer notes the ratio of the rates of A and B (as {LR_RATIO!r}); make the groups "
+            "with loraplus_param_groups, and load no state of an optimizer made otherwise, which replaces the notes"
         )
     return noted
 
