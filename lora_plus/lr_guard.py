@@ -20,7 +20,7 @@ def check_lr_ratio(optimizer: torch.optim.Optimizer, scheduler: Any = None, *, s
     The schedule is tried out: a copy of it runs on an optimizer without parameters, and the rates are compared after
     every step, whatever class it is of. Where ``step`` wants a loss (`ReduceLROnPlateau`) it gets one that never
     improves. A schedule that ends, as `OneCycleLR` does, is followed to its end. Neither the scheduler nor the
-    optimizer is touched; objects that the scheduler's functions hold are copied with it.
+    optimizer is touched. Functions and methods that the scheduler calls are called for the steps ahead.
 
     A ratio of 1 is kept by whatever treats all groups alike. Rates of zero, as at the start of a warm-up, have every
     ratio. Rates below a thousandth of the highest so far move nothing any more and are passed over.
@@ -145,16 +145,30 @@ def _on_trial(optimizer: torch.optim.Optimizer, scheduler: Any, name: str) -> An
     settings = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
     groups = [{**copy.deepcopy(setting), "params": [torch.zeros(1)]} for setting in settings]
     rates = _Rates(groups, dict(optimizer.defaults))
-    shared = {id(parameter): parameter for group in optimizer.param_groups for parameter in group["params"]}
     try:
-        return copy.deepcopy(scheduler, {**shared, id(scheduled): rates, id(optimizer): rates})
+        return copy.deepcopy(scheduler, {**_owners(scheduler), id(scheduled): rates, id(optimizer): rates})
     except TypeError as error:
         raise TypeError(f"{name} cannot be copied ({error}); use watch_lr_ratio(optimizer)") from None
 
 
+def _owners(scheduler: Any) -> dict[int, Any]:
+    """By id, whose methods the scheduler calls: not to be copied, for it may be a trainer with the model in it."""
+    parts = [scheduler, *_parts(scheduler)]
+    values = [value for part in parts for value in vars(part).values()]
+    called = [each for value in values for each in (value if isinstance(value, (list, tuple)) else [value])]
+    owners = [each.__self__ for each in called if inspect.ismethod(each)]
+    return {id(owner): owner for owner in owners if not any(owner is part for part in parts)}
+
+
+def _parts(scheduler: Any) -> Sequence[Any]:
+    """The schedulers that it is made of."""
+    parts: Sequence[Any] = getattr(scheduler, "_schedulers", ())
+    return parts
+
+
 def _described(scheduler: Any) -> str:
-    """The scheduler's class, and those of the schedulers that it is made of."""
-    parts = ", ".join(_described(part) for part in getattr(scheduler, "_schedulers", ()))
+    """The scheduler's class, and those of its parts."""
+    parts = ", ".join(_described(part) for part in _parts(scheduler))
     return f"{type(scheduler).__name__}({parts})" if parts else type(scheduler).__name__
 
 

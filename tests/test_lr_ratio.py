@@ -202,6 +202,26 @@ def test_a_ratio_of_one_is_kept_by_what_treats_groups_alike(name: str) -> None:
     check_lr_ratio(optimizer, CHANGE[name](optimizer), steps=100)
 
 
+class Trainer:
+    """Something that holds the model and says how the rates go."""
+
+    def __init__(self, trained: nn.Module) -> None:
+        self.model = trained
+
+    def factor(self, step: int) -> float:
+        return 1.0 if step < 5 else 0.1
+
+
+def test_who_a_method_belongs_to_is_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = Trainer(model())
+    optimizer = create_loraplus_optimizer(trainer.model, torch.optim.AdamW, lr=1e-3)
+    monkeypatch.setattr(nn.Parameter, "__deepcopy__", lambda *_: pytest.fail("a parameter was copied"))
+    one = lr_scheduler.LambdaLR(optimizer, trainer.factor)
+    check_lr_ratio(optimizer, lr_scheduler.ChainedScheduler([one, lr_scheduler.StepLR(optimizer, 3)]), steps=9)
+    with pytest.raises(ValueError, match="at step 5, "):
+        check_lr_ratio(optimizer, lr_scheduler.LambdaLR(optimizer, [trainer.factor, lambda _: 1.0, *[ramp] * 2]))
+
+
 class Once:
     """A function of the step that must be called by the run alone, and that cannot be copied."""
 
