@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import CASES, Case, randomise
-from files_support import assert_same_tensors, bits, snapshot
+from files_support import assert_same_tensors, bits, contents, snapshot
 from torch import Tensor, nn
 
 import lora_plus
@@ -183,6 +183,16 @@ def difference(clip: float = 0.0, **settings: float) -> float:
 )
 def test_epsilon_decay_and_clipping_break_the_identity(settings: dict[str, float], measured: float) -> None:
     assert measured / 3 <= difference(**settings) <= measured * 3
+
+
+@pytest.mark.parametrize("name", ["linear", "linear-rslora", "linear-dora", "conv1d-gpt2", "conv2d-groups"])
+def test_a_folder_for_peft_is_that_of_the_plain_adapter(name: str, tmp_path: Path) -> None:
+    case = next(case for case in CASES if case.name == name)
+    plain, folded = case.adapted(), case.adapted()
+    fold_lr_ratio(folded, 4)
+    for folder, model in (("plain", plain), ("folded", folded)):
+        lora_plus.save_adapter(model, tmp_path / folder)
+    assert contents(tmp_path / "folded") == contents(tmp_path / "plain") != {}
 
 
 # ---- other operations on a folded adapter ----------------------------------------------------------------------------
