@@ -11,12 +11,14 @@ from .adapters import (
     set_adapter,
 )
 from .another_adapter import add_adapter
+from .bare_model import bare_model
 from .check import check_adapters
 from .checkpoint import CheckpointReport, merge_checkpoint
 from .combine import CombineReport, combine_adapters, resize_adapter
 from .config import LoRAConfig
 from .export import ExportReport, export_adapter
 from .extract import extract_adapter
+from .extract_checkpoint import extract_checkpoint
 from .gradient_init import init_from_gradients
 from .inject import inject_lora, remove_lora
 from .io import load_adapter, save_adapter
@@ -60,6 +62,7 @@ __all__ = [
     "adapter_per_sample",
     "adapter_state_dict",
     "add_adapter",
+    "bare_model",
     "check_adapters",
     "check_lr_ratio",
     "combine_adapters",
@@ -69,6 +72,7 @@ __all__ = [
     "disabled",
     "export_adapter",
     "extract_adapter",
+    "extract_checkpoint",
     "fold_lr_ratio",
     "init_from_gradients",
     "inject_lora",

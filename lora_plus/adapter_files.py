@@ -14,11 +14,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from . import functional
+from .config import LAYOUTS
 from .formats import diffusers, kohya, native, peft
-from .formats.adapter import Adapter, LayerAdapter
+from .formats.adapter import PARAMETER, Adapter, BaseLayer, LayerAdapter
 from .formats.peft_renaming import without_left_out
 from .formats.target import Target
-from .layers import DTYPES
+from .layers import DTYPES, KINDS, LOOKALIKES
 from .names import join
 from .variants import AdapterSpec
 
@@ -155,6 +156,25 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 _USUAL = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
 """What adapters are stored in."""
+
+
+def base_problem(base: BaseLayer) -> str | None:
+    """What is wrong with what a file says of a layer; None if an adapter can belong to such a one."""
+    if base.layout not in _layouts(base.kind):
+        return f"unknown kind of layer {base.kind!r} with layout {base.layout!r}"
+    stored = base.layout.split(" -> ")[0]
+    if len(stored.split()) != len(base.shape) or not all(isinstance(n, int) and n > 0 for n in base.shape):
+        return f"its weight has shape {base.shape}, which is not {stored!r}"
+    if "rows" in base.facts and len(functional.matrix_shape(base.layout, base.shape)) > 2:
+        return "it has rows of a stack of matrices"
+    return None
+
+
+def _layouts(kind: str) -> tuple[str, ...]:
+    """How a layer of this kind can store its weight; empty for a kind that is not known."""
+    if kind == PARAMETER:
+        return (*LAYOUTS, "n d -> d n", "o i j -> o (i j)")  # those of nn.EmbeddingBag and nn.Bilinear too
+    return tuple(known.layout for known in (*KINDS.values(), *LOOKALIKES) if known.kind_name() == kind)
 
 
 def value_problems(name: str, layer: LayerAdapter) -> Iterator[str]:

@@ -7,7 +7,7 @@ import math
 import os
 import shutil
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,17 +19,20 @@ from torch import Tensor, nn
 from .adapter_files import is_finite
 from .atomic_files import flush
 from .checkpoint_files import HOLDS_WEIGHTS, INDEX, Checkpoint, appearing, copy_file
-from .checkpoint_plan import Change, Plan
+from .checkpoint_plan import Change, Plan, planned
 from .formats.adapter import Problems
 from .functional import matrix_shape
 from .layers import DTYPES
 from .merge import MergeReport, as_finite_as, merged_state
 from .parameters import LoRAParameter
-from .renaming import Names, Renaming
+from .renaming import Names
 from .streaming import DTYPES as STORED
 from .streaming import StoredTensor, TensorFile, write_stream
 
 PathLike = str | os.PathLike[str]
+
+Progress = Callable[[int, int], None]
+"""Is told how many things are done, and how many there are."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,7 @@ def merge_checkpoint(
     dtype: torch.dtype | None = None,
     weights: Sequence[float] | None = None,
     names: Names | None = None,
+    progress: Progress | None = None,
 ) -> CheckpointReport:
     """Write a checkpoint whose weights contain the adapters, as merging in the model and saving it would.
 
@@ -87,6 +91,7 @@ def merge_checkpoint(
         names: from the names of tensors in the adapter's model to those in the checkpoint: a mapping of prefixes, such
             as ``{"model": ""}`` for ``model.layers.0.q.weight`` that is ``layers.0.q.weight`` here, or a function. None
             for a new name leaves something out. In a file of kohya's the names are those of modules, with underscores.
+        progress: called with the number of tensors that have been taken on, and of all.
 
     Returns:
         A report: which tensors, and how much of the update rounding to half precision lost.
@@ -101,15 +106,12 @@ def merge_checkpoint(
     factors = [1.0] * len(paths) if weights is None else [float(factor) for factor in weights]
     _check_arguments(base, paths, out, dtype, factors)
     checkpoint = Checkpoint(base)
-    plan = Plan(checkpoint, Renaming(names))
-    for index, path in enumerate(paths):
-        plan.add(f"adapter {str(path)!r}: " if len(paths) > 1 else "", str(index), path, factors[index])
-    plan.check()
+    plan = planned(checkpoint, paths, factors, names)
     if plan.problems:
         raise Problems(f"nothing was merged into {str(base)!r}", plan.problems)
     for doubt in plan.doubts:
         warnings.warn(doubt, stacklevel=2)
-    writer = _Writer(checkpoint, plan, dtype)
+    writer = _Writer(checkpoint, plan, dtype, progress)
     with appearing(out, checkpoint.single) as folder:
         writer.write(folder)
     return writer.report
@@ -156,8 +158,11 @@ class _StoredWeight(LoRAParameter):
 class _Writer:
     """Writes a checkpoint with its changes into a folder, and keeps the report."""
 
-    def __init__(self, checkpoint: Checkpoint, plan: Plan, dtype: torch.dtype | None) -> None:
-        self.checkpoint, self.changes, self.dtype = checkpoint, plan.changes, dtype
+    def __init__(
+        self, checkpoint: Checkpoint, plan: Plan, dtype: torch.dtype | None, progress: Progress | None
+    ) -> None:
+        self.checkpoint, self.changes, self.dtype, self.progress = checkpoint, plan.changes, dtype, progress
+        self.done = 0
         self.report = CheckpointReport([], {}, [], [], [])
 
     def write(self, folder: Path) -> None:
@@ -169,10 +174,16 @@ class _Writer:
             if tensors == file.tensors and not self.changes.keys() & tensors.keys():
                 copy_file(file.path, folder / name)
                 self.report.copied.extend(tensors)
+                self._advance(len(tensors))
             else:
                 write_stream(folder / name, file, tensors, partial(self._changed, file, tensors))
         if not self.checkpoint.single:
             self._write_others(folder, size)
+
+    def _advance(self, count: int) -> None:
+        self.done += count
+        if self.progress is not None:
+            self.progress(self.done, len(self.checkpoint.tensors))
 
     def _stored(self, entry: StoredTensor) -> StoredTensor:
         return entry.in_dtype(self.dtype) if self.dtype and STORED.get(entry.dtype) in DTYPES else entry
@@ -180,6 +191,7 @@ class _Writer:
     @torch.no_grad()
     def _changed(self, file: TensorFile, tensors: Mapping[str, StoredTensor], name: str) -> Tensor | None:
         """The new values of a tensor; None if it stays as it is."""
+        self._advance(1)
         change = self.changes.get(name)
         if change is None and tensors[name] == file.tensors[name]:
             self.report.copied.append(name)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
+from torch import Tensor
 
 from .atomic_files import flush, workspace
 from .formats.adapter import Problems
@@ -93,6 +94,10 @@ class Checkpoint:
             return []
         self.index = index
         return sorted(set(shards))
+
+    def read(self, name: str) -> Tensor:
+        """A tensor, as `TensorFile.read` gives it."""
+        return next(file for file in self.files.values() if name in file.tensors).read(name)
 
     def config(self) -> dict[str, Any]:
         """What ``config.json`` says; nothing where there is none that can be read."""

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch import Tensor
 
-from .adapter_files import is_finite, read_adapter, shape_problems, value_problems
+from .adapter_files import base_problem, is_finite, read_adapter, shape_problems, value_problems
 from .checkpoint_files import Checkpoint
 from .checkpoint_target import CheckpointTarget
-from .config import LAYOUTS
-from .formats.adapter import PARAMETER, BaseLayer, LayerAdapter
-from .functional import matrix_shape
-from .layers import DTYPES, KINDS, LOOKALIKES
+from .formats.adapter import BaseLayer, LayerAdapter
+from .layers import DTYPES
 from .names import join, near_misses
 from .peft_shapes import Shape
-from .renaming import Renaming
+from .renaming import Names, Renaming
 from .streaming import DTYPES as STORED
 from .streaming import StoredTensor
 from .variants import VARIANTS, AdapterSpec
@@ -34,11 +31,13 @@ class Change:
     replacement: Tensor | None = None
 
 
-def _layouts(kind: str) -> tuple[str, ...]:
-    """How a layer of this kind can store its weight; empty for a kind that is not known."""
-    if kind == PARAMETER:
-        return (*LAYOUTS, "n d -> d n", "o i j -> o (i j)")  # those of nn.EmbeddingBag and nn.Bilinear too
-    return tuple(known.layout for known in (*KINDS.values(), *LOOKALIKES) if known.kind_name() == kind)
+def planned(checkpoint: Checkpoint, paths: Sequence[Path], factors: Sequence[float], names: Names | None) -> Plan:
+    """What adapters, each multiplied by its factor, do to a checkpoint; with all problems."""
+    plan = Plan(checkpoint, Renaming(names))
+    for index, (path, factor) in enumerate(zip(paths, factors, strict=True)):
+        plan.add(f"adapter {str(path)!r}: " if len(paths) > 1 else "", str(index), path, factor)
+    plan.check()
+    return plan
 
 
 class Plan:
@@ -121,14 +120,11 @@ class Plan:
             )
         if not base.kind:  # the file's format says nothing of it
             return f"{target!r} has shape {stored.shape}, which is no layer that the file's format has adapters of"
-        if base.layout not in _layouts(base.kind):
-            return f"unknown kind of layer {base.kind!r} with layout {base.layout!r}"
+        wrong = base_problem(base)
+        if wrong is not None:
+            return wrong
         if base.shape != stored.shape:
             return f"its weight has shape {base.shape} in the adapter, {stored.shape} in the checkpoint"
-        if len(base.layout.split(" -> ")[0].split()) != len(base.shape) or not math.prod(base.shape):
-            return f"its weight has shape {base.shape}, which is not {base.layout.split(' -> ')[0]!r}"
-        if "rows" in base.facts and len(matrix_shape(base.layout, base.shape)) > 2:
-            return "it has rows of a stack of matrices"
         tied = [repr(other) for other, kept in self.checkpoint.metadata.items() if kept == target]
         if tied:
             return f"{target!r} is also {' and '.join(tied)}, which its update would change too; {_UNTIE}"

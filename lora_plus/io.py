@@ -210,6 +210,9 @@ _WRITERS: dict[str, Callable[[Path, Adapter, nn.Module], None]] = {
     "diffusers": _write_diffusers,
 }
 
+FORMATS = tuple(_WRITERS)
+"""What `save_adapter` can write."""
+
 
 # ---- checking against the model --------------------------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .bare_tree import BareModel
 from .formats.adapter import BaseLayer
 from .formats.peft_names import Outline
 from .formats.peft_renaming import Bases, in_file_names
@@ -71,6 +72,7 @@ def outline(found: Mapping[int, Found]) -> Outline:
         containers={name for name, module in named if isinstance(module, _CONTAINERS)},
         uncalled={name for name, module in named if _has_no_forward(module)},
         transposed={name for name, module in named if getattr(module, "is_transposed", False)},
+        whole=not any(isinstance(module, BareModel) for _, module in named),
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from .formats.adapter import BaseLayer
-from .formats.peft_names import PREFIX, Outline, around, split_key
+from .formats.peft_names import OUT_PROJECTION, PREFIX, Outline, around, split_key
 from .functional import matrix_shape
 from .layers import LoRAConv1d, LoRAConv2d, LoRAConv3d, LoRAEmbedding, LoRALinear, LoRATransposedLinear
 from .lora_layer import LoRALayer
@@ -67,7 +67,42 @@ def surroundings(
                 f"other layers differ from fan_in_fan_out, {bool(config.get('fan_in_fan_out'))}; {_INSTEAD}"
             )
         bases[path] = _of_kind(kinds[0] if len(kinds) == 1 else usual, linear[path])
-    return bases, Outline({}, names, (), (), ())
+    return bases, Outline({}, names, (), (), (), whole=False)
+
+
+def implied_shapes(tensors: Mapping[str, Tensor], config: Any) -> Callable[[str], Shape | None]:
+    """The shapes of the weights that a PEFT folder's adapters belong to, told from A and B alone.
+
+    Convolutions and embeddings show in their tensors. What else there is counts as linear, stored as the config's
+    fan_in_fan_out says, which is the setting of PEFT's last layer.
+
+    Args:
+        tensors: all tensors of the folder.
+        config: its config, parsed and not yet checked.
+
+    Returns:
+        The shape of the tensor of this full name; None where there is none, or A and B do not fit each other.
+    """
+    transposed = isinstance(config, dict) and bool(config.get("fan_in_fan_out"))
+    parts: dict[str, dict[str, Shape]] = {}
+    for key, tensor in tensors.items():
+        split = split_key(key.removeprefix(PREFIX))
+        if split is not None:
+            parts.setdefault(split[0], {})[split[1]] = tuple(tensor.shape)
+    embeddings = {key.removeprefix(PREFIX).removesuffix(".lora_embedding_A") for key in tensors} & parts.keys()
+
+    def shape_of(name: str) -> Shape | None:
+        path, _, weight = name.rpartition(".")
+        A, B = (parts.get(path, {}).get(part, ()) for part in ("lora_A", "lora_B"))
+        is_attention = f"{path}{OUT_PROJECTION}" in parts
+        if weight != ("in_proj_weight" if is_attention else "weight") or len(A) != len(B) or len(A) < 2:
+            return None
+        if path in embeddings or (len(A) == 2 and transposed):
+            return A[1], B[0]
+        groups = A[0] // max(1, B[1])  # A sees the channels of all groups, B the rank of its own
+        return B[0], A[1] // max(1, groups if len(A) > 2 else 1), *A[2:]
+
+    return shape_of
 
 
 def usual_base(shape: Shape) -> BaseLayer | None:

@@ -35,7 +35,7 @@ STRATA = [
         "streaming",
         "sample_adapters",
     },
-    {"adapted_weight", "formats.peft_renaming", "formats.peft_tensors", "formats.target"},
+    {"adapted_weight", "figures", "formats.peft_renaming", "formats.peft_tensors", "formats.target"},
     {
         "lora_layer",
         "parameters",
@@ -46,16 +46,19 @@ STRATA = [
         "formats.portable",
     },
     {"layers", "parts", "formats.kohya", "formats.peft", "formats.readers"},
-    {"places", "peft_shapes", "checkpoint_files", "formats.diffusers"},
+    {"places", "peft_shapes", "checkpoint_files", "formats.diffusers", "bare_tree"},
     {"targets", "adapter_files", "model_target", "checkpoint_target"},
     {"peft_folder"},
     {"inject", "checkpoint_plan"},
     {"adapters", "optim"},
     {"merge", "check", "combine", "mixed_batch", "another_adapter", "gradient_init", "lr_fold", "lr_guard"},
     {"io", "extract", "checkpoint"},
-    {"export"},
+    {"export", "bare_model", "extract_checkpoint"},
     {"__init__"},
-    {"demo", "cli"},
+    {"demo", "commands.show"},
+    {"commands"},
+    {"cli"},
+    {"__main__"},
 ]
 """A file imports from the strata above its own only."""
 

@@ -156,8 +156,15 @@ def assemble(
         scale: the factor of B A that follows from the settings; raises on settings that are not valid.
         problems: list to add to.
     """
+    names = target.names()
+    if names is None:
+        problems.append(
+            f"{dialect.name} files leave it to the model what their modules are; load it into that, and save it as a "
+            ".safetensors file, which says all that is needed"
+        )
+        return Adapter({}, {})
     layers = {}
-    for module, name in _resolve(pairs, dialect, target, problems).items():
+    for module, name in _resolve(pairs, names, dialect, target, problems).items():
         settings = settings_of(module, pairs[module])
         if settings is None:
             continue
@@ -178,12 +185,14 @@ def assemble(
     return Adapter(dict(sorted(layers.items())), {}, resolved=True)
 
 
-def _resolve(modules: Collection[str], dialect: Dialect, target: Target, problems: list[str]) -> dict[str, str]:
-    """The name in the target of each module of a file, where there is just one."""
+def _resolve(
+    modules: Collection[str], names: Collection[str], dialect: Dialect, target: Target, problems: list[str]
+) -> dict[str, str]:
+    """The name in the target, out of its ``names``, of each module of a file, where there is just one."""
     spelled: dict[str, list[str]] = {}
-    for name in target.names():
+    for name in names:
         spelled.setdefault(name.replace(".", dialect.separator), []).append(name)
-    children = {name.partition(".")[0] for name in target.names()}
+    children = {name.partition(".")[0] for name in names}
     found: dict[str, str] = {}
     lost: dict[str, dict[str, str]] = {}
     sizes: Counter[str] = Counter()
@@ -194,7 +203,7 @@ def _resolve(modules: Collection[str], dialect: Dialect, target: Target, problem
         component, spelling = _inside(wanted.replace(".", dialect.separator), dialect, spelled, children)
         sizes[component] += 1
         # of modules that are spelled alike, the one that can be adapted is meant
-        alike = [wanted] if wanted in target.names() else spelled.get(spelling, [])
+        alike = [wanted] if wanted in names else spelled.get(spelling, [])
         alike = [name for name in alike if target.base(name) is not None] or alike
         if len(alike) == 1:
             found[module] = alike[0]

@@ -50,7 +50,8 @@ def write(adapter: Adapter, outline: Outline) -> tuple[dict[str, Tensor], dict[s
     usual = parameters or layers
     r, alpha = (most_common([values[name] for name in layers if name in usual]) for values in (ranks, alphas))
     targets = sorted(modules)
-    accidents = any(ending in modules for name in outline.names if name not in modules for ending in endings(name))
+    others = (ending for name in outline.names if name not in modules for ending in endings(name))
+    accidents = not outline.whole or any(ending in modules for ending in others)
     config = {
         "peft_type": "LORA",
         "r": r,

@@ -62,10 +62,11 @@ def inexpressible(adapter: Adapter, found: Units, outline: Outline) -> list[str]
     reasons = [
         *((name, reason) for name, layer in adapter.layers.items() for reason in _of_layer(layer)),
         *_of_attentions(found, outline),
-        *_of_parameters(found, outline),
+        *(_of_parameters(found, outline) if outline.whole else ()),
     ]
     problems += [f"{name!r}: {reason}" for name, reason in reasons]
     problems += _of_transposition(found, outline)
+    problems += [] if outline.whole else _of_unknown_modules(found)
     owners = _owners(found)
     for path in adapter.trained:
         trained_reasons = _of_trained(path, adapter, sorted(modules), outline)
@@ -145,12 +146,24 @@ def _of_transposition(found: Units, outline: Outline) -> Iterator[str]:
         )
 
 
+def _of_unknown_modules(found: Units) -> Iterator[str]:
+    """What PEFT does according to parts of the model that are not known."""
+    for full in found.parameters:
+        yield f"{full!r}: how PEFT adapts a parameter depends on its module; {_LOAD}"
+    if found.attentions and any(layer.base.kind == "TransposedLinear" for layer in _module_layers(found)):
+        yield f"{sorted(found.attentions)}: PEFT may transpose out_proj, by the order of the layers; {_LOAD}"
+
+
+_LOAD = "load the adapter into its model and save it from there"
+
+
+def _module_layers(found: Units) -> Iterator[LayerAdapter]:
+    return (layer for group in found.modules.values() for layer in group.values())
+
+
 def starts_transposed(found: Units) -> bool:
     """What the config says of fan_in_fan_out: the setting with which PEFT comes to the first layer."""
-    transposed = any(
-        layer.base.kind == "TransposedLinear" for group in found.modules.values() for layer in group.values()
-    )
-    return transposed and not found.attentions
+    return any(layer.base.kind == "TransposedLinear" for layer in _module_layers(found)) and not found.attentions
 
 
 def _of_trained(path: str, adapter: Adapter, modules: Sequence[str], outline: Outline) -> list[str]:

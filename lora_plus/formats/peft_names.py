@@ -39,6 +39,8 @@ class Outline:
     """The modules that have no forward of their own."""
     transposed: Collection[str]
     """The modules that say of themselves that they store experts as (stack, in, out)."""
+    whole: bool = True
+    """Whether these are all parts of the model; if not, they are those that an adapter names."""
 
     def parameters(self) -> list[str]:
         """The full names of all parameters."""

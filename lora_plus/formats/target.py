@@ -19,8 +19,8 @@ class Target(Protocol):
     rename: Renaming
     """The user's map from the names in the file to those here."""
 
-    def names(self) -> Collection[str]:
-        """The full names of the modules."""
+    def names(self) -> Collection[str] | None:
+        """The full names of the modules; None if there is neither a model nor a checkpoint."""
         ...
 
     def base(self, name: str) -> BaseLayer | None:
