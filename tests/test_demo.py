@@ -513,14 +513,35 @@ def test_a_failed_download_is_an_error_without_traceback(tmp_path, monkeypatch):
     assert (result.exit_code, result.output.strip()) == (1, "error: could not fetch")
 
 
-@pytest.mark.parametrize("package", ["typer", "gguf", "tokenizers", "platformdirs"])
-def test_without_the_extra_the_command_says_how_to_install_it(monkeypatch, capsys, package):
-    monkeypatch.setitem(sys.modules, package, None)  # importing it fails as if it were not installed
-    for name in [name for name in sys.modules if name == "lora_plus.cli" or name.startswith("lora_plus.demo")]:
+def fresh_cli(monkeypatch, absent: str):
+    """The command line as it is where a package is not installed."""
+    monkeypatch.setitem(sys.modules, absent, None)  # importing it fails as if it were not installed
+    ours = ("lora_plus.cli", "lora_plus.demo", "lora_plus.commands")
+    for name in [name for name in sys.modules if name.startswith(ours)]:
         monkeypatch.delitem(sys.modules, name)
+    return importlib.import_module("lora_plus.cli")
+
+
+@pytest.mark.parametrize("package", ["typer", "rich"])
+def test_without_the_extra_the_command_says_how_to_install_it(monkeypatch, package):
     with pytest.raises(SystemExit) as stop:
-        importlib.import_module("lora_plus.cli").main()
-    assert stop.value.code == (f'lora-plus needs {package}, which is not installed: pip install "lora-plus[demo]"')
+        fresh_cli(monkeypatch, package).main()
+    assert stop.value.code == f'lora-plus needs {package}, which is not installed: pip install "lora-plus[cli]"'
+
+
+@pytest.mark.parametrize("package", ["gguf", "tokenizers", "platformdirs"])
+def test_without_its_extra_the_demo_says_how_to_install_it(monkeypatch, package):
+    app = fresh_cli(monkeypatch, package).app
+    result = CliRunner().invoke(app, ["demo", "--steps", "3"])
+    assert result.exit_code == 1
+    assert result.stderr == f'lora-plus needs {package}, which is not installed: pip install "lora-plus[demo]"\n'
+    listed = CliRunner().invoke(app, ["--help"]).output
+    assert "demo" in listed and "inspect" in listed
+
+
+def test_another_package_that_is_missing_is_an_error():
+    with pytest.raises(ModuleNotFoundError):
+        cli.hint("cli", ModuleNotFoundError(name="torch"))
 
 
 # --------------------------------------------------------------------------------------------- the real model

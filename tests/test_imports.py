@@ -55,7 +55,7 @@ STRATA = [
     {"io", "extract", "checkpoint"},
     {"export", "bare_model", "extract_checkpoint"},
     {"__init__"},
-    {"demo", "commands.show"},
+    {"demo", "commands.arguments", "commands.show"},
     {"commands"},
     {"cli"},
     {"__main__"},

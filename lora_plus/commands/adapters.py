@@ -1,0 +1,192 @@
+"""Commands on adapter files and PEFT folders, without their models."""
+
+import re
+import statistics
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.table import Table
+
+from lora_plus.bare_model import bare_model, open_adapters
+from lora_plus.combine import combine_adapters, resize_adapter
+from lora_plus.commands.arguments import Force, In, Json, Out, Rank, Seed, To, check_free, one_of
+from lora_plus.commands.show import emit, readable, size, span, table
+from lora_plus.figures import LayerDifference, LayerFigures, difference, layer_figures
+from lora_plus.io import describe, save_adapter
+from lora_plus.low_rank import METHODS
+
+
+def inspect(
+    file: In,
+    layers: Annotated[bool, typer.Option("--layers", help="A row for each layer, not for layers alike.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Check all of an adapter and show what is in it: layers, ranks, scales, and the size and spectrum of updates.
+
+    Without the model: norms and singular values of the updates s B A are told from A and B.
+
+    - `lora-plus inspect adapter.safetensors`
+    - `lora-plus inspect peft-folder --layers`
+    - `lora-plus inspect adapter.safetensors --json`
+    """
+    model, metadata = open_adapters({"default": file})
+    data = describe(model, "default", metadata["default"])
+    figures = [layer_figures(name, layer) for name, layer in data.layers.items()]
+    count = sum(tensor.numel() for layer in data.layers.values() for tensor in layer.tensors.values())
+    trained = {name: sum(tensor.numel() for tensor in found.values()) for name, found in data.trained.items()}
+    facts = {"path": file, "format": _format(file), "bytes": size(file), "parameters": count}
+    lines = [f"{file}: {facts['format']} format, {readable(size(file))}, valid"]
+    lines.append(f"{len(figures)} layers, {count:,} parameters, {span([each.dtype for each in figures])}")
+    lines += [f"trained in full: {name or '(model)'}, {numbers:,} numbers" for name, numbers in trained.items()]
+    lines += [f"{key}: {text}" for key, text in data.metadata.items()]
+    emit(
+        as_json,
+        {**facts, "layers": figures, "trained": trained, "metadata": data.metadata},
+        *lines,
+        "",
+        _by_layer(figures) if layers else _by_group(figures),
+    )
+
+
+def convert(
+    file: In,
+    out: Out,
+    to: To = None,
+    keep_metadata: Annotated[
+        bool, typer.Option(help="Keep the texts that the file has beside the adapter, if the format has room for them.")
+    ] = True,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Write an adapter in another format, exactly; what that format cannot express is refused with the reason.
+
+    - `lora-plus convert peft-folder adapter.safetensors`
+    - `lora-plus convert adapter.safetensors peft-folder --to peft`
+    """
+    check_free(out, force)
+    model, metadata = open_adapters({"default": file})
+    save_adapter(model, out, format=to, metadata=metadata["default"] if keep_metadata else None)
+    emit(as_json, {"path": out, "format": _format(out), "bytes": size(out)}, _written(out))
+
+
+def diff(first: In, second: In, as_json: Json = False) -> None:
+    """Compare two adapters: settings, and how far their updates are apart, layer by layer.
+
+    The updates s B A are compared, not A and B, so the ranks may differ. 0 is the same to the bit.
+
+    - `lora-plus diff before.safetensors after.safetensors`
+    """
+    a, b = (describe(bare_model(path), "default") for path in (first, second))
+    found = difference(a, b)
+    lines = [f"{len(found.layers)} layers in both, {len(found.only_a)} only in A, {len(found.only_b)} only in B"]
+    lines += [f"only in A: {name}" for name in found.only_a] + [f"only in B: {name}" for name in found.only_b]
+    lines += [f"trained in full: {name} differs by {_apart(value)}" for name, value in found.trained.items()]
+    head = ("layer", "||dA - dB|| / ||dA||", "of the magnitudes", "settings that differ")
+    rows = [(layer.name, layer.relative, layer.magnitude, _settings(layer)) for layer in found.layers]
+    lines += ["no difference"] if found.equal else []
+    emit(as_json, {"a": first, "b": second, "equal": found.equal, **vars(found)}, *lines, "", table(head, rows))
+
+
+def combine(
+    files: Annotated[list[Path], typer.Argument(metavar="FILE FILE...", help="Two adapters or more.")],
+    out: Out,
+    method: Annotated[
+        str, typer.Option(help=f"How they are combined: {', '.join(METHODS)}.", callback=one_of(METHODS))
+    ] = "sum",
+    weight: Annotated[
+        list[float] | None,
+        typer.Option(help="A factor for each, in order, which may be negative; 1 each if not given."),
+    ] = None,
+    r: Annotated[int | None, typer.Option("--r", min=1, help="Rank; for all methods but sum.")] = None,
+    density: Annotated[
+        float | None, typer.Option(help="Part of the entries that stays; for ties, dare and dare_ties.")
+    ] = None,
+    seed: Seed = 0,
+    to: To = None,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Make one adapter of several, on the updates themselves; sum is exact, and its ranks add up.
+
+    - `lora-plus combine math.safetensors code.safetensors both.safetensors`
+    - `lora-plus combine math.safetensors code.safetensors out.safetensors --weight 1 --weight -0.5`
+    - `lora-plus combine a b c merged.safetensors --method ties --r 16 --density 0.3`
+    """
+    if len(files) < 2:
+        raise typer.BadParameter("name two adapters or more, and then OUT")
+    check_free(out, force)
+    names: dict[str, Path] = {f"{number} {path.stem.replace('.', '-')}": path for number, path in enumerate(files, 1)}
+    model = bare_model(names)
+    generator = torch.Generator().manual_seed(seed) if "generator" in METHODS[method].options else None
+    report = combine_adapters(
+        model, list(names), weights=weight or None, method=method, r=r, density=density, generator=generator
+    )
+    save_adapter(model, out, adapter=report.adapter, format=to)
+    emit(as_json, {"path": out, **vars(report)}, str(report), _written(out))
+
+
+def resize(
+    file: In, out: Out, r: Rank, seed: Seed = 0, to: To = None, force: Force = False, as_json: Json = False
+) -> None:
+    """Give an adapter another rank: the nearest update of a lower one, or the same update with room to learn.
+
+    - `lora-plus resize adapter.safetensors small.safetensors --r 4`
+    """
+    check_free(out, force)
+    model, metadata = open_adapters({"default": file})
+    report = resize_adapter(model, r=r, generator=torch.Generator().manual_seed(seed))
+    save_adapter(model, out, format=to, metadata=metadata["default"])
+    emit(as_json, {"path": out, **vars(report)}, str(report), _written(out))
+
+
+def _format(path: Path) -> str:
+    return "peft" if path.is_dir() else "native"
+
+
+def _written(out: Path) -> str:
+    return f"wrote {out}: {readable(size(out))}"
+
+
+_HEAD = ("r", "alpha", "scale", "variant", "||sBA||", "top share", "eff. rank")
+_FIELDS = ("r", "alpha", "scale", "variant", "norm", "largest_share", "effective_rank")
+"""What the figures of a layer call these."""
+
+
+def _by_layer(figures: list[LayerFigures]) -> str | Table:
+    rows = [(each.name or "(model)", each.kind, *(getattr(each, field) for field in _FIELDS)) for each in figures]
+    return table(("layer", "kind", *_HEAD), rows)
+
+
+def _by_group(figures: list[LayerFigures]) -> str | Table:
+    """A row for the layers whose names differ in numbers only, with medians of the figures."""
+    groups: dict[tuple[str, str], list[LayerFigures]] = {}
+    for each in figures:
+        groups.setdefault((re.sub(r"(?<![^.])\d+(?![^.])", "*", each.name) or "(model)", each.kind), []).append(each)
+    rows = [
+        (
+            name,
+            kind,
+            len(each),
+            *(span([getattr(one, field) for one in each]) for field in _FIELDS[:4]),
+            *(_median([getattr(one, field) for one in each]) for field in _FIELDS[4:]),
+        )
+        for (name, kind), each in groups.items()
+    ]
+    return table(("layers (medians)", "kind", "number", *_HEAD), rows)
+
+
+def _median(values: list[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.median(known) if known else None
+
+
+def _settings(layer: LayerDifference) -> str:
+    if layer.relative is None:
+        return "different layers"
+    return ", ".join(f"{name} {ours} and {theirs}" for name, (ours, theirs) in layer.settings.items())
+
+
+def _apart(value: float | None) -> str:
+    return "shape, or one lacks it" if value is None else f"{value:.4g} (relative)"

@@ -1,0 +1,118 @@
+"""What commands print: tables, JSON, errors and progress, in a terminal and elsewhere."""
+
+import dataclasses
+import functools
+import json
+import math
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+
+def reported(command: Callable[..., None]) -> Callable[..., None]:
+    """The command with errors and warnings as one text each on stderr; after an error the exit status is 1."""
+
+    @functools.wraps(command)
+    def run(*args: Any, **kwargs: Any) -> None:
+        told: set[str] = set()
+
+        def tell(message: Warning | str, *_: Any, **__: Any) -> None:
+            if str(message) not in told:
+                told.add(str(message))
+                typer.echo(f"warning: {message}", err=True)
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("always")
+            warnings.showwarning = tell
+            try:
+                command(*args, **kwargs)
+            except (OSError, ValueError) as error:
+                typer.echo(f"error: {error}", err=True)
+                raise typer.Exit(1) from error
+
+    return run
+
+
+def emit(as_json: bool, data: Mapping[str, Any], *parts: str | Table) -> None:
+    """Print the data as JSON, or these parts for a reader."""
+    if as_json:
+        typer.echo(json.dumps(_plain(data), indent=2, allow_nan=False))
+        return
+    console = Console(highlight=False)
+    for part in parts:
+        if isinstance(part, Table):
+            console.print(part)
+        else:
+            typer.echo(part)
+
+
+def _plain(value: Any) -> Any:
+    """The value in JSON's types; an infinite number is a text."""
+    if dataclasses.is_dataclass(value):
+        value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, Path) or (isinstance(value, float) and not math.isfinite(value)):
+        return str(value)
+    return value
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str | Table:
+    """A table in a terminal, and aligned columns elsewhere, which no width wraps or cuts."""
+    cells = [[_cell(value) for value in row] for row in rows]
+    numbers = [all(isinstance(row[column], (int, float, type(None))) for row in rows) for column in range(len(head))]
+    if Console().is_terminal:
+        drawn = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+        for title, is_number in zip(head, numbers, strict=True):
+            drawn.add_column(title, justify="right" if is_number else "left", overflow="fold", no_wrap=is_number)
+        for row in cells:
+            drawn.add_row(*row)
+        return drawn
+    lines = [list(head), *cells]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
+    align = [str.rjust if is_number else str.ljust for is_number in numbers]
+    padded = [[pad(cell, width) for pad, cell, width in zip(align, line, widths, strict=True)] for line in lines]
+    return "\n".join("  ".join(line).rstrip() for line in padded)
+
+
+def _cell(value: Any) -> str:
+    return "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def span(values: Sequence[Any]) -> Any:
+    """The value that all have, or ``lowest to highest``."""
+    lowest, highest = min(values), max(values)
+    return lowest if lowest == highest else f"{_cell(lowest)} to {_cell(highest)}"
+
+
+def size(path: Path) -> int:
+    """The bytes of a file, or of all files in a folder."""
+    return (
+        sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) if path.is_dir() else path.stat().st_size
+    )
+
+
+def readable(count: int) -> str:
+    """A number of bytes in a unit that suits it."""
+    power = min(3, max(0, (count.bit_length() - 1) // 10))
+    return f"{count / 1024**power:.{min(power, 1)}f} {('bytes', 'KiB', 'MiB', 'GiB')[power]}"
+
+
+@contextmanager
+def progress(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on stderr where that is a terminal; the function it gives is told how many are done, and of how many."""
+    console = Console(stderr=True)
+    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
