@@ -16,6 +16,7 @@ from .check import check_adapters
 from .checkpoint import CheckpointReport, merge_checkpoint
 from .combine import CombineReport, combine_adapters, resize_adapter
 from .config import LoRAConfig
+from .diagnostics import GaugeReport, GaugeRow, LoRAPlusGauge
 from .export import ExportReport, export_adapter
 from .extract import extract_adapter
 from .extract_checkpoint import extract_checkpoint
@@ -45,6 +46,8 @@ __all__ = [
     "CheckpointReport",
     "CombineReport",
     "ExportReport",
+    "GaugeReport",
+    "GaugeRow",
     "LoRAConfig",
     "LoRAConv1d",
     "LoRAConv2d",
@@ -56,6 +59,7 @@ __all__ = [
     "LoRALayer",
     "LoRALinear",
     "LoRAParameter",
+    "LoRAPlusGauge",
     "__version__",
     "active_adapters",
     "adapter_names",

@@ -18,6 +18,7 @@ from .lora_layer import LoRALayer
 from .module_tree import named_modules
 from .names import join
 from .parameters import LoRAOwner, parameter_holders, restore_parameter
+from .text_table import aligned
 from .trained import originals, trained_modules, unmark_trained
 from .variants import VARIANTS, AdapterSpec
 
@@ -254,11 +255,8 @@ class Summary:
             for row in self.rows
         ]  # fmt: skip
         cells += [(name, "in full", adapter, "", "", "", f"{size:,}", "") for name, adapter, size in self.trained]
-        widths = [max(len(row[column]) for row in cells) for column in range(len(head))]
-        padded = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in cells]
-        lines = ["  ".join(row).rstrip() for row in padded]
         share = f"{self.trainable / self.total:.2%}" if self.total else "0%"
-        return "\n".join([*lines, f"{self.trainable:,} of {self.total:,} parameters are trainable ({share})"])
+        return "\n".join([*aligned(cells), f"{self.trainable:,} of {self.total:,} parameters are trainable ({share})"])
 
 
 def lora_summary(model: nn.Module) -> Summary:
