@@ -3,7 +3,7 @@
 Forward, backward and AdamW's step of one model, with the gauge and without it, in turns. The ratio is taken round by
 round.
 
-    python benchmarks/gauge_cost.py --model smollm2 bert --tokens 1x128
+    python benchmarks/gauge_cost.py --model smollm2 bert --tokens 1x128 --random-weights
 """
 
 from __future__ import annotations

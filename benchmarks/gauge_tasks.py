@@ -6,6 +6,7 @@ three thin products a step, and all members are trained as one chain of batched 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -226,9 +227,8 @@ def pretrained(seed: int, *, n: int = 64, r: int = 4, base: str = "other", init:
     ``base`` says what it was trained on: another function, the same one but for its sign (``"negated"``), the mean of
     both (``"near"``), or nothing (``"none"``).
     """
-    old, new = _function(500 + seed), _function(7777 + seed)
-    bases = {"other": old, "negated": lambda X: -new(X), "near": lambda X: (old(X) + new(X)) / 2, "none": None}
-    W_in, W, out = _base(seed, n, bases[base])
+    new = _function(7777 + seed)
+    W_in, W, out = _base(seed, n, base)
     g = torch.Generator().manual_seed(9000 + seed)
     X, X_test = torch.randn(1024, 16, generator=g), torch.randn(1024, 16, generator=g)
     A, B = (2 * torch.rand(r, n, generator=g) - 1) / math.sqrt(n), torch.zeros(n, r)
@@ -240,7 +240,12 @@ def pretrained(seed: int, *, n: int = 64, r: int = 4, base: str = "other", init:
     return Task(data[0], data[1], A, B, out, batches, steps)
 
 
-def _base(seed: int, n: int, function: Callable[[Tensor], Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
+@functools.cache
+def _base(seed: int, n: int, base: str) -> tuple[Tensor, Tensor, Tensor]:
+    """The weights of the network before fine-tuning."""
+    old, new = _function(500 + seed), _function(7777 + seed)
+    bases = {"other": old, "negated": lambda X: -new(X), "near": lambda X: (old(X) + new(X)) / 2, "none": None}
+    function = bases[base]
     g = torch.Generator().manual_seed(31 * seed + n)
     shapes = {(n, 16): 2 / 16, (n, n): 2 / n, (n,): 1 / n}
     W_in, W, out = weights = [torch.randn(shape, generator=g) * math.sqrt(var) for shape, var in shapes.items()]

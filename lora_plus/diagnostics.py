@@ -28,7 +28,11 @@ class HitRate(NamedTuple):
 
 
 MEASURED = {"no": HitRate(0, 0), "yes": HitRate(0, 0)}
-"""The verdicts on the held-out settings of ``benchmarks/results/gauge.md``, each read at a tuned learning rate."""
+"""Of the verdicts on the held-out settings of ``benchmarks/results/gauge.md``, all read at a tuned learning rate."""
+
+
+_YES = "A does most of the work; a larger ratio may help, at the same geometric-mean rate (lr_mode='geometric')"
+_NO = "B does at least as much of the work as A; raising the ratio will probably not help here"
 
 
 def work_share(work_A: float, work_B: float) -> float:
@@ -102,15 +106,13 @@ class GaugeReport:
         w = self.work_share
         if math.isnan(w):
             return "No verdict: neither A's nor B's steps lowered the loss. Lower the learning rate, or measure longer."
-        said, words = (
-            ("yes", "A does most of the work. Try a larger ratio at the same geometric-mean rate (lr_mode='geometric')")
-            if w > 0
-            else ("no", "B does most of the work. Raising the ratio will probably not help here")
-        )
+        said, words = ("yes", _YES) if w > 0 else ("no", _NO)
+        right, out_of = MEASURED[said]
+        helped = MEASURED["yes"].right + MEASURED["no"].out_of - MEASURED["no"].right
         return (
-            f"w = {w:+.2f}: {words}. This is a heuristic: it was right in {MEASURED[said].right} of the "
-            f"{MEASURED[said].out_of} held-out settings in which it said so. Read it at a tuned learning rate only: "
-            "where the rate is too low, B is small and w below zero whatever the ratio."
+            f"w = {w:+.2f}: {words}. A heuristic: right in {right} of the {out_of} held-out small settings in which it "
+            f"said so; a larger ratio helped in {helped} of all {sum(rate.out_of for rate in MEASURED.values())}. It was "
+            "judged at tuned learning rates, so read it at one."
         )
 
     def __str__(self) -> str:

@@ -325,17 +325,17 @@ ROW = GaugeRow("layer", "default", 1.0, 1.0, 1.5, 2.0, 1.2, 0.1, 0.2, 0.3)
 @pytest.mark.parametrize(
     ("work_A", "work_B", "w", "words"),
     [
-        (8.0, 1.0, 3.0, "A does most of the work. Try a larger ratio at the same geometric-mean rate"),
-        (1.0, 4.0, -2.0, "B does most of the work. Raising the ratio will probably not help here"),
-        (-1.0, 4.0, -math.inf, "Raising the ratio will probably not help here"),
-        (1.0, 0.0, math.inf, "Try a larger ratio"),
+        (8.0, 1.0, 3.0, "A does most of the work; a larger ratio may help, at the same geometric-mean rate"),
+        (1.0, 4.0, -2.0, "B does at least as much of the work as A; raising the ratio will probably not help here"),
+        (-1.0, 4.0, -math.inf, "raising the ratio will probably not help here"),
+        (1.0, 0.0, math.inf, "a larger ratio may help"),
     ],
 )
 def test_the_verdict_says_what_it_is_worth(work_A: float, work_B: float, w: float, words: str) -> None:
     report = GaugeReport([replace(ROW, work_A=work_A / 2, work_B=work_B / 2)] * 2, steps=10)
     assert report.work_share == report.rows[0].work_share == w
     assert f"w = {w:+.2f}" in report.verdict and words in report.verdict
-    assert "heuristic" in report.verdict and "at a tuned learning rate only" in report.verdict
+    assert "A heuristic: right in " in report.verdict and "judged at tuned learning rates" in report.verdict
     assert report.verdict in str(report)
 
 
