@@ -7,7 +7,7 @@ DEMO_ARGS ?=
 BENCH_ARGS ?= --short
 TEST_ARGS ?=
 
-.PHONY: demo test slow vision bench lint clean
+.PHONY: demo test slow vision bench paper lint clean
 
 demo: $(VENV)/.demo  ## fine-tune a real language model with LoRA+ (two to four minutes)
 	$(BIN)/lora-plus demo $(DEMO_ARGS)
@@ -33,6 +33,9 @@ bench: $(VENV)/.bench  ## a short run of every benchmark, under ten minutes; BEN
 	$(BIN)/python benchmarks/compile.py $(BENCH_ARGS)
 	$(BIN)/python benchmarks/tree.py $(BENCH_ARGS)
 	$(BIN)/python benchmarks/import_time.py $(BENCH_ARGS)
+
+paper: $(VENV)/.bench  ## the LoRA+ paper's experiments on toys, under ten minutes; writes benchmarks/results/paper.md
+	$(BIN)/python benchmarks/paper/reproduce.py
 
 lint: $(VENV)/.lint  ## style and types
 	$(BIN)/ruff check .
