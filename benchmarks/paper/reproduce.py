@@ -70,7 +70,7 @@ def main() -> None:
         done.append((section, time.process_time() - start))
         save_pictures(section, pictures)
         print(f"{section.title}: {done[-1][1]:.0f} CPU seconds", flush=True)
-    options.out.write_text(page(done, pictures.name))
+    options.out.write_text(page(done, pictures.name), encoding="utf-8")
     print(f"written to {options.out}")
 
 
