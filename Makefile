@@ -7,7 +7,7 @@ DEMO_ARGS ?=
 BENCH_ARGS ?= --short
 TEST_ARGS ?=
 
-.PHONY: demo test slow vision bench paper lint clean
+.PHONY: demo test slow vision bench paper lint docs clean
 
 demo: $(VENV)/.demo  ## fine-tune a real language model with LoRA+ (two to four minutes)
 	$(BIN)/lora-plus demo $(DEMO_ARGS)
@@ -41,6 +41,9 @@ lint: $(VENV)/.lint  ## style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(VENV)/.docs  ## the documentation's pages, into site/; any warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:
 	rm -rf $(VENV)

@@ -75,15 +75,13 @@ def combine_adapters(
 
     With ``D_i = w_i s_i B_i A_i``, zero where an adapter has no such layer, the update of each layer is:
 
-    ===========  =====================================================================================================
-    sum          ``D_1 + D_2 + ...``, exact: the factors side by side, so ranks add up
-    svd          the best approximation of that sum of rank r; no matrix of the layer's size is made
-    ties         each D_i keeps the ``density`` largest part of its entries; by entry, the mean of those that have the
-                 sign of their sum; cut to rank r (arXiv:2306.01708)
-    dare         each entry of D_i stays with probability ``density``, divided by it; the sum, cut to rank r
-                 (arXiv:2311.03099)
-    dare_ties    thinned as in dare, joined as in ties
-    ===========  =====================================================================================================
+    - ``"sum"``: ``D_1 + D_2 + ...``, exact: the factors side by side, so ranks add up.
+    - ``"svd"``: the best approximation of that sum of rank r; no matrix of the layer's size is made.
+    - ``"ties"``: each D_i keeps the ``density`` largest part of its entries; by entry, the mean of those that have the
+      sign of their sum; cut to rank r (arXiv:2306.01708).
+    - ``"dare"``: each entry of D_i stays with probability ``density``, divided by it; the sum, cut to rank r
+      (arXiv:2311.03099).
+    - ``"dare_ties"``: thinned as in dare, joined as in ties.
 
     The last three hold a matrix of the layer's size for each adapter, for one layer at a time. The adapters that it is
     made of keep every bit. As after an injection, the new one is the active one and the others are frozen.

@@ -1,0 +1,28 @@
+"""The code on the documentation's pages runs as it stands, and the reference has every public name."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import lora_plus
+
+DOCS = Path(__file__).parent.parent / "docs"
+PAGES = sorted(page for page in DOCS.glob("*.md") if "```python" in page.read_text())
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_the_code_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    names: dict[str, object] = {}
+    for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL):
+        exec(compile(block, page.name, "exec"), names)  # one namespace a page: a block goes on from those above it
+
+
+def test_the_reference_has_every_public_name_once() -> None:
+    named = re.findall(r"^::: lora_plus\.(\w+)$", (DOCS / "reference.md").read_text(), re.MULTILINE)
+    assert sorted(named) == sorted(name for name in lora_plus.__all__ if name != "__version__")
