@@ -83,8 +83,10 @@ def inject_lora(
         rank_pattern: ``{pattern: r}`` for layers that deviate from ``r``; two keys on one layer are an error.
         alpha_pattern: the same for ``alpha``.
         scaling: ``"standard"`` (alpha / r) or ``"rslora"`` (alpha / sqrt(r)).
-        init: a name in ``lora_plus.init.INITS`` or a function ``(weight, r, generator) -> (A, B)``.
-        variant: ``"lora"`` or ``"dora"``.
+        init: ``"kaiming"``, ``"gaussian"``, ``"orthogonal"`` (B zero), ``"kaiming_B"`` (A zero), ``"pissa"``,
+            ``"milora"``, ``"olora"`` (both from the weight, and taken out of the update again), as in `lora_plus.init`,
+            or a function ``(weight, r, generator) -> (A, B)``. See also `init_from_gradients`.
+        variant: ``"lora"``, ``"lora_fa"`` (A frozen at its start; plain LoRA in files of other formats) or ``"dora"``.
         train_also: patterns of modules to train in full and save with the adapter, such as a new head.
         fused: ``{pattern: names}`` for layers that compute several projections together, e.g.
             ``{"c_attn": ["q", "k", "v"]}``, or ``{"qkv": {"q": 64, "k": 16, "v": 16}}`` with the rows of each. They are

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -26,7 +27,8 @@ def surroundings(
     """The base layers of a PEFT folder's adapters, and the modules that it names, as `formats.peft.read` takes them.
 
     Which way round a matrix is stored shows where it is not square. Square ones follow the config's fan_in_fan_out,
-    which is the setting of PEFT's last layer, so the others have to agree with it.
+    which is the setting of PEFT's last layer, so the others have to agree with it. Where it says that they are stored
+    as (in, out), and no layer called alike shows it, there is a warning: a model with such layers has linear ones too.
 
     Args:
         tensors: all tensors of the folder.
@@ -67,7 +69,22 @@ def surroundings(
                 f"other layers differ from fan_in_fan_out, {bool(config.get('fan_in_fan_out'))}; {_INSTEAD}"
             )
         bases[path] = _of_kind(kinds[0] if len(kinds) == 1 else usual, linear[path])
+    _warn_of_squares(fitting, usual)
     return bases, Outline({}, names, (), (), (), whole=False)
+
+
+def _warn_of_squares(fitting: Mapping[str, Sequence[type[LoRALayer]]], usual: type[LoRALayer]) -> None:
+    """Name the square weights that are taken for transposed ones, and are not sure to be."""
+    if usual is not LoRATransposedLinear:
+        return
+    sure = {path.rpartition(".")[2] for path, kinds in fitting.items() if len(kinds) == 1}
+    doubtful = [path for path, kinds in fitting.items() if len(kinds) == 2 and path.rpartition(".")[2] not in sure]
+    if doubtful and sure:
+        warnings.warn(
+            f"the square weights of {', '.join(map(repr, doubtful[:3]))}{' and more' * (len(doubtful) > 3)} are taken "
+            f"as stored (in, out), as fan_in_fan_out says; if they are of nn.Linear layers, {_INSTEAD}",
+            stacklevel=2,
+        )
 
 
 def implied_shapes(tensors: Mapping[str, Tensor], config: Any) -> Callable[[str], Shape | None]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CASES, Case, randomise
+from conftest import CASES, Case, Conv1D, randomise
 from files_support import adapted_net, contents, finish, net, parts, start
 from parameter_cases import PARAMETER_CASES, ParameterCase
 from safetensors import safe_open
@@ -325,6 +325,14 @@ def test_pefts_square_matrices_follow_fan_in_fan_out(tmp_path: Path) -> None:
             merge_checkpoint(base, tmp_path / "a0", out)
             wanted = {n: t for n, t in theirs.merge_and_unload().state_dict().items() if n != "lm_head.weight"}
             assert_same(load_file(out), wanted, 1e-12)
+
+
+def test_a_square_weight_that_nothing_shows_to_be_transposed_is_named(tmp_path: Path) -> None:
+    model = nn.ModuleDict({"extra": nn.Linear(6, 6), "c_attn": Conv1D(18, 6)})
+    base = save(model.state_dict(), tmp_path / "base.safetensors")
+    lora_plus.save_adapter(randomise(lora_plus.inject_lora(model, ["c_attn", "extra"], r=2)), tmp_path / "a")
+    with pytest.warns(UserWarning, match=r"the square weights of 'extra' are taken as stored \(in, out\)"):
+        merge_checkpoint(base, tmp_path / "a", tmp_path / "out.safetensors")
 
 
 # ---- other files -----------------------------------------------------------------------------------------------------

@@ -64,7 +64,7 @@ def test_prefixes_follow_the_parts_of_the_model(tmp_path: Path) -> None:
     assert prefixes("body") == {"lora_unet_body_q"}
 
 
-EXPRESSIBLE = {"linear", "linear-no-bias-3d", "linear-unbatched", "linear-rslora", "linear-high-rank", "own-linear",
+EXPRESSIBLE = {"linear-fa", "linear", "linear-no-bias-3d", "linear-unbatched", "linear-rslora", "linear-high-rank", "own-linear",
                "conv1d", "conv1d-unbatched", "conv1d-dilated-circular", "conv2d", "conv2d-own", "conv3d"}  # fmt: skip
 
 
