@@ -213,7 +213,8 @@ CORRUPTIONS: dict[str, tuple[Edit, list[str]]] = {
         ["layer 'proj': unknown scaling 'x'; choose one of ['rslora', 'standard']"],
     ),
     "unknown variant": (
-        write("layers", "proj", "variant", "x"), ["layer 'proj': unknown variant 'x'; choose one of ['dora', 'lora', 'lora_fa']"]
+        write("layers", "proj", "variant", "x"),
+        ["layer 'proj': unknown variant 'x'; choose one of ['dora', 'lora', 'lora_fa']"],
     ),
     "DoRA without magnitude": (write("layers", "proj", "variant", "dora"), ["tensor 'proj.lora_magnitude' is missing"]),
     "nothing adapted": (
