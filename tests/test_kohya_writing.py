@@ -65,7 +65,8 @@ def test_prefixes_follow_the_parts_of_the_model(tmp_path: Path) -> None:
 
 
 EXPRESSIBLE = {"linear", "linear-no-bias-3d", "linear-unbatched", "linear-rslora", "linear-high-rank", "linear-fa",
-               "own-linear", "conv1d", "conv1d-unbatched", "conv1d-dilated-circular", "conv2d", "conv2d-own", "conv3d"}  # fmt: skip
+               "own-linear", "conv1d", "conv1d-unbatched", "conv1d-dilated-circular", "conv2d", "conv2d-own",
+               "conv3d"}  # fmt: skip
 
 
 def test_every_kind_of_layer_comes_back_or_is_refused(case: Case, tmp_path: Path) -> None:
