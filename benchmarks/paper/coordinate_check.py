@@ -147,7 +147,7 @@ def run() -> Section:
             "Equal rates are inefficient (read as: the loss falls more slowly)",
             f"loss at n = {WIDTHS[-1]} after {STEPS} steps: {equal:.2f} with η = Θ(n^-1/2), {adapted:.2f} with LoRA+",
             equal > 1.1 * adapted,
-            "" if equal > 1.1 * adapted else "in these steps they learn as fast, and break only the bound on Z_A",
+            "in these steps they learn as fast, and break only the bound on Z_A",
         )
     )
     return Section(

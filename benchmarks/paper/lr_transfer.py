@@ -118,7 +118,6 @@ def run() -> Section:
             "The method: fix the ratio, tune η_A again (LoRA's tuned rate is not the one to keep for A)",
             f"at ratio {high:g} and η_A of tuned LoRA, log2 of the loss changes by {signed(means['A'])} on average",
             means["A"] > 0,
-            "a tuned rate of LoRA must be lowered if it is to be A's",
         ),
         Finding(
             'Not in the paper, the rule of `lr_mode="geometric"`: keep the geometric mean of both rates',

@@ -28,6 +28,7 @@ class Finding:
     measured: str
     agrees: bool
     why: str = ""
+    """Why not, if it does not agree and the reason is known."""
 
 
 @dataclass(frozen=True)
@@ -67,9 +68,10 @@ def lines_of_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> lis
 
 
 def verdict(finding: Finding) -> str:
-    """Whether it agrees, with the reason."""
-    word = "**agrees**" if finding.agrees else "**does not agree**"
-    return f"{word}: {finding.why}" if finding.why else word
+    """Whether it agrees, and if not, why."""
+    if finding.agrees:
+        return "**agrees**"
+    return f"**does not agree**: {finding.why}" if finding.why else "**does not agree**"
 
 
 def markdown(section: Section, folder: str) -> str:
