@@ -32,6 +32,9 @@ bench: $(VENV)/.bench  ## a short run of every benchmark, under ten minutes; BEN
 	$(BIN)/python benchmarks/files.py $(BENCH_ARGS)
 	$(BIN)/python benchmarks/compile.py $(BENCH_ARGS)
 	$(BIN)/python benchmarks/tree.py $(BENCH_ARGS)
+	$(BIN)/python benchmarks/mixed_batch.py $(BENCH_ARGS)
+	$(BIN)/python benchmarks/mixed_products.py $(BENCH_ARGS)
+	$(BIN)/python benchmarks/gauge_cost.py $(BENCH_ARGS) --random-weights --tokens 1x128
 	$(BIN)/python benchmarks/import_time.py $(BENCH_ARGS)
 
 paper: $(VENV)/.bench  ## the LoRA+ paper's experiments on toys, under ten minutes; writes benchmarks/results/paper.md

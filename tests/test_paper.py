@@ -4,18 +4,9 @@ from __future__ import annotations
 
 import math
 import re
-import sys
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
-
-import pytest
-import torch
-from torch import Tensor, nn
-
-import lora_plus as lp
-
-sys.path.append(str(Path(__file__).parent.parent / "benchmarks" / "paper"))
 
 import coordinate_check
 import curves
@@ -24,7 +15,12 @@ import linear_check
 import lr_transfer
 import own_toy
 import page
+import pytest
+import torch
 import toy
+from torch import Tensor, nn
+
+import lora_plus as lp
 
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 
