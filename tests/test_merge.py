@@ -14,7 +14,7 @@ from torch.nn.utils import parametrizations
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lora_plus
-from lora_plus import adapted_weight, functional, inject_lora, merge_and_unload, merge_lora, merged, unmerge_lora
+from lora_plus import functional, inject_lora, merge_and_unload, merge_lora, merged, unmerge_lora
 
 
 def net(dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -239,7 +239,7 @@ def test_merging_in_small_blocks_gives_the_same(monkeypatch: pytest.MonkeyPatch,
     whole, blocks = (case.adapted() for _ in range(2))
     whole_report = merge_lora(whole)
     monkeypatch.setattr(functional, "_LEAST_ROWS", 1)
-    monkeypatch.setattr(adapted_weight, "_CPU_BLOCK", 1)
+    monkeypatch.setattr(functional, "block_elements", lambda device: 1)
     assert merge_lora(blocks).layers == whole_report.layers
     for name, value in blocks.state_dict().items():
         torch.testing.assert_close(value, whole.state_dict()[name], rtol=1e-13, atol=1e-13)
@@ -264,7 +264,7 @@ class Largest(TorchDispatchMode):
 def test_a_merge_needs_no_more_memory_than_the_new_weight_and_a_block(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, variant: str
 ) -> None:
-    monkeypatch.setattr(adapted_weight, "_CPU_BLOCK", 64 * 96)
+    monkeypatch.setattr(functional, "block_elements", lambda device: 64 * 96)
     model = inject_lora(nn.Linear(96, 512).to(dtype), "all-linear", r=2, variant=variant)
     with Largest() as largest:
         merge_lora(model)
