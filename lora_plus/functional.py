@@ -169,16 +169,16 @@ def linear_update(x: Tensor, A: Tensor, B: Tensor, scale: float, dropout: float 
 
 
 def linear_update_each(x: Tensor, A: Tensor, B: Tensor, scales: Tensor) -> Tensor:
-    """``scale_i * B_i A_i x_i`` for each sample i of a batch: ``(batch, ..., in) -> (batch, ..., out)``.
+    """``scale_i * B_i A_i x_i`` for each part i of a batch: ``(batch, ..., in) -> (batch, ..., out)``.
 
     Args:
-        x: ``(batch, ..., in)``.
-        A: ``(batch, r, in)``.
-        B: ``(batch, r, out)``, transposed.
-        scales: ``(batch,)``, float32 or better: the factor of each sample's update.
+        x: ``(batch, ..., in)``, which is so many equal parts as there are factors, one after the other.
+        A: ``(parts, r, in)``.
+        B: ``(parts, r, out)``, transposed.
+        scales: ``(parts,)``, float32 or better: the factor of each part's update.
     """
-    rows = x.reshape(len(x), -1, x.shape[-1])
-    h = torch.bmm(rows, A.mT)  # (batch, rows, r)
+    rows = x.reshape(len(A), -1, x.shape[-1])
+    h = torch.bmm(rows, A.mT)  # (parts, rows, r)
     h = (h * scales[:, None, None]).to(h.dtype)
     return torch.bmm(h, B).reshape(*x.shape[:-1], B.shape[-1])
 

@@ -33,7 +33,7 @@ class Grouping(NamedTuple):
     rows: Tensor | None
     """The samples that have an adapter; None if all have one."""
     which: Tensor | None
-    """For each of these, the position of its adapter; None if each has the adapter at its own position."""
+    """For each of these, the position of its adapter; None if they lie in the adapters' order, as many for each."""
     parts: tuple[tuple[tuple[str, ...], Tensor], ...]
     """The samples of each adapter, and those that have none."""
     back: Tensor
@@ -52,13 +52,14 @@ def group_samples(names: Sequence[str | None], order: Sequence[str], device: tor
     adapters = tuple(name for name in order if samples[name])
     position = {name: n for n, name in enumerate(adapters)}
     which = [position[name] for name in names if name is not None]
+    in_order = [n for n in range(len(adapters)) for _ in range(len(which) // len(adapters))]
     there = {name: own for name, own in samples.items() if own}
     in_parts = [sample for own in there.values() for sample in own]
     return Grouping(
         len(names),
         adapters,
         index([sample for sample, name in enumerate(names) if name is not None]) if samples[None] else None,
-        None if which == list(range(len(adapters))) else index(which),
+        None if which == in_order else index(which),
         tuple((() if name is None else (name,), index(own)) for name, own in there.items()),
         index(sorted(range(len(names)), key=in_parts.__getitem__)),
     )
@@ -110,7 +111,7 @@ class SampleAdapters:
         return y + update if rows is None else y.index_add(0, rows, update)
 
     def _factors(self, layer: LoRALayer, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-        """A ``(samples, r, in)``, B ``(samples, r, out)`` and the scales of the samples that have an adapter.
+        """A ``(parts, r, in)``, B ``(parts, r, out)`` and the scales of the parts, which are samples or adapters.
 
         Kept from one forward to the next where there are no gradients, until a factor is changed in place or replaced.
         """

@@ -77,7 +77,9 @@ def check_law(model: nn.Module, x: torch.Tensor, names: Sequence[str | None] = N
 
 
 @pytest.mark.parametrize("case", BATCHED, ids=lambda case: case.name)
-@pytest.mark.parametrize("names", [NAMES, ["a", "b", "c"], ["b", "b"], ["c", "a", "a", "c"]], ids=str)
+@pytest.mark.parametrize(
+    "names", [NAMES, ["a", "b", "c"], ["b", "b"], ["c", "a", "a", "c"], ["a", "a", "c", "c"]], ids=str
+)
 def test_a_mixed_batch_is_its_samples_one_by_one(case: Case, names: list[str | None]) -> None:
     check_law(mixed(case.model(), **case.options), batch(case, size=len(names)), names)
 
