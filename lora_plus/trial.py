@@ -2,39 +2,28 @@
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 import random
 import sys
 from collections import OrderedDict
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .nested import map_tensors
+
 
 def copied(value: Any, copies: dict[int, Tensor]) -> Any:
     """The same with tensors of their own, so that nothing reaches what is the user's."""
-    if isinstance(value, Tensor):
-        if id(value) not in copies:  # one tensor given twice stays one: attention to itself is told by that
-            copies[id(value)] = value.detach().clone().requires_grad_(value.requires_grad)
-        return copies[id(value)]
-    if isinstance(value, MutableMapping):
-        twin = copy.copy(value)
-        for name, item in value.items():
-            twin[name] = copied(item, copies)
-        return twin
-    if isinstance(value, (list, tuple)):
-        items = [copied(item, copies) for item in value]
-        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        same = copy.copy(value)
-        for own in dataclasses.fields(value):
-            object.__setattr__(same, own.name, copied(getattr(value, own.name), copies))
-        return same
-    return value
+
+    def copy_of(tensor: Tensor) -> Tensor:
+        if id(tensor) not in copies:  # one tensor given twice stays one: attention to itself is told by that
+            copies[id(tensor)] = tensor.detach().clone().requires_grad_(tensor.requires_grad)
+        return copies[id(tensor)]
+
+    return map_tensors(value, copy_of)
 
 
 @contextmanager

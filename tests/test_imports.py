@@ -21,9 +21,10 @@ STRATA = [
         "fused_kernels",
         "class_swap",
         "quantized",
-        "trial",
+        "nested",
+        "text_table",
     },
-    {"init", "variants", "formats.adapter", "atomic_files", "fused_linear", "module_tree"},
+    {"trial", "init", "variants", "formats.adapter", "atomic_files", "fused_linear", "module_tree"},
     {
         "trained",
         "new_adapter",
