@@ -12,6 +12,7 @@ from .adapters import (
 )
 from .another_adapter import add_adapter
 from .bare_model import bare_model
+from .candidates import Candidate, SweepResult, SweepRow, grid
 from .check import check_adapters
 from .checkpoint import CheckpointReport, merge_checkpoint
 from .combine import CombineReport, combine_adapters, resize_adapter
@@ -40,9 +41,12 @@ from .merge import merge_and_unload, merge_lora, merged, unmerge_lora
 from .mixed_batch import adapter_per_sample
 from .optim import convert_lr, create_loraplus_optimizer, loraplus_param_groups, split_loraplus_groups
 from .parameters import LoRAParameter
+from .side_by_side import Sweep
+from .sweep import sweep
 from .version import __version__
 
 __all__ = [
+    "Candidate",
     "CheckpointReport",
     "CombineReport",
     "ExportReport",
@@ -60,6 +64,9 @@ __all__ = [
     "LoRALinear",
     "LoRAParameter",
     "LoRAPlusGauge",
+    "Sweep",
+    "SweepResult",
+    "SweepRow",
     "__version__",
     "active_adapters",
     "adapter_names",
@@ -78,6 +85,7 @@ __all__ = [
     "extract_adapter",
     "extract_checkpoint",
     "fold_lr_ratio",
+    "grid",
     "init_from_gradients",
     "inject_lora",
     "load_adapter",
@@ -93,6 +101,7 @@ __all__ = [
     "save_adapter",
     "set_adapter",
     "split_loraplus_groups",
+    "sweep",
     "unfold_lr_ratio",
     "unmerge_lora",
     "watch_lr_ratio",

@@ -13,7 +13,6 @@ STRATA = [
     {
         "version",
         "names",
-        "text_table",
         "functional",
         "adapter_tensors",
         "collector",
@@ -24,7 +23,7 @@ STRATA = [
         "nested",
         "text_table",
     },
-    {"trial", "init", "variants", "formats.adapter", "atomic_files", "fused_linear", "module_tree"},
+    {"trial", "candidates", "init", "variants", "formats.adapter", "atomic_files", "fused_linear", "module_tree"},
     {
         "trained",
         "new_adapter",
@@ -64,8 +63,8 @@ STRATA = [
         "lr_fold",
         "lr_guard",
     },
-    {"io", "extract", "checkpoint"},
-    {"export", "bare_model", "extract_checkpoint"},
+    {"io", "extract", "checkpoint", "side_by_side"},
+    {"export", "bare_model", "extract_checkpoint", "sweep"},
     {"__init__"},
     {"demo", "commands.arguments", "commands.show"},
     {"commands"},
