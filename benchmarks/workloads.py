@@ -71,6 +71,20 @@ def smollm2(options: argparse.Namespace) -> Workload:
     return Workload(make, lambda rows, length: 0.1 * torch.randn(rows, length, 576), SMOLLM2_TARGETS, output=loss)
 
 
+def llama(options: argparse.Namespace) -> Workload:
+    """A Llama of 9M parameters, random, without other packages."""
+    from lora_plus.demo import smollm2 as demo
+
+    config = demo.Config(vocab=256, width=384, hidden=1024, layers=6, heads=6, kv_heads=2)
+
+    def make() -> nn.Module:
+        model = demo.SmolLM2(config)
+        model.embed = nn.Identity()  # type: ignore[assignment]  # the input is embedded already
+        return model
+
+    return Workload(make, lambda *sizes: torch.randn(*sizes, 384), SMOLLM2_TARGETS)
+
+
 def bert(options: argparse.Namespace) -> Workload:
     """An encoder of the sizes of MiniLM-L6, 22M parameters, random."""
     from transformers import BertConfig, BertModel
@@ -134,6 +148,7 @@ def mlp(activation: type[nn.Module], options: argparse.Namespace) -> Workload:
 
 WORKLOADS: dict[str, Callable[[argparse.Namespace], Workload]] = {
     "smollm2": smollm2,
+    "llama": llama,
     "bert": bert,
     "vit": vit,
     "block": block,
