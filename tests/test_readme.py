@@ -28,6 +28,12 @@ def test_the_first_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert all(torch.count_nonzero(fresh[i].lora_B["default"]) for i in (0, 2))
 
 
+@pytest.mark.parametrize("block", BLOCKS[1:])
+def test_the_other_examples_run(block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    exec(compile(block, "README.md", "exec"), {})
+
+
 def test_the_readme_names_only_files_and_functions_that_exist() -> None:
     text = (ROOT / "README.md").read_text()
     for link in re.findall(r"\]\((?!https?:)([^)#]+)\)", text):
