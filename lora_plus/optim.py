@@ -55,8 +55,8 @@ def loraplus_param_groups(
     The first two note their ratio as ``"loraplus_ratio"``, which `check_lr_ratio` goes by.
 
     With ``lr_ratio=1, embedding_lr=None`` and the same weight decay on each parameter, training follows plain LoRA with
-    the same optimizer bit for bit. Under Adam a ratio is the same as alpha times that ratio at one rate (up to epsilon, weight decay and
-    gradient clipping): `fold_lr_ratio` does that for optimizers that take a single rate.
+    the same optimizer bit for bit. Under Adam a ratio is the same as alpha times that ratio at one rate (up to
+    epsilon, weight decay and gradient clipping): `fold_lr_ratio` does that for optimizers that take a single rate.
 
     Args:
         model: a model with adapters; wrapped (DDP, compiled) or not.
