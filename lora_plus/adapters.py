@@ -13,7 +13,7 @@ from .adapted_weight import AdaptedWeight, adapted_weights, adapter_sites
 from .adapter_tensors import HELD_DIVIDED, check_adapter_name
 from .freezing import restore_requires_grad, set_requires_grad
 from .fused_kernels import resume_nesting
-from .inject import check_restorable
+from .inject import check_restorable, check_unsharded
 from .lora_layer import LoRALayer
 from .module_tree import named_modules
 from .names import join
@@ -97,9 +97,11 @@ def rename_adapter(model: nn.Module, old: str, new: str) -> None:
 
     Raises:
         KeyError: if the model holds no adapter of the old name.
-        TypeError, ValueError: if it cannot have the new name, another one has it, or the adapters are disabled.
+        TypeError, ValueError: if it cannot have the new name, another one has it, the adapters are disabled, or the
+            model is sharded by ``fully_shard``.
     """
     check_adapter(model, old)
+    check_unsharded(model, "renaming the adapter")
     check_adapter_name(new)
     if new in adapter_names(model):
         raise ValueError(f"the model has an adapter {new!r} already; choose another name, or call delete_adapter first")

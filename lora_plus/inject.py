@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -213,8 +214,21 @@ def check_restorable(model: nn.Module) -> None:
                 raise ValueError(f"{name or 'the model'!r} cannot be restored: {error}") from None
 
 
+def check_unsharded(model: nn.Module, what: str) -> None:
+    """Raise, saying what must be done before, if ``fully_shard`` has taken over the parameters of the model."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # importing it takes longer than importing this library
+    sharded: type[Any] | tuple[()] = getattr(fsdp, "FSDPModule", ())
+    for name, module in named_modules(model):
+        if isinstance(module, sharded):
+            raise ValueError(
+                f"{name or 'the model'!r} is sharded by fully_shard, which manages just the parameters that it found "
+                f"there, under their names; shard the model after {what}"
+            )
+
+
 def check_injectable(model: nn.Module, adapter: str) -> None:
     """Raise if an adapter of this name cannot be added to the model now."""
+    check_unsharded(model, "adding the adapter")
     for name, layer in named_modules(model):
         if any(is_lazy(parameter) for parameter in layer._parameters.values()):  # type: ignore[arg-type]
             raise ValueError(f"{name!r} has parameters that are not initialised; run a forward pass first")

@@ -10,6 +10,8 @@ import pytest
 import torch
 from conftest import randomise
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 import lora_plus
 from lora_plus import disabled, inject_lora, merge_and_unload, merge_lora, merged, remove_lora, unmerge_lora
@@ -337,6 +339,32 @@ def test_a_head_tied_to_the_rest_is_not_written_for_peft(tmp_path: Path) -> None
     assert not (tmp_path / "peft").exists()
     lora_plus.save_adapter(model, tmp_path / "a.safetensors")
     assert lora_plus.load_adapter(Tied(), tmp_path / "a.safetensors").q.lora_specs["default"].r == 8
+
+
+def test_no_adapter_is_added_or_renamed_behind_fully_shard_s_back(tmp_path: Path) -> None:
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        lora_plus.save_adapter(inject_lora(nn.Sequential(nn.Linear(4, 4)), ["0"]), tmp_path / "a.safetensors")
+        mesh = init_device_mesh("cpu", (1,))
+        plain = fully_shard(nn.Sequential(nn.Linear(4, 4)), mesh=mesh)
+        model = randomise(inject_lora(nn.Sequential(nn.Linear(4, 4)), ["0"], r=2))
+        y, state = model(X), lora_plus.adapter_state_dict(model)
+        for part in (model[0], model):
+            fully_shard(part, mesh=mesh)
+        for change in (
+            lambda: inject_lora(plain, ["0"]),
+            lambda: lora_plus.load_adapter(plain, tmp_path / "a.safetensors"),
+            lambda: lora_plus.add_adapter(model, "b"),
+            lambda: lora_plus.load_adapter(model, tmp_path / "a.safetensors", adapter="b"),
+            lambda: lora_plus.rename_adapter(model, "default", "b"),
+        ):
+            with pytest.raises(ValueError, match=r"is sharded by fully_shard.*shard the model after"):
+                change()
+        assert type(plain[0]) is nn.Linear and lora_plus.adapter_names(model) == ["default"]
+        torch.testing.assert_close(model(X), y)
+        torch.testing.assert_close(lora_plus.adapter_state_dict(model), state)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_an_adapter_is_not_added_behind_ddp_s_back(tmp_path: Path) -> None:
