@@ -8,7 +8,7 @@ import shutil
 import sys
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError, TensorSpec, serialize_file
@@ -90,7 +90,8 @@ def workspace(path: Path) -> Iterator[Path]:
         with _locked(parent, wait=True) as held:
             for found in parent.iterdir() if held else ():
                 if leftover.fullmatch(found.name) and found.is_dir():
-                    with _locked(found, wait=False) as dead:
+                    # its own run may just have removed it, and that of another user cannot be opened
+                    with suppress(OSError), _locked(found, wait=False) as dead:
                         if dead:
                             shutil.rmtree(found, ignore_errors=True)
             folder.mkdir()

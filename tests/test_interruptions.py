@@ -209,6 +209,25 @@ def test_a_folder_that_is_saved_while_it_is_read_is_not_a_mixture(
 
 
 @needs_posix
+@pytest.mark.parametrize("error", [FileNotFoundError, PermissionError])
+def test_a_save_goes_on_where_another_run_s_folder_cannot_be_looked_into(
+    error: type[OSError], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as one that its run removes at that moment, or that belongs to another user."""
+    other, look = tmp_path / f".a.safetensors.{'0' * 32}.tmp", os.open
+    other.mkdir()
+
+    def look_elsewhere(path: Any, *arguments: Any, **keywords: Any) -> int:
+        if path == other:
+            raise error(path)
+        return look(path, *arguments, **keywords)
+
+    monkeypatch.setattr(os, "open", look_elsewhere)
+    lora_plus.save_adapter(adapted_net(), tmp_path / "a.safetensors")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [other.name, "a.safetensors"]
+
+
+@needs_posix
 def test_nothing_but_leftovers_of_the_same_file_is_removed(tmp_path: Path) -> None:
     other = [f".b.safetensors.{'0' * 32}.tmp", f".a.safetensors.x.{'0' * 32}.tmp", ".a.safetensors.tmp", ".a"]
     for name in (*other, f".a.safetensors.{'0' * 32}.tmp"):
