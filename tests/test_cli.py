@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 
 import lora_plus
 from lora_plus import bare_model, cli, load_adapter, save_adapter
+from lora_plus.io import FORMATS
 
 COMMANDS = ["inspect", "convert", "diff", "combine", "resize", "merge", "extract", "verify"]
 
@@ -135,6 +136,12 @@ def test_convert_keeps_metadata_or_drops_it(a: Path, tmp_path: Path) -> None:
     assert [config["task_type"] for config in configs] == ["CAUSAL_LM", None]
 
 
+@pytest.mark.parametrize("form", FORMATS)
+def test_convert_tells_the_format_that_it_wrote(form: str, a: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.safetensors"
+    assert as_json("convert", a, out, "--to", form, "--no-keep-metadata")["format"] == form
+
+
 def test_convert_refuses_what_a_format_cannot_express(tmp_path: Path) -> None:
     model = nn.ModuleDict({"lstm": nn.LSTM(4, 4)})
     save_adapter(lora_plus.inject_lora(model, ["lstm.weight_ih_l0"]), tmp_path / "a.safetensors")
@@ -157,6 +164,13 @@ def test_diff_compares_updates(a: Path, b: Path) -> None:
     text = output("diff", a, b)
     assert "only in A: layers.0\nonly in B: embed\n" in text
     assert "r 2 and 3" in text
+
+
+def test_diff_names_the_model_itself(a: Path, tmp_path: Path) -> None:
+    itself = tmp_path / "itself.safetensors"
+    save_adapter(lora_plus.inject_lora(nn.Linear(4, 4), [""], r=2), itself)
+    assert "only in B: (model)\n" in output("diff", a, itself)
+    assert output("diff", itself, itself).splitlines()[-1].split()[0] == "(model)"
 
 
 def test_diff_of_one_adapter_in_two_formats_is_none(a: Path, tmp_path: Path) -> None:
@@ -326,6 +340,7 @@ USAGE = [
     (["combine", "a", "b", "c", "--method", "mean"], "'mean' is not one of 'sum', 'svd', 'ties'"),
     (["resize", "a", "b"], "Missing option '--r'"),
     (["resize", "a", "b", "--r", "0"], "Invalid value for '--r'"),
+    (["resize", "a", "b", "--r", "1", "--seed", str(2**64)], "Invalid value for '--seed'"),
     (["merge", "a", "b", "c", "--dtype", "int8"], "'int8' is not one of"),
     (["merge", "a", "b", "c", "--rename", "model"], "'model' has no '='; write for example old=new"),
     (["extract", "a", "b", "c", "--r", "1", "--kind", "embed"], "'embed' has no '='"),

@@ -39,7 +39,7 @@ def inspect(
     facts = {"path": file, "format": _format(file), "bytes": size(file), "parameters": count}
     lines = [f"{file}: {facts['format']} format, {readable(size(file))}, valid"]
     lines.append(f"{len(figures)} layers, {count:,} parameters, {span([each.dtype for each in figures])}")
-    lines += [f"trained in full: {name or '(model)'}, {numbers:,} numbers" for name, numbers in trained.items()]
+    lines += [f"trained in full: {name or _MODEL}, {numbers:,} numbers" for name, numbers in trained.items()]
     lines += [f"{key}: {text}" for key, text in data.metadata.items()]
     emit(
         as_json,
@@ -68,7 +68,7 @@ def convert(
     check_free(out, force)
     model, metadata = open_adapters({"default": file})
     save_adapter(model, out, format=to, metadata=metadata["default"] if keep_metadata else None)
-    emit(as_json, {"path": out, "format": _format(out), "bytes": size(out)}, _written(out))
+    emit(as_json, {"path": out, "format": to or _format(out), "bytes": size(out)}, _written(out))
 
 
 def diff(first: In, second: In, as_json: Json = False) -> None:
@@ -81,10 +81,11 @@ def diff(first: In, second: In, as_json: Json = False) -> None:
     a, b = (describe(bare_model(path), "default") for path in (first, second))
     found = difference(a, b)
     lines = [f"{len(found.layers)} layers in both, {len(found.only_a)} only in A, {len(found.only_b)} only in B"]
-    lines += [f"only in A: {name}" for name in found.only_a] + [f"only in B: {name}" for name in found.only_b]
+    lines += [f"only in A: {name or _MODEL}" for name in found.only_a]
+    lines += [f"only in B: {name or _MODEL}" for name in found.only_b]
     lines += [f"trained in full: {name} differs by {_apart(value)}" for name, value in found.trained.items()]
     head = ("layer", "||dA - dB|| / ||dA||", "of the magnitudes", "settings that differ")
-    rows = [(layer.name, layer.relative, layer.magnitude, _settings(layer)) for layer in found.layers]
+    rows = [(layer.name or _MODEL, layer.relative, layer.magnitude, _settings(layer)) for layer in found.layers]
     lines += ["no difference"] if found.equal else []
     emit(as_json, {"a": first, "b": second, "equal": found.equal, **vars(found)}, *lines, "", table(head, rows))
 
@@ -141,6 +142,10 @@ def resize(
     emit(as_json, {"path": out, **vars(report)}, str(report), _written(out))
 
 
+_MODEL = "(model)"
+"""What the model itself is called, which has no name."""
+
+
 def _format(path: Path) -> str:
     return "peft" if path.is_dir() else "native"
 
@@ -155,7 +160,7 @@ _FIELDS = ("r", "alpha", "scale", "variant", "norm", "largest_share", "effective
 
 
 def _by_layer(figures: list[LayerFigures]) -> str | Table:
-    rows = [(each.name or "(model)", each.kind, *(getattr(each, field) for field in _FIELDS)) for each in figures]
+    rows = [(each.name or _MODEL, each.kind, *(getattr(each, field) for field in _FIELDS)) for each in figures]
     return table(("layer", "kind", *_HEAD), rows)
 
 
@@ -163,7 +168,7 @@ def _by_group(figures: list[LayerFigures]) -> str | Table:
     """A row for the layers whose names differ in numbers only, with medians of the figures."""
     groups: dict[tuple[str, str], list[LayerFigures]] = {}
     for each in figures:
-        groups.setdefault((re.sub(r"(?<![^.])\d+(?![^.])", "*", each.name) or "(model)", each.kind), []).append(each)
+        groups.setdefault((re.sub(r"(?<![^.])\d+(?![^.])", "*", each.name) or _MODEL, each.kind), []).append(each)
     rows = [
         (
             name,

@@ -50,7 +50,7 @@ To = Annotated[
     ),
 ]
 Rank = Annotated[int, typer.Option("--r", min=1, help="Rank.")]
-Seed = Annotated[int, typer.Option(min=0, help="Seed of the random numbers, where there are any.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**64 - 1, help="Seed of the random numbers, where there are any.")]
 
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead, for other programs.")]
