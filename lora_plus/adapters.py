@@ -101,7 +101,7 @@ def rename_adapter(model: nn.Module, old: str, new: str) -> None:
             model is sharded by ``fully_shard``.
     """
     check_adapter(model, old)
-    check_unsharded(model, "renaming the adapter")
+    check_unsharded(model)
     check_adapter_name(new)
     if new in adapter_names(model):
         raise ValueError(f"the model has an adapter {new!r} already; choose another name, or call delete_adapter first")

@@ -120,7 +120,10 @@ def _selected(
     }
     if targets is not None:
         problems += [why for why in misfits.values() if why is not None]
-    return {name: layer for name, layer in layers.items() if name in misfits and misfits[name] is None}, problems
+    chosen = {name: layer for name, layer in layers.items() if name in misfits and misfits[name] is None}
+    if not chosen and not problems:
+        problems.append("no weight that can have an adapter is in both checkpoints with one shape, and not excluded")
+    return chosen, problems
 
 
 def _layers(checkpoint: Checkpoint, kinds: Mapping[str, str]) -> dict[str, BaseLayer]:

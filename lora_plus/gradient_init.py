@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from . import functional
+from .adapted_weight import adapted_weights
 from .adapter_site import AdapterSite
-from .adapters import check_adapter, unwrap
+from .adapters import check_adapter, check_unmerged, unwrap
 from .formats.adapter import Problems
-from .inject import check_injectable
 from .low_rank import truncated
 from .places import Place, adapted_places
 from .trial import left_as_it_was
@@ -53,7 +53,9 @@ def init_from_gradients(
     """
     model = unwrap(model)
     check_adapter(model, adapter)
-    check_injectable(model, "")
+    for path, weight in adapted_weights(model):
+        weight.check_enabled()
+        check_unmerged(path, weight, "starting an adapter from gradients")
     sites = [(place, site) for place, site in adapted_places(model) if adapter in site.lora_specs]
     failure = f"adapter {adapter!r} cannot start from gradients; it is unchanged"
     _check(failure, sites, lambda place, site: _unsuitable(place, site, adapter))
@@ -99,7 +101,7 @@ def _unsuitable(place: Place, site: AdapterSite, adapter: str) -> str | None:
     }
     reason = next((reason for reason, holds in reasons.items() if holds), None)
     if reason is None and bool(B.any()):
-        return "its B is not zero; start from an adapter as inject_lora makes it"
+        return "its B is not zero; start from an untrained adapter, injected with an init that leaves B zero"
     return reason
 
 

@@ -214,21 +214,21 @@ def check_restorable(model: nn.Module) -> None:
                 raise ValueError(f"{name or 'the model'!r} cannot be restored: {error}") from None
 
 
-def check_unsharded(model: nn.Module, what: str) -> None:
-    """Raise, saying what must be done before, if ``fully_shard`` has taken over the parameters of the model."""
+def check_unsharded(model: nn.Module) -> None:
+    """Raise if ``fully_shard`` has taken over the parameters of the model, or of a part of it."""
     fsdp = sys.modules.get("torch.distributed.fsdp")  # importing it takes longer than importing this library
     sharded: type[Any] | tuple[()] = getattr(fsdp, "FSDPModule", ())
     for name, module in named_modules(model):
         if isinstance(module, sharded):
             raise ValueError(
                 f"{name or 'the model'!r} is sharded by fully_shard, which manages just the parameters that it found "
-                f"there, under their names; shard the model after {what}"
+                "there, under their names; add, resize or rename adapters before the model is sharded"
             )
 
 
 def check_injectable(model: nn.Module, adapter: str) -> None:
     """Raise if an adapter of this name cannot be added to the model now."""
-    check_unsharded(model, "adding the adapter")
+    check_unsharded(model)
     for name, layer in named_modules(model):
         if any(is_lazy(parameter) for parameter in layer._parameters.values()):  # type: ignore[arg-type]
             raise ValueError(f"{name!r} has parameters that are not initialised; run a forward pass first")
@@ -246,7 +246,9 @@ def check_injectable(model: nn.Module, adapter: str) -> None:
                 "give the new one another name, or call remove_lora(model) first"
             )
         if layer.lora_merge is not None:
-            raise ValueError(f"the model is merged ({name!r} is); call unmerge_lora(model) before adding an adapter")
+            raise ValueError(
+                f"the model is merged ({name!r} is); call unmerge_lora(model) before adding or resizing an adapter"
+            )
 
 
 def check_selection(model: nn.Module, places: Sequence[Place], train_also: Sequence[Found]) -> None:

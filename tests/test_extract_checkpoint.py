@@ -142,6 +142,9 @@ def test_all_that_is_wrong_is_listed(tmp_path: Path) -> None:
         "target 'norm' matches no weight that can have an adapter",
     ]
     assert problems(before, before, out, r=1) == [f"it is equal to {str(before)!r} in all targets"]
+    other = save({"head.weight": torch.ones(2, 2)}, tmp_path / "other.safetensors")
+    nothing = "no weight that can have an adapter is in both checkpoints with one shape, and not excluded"
+    assert problems(before, other, out, r=1) == problems(before, after, out, r=1, exclude="*") == [nothing]
     with pytest.raises(ValueError, match="unknown kind of layer 'Dense'; choose one of"):
         extract_checkpoint(before, after, out, r=1, kinds={"embed": "Dense"})
     with pytest.raises(ValueError, match="r must be positive, got 0"):

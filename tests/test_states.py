@@ -356,9 +356,10 @@ def test_no_adapter_is_added_or_renamed_behind_fully_shard_s_back(tmp_path: Path
             lambda: lora_plus.load_adapter(plain, tmp_path / "a.safetensors"),
             lambda: lora_plus.add_adapter(model, "b"),
             lambda: lora_plus.load_adapter(model, tmp_path / "a.safetensors", adapter="b"),
+            lambda: lora_plus.resize_adapter(model, r=1),
             lambda: lora_plus.rename_adapter(model, "default", "b"),
         ):
-            with pytest.raises(ValueError, match=r"is sharded by fully_shard.*shard the model after"):
+            with pytest.raises(ValueError, match=r"is sharded by fully_shard.*before the model is sharded"):
                 change()
         assert type(plain[0]) is nn.Linear and lora_plus.adapter_names(model) == ["default"]
         torch.testing.assert_close(model(X), y)
