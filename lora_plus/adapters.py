@@ -285,6 +285,7 @@ def _notes(adapter: str, spec: AdapterSpec, tensors: Mapping[str, Tensor], weigh
     full_rank = min(tensors["lora_B"].shape[-2], tensors["lora_A"].shape[-1])
     strength = weight.lora_strength(adapter)
     notes = {
+        f"variant {spec.variant}": spec.variant != "lora",
         f"r exceeds the weight's full rank {full_rank}": spec.r > full_rank,
         f"B divided by {spec.fold:g}, which is in the scale": spec.fold != 1,
         "inactive": adapter not in weight.lora_active,

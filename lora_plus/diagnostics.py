@@ -31,6 +31,9 @@ MEASURED = {"no": HitRate(10, 14), "yes": HitRate(17, 26)}
 """Of the verdicts on the held-out settings of ``benchmarks/results/gauge.md``, all read at a tuned learning rate."""
 
 
+_FEWEST = 10
+"""Steps, at least, for a verdict: with B = 0, the first ones are B's alone."""
+
 _YES = "A does most of the work; a larger ratio may help, at the same geometric-mean rate (lr_mode='geometric')"
 _NO = "B does at least as much of the work as A; raising the ratio will probably not help here"
 
@@ -104,6 +107,8 @@ class GaugeReport:
     def verdict(self) -> str:
         """Whether a larger ratio may help, in words, with how often the same words were right in the benchmark."""
         w = self.work_share
+        if self.steps < _FEWEST:
+            return f"No verdict: {self.steps} steps are too few to tell; measure {_FEWEST} or more."
         if math.isnan(w):
             return "No verdict: neither A's nor B's steps lowered the loss. Lower the learning rate, or measure longer."
         said, words = ("yes", _YES) if w > 0 else ("no", _NO)

@@ -64,6 +64,11 @@ def save_adapter(
         ValueError: if the adapter is not finite, or the format cannot express it exactly. Nothing is written then.
         OSError: if the disk is full or cannot be written; it names the path. The old files are as they were.
     """
+    if format is None and Path(path).suffix in _PICKLES:
+        raise ValueError(
+            f"{str(path)!r} has the name of a pickle, which is not written; end it in '.safetensors' for one file, or "
+            "leave the ending out for a folder in PEFT's format"
+        )
     chosen = ("native" if str(path).endswith(".safetensors") else "peft") if format is None else format
     if chosen not in _WRITERS:
         raise ValueError(f"unknown format {format!r}; choose one of {sorted(_WRITERS)}, or None to go by the path")
@@ -209,6 +214,8 @@ _WRITERS: dict[str, Callable[[Path, Adapter, nn.Module], None]] = {
     "kohya": _write_kohya,
     "diffusers": _write_diffusers,
 }
+
+_PICKLES = {".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth"}
 
 FORMATS = tuple(_WRITERS)
 """What `save_adapter` can write."""

@@ -21,9 +21,9 @@ def adapter_per_sample(model: nn.Module, adapters: Sequence[str | None]) -> Iter
     A sample is index i of the first dimension of each adapted layer's input and output. What it gets is what it would
     get alone with its adapter chosen by `set_adapter`, in training and in evaluation, with gradients for the adapters
     that have ``requires_grad``; where its name is None, or a layer lacks the adapter, it is what the base computes,
-    bit for bit. Which adapters are active makes no difference, and is as before afterwards; modules trained in full with
-    another adapter keep their values. Adapters may differ in everything, rank and variant too; linear layers compute all
-    in two batched products, whatever their number.
+    bit for bit. Which adapters are active makes no difference, and is as before afterwards; modules trained in full
+    with another adapter keep their values. Adapters may differ in everything, rank and variant too; linear layers
+    compute all in two batched products, whatever their number.
 
     In activation checkpointing layers are computed again in the backward pass, so that has to be inside the block.
     Without gradients the factors are stacked once for each layer and block, and again if one of them is changed; what

@@ -92,7 +92,10 @@ def loraplus_param_groups(
     for group, parameter in _grouped(model, sites):
         members[group].append(parameter)
     if not any(members[group] for group in _GROUP_OF_ROLE.values()):
-        raise ValueError("every adapter of the model is frozen; set requires_grad on the adapter to be trained")
+        raise ValueError(
+            "every adapter of the model is frozen; choose the one to be trained with "
+            "set_adapter(model, name, trainable=True), or load it with load_adapter(..., trainable=True)"
+        )
     return [{"params": members[name], "name": name, **setting} for name, setting in settings.items() if members[name]]
 
 

@@ -162,14 +162,14 @@ def test_diff_compares_updates(a: Path, b: Path) -> None:
     wanted = ((updates[0] - updates[1]).norm() / updates[0].norm()).item()
     assert layer["relative"] == pytest.approx(wanted, rel=1e-6)
     text = output("diff", a, b)
-    assert "only in A: layers.0\nonly in B: embed\n" in text
+    assert "only in the first: layers.0\nonly in the second: embed\n" in text
     assert "r 2 and 3" in text
 
 
 def test_diff_names_the_model_itself(a: Path, tmp_path: Path) -> None:
     itself = tmp_path / "itself.safetensors"
     save_adapter(lora_plus.inject_lora(nn.Linear(4, 4), [""], r=2), itself)
-    assert "only in B: (model)\n" in output("diff", a, itself)
+    assert "only in the second: (model)\n" in output("diff", a, itself)
     assert output("diff", itself, itself).splitlines()[-1].split()[0] == "(model)"
 
 

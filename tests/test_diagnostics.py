@@ -385,3 +385,13 @@ def test_the_benchmark_trains_and_reads_as_the_library_does(ratio: float) -> Non
     task = replace(gauge_tasks.toy(0).double(), steps=20)
     w = benchmark.by_hooks(task, 2**-4, ratio)
     assert math.isfinite(w) and w == pytest.approx(benchmark.by_products(task, 2**-4, ratio), abs=1e-9)
+
+
+def test_a_few_steps_give_no_verdict() -> None:
+    model = net()
+    optimizer = sgd(model)
+    with LoRAPlusGauge(model, optimizer) as gauge:
+        for _ in range(9):
+            loss_of(model).backward()
+            optimizer.step()
+    assert gauge.report().verdict == "No verdict: 9 steps are too few to tell; measure 10 or more."

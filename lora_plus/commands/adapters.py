@@ -80,11 +80,12 @@ def diff(first: In, second: In, as_json: Json = False) -> None:
     """
     a, b = (describe(bare_model(path), "default") for path in (first, second))
     found = difference(a, b)
-    lines = [f"{len(found.layers)} layers in both, {len(found.only_a)} only in A, {len(found.only_b)} only in B"]
-    lines += [f"only in A: {name or _MODEL}" for name in found.only_a]
-    lines += [f"only in B: {name or _MODEL}" for name in found.only_b]
+    counts = (f"{len(found.layers)} layers in both", f"{len(found.only_a)} only in the first")
+    lines = [", ".join((*counts, f"{len(found.only_b)} only in the second"))]
+    lines += [f"only in the first: {name or _MODEL}" for name in found.only_a]
+    lines += [f"only in the second: {name or _MODEL}" for name in found.only_b]
     lines += [f"trained in full: {name} differs by {_apart(value)}" for name, value in found.trained.items()]
-    head = ("layer", "||dA - dB|| / ||dA||", "of the magnitudes", "settings that differ")
+    head = ("layer", "||first - second|| / ||first||", "of the magnitudes", "settings that differ")
     rows = [(layer.name or _MODEL, layer.relative, layer.magnitude, _settings(layer)) for layer in found.layers]
     lines += ["no difference"] if found.equal else []
     emit(as_json, {"a": first, "b": second, "equal": found.equal, **vars(found)}, *lines, "", table(head, rows))

@@ -68,18 +68,19 @@ def _plain(value: Any) -> Any:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str | Table:
-    """A table in a terminal, and aligned columns elsewhere, which no width wraps or cuts."""
+    """A table in a terminal that is wide enough, and aligned columns elsewhere, which no width cuts."""
     cells = [[_cell(value) for value in row] for row in rows]
+    lines = [list(head), *cells]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
     numbers = [all(isinstance(row[column], (int, float, type(None))) for row in rows) for column in range(len(head))]
-    if Console().is_terminal:
+    console = Console()
+    if console.is_terminal and sum(widths) + 2 * len(widths) <= console.width:
         drawn = Table(box=box.SIMPLE_HEAD, pad_edge=False)
         for title, is_number in zip(head, numbers, strict=True):
-            drawn.add_column(title, justify="right" if is_number else "left", overflow="fold", no_wrap=is_number)
+            drawn.add_column(title, justify="right" if is_number else "left", no_wrap=True)
         for row in cells:
             drawn.add_row(*row)
         return drawn
-    lines = [list(head), *cells]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
     align = [str.rjust if is_number else str.ljust for is_number in numbers]
     padded = [[pad(cell, width) for pad, cell, width in zip(align, line, widths, strict=True)] for line in lines]
     return "\n".join("  ".join(line).rstrip() for line in padded)
