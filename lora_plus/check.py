@@ -173,6 +173,8 @@ def _check_checkable(probes: list[_Probe]) -> None:
             raise ValueError(f"the weight of {probe.name!r} has no values yet (meta device); load them first")
         if hasattr(probe.weight.weight, "full_tensor"):
             raise ValueError(f"the weight of {probe.name!r} is sharded; check the model before it is sharded")
+        if not probe.weight.lora_strength(probe.adapter):
+            raise ValueError(f"the factor of {probe.adapter!r} is 0, so it has no effect; leave it out in set_adapter")
 
 
 def _run(model: nn.Module, inputs: Any, keywords: Any, probes: list[_Probe], seed: int = 0) -> _Seen:

@@ -203,6 +203,9 @@ def test_what_cannot_be_checked_is_refused() -> None:
         check_adapters(model, x)
     with lora_plus.disabled(model), pytest.raises(ValueError, match="the adapters are disabled"):
         check_adapters(model, x)
+    lora_plus.set_adapter(model, {"default": 0})
+    with pytest.raises(ValueError, match="the factor of 'default' is 0, so it has no effect"):
+        check_adapters(model, x)
     with pytest.raises(ValueError, match="'l' has no values yet"):
         check_adapters(inject_lora(Model(lambda layer, x: layer(x)).to("meta"), ["l"], r=2), x)
 
