@@ -13,6 +13,15 @@ from .adapter_tensors import STARTS, AdapterTensors
 from .variants import SCALINGS, VARIANTS, AdapterSpec
 
 
+def whole_factors(tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """`AdapterSite.factors` from the adapter's tensors by the name of their container."""
+    A, B = tensors["lora_A"], tensors["lora_B"]
+    if STARTS[0] not in tensors:
+        return A, B
+    A0, B0 = (tensors[name] for name in STARTS)
+    return torch.cat([A, A0], dim=-2), torch.cat([B, -B0], dim=-1)
+
+
 class AdapterSite(nn.Module):
     """The adapters of one matrix, a whole weight or some rows of one, by the name of the adapter."""
 
@@ -62,12 +71,7 @@ class AdapterSite(nn.Module):
 
     def factors(self, adapter: str) -> tuple[Tensor, Tensor]:
         """A ``(r, in)`` and B ``(out, r)`` of the adapter's whole update; with a start taken out of it, 2 r each."""
-        tensors = self.adapter_tensors(adapter)
-        A, B = tensors["lora_A"], tensors["lora_B"]
-        if STARTS[0] not in tensors:
-            return A, B
-        A0, B0 = (tensors[name] for name in STARTS)
-        return torch.cat([A, A0], dim=-2), torch.cat([B, -B0], dim=-1)
+        return whole_factors(self.adapter_tensors(adapter))
 
     def set_trainable(self, adapter: str, trainable: bool) -> None:
         """Put an adapter into training, but for what its variant or its start holds fixed, or take it out."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapted_weight import adapter_sites
+from .adapter_site import whole_factors
 from .adapters import unwrap
 from .functional import accumulation_dtype
 from .text_table import aligned
@@ -63,9 +64,10 @@ class GaugeRow:
     growth_A: float
     """``||A|| / ||A_0||``, with A_0 at the start of the gauge."""
     update: float
-    """``||s B A||``."""
+    """``||s B A||``; with a start that is taken out again (PiSSA and the like) ``||s (B A - B0 A0)||``."""
     effective_rank: float
-    """``(sum s_i^2)^2 / sum s_i^4`` over the singular values of B A: from 1, where one direction dominates, to r."""
+    """``(sum s_i^2)^2 / sum s_i^4`` over the singular values of the update: from 1, where one direction dominates, to
+    its rank."""
     gradient_A: float
     """Mean of ``||g||``."""
     gradient_B: float
@@ -259,14 +261,17 @@ class _Pair(NamedTuple):
     B: nn.Parameter
     """``(..., out, r)``"""
     scale: float
+    tensors: dict[str, nn.Parameter]
+    """All that the adapter has there, by the name of their container."""
 
 
 def _pairs(model: nn.Module) -> Iterator[_Pair]:
     for name, site, _ in adapter_sites(model):
         for adapter, spec in site.lora_specs.items():
-            held = {site.roles[container]: tensor for container, tensor in site.adapter_tensors(adapter).items()}
+            tensors = site.adapter_tensors(adapter)
+            held = {site.roles[container]: tensor for container, tensor in tensors.items()}
             if {"A", "B"} <= held.keys():
-                yield _Pair(name, adapter, held["A"], held["B"], spec.scale)
+                yield _Pair(name, adapter, held["A"], held["B"], spec.scale, tensors)
 
 
 class _Tally:
@@ -309,7 +314,7 @@ class _Tally:
         work, gradient, moved = (self._sums.double() / self.steps).unflatten(1, (-1, 2)).tolist()
         rows = {}
         for n, (pair, (start_A, start_B)) in enumerate(zip(self._pairs, self._start, strict=True)):
-            A, B, B_0 = (tensor.detach().double() for tensor in (pair.A, pair.B, start_B))
+            A, B = (factor.detach().double() for factor in whole_factors(pair.tensors))
             core = B.mT @ B @ (A @ A.mT)  # (..., r, r): its eigenvalues are the squared singular values of B A
             first, second = float(core.diagonal(dim1=-2, dim2=-1).sum()), float((core * core.mT).sum())
             path = moved[n][1] * seen
@@ -318,12 +323,12 @@ class _Tally:
                 adapter=pair.adapter,
                 work_A=work[n][0],
                 work_B=work[n][1],
-                growth_A=_ratio(float(torch.linalg.vector_norm(A)), start_A),
+                growth_A=_ratio(float(torch.linalg.vector_norm(pair.A.detach().double())), start_A),
                 update=abs(pair.scale) * math.sqrt(max(first, 0.0)),
                 effective_rank=_ratio(first**2, second),
                 gradient_A=gradient[n][0],
                 gradient_B=gradient[n][1],
-                saturation_B=1 - _ratio(float(torch.linalg.vector_norm(B - B_0)), path),
+                saturation_B=1 - _ratio(float(torch.linalg.vector_norm(pair.B.detach().double() - start_B)), path),
             )
         return rows
 

@@ -29,6 +29,11 @@ def pairs(model: nn.Module) -> list[tuple[nn.Parameter, nn.Parameter]]:
     return [(held["lora_A"], held["lora_B"]) for held in tensors]
 
 
+def compared(layer: nn.Module) -> bool:
+    """Whether A and B are trained at rates of their own."""
+    return not isinstance(layer, nn.Embedding) and layer.lora_A["default"].requires_grad
+
+
 def norm(tensor: Tensor) -> float:
     return tensor.detach().double().flatten().norm().item()
 
@@ -52,7 +57,7 @@ def sgd(model: nn.Module, lr: float = 1e-2, **settings: Any) -> torch.optim.Opti
 def test_under_gradient_descent_the_work_is_the_rate_times_the_squared_gradient(case: Case) -> None:
     model = case.adapted()
     optimizer = sgd(model, embedding_lr=None)
-    if isinstance(model.layer, nn.Embedding) or not model.layer.lora_A["default"].requires_grad:
+    if not compared(model.layer):
         with pytest.raises(ValueError, match="holds both A and B of no layer"):
             LoRAPlusGauge(model, optimizer)
         return
@@ -103,7 +108,7 @@ def test_the_work_of_the_smallest_adapter_by_hand(optimizer_cls: Any) -> None:
 
 def test_size_and_effective_rank_are_those_of_the_explicit_update(case: Case) -> None:
     model = case.adapted()
-    if isinstance(model.layer, nn.Embedding) or not model.layer.lora_A["default"].requires_grad:
+    if not compared(model.layer):
         return
     optimizer = sgd(model)
     ((A, B),) = pairs(model)
@@ -117,6 +122,20 @@ def test_size_and_effective_rank_are_those_of_the_explicit_update(case: Case) ->
     assert row.effective_rank == pytest.approx((s.square().sum().square() / s.pow(4).sum()).item(), rel=1e-9)
     assert row.growth_A == pytest.approx(norm(A) / start, rel=1e-12)
     assert row.saturation_B == pytest.approx(0, abs=1e-9)  # a single step goes straight
+
+
+def test_a_start_that_is_taken_out_again_is_not_in_the_size() -> None:
+    model = inject_lora(nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4)).double(), "all-linear", r=2, init="pissa")
+    optimizer = sgd(model)
+    with LoRAPlusGauge(model, optimizer) as gauge:
+        loss_of(model).backward()
+        optimizer.step()
+    places = list(adapter_sites(model))
+    for row, (_, site, _) in zip(gauge.report().rows, places, strict=True):
+        A, B, A0, B0 = (getattr(site, f"lora_{name}")["default"].detach() for name in ("A", "B", "A0", "B0"))
+        s = torch.linalg.svdvals(site.lora_specs["default"].scale * (B @ A - B0 @ A0))
+        assert row.update == pytest.approx(s.norm().item(), rel=1e-9)
+        assert row.effective_rank == pytest.approx((s.square().sum().square() / s.pow(4).sum()).item(), rel=1e-6)
 
 
 def test_b_that_goes_to_and_fro_is_saturated() -> None:
