@@ -1,0 +1,74 @@
+"""The runs that are done, one JSON line each, so that an interrupted sweep goes on where it stopped."""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from training import Outcome, Score
+
+sys.path.append(str(Path(__file__).parent.parent))  # where the other benchmarks are
+from report import processor
+
+SWEEP, REPORT = "sweep", "report"
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is run: the key of a record."""
+
+    stage: str
+    """`SWEEP`, where rates are chosen, or `REPORT`, with seeds that the choice has not seen."""
+    task: str
+    method: str
+    rate: float
+    seed: int
+    steps: int
+    batch: int
+
+
+@dataclass(frozen=True)
+class Record:
+    """A run and what it gave."""
+
+    run: Run
+    outcome: Outcome
+    seconds: float
+    """CPU time of the whole run."""
+    machine: dict[str, str]
+
+
+def machine() -> dict[str, str]:
+    """Where and with what."""
+    return {"processor": processor("cpu"), "torch": torch.__version__, "Python": platform.python_version()}
+
+
+def append(path: Path, record: Record) -> None:
+    """Add a line to the file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(asdict(record)) + "\n")
+
+
+def _record(plain: dict[str, Any]) -> Record:
+    outcome = plain["outcome"]
+    outcome["validation"] = Score(**outcome["validation"])
+    outcome["test"] = outcome["test"] and Score(**outcome["test"])
+    outcome["curve"] = [(step, loss) for step, loss in outcome["curve"]]
+    return Record(Run(**plain["run"]), Outcome(**outcome), plain["seconds"], plain["machine"])
+
+
+def read(path: Path) -> list[Record]:
+    """All records of the file, the first of a run that is there twice; none if there is no file."""
+    lines: Iterable[str] = path.read_text(encoding="utf-8").splitlines() if path.is_file() else ()
+    found: dict[Run, Record] = {}
+    for line in lines:
+        record = _record(json.loads(line))
+        found.setdefault(record.run, record)
+    return list(found.values())

@@ -1,0 +1,239 @@
+"""The results page, written from the records."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from methods import METHODS, PLAIN, PROBE
+from peft_check import Check
+from records import REPORT, SWEEP, Record
+from tasks import Setting
+from training import ALPHA, GRADIENT_BATCHES, RANK
+
+T95 = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26}
+"""Student's t by degrees of freedom: a difference above so many standard errors comes by chance once in twenty."""
+HEAD = """\
+# Fine-tuning pretrained models: LoRA, LoRA+, DoRA and an init from gradients
+
+`python benchmarks/finetune/sweep.py` (`make finetune`) does the runs, keeps each in `finetune.jsonl`, and writes this
+page from them. Models and data come from package registries and are checked by their SHA-256.
+
+{total} runs, {minutes:.0f} CPU minutes, on one thread each; {machines}.
+
+All methods have r = {rank}, alpha = {alpha:g}, AdamW without decay, no dropout, rates that fall linearly to zero, and
+the same batches for the same seed. They start from the linear probe: a head that was fitted to the frozen features
+first (its penalty chosen on validation examples), and that is trained along.
+
+The rate of a method is the geometric mean of A's and B's rate; head and magnitudes learn at it. It is chosen by the
+mean validation loss over the seeds of the sweep, on the same grid for every method; where the best rate is at an end of
+the grid, further ones are tried there. The figures are on test examples, with fresh seeds. The gradient init looks at
+{batches} more batches; it is paired with LoRA by its batches, not by its A.
+"""
+LEGEND = """\
+Mean ± standard error over seeds. "Difference" is that of the test loss to LoRA's with the same seed, below zero where
+the method is better. "Steps" is when the validation loss first comes down to LoRA's final one with the same seed,
+interpolated between a few checks: mean over the seeds that get there, and how many do. "Time" is the median CPU time of
+a training step over LoRA's. A rate in *italics* is at an end of what was tried: a better one may lie outside.
+"""
+CAVEATS = """\
+## What may be said, and what not
+
+- {judged} comparisons with LoRA were made, each at the 95 % level of Student's t and without a correction for their
+  number: about one in twenty separates by chance.
+- The spread is that of A's start and the batches. Training, validation and test examples are the same for all seeds, so
+  it says nothing about other examples, and a difference says nothing about other tasks.
+- The runs are short ({steps} steps), the models small, and only their upper part is adapted. Nothing here speaks about
+  long runs, large models or generation.
+- The grid has steps of a factor of two and the sweep {sweeps} seed(s): a method can be off its best rate by as much as
+  the differences shown.
+- A comparison at one rate for all methods, taken from LoRA or from LoRA+, is not shown, because it says which rate was
+  tuned and nothing about the methods."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over seeds."""
+
+    values: Sequence[float]
+
+    @property
+    def mean(self) -> float:
+        return statistics.mean(self.values)
+
+    @property
+    def error(self) -> float:
+        """Standard error; NaN for one value."""
+        return statistics.stdev(self.values) / math.sqrt(len(self.values)) if len(self.values) > 1 else math.nan
+
+    @property
+    def separated(self) -> bool:
+        """Whether the mean is away from zero, at the 95 % level."""
+        return len(self.values) > 1 and abs(self.mean) > T95[len(self.values) - 1] * self.error
+
+    def text(self, sign: str = "", digits: int = 4) -> str:
+        return f"{self.mean:{sign}.{digits}f} ± {self.error:.{digits}f}"
+
+
+def steps_to(curve: Sequence[tuple[int, float]], target: float) -> float:
+    """Where a curve of (step, loss) first comes down to the target, interpolated linearly; infinite if never."""
+    before: tuple[int, float] | None = None
+    for step, loss in curve:
+        if loss <= target:
+            if before is None or before[1] == loss:
+                return float(step)
+            return before[0] + (step - before[0]) * (before[1] - target) / (before[1] - loss)
+        before = (step, loss)
+    return math.inf
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """A Markdown table, with an empty line after it."""
+    lines = [f"| {' | '.join(cells)} |" for cells in (columns, *rows)]
+    return [lines[0], "|" + "---|" * len(columns), *lines[1:], ""]
+
+
+def power(rate: float) -> str:
+    return f"2^{math.log2(rate):g}"
+
+
+@dataclass(frozen=True)
+class Results:
+    """All records of one task."""
+
+    name: str
+    setting: Setting
+    records: Sequence[Record]
+
+    def of(self, stage: str, method: str) -> list[Record]:
+        found = [record for record in self.records if (record.run.stage, record.run.method) == (stage, method)]
+        return sorted(found, key=lambda record: record.run.seed)
+
+    def reported(self) -> list[str]:
+        """The methods with test figures, in the order of the table."""
+        return [method for method in METHODS if self.of(REPORT, method)]
+
+    def paired(self, method: str, figure: Callable[[Record, Record], float]) -> list[float]:
+        """A figure of each run of the method and LoRA's run with the same seed."""
+        plain = {record.run.seed: record for record in self.of(REPORT, PLAIN)}
+        return [
+            figure(record, plain[record.run.seed]) for record in self.of(REPORT, method) if record.run.seed in plain
+        ]
+
+    def difference(self, method: str) -> Estimate:
+        """Test loss less LoRA's."""
+        return Estimate(self.paired(method, lambda record, plain: _test(record)[0] - _test(plain)[0]))
+
+    def row(self, method: str) -> list[str]:
+        records = self.of(REPORT, method)
+        losses, accuracies = (Estimate(values) for values in zip(*map(_test, records), strict=True))
+        rate = records[0].run.rate
+        swept = [record.run.rate for record in self.of(SWEEP, method)]
+        steps = self.paired(method, lambda record, plain: steps_to(record.outcome.curve, plain.outcome.curve[-1][1]))
+        there = [value for value in steps if math.isfinite(value)]
+        ratios = self.paired(method, lambda record, plain: record.outcome.step_seconds / plain.outcome.step_seconds)
+        return [
+            method,
+            f"*{power(rate)}*" if rate in (min(swept), max(swept)) else power(rate),
+            losses.text(),
+            "" if method == PLAIN else self.difference(method).text("+"),
+            accuracies.text(digits=3),
+            f"{statistics.mean(there):.0f} ({len(there)} of {len(steps)})" if there else f"never (0 of {len(steps)})",
+            f"{statistics.median(ratios):.2f}",
+        ]
+
+    def rates(self) -> list[float]:
+        """All that were swept."""
+        return sorted({record.run.rate for record in self.records if record.run.stage == SWEEP})
+
+    def swept(self, method: str) -> list[str]:
+        """Mean validation loss at each rate of the sweep, the least in bold."""
+        losses: dict[float, list[float]] = {}
+        for record in self.of(SWEEP, method):
+            losses.setdefault(record.run.rate, []).append(record.outcome.validation.loss)
+        means = {rate: statistics.mean(values) for rate, values in losses.items()}
+        least = min(means.values())
+        shown = {rate: f"**{mean:.4f}**" if mean == least else f"{mean:.4f}" for rate, mean in means.items()}
+        return [method, *(shown.get(rate, "") for rate in self.rates())]
+
+    def verdict(self) -> list[str]:
+        """Which methods separate from LoRA."""
+        others = [method for method in self.reported() if method != PLAIN]
+        apart = [method for method in others if self.difference(method).separated]
+        better = [method for method in apart if self.difference(method).mean < 0]
+        worse = [method for method in apart if method not in better]
+        tied = [method for method in others if method not in apart]
+        sides = (("Better than LoRA", better), ("Worse", worse), ("Not told apart", tied))
+        return [". ".join(f"{words}: {', '.join(names) or 'none'}" for words, names in sides) + ".", ""]
+
+    def lines(self) -> list[str]:
+        """The section."""
+        probe = [_test(record) for record in self.of(REPORT, PROBE)]
+        train, validation, test = self.setting.sizes
+        seeds = {
+            stage: sorted({r.run.seed for r in self.records if r.run.stage == stage and r.run.steps})
+            for stage in (SWEEP, REPORT)
+        }
+        lines = [f"## {self.name.capitalize()}", "", self.setting.words, ""]
+        lines += [
+            f"{train} training, {validation} validation and {test} test examples; {self.setting.steps} steps of "
+            f"{self.setting.batch}; {len(self.setting.rates)} rates, {len(seeds[SWEEP])} seed(s) in the sweep, "
+            f"{len(seeds[REPORT])} fresh one(s) in the table. {len(self.records)} runs, "
+            f"{sum(record.seconds for record in self.records) / 60:.0f} CPU minutes.",
+            "",
+        ]
+        lines += [f"The linear probe alone: test loss {loss:.4f}, accuracy {accuracy:.3f}." for loss, accuracy in probe]
+        columns = ("method", "rate", "test loss", "difference", "accuracy", "steps", "time")
+        lines += ["", *table(columns, [self.row(method) for method in self.reported()]), *self.verdict()]
+        lines += ["Mean validation loss of the sweep, by rate:", ""]
+        return lines + table(("method", *map(power, self.rates())), [self.swept(method) for method in METHODS])
+
+
+def _test(record: Record) -> tuple[float, float]:
+    assert record.outcome.test is not None
+    return record.outcome.test.loss, record.outcome.test.accuracy
+
+
+def check_lines(checks: Sequence[Check]) -> list[str]:
+    """The section on PEFT."""
+    rows = [
+        [check.task, check.method, power(check.rate), str(len(check.ours)), f"{check.ours[-1]:.6f}",
+         f"{check.theirs[-1]:.6f}", f"{check.difference:.1e}"]
+        for check in checks
+    ]  # fmt: skip
+    columns = ("task", "method", "rate", "steps", "last loss, here", "last loss, PEFT", "largest difference")
+    return [
+        "## The same through PEFT",
+        "",
+        "PEFT's layers with the same A, the same parameter groups and the same batches, in float32. The difference is "
+        "that of the training losses, over all steps.",
+        "",
+        *table(columns, rows),
+    ]
+
+
+def page(settings: Mapping[str, Setting], records: Sequence[Record], checks: Sequence[Check]) -> str:
+    """The page as Markdown, with a section for each task that has a report."""
+    results = [
+        Results(name, setting, [record for record in records if record.run.task == name])
+        for name, setting in settings.items()
+    ]
+    head = HEAD.format(
+        total=len(records),
+        minutes=sum(record.seconds for record in records) / 60,
+        machines="; ".join(sorted({", ".join(record.machine.values()) for record in records})),
+        rank=RANK,
+        alpha=ALPHA,
+        batches=GRADIENT_BATCHES,
+    )
+    caveats = CAVEATS.format(
+        judged=sum(len(result.reported()) - 1 for result in results if result.reported()),
+        steps=" or ".join(sorted({str(setting.steps) for setting in settings.values()})),
+        sweeps=" or ".join(sorted({str(len({r.run.seed for r in records if r.run.stage == SWEEP}))})),
+    )
+    lines = [head, LEGEND]
+    for result in results:
+        lines += result.lines()
+    return "\n".join([*lines, *check_lines(checks), caveats, ""])

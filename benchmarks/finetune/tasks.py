@@ -1,0 +1,164 @@
+"""What is learnt: a table of tasks, each a pretrained model, a data set and their split.
+
+Only the upper part of a model is adapted. What lies below is frozen, so its outputs are computed once, and a task's
+inputs are those outputs.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import sources
+import torch
+import torch.nn.functional as F
+from minilm import Upper
+from probe import fit_head
+from torch import Tensor, nn
+
+LAYERS_BELOW = 4
+"""Blocks of MiniLM (of 6) that have no adapter."""
+BLOCKS_BELOW = 11
+"""Blocks of EfficientNet (of 16) that have no adapter."""
+PIECES = 14
+"""Word pieces of a gloss at most, with its start and end marks."""
+IMAGE = 32
+"""Pixels of a side to which the digits are scaled."""
+
+
+class Split(NamedTuple):
+    """Examples."""
+
+    inputs: tuple[Tensor, ...]
+    """Each ``(n, ...)``."""
+    labels: Tensor
+    """``(n,)``."""
+
+    def at(self, rows: Tensor | slice) -> Split:
+        return Split(tuple(x[rows] for x in self.inputs), self.labels[rows])
+
+
+class Classifier(nn.Module):
+    """Features of a body, and a linear head."""
+
+    def __init__(self, body: nn.Module, head: nn.Linear) -> None:
+        super().__init__()
+        self.body, self.head = body, head
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.body(*inputs))
+        return logits
+
+
+@dataclass(frozen=True)
+class Task:
+    """A model that starts from its linear probe, and the examples."""
+
+    start: Classifier
+    """With the probe as its head; in eval mode, so that batch norms keep their statistics."""
+    train: Split
+    validation: Split
+    test: Split
+
+    def model(self) -> Classifier:
+        """A model of its own to train."""
+        return copy.deepcopy(self.start)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How a task is trained; the same for all methods."""
+
+    load: Callable[[int, int, int], Task]
+    """From the numbers of training, validation and test examples."""
+    sizes: tuple[int, int, int]
+    """These numbers."""
+    targets: Any
+    """What gets an adapter, as `lora_plus.inject_lora` takes it."""
+    rates: tuple[float, ...]
+    """Of the sweep: the geometric mean of A's and B's rate, in ascending order."""
+    words: str
+    """What the task is, for the page."""
+    steps: int = 40
+    batch: int = 16
+
+
+def divided(inputs: tuple[Tensor, ...], labels: Tensor, validation: int, test: int) -> tuple[Split, Split, Split]:
+    """Training, validation and test examples, in the order given: test first, training last."""
+    whole = Split(inputs, labels)
+    end = test + validation
+    return whole.at(slice(end, None)), whole.at(slice(test, end)), whole.at(slice(test))
+
+
+def starting(body: nn.Module, classes: int, train: Split, validation: Split, test: Split) -> Task:
+    """The task whose head is fitted to the frozen features first, so that the probe is the starting point."""
+    body.eval().requires_grad_(False)
+    head = fit_head(features(body, train), train.labels, features(body, validation), validation.labels, classes)
+    return Task(Classifier(body, head).eval(), train, validation, test)
+
+
+@torch.no_grad()
+def features(body: nn.Module, split: Split, size: int = 64) -> Tensor:
+    """``(n, width)``."""
+    return torch.cat([body(*split.at(slice(n, n + size)).inputs) for n in range(0, len(split.labels), size)])
+
+
+def wordnet(train: int, validation: int, test: int) -> Task:
+    """From a gloss to its lexicographer category, one of 45."""
+    encoder, tokenizer = sources.minilm(), sources.minilm_tokenizer()
+    found = sources.glosses()
+    random.Random(0).shuffle(found)
+    encoded = ((tokenizer.encode(gloss.text).ids, gloss.category) for gloss in found)
+    short = ((ids, category) for ids, category in encoded if 5 <= len(ids) <= PIECES)
+    chosen = [next(short) for _ in range(train + validation + test)]
+    mask = torch.tensor([[n < len(ids) for n in range(PIECES)] for ids, _ in chosen])
+    tokens = torch.tensor([ids + [0] * (PIECES - len(ids)) for ids, _ in chosen])
+    labels = torch.tensor([category for _, category in chosen])
+    with torch.no_grad():
+        below = [encoder(*pair, layers=LAYERS_BELOW) for pair in zip(tokens.split(64), mask.split(64), strict=True)]
+    splits = divided((torch.cat(below), mask), labels, validation, test)
+    return starting(Upper(encoder, LAYERS_BELOW), 45, *splits)
+
+
+def digits(train: int, validation: int, test: int) -> Task:
+    """From an image of a digit to the digit."""
+    network, (images, labels) = sources.efficientnet(), sources.digits()
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))[: train + validation + test]
+    scaled = F.interpolate(images[order, None], size=IMAGE, mode="bilinear").expand(-1, 3, -1, -1)
+    with torch.no_grad():
+        below = torch.cat([network.lower(2 * part - 1, BLOCKS_BELOW) for part in scaled.split(64)])
+    return starting(network.upper(BLOCKS_BELOW), 10, *divided((below,), labels[order], validation, test))
+
+
+def pointwise(name: str, module: nn.Module) -> bool:
+    """A convolution of 1x1, as nearly all weights of EfficientNet are."""
+    return isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1)
+
+
+def octaves(lowest: int, highest: int) -> tuple[float, ...]:
+    return tuple(2.0**exponent for exponent in range(lowest, highest + 1))
+
+
+TASKS: dict[str, Setting] = {
+    "glosses": Setting(
+        wordnet,
+        (3000, 300, 600),
+        ("q", "k", "v", "o", "up", "down"),
+        octaves(-12, -8),
+        f"all-MiniLM-L6-v2 (Apache-2.0, 22.6M parameters) learns to tell the lexicographer category (45 classes) of a "
+        f"WordNet gloss of at most {PIECES} word pieces. Adapters on all linear layers of the last {6 - LAYERS_BELOW} "
+        f"of 6 blocks.",
+    ),
+    "digits": Setting(
+        digits,
+        (2500, 500, 1000),
+        pointwise,
+        octaves(-11, -7),
+        f"EfficientNet-Lite0 (Apache-2.0, 4.7M parameters, trained on ImageNet) learns to tell handwritten digits of "
+        f"MNIST (5,000 of them, scaled to {IMAGE} x {IMAGE}). Adapters on the 1x1 convolutions of the last "
+        f"{16 - BLOCKS_BELOW} of 16 blocks and the one above them.",
+    ),
+}

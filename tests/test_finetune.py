@@ -1,0 +1,296 @@
+"""The comparison on pretrained models: its models, its data, its runs, and the page that is written from them."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+sys.path.append(str(Path(__file__).parent.parent / "benchmarks" / "finetune"))
+
+import efficientnet
+import methods
+import minilm
+import peft_check
+import probe
+import records
+import results_page
+import sources
+import sweep
+import tasks
+import training
+from tasks import Setting, Split, Task
+
+from lora_plus.demo.assets import AssetError
+
+RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
+
+
+def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def tiny(body: nn.Module, *shape: int) -> Task:
+    """A task in float64 whose labels follow from the inputs."""
+    x = drawn(96, *shape)
+    labels = (x.flatten(1) @ drawn(math.prod(shape), 3, seed=1)).argmax(-1)
+    return tasks.starting(body.double(), 3, *tasks.divided((x,), labels, 16, 32))
+
+
+def linear_task(*sizes: int) -> Task:
+    torch.manual_seed(0)
+    return tiny(nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 8)), 6)
+
+
+def pointwise_task(*sizes: int) -> Task:
+    torch.manual_seed(0)
+    layers = nn.Conv2d(4, 12, 1), nn.BatchNorm2d(12), nn.ReLU(), nn.Conv2d(12, 8, 1), nn.AdaptiveAvgPool2d(1)
+    return tiny(nn.Sequential(*layers, nn.Flatten()), 4, 2, 2)
+
+
+SETTINGS = {
+    "linear": Setting(linear_task, (48, 16, 32), ["0", "2"], (2**-8, 2**-7, 2**-6), "Tiny.", steps=8, batch=8),
+    "pointwise": Setting(pointwise_task, (48, 16, 32), tasks.pointwise, (2**-8, 2**-7), "Tiny.", steps=8, batch=8),
+}
+PLAN = sweep.Plan(sweep=(0, 1), report=(5, 6), extra=1)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The file of a whole sweep of the tiny tasks."""
+    path = tmp_path_factory.mktemp("finetune") / "runs.jsonl"
+    for name, setting in SETTINGS.items():
+        sweep.sweep(name, replace(setting, steps=3), PLAN, path)
+    return path
+
+
+@pytest.mark.peers
+def test_the_encoder_is_transformers_bert() -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BertConfig(
+        vocab_size=40, hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=24
+    )
+    torch.manual_seed(0)
+    theirs = transformers.BertModel(config).eval().double()
+    sizes = minilm.Config(vocab=40, positions=512, width=16, hidden=24, layers=3, heads=2)
+    ours = minilm.load(theirs.state_dict(), sizes)
+    tokens = torch.randint(0, 40, (3, 7), generator=torch.Generator().manual_seed(1))
+    mask = torch.arange(7) < torch.tensor([[7], [4], [5]])
+    with torch.no_grad():
+        wanted = theirs(tokens, attention_mask=mask.long()).last_hidden_state
+        torch.testing.assert_close(ours(tokens, mask)[mask], wanted[mask], rtol=0, atol=1e-12)
+        mean = torch.stack([row[real].mean(0) for row, real in zip(wanted, mask, strict=True)])
+        for lower in range(4):
+            upper = minilm.Upper(ours, lower)(ours(tokens, mask, layers=lower), mask)
+            torch.testing.assert_close(upper, mean, rtol=0, atol=1e-12)
+
+
+def test_an_odd_padding_goes_to_the_right_and_the_bottom() -> None:
+    layer = efficientnet.SameConv2d(1, 1, 3, 2, bias=False)
+    nn.init.ones_(layer.weight)
+    assert layer(torch.ones(1, 1, 4, 4)).tolist() == [[[[9, 6], [6, 4]]]]
+    assert layer(torch.ones(1, 1, 5, 5)).shape == (1, 1, 3, 3)
+
+
+def test_the_image_network_loads_and_its_parts_make_the_whole() -> None:
+    torch.manual_seed(0)
+    model = efficientnet.EfficientNet().eval()
+    theirs = {ours: name for name, ours in efficientnet.NAMES[False].items()}
+    inner = {ours: name for name, ours in efficientnet.NAMES[True].items()}
+    state = {}
+    for key, tensor in model.state_dict().items():
+        names = inner if key.startswith("blocks") else theirs
+        state[".".join(names.get(part, part) for part in key.split("."))] = tensor
+    loaded = efficientnet.load({**state, "_fc.weight": torch.zeros(2, 1280), "_fc.bias": torch.zeros(2)})
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        wanted = model(images)
+        assert wanted.shape == (2, 1280) and wanted.any()
+        for count in (0, 5, 16):
+            assert torch.equal(loaded.upper(count)(loaded.lower(images, count)), wanted)
+
+
+def test_glosses_are_read_without_their_examples() -> None:
+    text = (
+        "  1 This software\n"
+        '00002724 29 v 01 choke 0 001 @ 00001740 v 0000 01 + 02 00 | breathe hard; as from fear; "She choked"  \n'
+        "00001740 03 n 01 entity 0 000 | that which is\n"
+    )
+    assert sources.parse_glosses(text) == [("breathe hard; as from fear", 29), ("that which is", 3)]
+
+
+def npm(content: bytes | None) -> Any:
+    """What stands in for npm: it brings these bytes, or nothing."""
+
+    def run(command: list[str], *, cwd: str, **_: Any) -> None:
+        if content is None:
+            raise subprocess.CalledProcessError(1, command)
+        Path(cwd, command[-1]).write_bytes(content)
+
+    return run
+
+
+TARBALL = sources.Tarball("words.tgz", "words.tgz", hashlib.sha256(b"words").hexdigest(), "")
+
+
+def test_a_tarball_is_fetched_once(tmp_path: Path) -> None:
+    kept = sources.fetch_tarball(TARBALL, tmp_path / "cache", run=npm(b"words"))
+    assert kept.read_bytes() == b"words"
+    assert sources.fetch_tarball(TARBALL, tmp_path / "cache", run=npm(None)) == kept
+    kept.write_bytes(b"spoilt")
+    assert sources.fetch_tarball(TARBALL, tmp_path / "cache", run=npm(b"words")).read_bytes() == b"words"
+
+
+@pytest.mark.parametrize("brought", [None, b"others"])
+def test_what_npm_does_not_bring_is_said(tmp_path: Path, brought: bytes | None) -> None:
+    with pytest.raises(AssetError, match=r"words\.tgz.*`npm pack words\.tgz`"):
+        sources.fetch_tarball(TARBALL, tmp_path, run=npm(brought))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_probe_is_the_minimum_and_its_penalty_is_chosen_on_the_validation_examples() -> None:
+    x, labels = 5 * drawn(60, 4), torch.arange(60) % 3
+    head = probe.fit_head(x[:40], labels[:40], x[40:], labels[40:], 3)
+    scale = x[:40].square().mean().sqrt()
+    scores = {}
+    for decay in probe.DECAYS:
+        weight, bias = ((scale * head.weight).detach().requires_grad_(), head.bias.detach().requires_grad_())
+        penalty = decay / 2 * weight.square().sum()
+        loss = F.cross_entropy(x[:40] / scale @ weight.T + bias, labels[:40]) + penalty
+        scores[decay] = max(g.abs().max().item() for g in torch.autograd.grad(loss, [weight, bias]))
+    chosen = min(scores, key=scores.__getitem__)
+    assert scores[chosen] < 1e-4
+    fits = {decay: probe._fit(x[:40] / scale, labels[:40], 3, decay) for decay in probe.DECAYS}
+    losses = {decay: F.cross_entropy(fit(x[40:] / scale), labels[40:]).item() for decay, fit in fits.items()}
+    assert chosen == min(losses, key=losses.__getitem__)
+
+
+def test_each_pass_sees_each_example_once() -> None:
+    split = Split((torch.arange(10),), torch.arange(10))
+    stream = training.batches(split, 3, torch.Generator().manual_seed(0))
+    passes = [torch.cat([next(stream).labels for _ in range(3)]).tolist() for _ in range(4)]
+    assert all(len(set(one)) == 9 for one in passes) and len({tuple(one) for one in passes}) == 4
+
+
+@pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTINGS)
+@pytest.mark.parametrize("method", methods.METHODS.values(), ids=methods.METHODS)
+def test_a_run_learns_repeats_and_leaves_the_start_as_it_was(setting: Setting, method: methods.Method) -> None:
+    task = setting.load(*setting.sizes)
+    before = {key: tensor.clone() for key, tensor in task.start.state_dict().items()}
+    done = [training.run(task, setting, method, 2**-7, 3, whole=True) for _ in range(2)]
+    assert replace(done[0], step_seconds=0) == replace(done[1], step_seconds=0)
+    assert all(torch.equal(before[key], tensor) for key, tensor in task.start.state_dict().items())
+    start = training.score(training.adapted(task, setting, method, 3), task.train).loss
+    assert start == pytest.approx(training.score(task.start, task.train).loss, abs=1e-12)
+    assert [step for step, _ in done[0].curve] == [2, 4, 6, 8] and done[0].curve[-1][1] == done[0].validation.loss
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("method", peft_check.CHECKED)
+def test_peft_takes_the_same_steps(name: str, method: str) -> None:
+    pytest.importorskip("peft")
+    setting = SETTINGS[name]
+    check = peft_check.compared(name, setting.load(*setting.sizes), setting, method, 2**-5, 0)
+    assert len(check.ours) == setting.steps and check.ours[-1] < check.ours[0]
+    assert check.difference < 1e-12
+
+
+def test_a_sweep_does_each_run_once_and_goes_on_where_it_stopped(runs: Path, tmp_path: Path) -> None:
+    whole = records.read(runs)
+    lines = runs.read_text().splitlines()
+    assert len(lines) == len(whole)
+    for kept in (0, 11, 70, len(lines) - 3):
+        path = tmp_path / f"{kept}.jsonl"
+        path.write_text("".join(line + "\n" for line in lines[:kept]))
+        for name, setting in SETTINGS.items():
+            sweep.sweep(name, replace(setting, steps=3), PLAN, path)
+        again = records.read(path)
+        assert {record.run: replace(record.outcome, step_seconds=0) for record in again} == {
+            record.run: replace(record.outcome, step_seconds=0) for record in whole
+        }
+        assert len(path.read_text().splitlines()) == len(lines)
+
+
+def test_the_best_rate_is_inside_the_grid_or_the_grid_is_extended(runs: Path) -> None:
+    found = records.read(runs)
+    for name, setting in SETTINGS.items():
+        for method in methods.METHODS:
+            means = sweep.mean_losses(found, name, method)
+            extended = set(means) - set(setting.rates)
+            first = {rate: means[rate] for rate in setting.rates}
+            assert extended == ({sweep.beyond(first)} - {None})
+            reported = [r.run for r in found if (r.run.stage, r.run.task, r.run.method) == ("report", name, method)]
+            assert {run.rate for run in reported} == {min(means, key=means.__getitem__)}
+            assert {run.seed for run in reported} == set(PLAN.report)
+
+
+@pytest.mark.parametrize(
+    ("means", "wanted"), [({1: 3, 2: 2, 4: 3}, None), ({1: 1, 2: 2, 4: 3}, 0.5), ({1: 3, 2: 2, 4: 1}, 8)]
+)
+def test_a_grid_goes_on_at_the_end_where_the_best_rate_is(means: dict[float, float], wanted: float | None) -> None:
+    assert sweep.beyond(means) == wanted
+
+
+@pytest.mark.parametrize(
+    ("curve", "wanted"),
+    [
+        ([(10, 3.0), (20, 2.0), (30, 1.0)], 25),
+        ([(10, 3.0), (20, 1.5)], 20),
+        ([(10, 1.0), (20, 3.0)], 10),
+        ([(10, 3.0), (20, 2.0)], math.inf),
+    ],
+)
+def test_steps_to_a_target_are_interpolated(curve: list[tuple[int, float]], wanted: float) -> None:
+    assert results_page.steps_to(curve, 1.5) == wanted
+
+
+def test_a_difference_separates_beyond_students_t() -> None:
+    # mean 0.2, standard error 0.1 / sqrt(3); t with two degrees of freedom is 4.30
+    assert not results_page.Estimate([0.1, 0.2, 0.3]).separated
+    assert results_page.Estimate([0.19, 0.2, 0.21]).separated
+    assert not results_page.Estimate([5.0]).separated
+    assert results_page.Estimate([0.1, 0.2, 0.3]).text("+", 3) == "+0.200 ± 0.058"
+
+
+def test_the_page_states_what_was_measured(runs: Path) -> None:
+    found, checks = records.read(runs), peft_check.read_checks(sweep.beside(runs))
+    text = results_page.page(SETTINGS, found, checks)
+    for name in SETTINGS:
+        scores = {
+            method: [
+                record.outcome.test.loss
+                for record in found
+                if (record.run.stage, record.run.task, record.run.method) == ("report", name, method)
+            ]
+            for method in methods.METHODS
+        }
+        for method, losses in scores.items():
+            assert f"{sum(losses) / 2:.4f} ± {abs(losses[0] - losses[1]) / 2:.4f}" in text
+            paired = [a - b for a, b in zip(losses, scores[methods.PLAIN], strict=True)]
+            assert method == methods.PLAIN or f"{sum(paired) / 2:+.4f} ± {abs(paired[0] - paired[1]) / 2:.4f}" in text
+
+
+def test_the_published_page_is_that_of_its_runs() -> None:
+    runs = RESULTS / "finetune.jsonl"
+    written = results_page.page(tasks.TASKS, records.read(runs), peft_check.read_checks(sweep.beside(runs)))
+    assert runs.with_suffix(".md").read_text(encoding="utf-8") == written
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "least"), [("glosses", 0.4), ("digits", 0.6)])
+def test_the_probe_of_a_pretrained_model_is_far_above_chance(name: str, least: float) -> None:
+    setting = tasks.TASKS[name]
+    task = setting.load(1000, 200, 200)
+    assert training.score(task.start, task.test).accuracy > least
+    outcome = training.run(task, setting, methods.METHODS[methods.PLAIN], setting.rates[2], 0, whole=True)
+    assert outcome.validation.loss < training.score(task.start, task.validation).loss
