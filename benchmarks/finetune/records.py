@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import statistics
 import sys
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -72,3 +73,12 @@ def read(path: Path) -> list[Record]:
         record = _record(json.loads(line))
         found.setdefault(record.run, record)
     return list(found.values())
+
+
+def mean_losses(records: Iterable[Record], task: str, method: str) -> dict[float, float]:
+    """Mean validation loss at each rate of the sweep, by ascending rate."""
+    losses: dict[float, list[float]] = {}
+    for record in records:
+        if (record.run.stage, record.run.task, record.run.method) == (SWEEP, task, method):
+            losses.setdefault(record.run.rate, []).append(record.outcome.validation.loss)
+    return {rate: statistics.mean(losses[rate]) for rate in sorted(losses)}

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from methods import METHODS, PLAIN, PROBE
 from peft_check import Check
-from records import REPORT, SWEEP, Record
+from records import REPORT, SWEEP, Record, mean_losses
 from tasks import Setting
 from training import ALPHA, GRADIENT_BATCHES, RANK
 
@@ -34,9 +34,9 @@ the grid, further ones are tried there. The figures are on test examples, with f
 """
 LEGEND = """\
 Mean ± standard error over seeds. "Difference" is that of the test loss to LoRA's with the same seed, below zero where
-the method is better. "Steps" is when the validation loss first comes down to LoRA's final one with the same seed,
-interpolated between a few checks: mean over the seeds that get there, and how many do. "Time" is the median CPU time of
-a training step over LoRA's. A rate in *italics* is at an end of what was tried: a better one may lie outside.
+the method is better. "Steps" is when the mean validation loss first comes down to LoRA's final one, interpolated
+between a few checks. "Time" is the median CPU time of a training step over LoRA's. A rate in *italics* is at an end of
+what was tried: a better one may lie outside.
 """
 CAVEATS = """\
 ## What may be said, and what not
@@ -47,8 +47,8 @@ CAVEATS = """\
   it says nothing about other examples, and a difference says nothing about other tasks.
 - The runs are short ({steps} steps), the models small, and only their upper part is adapted. Nothing here speaks about
   long runs, large models or generation.
-- The grid has steps of a factor of two and the sweep {sweeps} seed(s): a method can be off its best rate by as much as
-  the differences shown.
+- The grid has steps of a factor of two and the sweep has {sweeps} seeds: a method can be off its best rate by as much
+  as the differences shown.
 - A comparison at one rate for all methods, taken from LoRA or from LoRA+, is not shown, because it says which rate was
   tuned and nothing about the methods."""
 
@@ -74,7 +74,8 @@ class Estimate:
         return len(self.values) > 1 and abs(self.mean) > T95[len(self.values) - 1] * self.error
 
     def text(self, sign: str = "", digits: int = 4) -> str:
-        return f"{self.mean:{sign}.{digits}f} ± {self.error:.{digits}f}"
+        mean = f"{self.mean:{sign}.{digits}f}"
+        return f"{mean} ± {self.error:.{digits}f}" if len(self.values) > 1 else mean
 
 
 def steps_to(curve: Sequence[tuple[int, float]], target: float) -> float:
@@ -111,6 +112,10 @@ class Results:
         found = [record for record in self.records if (record.run.stage, record.run.method) == (stage, method)]
         return sorted(found, key=lambda record: record.run.seed)
 
+    def seeds(self, stage: str) -> str:
+        found = {record.run.seed for record in self.records if record.run.stage == stage and record.run.steps}
+        return ", ".join(map(str, sorted(found)))
+
     def reported(self) -> list[str]:
         """The methods with test figures, in the order of the table."""
         return [method for method in METHODS if self.of(REPORT, method)]
@@ -126,13 +131,17 @@ class Results:
         """Test loss less LoRA's."""
         return Estimate(self.paired(method, lambda record, plain: _test(record)[0] - _test(plain)[0]))
 
+    def curve(self, method: str) -> list[tuple[int, float]]:
+        """The validation loss on the way, the mean over seeds."""
+        points = zip(*(record.outcome.curve for record in self.of(REPORT, method)), strict=True)
+        return [(of_step[0][0], statistics.mean(loss for _, loss in of_step)) for of_step in points]
+
     def row(self, method: str) -> list[str]:
         records = self.of(REPORT, method)
         losses, accuracies = (Estimate(values) for values in zip(*map(_test, records), strict=True))
         rate = records[0].run.rate
         swept = [record.run.rate for record in self.of(SWEEP, method)]
-        steps = self.paired(method, lambda record, plain: steps_to(record.outcome.curve, plain.outcome.curve[-1][1]))
-        there = [value for value in steps if math.isfinite(value)]
+        steps = steps_to(self.curve(method), self.curve(PLAIN)[-1][1])
         ratios = self.paired(method, lambda record, plain: record.outcome.step_seconds / plain.outcome.step_seconds)
         return [
             method,
@@ -140,7 +149,7 @@ class Results:
             losses.text(),
             "" if method == PLAIN else self.difference(method).text("+"),
             accuracies.text(digits=3),
-            f"{statistics.mean(there):.0f} ({len(there)} of {len(steps)})" if there else f"never (0 of {len(steps)})",
+            f"{steps:.0f}" if math.isfinite(steps) else "never",
             f"{statistics.median(ratios):.2f}",
         ]
 
@@ -150,11 +159,8 @@ class Results:
 
     def swept(self, method: str) -> list[str]:
         """Mean validation loss at each rate of the sweep, the least in bold."""
-        losses: dict[float, list[float]] = {}
-        for record in self.of(SWEEP, method):
-            losses.setdefault(record.run.rate, []).append(record.outcome.validation.loss)
-        means = {rate: statistics.mean(values) for rate, values in losses.items()}
-        least = min(means.values())
+        means = mean_losses(self.records, self.name, method)
+        least = min(means.values(), default=None)
         shown = {rate: f"**{mean:.4f}**" if mean == least else f"{mean:.4f}" for rate, mean in means.items()}
         return [method, *(shown.get(rate, "") for rate in self.rates())]
 
@@ -172,15 +178,11 @@ class Results:
         """The section."""
         probe = [_test(record) for record in self.of(REPORT, PROBE)]
         train, validation, test = self.setting.sizes
-        seeds = {
-            stage: sorted({r.run.seed for r in self.records if r.run.stage == stage and r.run.steps})
-            for stage in (SWEEP, REPORT)
-        }
         lines = [f"## {self.name.capitalize()}", "", self.setting.words, ""]
         lines += [
             f"{train} training, {validation} validation and {test} test examples; {self.setting.steps} steps of "
-            f"{self.setting.batch}; {len(self.setting.rates)} rates, {len(seeds[SWEEP])} seed(s) in the sweep, "
-            f"{len(seeds[REPORT])} fresh one(s) in the table. {len(self.records)} runs, "
+            f"{self.setting.batch}. The grid has {len(self.setting.rates)} rates, the seeds of the sweep are "
+            f"{self.seeds(SWEEP)}, those of the table {self.seeds(REPORT)}. {len(self.records)} runs, "
             f"{sum(record.seconds for record in self.records) / 60:.0f} CPU minutes.",
             "",
         ]
@@ -223,7 +225,7 @@ def page(settings: Mapping[str, Setting], records: Sequence[Record], checks: Seq
     head = HEAD.format(
         total=len(records),
         minutes=sum(record.seconds for record in records) / 60,
-        machines="; ".join(sorted({", ".join(record.machine.values()) for record in records})),
+        machines="; ".join(sorted({", ".join(map(" ".join, record.machine.items())) for record in records})),
         rank=RANK,
         alpha=ALPHA,
         batches=GRADIENT_BATCHES,

@@ -12,7 +12,6 @@ file of JSON lines and is not repeated; the results page is written from that fi
 from __future__ import annotations
 
 import argparse
-import statistics
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -22,7 +21,7 @@ from pathlib import Path
 import torch
 from methods import METHODS, PROBE
 from peft_check import CHECKED, compared, read_checks, write_checks
-from records import REPORT, SWEEP, Record, Run, append, machine, read
+from records import REPORT, SWEEP, Record, Run, append, machine, mean_losses, read
 from results_page import page
 from tasks import TASKS, Setting, Task
 from training import Outcome, run, score
@@ -36,19 +35,10 @@ class Plan:
 
     sweep: tuple[int, ...] = (0, 1)
     """Where the rates are chosen."""
-    report: tuple[int, ...] = (10, 11, 12)
+    report: tuple[int, ...] = (10, 11, 12, 13, 14)
     """Where the methods are compared."""
     extra: int = 3
     """By how many rates a grid is extended at most, one at a time, at the end where the best rate lies."""
-
-
-def mean_losses(records: Iterable[Record], task: str, method: str) -> dict[float, float]:
-    """Mean validation loss at each rate of the sweep, by ascending rate."""
-    losses: dict[float, list[float]] = {}
-    for record in records:
-        if (record.run.stage, record.run.task, record.run.method) == (SWEEP, task, method):
-            losses.setdefault(record.run.rate, []).append(record.outcome.validation.loss)
-    return {rate: statistics.mean(losses[rate]) for rate in sorted(losses)}
 
 
 def chosen_rate(records: Iterable[Record], task: str, method: str) -> float:
