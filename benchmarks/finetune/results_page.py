@@ -48,7 +48,8 @@ CAVEATS = """\
 - The runs are short ({steps} steps), the models small, and only their upper part is adapted. Nothing here speaks about
   long runs, large models or generation.
 - The grid has steps of a factor of two and the sweep has {sweeps} seeds: a method can be off its best rate by as much
-  as the differences shown.
+  as the differences shown. A method that the table ranks above LoRA and the sweep below it has not been shown to be
+  better, whatever its t.
 - A comparison at one rate for all methods, taken from LoRA or from LoRA+, is not shown, because it says which rate was
   tuned and nothing about the methods."""
 
