@@ -4,7 +4,7 @@ Every way trains the same candidates on the same batches and must end at the sam
 processes, whose CPU times and peak memories are added up (memories of as many as run at a time), imports included.
 "wall" is measured around all processes; where there is one, after its imports. On a GPU the peak is its allocator's.
 
-    python benchmarks/sweep.py --model mlp-gelu llama --tokens 4x32 --steps 4
+    python benchmarks/sweep_cost.py --model mlp-gelu llama --tokens 4x32 --steps 4
 """
 
 from __future__ import annotations
