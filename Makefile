@@ -35,6 +35,7 @@ bench: $(VENV)/.bench  ## a short run of every benchmark, under ten minutes; BEN
 	$(BIN)/python benchmarks/tree.py $(BENCH_ARGS)
 	$(BIN)/python benchmarks/mixed_batch.py $(BENCH_ARGS)
 	$(BIN)/python benchmarks/mixed_products.py $(BENCH_ARGS)
+	$(BIN)/python benchmarks/dora_norm.py $(BENCH_ARGS)
 	$(BIN)/python benchmarks/gauge_cost.py $(BENCH_ARGS) --random-weights --tokens 1x128
 	$(BIN)/python benchmarks/import_time.py $(BENCH_ARGS)
 

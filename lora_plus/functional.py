@@ -95,7 +95,8 @@ def row_norm(matrix: Tensor) -> Tensor:
 def sum_row_norm(weight: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
     """`row_norm` of ``W + scale * B @ A``: ``(..., out, in) -> (..., out)``, float32 or better.
 
-    In blocks of rows that stay in a CPU's cache, which is two to five times faster there than making the sum.
+    In blocks of rows, so that no matrix of the weight's size is made; of a large weight they stay in a CPU's cache
+    (``benchmarks/dora_norm.py``).
     """
     compiling = torch.compiler.is_compiling()  # which would unroll the blocks
     columns = math.prod(weight.shape) // weight.shape[-2]
