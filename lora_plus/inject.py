@@ -55,7 +55,8 @@ def inject_lora(
     """Give the selected layers of a model a low-rank adapter and freeze everything else.
 
     The layers become LoRA layers in place: the same objects, with the same parameters under the same names. With
-    B = 0, as the default init leaves it, the model computes what it computed before.
+    B = 0, as the default init leaves it, the model computes what it computed before. Any number of threads may run the
+    model; none may run it while another one changes it (injects, loads, chooses, merges or disables adapters).
 
     Example:
         >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))

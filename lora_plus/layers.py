@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import functional
+from .calls import Calls
 from .fused_linear import Update, can_fuse, fused_linear
 from .lora_layer import LoRALayer, argument_names
 from .quantized import STORES, StraightThrough, dense_dtype, dense_weight, store_of
@@ -200,6 +201,10 @@ class LoRATransposedLinear(LoRALayer):
 LOOKALIKES.append(LoRATransposedLinear)
 
 
+_UNBOUNDED = Calls()
+"""The embeddings that compute their base in this thread, where the norm is that of the adapted row."""
+
+
 @adapts(nn.Embedding)
 class LoRAEmbedding(LoRALayer, nn.Embedding):
     """``y = (W + s B A) onehot(index)``; integers ``(...)`` to ``(..., embedding_dim)``.
@@ -211,8 +216,16 @@ class LoRAEmbedding(LoRALayer, nn.Embedding):
     layout = "n d -> d n"
     roles = LoRALayer.roles | {"lora_A": "embedding_A", "lora_B": "embedding_B"}
 
-    max_norm: float | None
     padding_idx: int | None
+
+    @property
+    def max_norm(self) -> float | None:  # type: ignore[override]
+        """The norm that no row exceeds; None while the base computes, for torch rescales stored rows in place."""
+        return self.__dict__["max_norm"] if _UNBOUNDED.noted(self) is None else None
+
+    @max_norm.setter
+    def max_norm(self, value: float | None) -> None:
+        self.__dict__["max_norm"] = value
 
     @classmethod
     def no_update(cls, layer: nn.Module) -> int | None:
@@ -230,14 +243,15 @@ class LoRAEmbedding(LoRALayer, nn.Embedding):
         return y if self.max_norm is None else functional.clip_norm(y, self.max_norm, self.norm_type)
 
     def base_forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        if self.max_norm is None or (self.lora_merge is not None and not self.lora_disabled):
+        if self.max_norm is None:
             return super().base_forward(*args, **kwargs)
-        # torch rescales long rows of the stored weight in place; here the norm is that of the adapted row
-        max_norm, self.max_norm = self.max_norm, None
+        outer = _UNBOUNDED.begin(self)
         try:
-            return super().base_forward(*args, **kwargs)
+            y = super().base_forward(*args, **kwargs)
         finally:
-            self.max_norm = max_norm
+            _UNBOUNDED.end(outer)
+        merged = self.lora_merge is not None and not self.lora_disabled  # then nothing is added any more
+        return functional.clip_norm(y, self.max_norm, self.norm_type) if merged else y
 
     def low_rank(self, x: Tensor, A: Tensor, B: Tensor, scale: float, dropout: float, y: Tensor) -> Tensor:
         return functional.embedding_update(x, A, B, scale, dropout, self.padding_idx, self.scale_grad_by_freq)

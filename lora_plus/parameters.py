@@ -18,10 +18,14 @@ from torch import Tensor, nn
 
 from .adapted_weight import AdaptedWeight
 from .adapter_tensors import BaseParameters
+from .calls import Calls
 from .class_swap import swap_class
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+_CALLS = Calls()
+"""The calls of owners that run in this thread, and what each has read."""
 
 HOLDERS = "lora_parameters"
 """The submodule of an owner that has a `LoRAParameter` for each adapted parameter, by the parameter's name."""
@@ -59,10 +63,13 @@ class LoRAParameter(AdaptedWeight):
     def forward(self, weight: Tensor | None = None) -> Tensor:
         """The weight to compute with; from another one than the parameter, if one is given."""
         base = self.weight if weight is None else weight
-        adapters = self.in_force()
-        if self.is_merged_now() or not adapters:
+        if self.is_merged_now() or not self.computes():
             return base
-        return self.effective_weight(adapters, base).to(base.dtype)
+        return self.effective_weight(self.in_force(), base).to(base.dtype)
+
+    def computes(self) -> bool:
+        """Whether the weight to compute with is made from the parameter and adapters, and not the parameter itself."""
+        return self.lora_merge is None and bool(self.in_force())
 
     @property
     def weight(self) -> nn.Parameter:  # type: ignore[override]
@@ -109,8 +116,6 @@ class LoRAOwner(nn.Module):
     """The class that the module has without adapters."""
     adapted_names: ClassVar[tuple[str, ...]]
     """The adapted parameters."""
-    _lora_read: dict[Any, Tensor] | None = None
-    """What has been read in the call that runs, if one does."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         raise TypeError(
@@ -120,12 +125,11 @@ class LoRAOwner(nn.Module):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         # code that reads a weight many times, once for each expert say, gets the same tensor for the length of a call
-        outer = self._lora_read
-        self.__dict__["_lora_read"] = {}
+        outer = _CALLS.begin(self)
         try:
             return super().__call__(*args, **kwargs)
         finally:
-            self.__dict__["_lora_read"] = outer
+            _CALLS.end(outer)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         # fully_shard makes shards again of what a module has when it is saved; that would come after this
@@ -167,6 +171,43 @@ class LoRAOwner(nn.Module):
         return _new_owner, (self.base_class, self.adapted_names), *reduced[2:]
 
 
+class LoRARecurrentOwner(LoRAOwner):
+    """An ``nn.LSTM`` or another one of torch's recurrent layers.
+
+    In a forward torch writes the weights that it finds into a list on the layer, and computes with that list. Weights
+    that are computed belong to one call, so that there the list does, too.
+    """
+
+    _flat_weights_names: list[str]
+    flatten_parameters: Callable[[], None]
+
+    @property
+    def _flat_weights(self) -> list[Tensor]:
+        if not self._lora_computes():
+            return self.__dict__["_flat_weights"]  # type: ignore[no-any-return]
+        noted = _CALLS.noted(self)
+        if noted is not None and "_flat_weights" in noted:
+            return noted["_flat_weights"]  # type: ignore[no-any-return]
+        found = [getattr(self, name) for name in self._flat_weights_names]
+        if noted is not None:
+            # for cuDNN torch moves all of them into one memory; what other threads use must stay where it is
+            found = [w.clone() if w.is_cuda and isinstance(w, nn.Parameter) else w for w in found]
+            noted["_flat_weights"] = found
+            self.flatten_parameters()
+        return found
+
+    @_flat_weights.setter
+    def _flat_weights(self, weights: list[Tensor]) -> None:
+        self.__dict__["_flat_weights"] = weights
+
+    def _update_flat_weights(self) -> None:
+        if not self._lora_computes():
+            super()._update_flat_weights()  # type: ignore[misc]
+
+    def _lora_computes(self) -> bool:
+        return any(holder.computes() for holder in parameter_holders(self).values())
+
+
 def parameter_holders(module: nn.Module) -> dict[str, LoRAParameter]:
     """The adapted parameters of a module, by their names."""
     container = module._modules.get(HOLDERS) if isinstance(module, LoRAOwner) else None
@@ -204,7 +245,6 @@ def restore_owner(owner: LoRAOwner) -> None:
     for name, holder in parameter_holders(owner).items():
         owner._parameters[name] = holder.weight
     del owner._modules[HOLDERS], owner._modules[BASE]
-    owner.__dict__.pop("_lora_read", None)
     swap_class(owner, _plain)
 
 
@@ -249,14 +289,15 @@ def _owner_class(layer_class: Any, names: tuple[str, ...]) -> type[LoRAOwner]:
     body: dict[str, Any] = {name: _effective(name) for name in names}
     body |= {"base_class": layer_class, "adapted_names": names, "__doc__": layer_class.__doc__}
     body["__module__"] = layer_class.__module__
-    return type(f"LoRA{layer_class.__name__}", (LoRAOwner, layer_class), body)
+    kind = LoRARecurrentOwner if issubclass(layer_class, nn.RNNBase) else LoRAOwner
+    return type(f"LoRA{layer_class.__name__}", (kind, layer_class), body)
 
 
 def _effective(name: str) -> property:
     def read(owner: LoRAOwner) -> Tensor:
         holder: Any = owner._modules[HOLDERS]._modules[name]  # type: ignore[union-attr]
         # torch.func.functional_call and fully_shard put what shall be computed with where the parameter was
-        base, known = owner._parameters.get(name), owner._lora_read
+        base, known = owner._parameters.get(name), _CALLS.noted(owner)
         if known is None:
             return holder(base)  # type: ignore[no-any-return]
         state = (name, id(base), torch.is_grad_enabled(), holder.in_force())

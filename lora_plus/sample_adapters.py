@@ -129,10 +129,10 @@ class SampleAdapters:
             return self._gathered(layer, dtype)
         held = _held(layer)
         state = [(id(tensor), 0 if tensor.is_inference() else tensor._version) for tensor in held]
-        if self._stacked is None or self._stacked.state != state or self._stacked.factors[0].dtype != dtype:
-            A, B, scales = self._gathered(layer, dtype)
-            self._stacked = _Stacked(state, held, (A, B, scales))
-        return self._stacked.factors
+        stacked = self._stacked  # another thread may exchange it meanwhile
+        if stacked is None or stacked.state != state or stacked.factors[0].dtype != dtype:
+            stacked = self._stacked = _Stacked(state, held, self._gathered(layer, dtype))
+        return stacked.factors
 
     def _gathered(self, layer: LoRALayer, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         factors = [layer.lora_factors(name) for name in self.grouping.adapters]

@@ -18,6 +18,7 @@ STRATA = [
         "functional",
         "adapter_tensors",
         "assigned_forward",
+        "calls",
         "collector",
         "freezing",
         "fused_kernels",

@@ -234,3 +234,8 @@ def test_a_padding_row_of_a_bag_gets_no_gradient() -> None:
     model(torch.tensor([[2, 3], [1, 2]])).square().sum().backward()
     columns = next(site for _, site, _ in adapter_sites(model)).lora_A["default"].grad.abs().sum(0)
     assert (columns > 0).tolist() == [False, True, False, True, False, False]
+
+
+def test_a_forward_that_is_called_without_hooks_has_the_adapters(case: ParameterCase) -> None:
+    model, (args, kwargs) = case.adapted().eval(), case.input()
+    assert same_bits(tensors(model.part.forward(*args, **kwargs)), case.run(model))

@@ -1,0 +1,35 @@
+"""Which modules compute in this thread: what belongs to a call is kept here, and nothing on the module changes."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+from torch import nn
+
+
+class Calls(threading.local):
+    """The calls that run in this thread. Other threads and copies of a module do not see them."""
+
+    # a subclass of threading.local, since torch.compile follows that, and no ContextVar
+    innermost: tuple[nn.Module, dict[Any, Any], Any] | None = None
+    """The module called last, what its call has noted, and the same of the call around it."""
+
+    def begin(self, module: nn.Module) -> Any:
+        """Enter a call of the module; what is returned must be given to `end`."""
+        outer = self.innermost
+        self.innermost = (module, {}, outer)
+        return outer
+
+    def end(self, outer: Any) -> None:
+        """Leave the innermost call."""
+        self.innermost = outer
+
+    def noted(self, module: nn.Module) -> dict[Any, Any] | None:
+        """What the innermost call of this module has noted; None if none runs in this thread."""
+        call: Any = self.innermost
+        while call is not None:
+            if call[0] is module:
+                return call[1]  # type: ignore[no-any-return]
+            call = call[2]
+        return None
