@@ -69,10 +69,10 @@ def fill(tensor: Tensor, values: Tensor) -> None:
 
 
 def put_aside(tensor: Tensor, values: Tensor) -> Callable[[], None]:
-    """Let a tensor, which may be a DTensor, show other, whole values; the function that is returned ends this."""
+    """Let a tensor, which may be a DTensor, show a copy of whole values; the function that is returned ends this."""
     if not is_dtensor(tensor):
         held = tensor.data
-        tensor.data = values.to(tensor.device, tensor.dtype)
+        tensor.data = values.to(tensor.device, tensor.dtype, copy=True)  # statistics or an optimizer may change it
         return lambda: setattr(tensor, "data", held)
     kept = tensor.detach().clone()  # engines read the memory that a shard had at first
     fill(tensor, values)

@@ -56,6 +56,25 @@ def test_disabled_restores_tied_modules_trained_in_full(train_also: list[str]) -
     assert not untouched or torch.equal(model(TOKENS), base)
 
 
+@pytest.mark.parametrize("block", [disabled, lambda model: lora_plus.disabled(model[1])], ids=["model", "part"])
+def test_what_is_written_inside_disabled_is_gone_afterwards(block: Any) -> None:
+    head = nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 2))
+    model = nn.Sequential(nn.Linear(4, 4), head).double()
+    base = copy.deepcopy(model.state_dict())
+    inject_lora(model, ["0"], train_also=["1"])
+    optimizer = torch.optim.SGD(head.parameters(), lr=0.1, momentum=0.9)
+    x = torch.randn(5, 4, dtype=torch.float64)
+    model(x).sum().backward()
+    optimizer.step()
+    trained = copy.deepcopy(model.state_dict())
+    with block(model):
+        model(x).sum().backward()  # the mode is train: BatchNorm goes on collecting
+        optimizer.step()
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in trained.items())
+    remove_lora(model)
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in base.items())
+
+
 def test_nothing_can_be_changed_inside_disabled(tmp_path: Path) -> None:
     model = two()
     y = model(X)

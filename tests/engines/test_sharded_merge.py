@@ -193,3 +193,23 @@ def unloaded() -> list[str]:
 
 def test_after_merge_and_unload_it_is_a_plain_sharded_model(two_processes: Processes) -> None:
     assert two_processes(unloaded) == [[], []]
+
+
+def written_while_disabled() -> list[str]:
+    """Tensors of a module trained in full that removing the adapter does not bring back."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 2))).double()
+    base = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    lp.inject_lora(model, ["0"], train_also=["1"])
+    fully_shard(model)
+    x = torch.linspace(-1, 1, 20, dtype=torch.float64).reshape(5, 4)
+    model(x).sum().backward()
+    with torch.no_grad(), lp.disabled(model):
+        model(x)
+    lp.remove_lora(model)
+    return [name for name, tensor in model.state_dict().items() if not torch.equal(whole(tensor), base[name])]
+
+
+def test_statistics_collected_while_disabled_are_gone_afterwards(two_processes: Processes) -> None:
+    assert two_processes(written_while_disabled) == [[], []]
