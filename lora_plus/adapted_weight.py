@@ -46,7 +46,7 @@ class AdaptedWeight(AdapterSite):
     lora_samples: SampleAdapters | None
     """Which adapter each sample of a batch has, inside an ``adapter_per_sample`` block; None elsewhere."""
     lora_merge: Merge | None
-    """What unmerging needs; None while the weight is not merged."""
+    """What unmerging needs, while the model is merged; None otherwise."""
 
     def start(self) -> None:
         """The state of a weight that has no adapter yet."""
@@ -136,11 +136,8 @@ class AdaptedWeight(AdapterSite):
                 site.rename_adapter(old, new)
         self.lora_active = tuple(new if name == old else name for name in self.lora_active)
         self.lora_strengths = {new if name == old else name: factor for name, factor in self.lora_strengths.items()}
-        merge = self.lora_merge
-        if merge is not None:
-            merge.adapters = tuple(new if name == old else name for name in merge.adapters)
-            # what was noted stays noted: a change since the merge must still be found
-            merge.versions = dict(zip(self.noted_tensors(merge.adapters), merge.versions.values(), strict=True))
+        if self.lora_merge is not None:
+            self.lora_merge.rename(self, old, new)
 
     def activate(self, names: tuple[str, ...], strengths: Mapping[str, float] | None = None) -> None:
         """Let just these adapters take part in the forward; names that this weight lacks are passed over.
@@ -267,9 +264,9 @@ class AdaptedWeight(AdapterSite):
             self.check_unchanged(merge)
         return True
 
-    def check_unchanged(self, merge: Merge) -> None:
-        """Raise if an adapter has been changed in place, or the weight been replaced, since it was merged."""
-        if merge.versions_now(self) != merge.versions:
+    def check_unchanged(self, merge: Merge, *, by_value: bool = False) -> None:
+        """Raise if an adapter has been changed, or the weight been replaced, since it was merged."""
+        if merge.is_stale(self, by_value=by_value):
             raise ValueError(
                 f"an adapter of this {self._described()} was changed while it was merged, which the merged weight "
                 "does not follow; call unmerge_lora(model), and merge_lora(model) again if it shall be merged"
@@ -340,8 +337,8 @@ class AdaptedWeight(AdapterSite):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        if self.lora_merge is not None:  # a copy's version counters start anew
-            self.lora_merge.versions = self.lora_merge.versions_now(self)
+        if self.lora_merge is not None:
+            self.lora_merge.versions = None  # a copy's counters begin anew
 
 
 _FACTORS = ("lora_A", "lora_B", *STARTS)

@@ -16,7 +16,7 @@ from .adapted_weight import AdaptedWeight, adapted_weights, owner_path
 from .adapters import check_adapter
 from .inject import check_restorable, make_plain
 from .lora_layer import LoRALayer
-from .merge_state import Merge, MergeInShards, versions
+from .merge_state import BoundMerge, Merge, MergeInShards, versions
 from .module_tree import named_modules, named_parameters
 from .names import join
 from .quantized import make_dense, store_of
@@ -51,6 +51,8 @@ class MergeReport:
 
 def merge_lora(model: nn.Module, *, adapters: Sequence[str] | None = None) -> MergeReport:
     """Bind to each adapted layer a weight that contains its adapters; the base's own parameter is kept aside.
+
+    Adapters that are not merged have no effect until `unmerge_lora` brings back those that are active now.
 
     Where the weights are sharded by ``fully_shard`` or tensor parallelism, the merged values are written into the
     parameters' shards instead, and the base's are kept aside; every rank must call this, and `unmerge_lora`.
@@ -133,7 +135,7 @@ def merge_and_unload(model: nn.Module, *, adapters: Sequence[str] | None = None,
             weight.bind_merged(merge)
     for _, module, _ in list(trained_modules(model)):
         unmark_trained(module, restore=False)
-    dense = [(weight, store) for weight, store in quantized if weight.lora_merge is not None]
+    dense = [(weight, store) for weight, store in quantized if weight.lora_merge and weight.lora_merge.adapters]
     make_plain(model)
     for weight, store in dense:
         make_dense(cast(nn.Linear, weight), store)
@@ -149,14 +151,15 @@ def _is_merged(model: nn.Module, adapters: Sequence[str] | None) -> bool:
         check_adapter(model, adapter)
     for path, weight in weights:
         weight.check_enabled()
-        wanted = _wanted(weight, adapters)
-        there = weight.lora_merge.adapters if weight.lora_merge is not None else ()
-        if wanted != there:
+        wanted, merge = _wanted(weight, adapters), weight.lora_merge
+        if merge is None:
+            raise ValueError(f"{path!r} is not merged, and other layers are; call unmerge_lora(model) first")
+        if wanted != merge.adapters:
             raise ValueError(
-                f"{path!r} is merged with {list(there)}, not with {list(wanted)}; call unmerge_lora(model) first"
+                f"{path!r} is merged with {list(merge.adapters)}, not with {list(wanted)}; call unmerge_lora(model) "
+                "first"
             )
-        if weight.lora_merge is not None:
-            weight.check_unchanged(weight.lora_merge)
+        weight.check_unchanged(merge, by_value=True)
     return True
 
 
@@ -184,7 +187,8 @@ def _compute(
     for path, weight in adapted_weights(model):
         weight.check_enabled()
         names = _wanted(weight, adapters)
-        if not names:
+        if not names and weight.lora_merge is None:
+            merges.append((weight, Merge()))  # what else it has must have no effect, and no keys
             continue
         made = _refusal(weight, ties.get(path, []), dequantize) or merged_state(weight, names)
         if isinstance(made, str):
@@ -196,7 +200,7 @@ def _compute(
         merges.append((weight, made))
     if problems:
         raise ValueError("nothing was merged, because of\n" + "\n".join(f"  {line}" for line in problems))
-    if not merges:
+    if not report.layers:
         raise ValueError("there is no active adapter to merge; call inject_lora or set_adapter first")
     for path, others in report.untied:
         warnings.warn(
@@ -207,7 +211,7 @@ def _compute(
     return report, merges
 
 
-def merged_state(weight: AdaptedWeight, names: tuple[str, ...]) -> Merge | str:
+def merged_state(weight: AdaptedWeight, names: tuple[str, ...]) -> BoundMerge | str:
     """The merged state of a weight, or why it cannot be merged. Every rank must call it if the weight is a DTensor."""
     own, tensors = weight.weight, weight.noted_tensors(names)
     with whole_parameters(weight.parts()):
@@ -215,9 +219,11 @@ def merged_state(weight: AdaptedWeight, names: tuple[str, ...]) -> Merge | str:
     if isinstance(made, str):
         return made
     values, lost = made
-    if is_dtensor(own):
-        return MergeInShards(own, distributed_like(values, own), names, versions(tensors), lost, tensors)
-    return Merge(own, values, names, versions(tensors), lost)
+    copies = {name: tensor.detach().clone() for name, tensor in tensors.items()}
+    merge = BoundMerge(adapters=names, copies=copies, versions=versions(tensors), lost=lost, weight=own, bound=values)
+    if not is_dtensor(own):
+        return merge
+    return MergeInShards(**vars(merge) | {"bound": distributed_like(values, own)}, parameters=tensors)
 
 
 def _merged_values(weight: AdaptedWeight, names: tuple[str, ...]) -> tuple[Tensor, float | None] | str:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import pickle
+from collections import OrderedDict
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -174,6 +177,134 @@ def test_only_the_named_adapters_are_merged() -> None:
             torch.testing.assert_close(model(x), wanted, rtol=1e-12, atol=1e-12)
         twin = merge_and_unload(copy.deepcopy(model), adapters=[name])
         torch.testing.assert_close(twin(x), wanted, rtol=1e-12, atol=1e-12)
+
+
+def of_two_adapters() -> nn.Module:
+    """Adapter "a" on a layer and on rows of another, "b" on the layer, on a cell and on a computed weight."""
+    parts = OrderedDict(
+        both=nn.Linear(4, 4), rows=nn.Linear(4, 4), cell=nn.GRUCell(4, 4),
+        norm=parametrizations.weight_norm(nn.Linear(4, 4)),
+    )  # fmt: skip
+    model = nn.Sequential(parts).double().eval()
+    inject_lora(model, ["both", "rows.k"], r=2, adapter="a", fused={"rows": ["q", "k"]})
+    inject_lora(model, ["both", "cell", "norm"], r=2, adapter="b")
+    return randomise(model)
+
+
+@pytest.mark.parametrize("active", ["b", ["a", "b"], {"b": 0.5}, {"a": 0.5, "b": 2.0}], ids=str)
+def test_merged_others_than_the_active_ones_are_as_if_they_were_chosen(active: Any) -> None:
+    model, x = of_two_adapters(), torch.randn(3, 4, dtype=torch.float64)
+    strength = active.get("a", 1.0) if isinstance(active, dict) else 1.0
+    lora_plus.set_adapter(model, {"a": strength})
+    wanted = model(x)
+    plain = [key for key in model.state_dict() if "lora" not in key]
+    lora_plus.set_adapter(model, active)
+    y, names = model(x), lora_plus.active_adapters(model)
+    assert not torch.allclose(y, wanted)
+    with lora_plus.disabled(model):
+        base = model(x)
+    with merged(model, adapters=["a"]):
+        assert lora_plus.active_adapters(model) == names
+        torch.testing.assert_close(model(x), wanted, rtol=1e-12, atol=1e-12)
+        assert list(model.state_dict()) == plain
+        with lora_plus.disabled(model):
+            assert torch.equal(model(x), base)
+        torch.testing.assert_close(model(x), wanted, rtol=1e-12, atol=1e-12)
+        twin = copy.deepcopy(model)
+        with merged(model, adapters=["a"]):
+            pass
+    assert torch.equal(model(x), y) and lora_plus.active_adapters(model) == names
+    torch.testing.assert_close(twin(x), wanted, rtol=1e-12, atol=1e-12)
+    unmerge_lora(twin)
+    assert torch.equal(twin(x), y)
+    unloaded = merge_and_unload(copy.deepcopy(model), adapters=["a"])
+    torch.testing.assert_close(unloaded(x), wanted, rtol=1e-12, atol=1e-12)
+    assert list(unloaded.state_dict()) == plain
+    assert torch.equal(model(x), y)
+
+
+def test_what_is_not_merged_is_locked_as_well() -> None:
+    model = of_two_adapters()
+    report = merge_lora(model, adapters=["a"])
+    assert report.layers == ["both", "rows"]
+    for call in (lambda: lora_plus.delete_adapter(model, "b"), lambda: lora_plus.set_adapter(model, "b"),
+                 lambda: merge_and_unload(model), lambda: merge_lora(model, adapters=["b"])):  # fmt: skip
+        with pytest.raises(ValueError, match="merged"):
+            call()
+    with pytest.raises(RuntimeError, match=r"layer 'cell\.lora_parameters.* is merged; call unmerge_lora"):
+        model.load_state_dict(model.state_dict())
+    lora_plus.rename_adapter(model, "b", "c")
+    merge_and_unload(model, adapters=["a"])
+    assert not [key for key in model.state_dict() if "lora" in key]
+
+
+def test_of_a_quantized_layer_only_what_is_merged_becomes_dense() -> None:
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    model = nn.Sequential(nn.Linear(64, 64), bitsandbytes.nn.Linear4bit(64, 64, quant_type="nf4")).to("cpu")
+    inject_lora(model, ["0"], r=2, adapter="a")
+    randomise(inject_lora(model, ["0", "1"], r=2, adapter="b"))
+    merge_and_unload(model, adapters=["a"], dequantize=True)
+    assert type(model[0]) is nn.Linear and type(model[1]) is bitsandbytes.nn.Linear4bit
+
+
+def in_place(parameters: list[nn.Parameter]) -> None:
+    torch._foreach_add_([parameter.detach() for parameter in parameters], 0.1)
+
+
+def by_vector(parameters: list[nn.Parameter]) -> None:
+    nn.utils.vector_to_parameters(nn.utils.parameters_to_vector(parameters) + 0.1, parameters)
+
+
+@pytest.mark.parametrize("change", [in_place, by_vector])
+def test_a_changed_adapter_is_found_before_its_old_update_is_kept(change: Callable[..., None]) -> None:
+    model, x = net().double().eval(), torch.randn(2, 16, dtype=torch.float64)
+    y = model(x)
+    merge_lora(model)
+    change([p for layer in (model[0], model[2]) for _, _, p in layer.lora_parameters()])
+    for call in (lambda: merge_and_unload(model), lambda: merged(model).__enter__()):
+        with pytest.raises(ValueError, match="was changed while it was merged"):
+            call()
+    twins = {"deepcopy": copy.deepcopy(model), "pickle": pickle.loads(pickle.dumps(model)), "original": model}
+    twins["moved"] = copy.deepcopy(model).float().double()
+    for way, twin in twins.items():
+        if way != "original" or change is in_place:
+            for _ in range(2):
+                with pytest.raises(ValueError, match="was changed while it was merged"):
+                    twin(x)
+        with pytest.raises(ValueError, match="was changed while it was merged"):
+            merge_and_unload(twin)
+        unmerge_lora(twin)
+        assert not torch.allclose(twin(x), y)
+        merge_and_unload(twin)
+
+
+def test_leaving_merged_brings_a_changed_adapter_into_force() -> None:
+    model, x = net().eval(), torch.randn(2, 16)
+    with merged(model):
+        for layer in (model[0], model[2]):
+            layer.lora_B["default"].data.zero_()
+    with lora_plus.disabled(model):
+        base = model(x)
+    assert torch.equal(model(x), base)
+
+
+@pytest.mark.parametrize("way", ["deepcopy", "pickle", "moved", "float"])
+def test_copies_of_a_merged_model_that_nothing_has_changed_stay_merged(way: str) -> None:
+    model, x = net().double().eval(), torch.randn(2, 16, dtype=torch.float64)
+    with torch.no_grad():
+        model[0].lora_B["default"].mul_(2)  # so that the counters are not zero
+    merge_lora(model)
+    ways: dict[str, Callable[[nn.Module], nn.Module]] = {
+        "deepcopy": copy.deepcopy, "pickle": lambda each: pickle.loads(pickle.dumps(each)),
+        "moved": lambda each: each.share_memory(), "float": lambda each: each.float().double(),
+    }  # fmt: skip
+    wanted = model(x)
+    twin = ways[way](model)
+    torch.testing.assert_close(twin(x), wanted, rtol=1e-6, atol=1e-6)
+    with torch.no_grad():
+        twin[2].lora_A["default"].mul_(2)
+    with pytest.raises(ValueError, match="was changed while it was merged"):
+        twin(x)
 
 
 def test_modules_trained_in_full_stay_trained_when_unloading() -> None:

@@ -213,3 +213,54 @@ def written_while_disabled() -> list[str]:
 
 def test_statistics_collected_while_disabled_are_gone_afterwards(two_processes: Processes) -> None:
     assert two_processes(written_while_disabled) == [[], []]
+
+
+def changed_while_merged(engine: str) -> tuple[str, bool]:
+    """What keeping a merge says after a change of the adapters' memory; whether unmerging brings them into force."""
+    model = DISTRIBUTED[engine](lora_model(non_zero=True).double()).eval()
+    lp.merge_lora(model)
+    for _, weight in adapted_weights(model):
+        for _, role, parameter in weight.lora_parameters():
+            if role == "B":
+                parameter.to_local().data.zero_()
+    try:
+        lp.merge_and_unload(model)
+    except ValueError as error:
+        said = str(error)
+    lp.unmerge_lora(model)
+    base = weights(model)
+    lp.merge_lora(model)
+    return said, same(weights(model), base)
+
+
+@pytest.mark.parametrize("engine", ["fully_shard", "DTensors"])
+def test_a_change_of_shards_is_found_before_a_merge_is_kept(two_processes: Processes, engine: str) -> None:
+    for said, in_force in two_processes(changed_while_merged, engine):
+        assert "was changed while it was merged" in said and in_force
+
+
+def merged_others() -> list[float]:
+    """How far a merged adapter that is not active is from the same one chosen; then the output after unmerging."""
+    model = lora_model(non_zero=True, adapter="a")
+    lp.inject_lora(model, ["q", "up"], r=2, adapter="b", init=random_factors)
+    model = by_fully_shard(model.double()).eval()
+    with torch.no_grad():
+        lp.set_adapter(model, "b")
+        b = model(TOKENS)
+        lp.set_adapter(model, "a")
+        a = model(TOKENS)
+        with lp.merged(model, adapters=["b"]), lp.disabled(model):
+            pass
+        with lp.merged(model, adapters=["b"]):
+            off = float((model(TOKENS) - b).abs().max())
+            keys = [key for key in model.state_dict() if "lora" in key]
+        return [off, float((model(TOKENS) - a).abs().max()), len(keys)]
+
+
+def random_factors(weight: Tensor, r: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+    return torch.ones(r, weight.shape[1]) / 7, torch.ones(weight.shape[0], r) / 3
+
+
+def test_others_than_the_active_ones_are_merged_in_shards(two_processes: Processes) -> None:
+    for off, after, keys in two_processes(merged_others):
+        assert off <= 1e-12 and after == 0 and keys == 0
