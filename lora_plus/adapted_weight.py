@@ -339,6 +339,9 @@ class AdaptedWeight(AdapterSite):
         super().__setstate__(state)
         if self.lora_merge is not None:
             self.lora_merge.versions = None  # a copy's counters begin anew
+            if self.lora_disabled:
+                self.lora_merge.show(self)
+        self.__dict__.update(lora_disabled=0, lora_samples=None)  # no block that was open is the copy's
 
 
 _FACTORS = ("lora_A", "lora_B", *STARTS)

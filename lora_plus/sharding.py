@@ -68,20 +68,24 @@ def fill(tensor: Tensor, values: Tensor) -> None:
     tensor.copy_(distributed_like(values, tensor))
 
 
-def put_aside(tensor: Tensor, values: Tensor) -> Callable[[], None]:
-    """Let a tensor, which may be a DTensor, show a copy of whole values; the function that is returned ends this."""
+def show_copy(tensor: Tensor, values: Tensor) -> Tensor:
+    """Let a tensor, which may be a DTensor, show a copy of whole values; returns those that `show_again` needs."""
     if not is_dtensor(tensor):
         held = tensor.data
         tensor.data = values.to(tensor.device, tensor.dtype, copy=True)  # statistics or an optimizer may change it
-        return lambda: setattr(tensor, "data", held)
-    kept = tensor.detach().clone()  # engines read the memory that a shard had at first
+        return held
+    held = tensor.detach().clone()  # engines read the memory that a shard had at first
     fill(tensor, values)
+    return held
 
-    @torch.no_grad()
-    def bring_back() -> None:
-        tensor.copy_(kept)
 
-    return bring_back
+@torch.no_grad()
+def show_again(tensor: Tensor, held: Tensor) -> None:
+    """Undo `show_copy`."""
+    if is_dtensor(tensor):
+        tensor.copy_(held)
+    else:
+        tensor.data = held
 
 
 class Shards:

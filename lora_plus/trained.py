@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
 from .module_tree import named_modules
-from .sharding import fill, put_aside, shards_of
+from .sharding import fill, shards_of, show_again, show_copy
 
 
 @dataclass
@@ -20,8 +21,19 @@ class Trained:
     """The adapter that the module is trained and saved with."""
     original: dict[str, Tensor]
     """The module's own state before: what removing the adapter brings back."""
-    exchanged: bool = False
-    """Whether the module shows its original state now."""
+    aside: list[tuple[Tensor, Tensor]] | None = None
+    """While the module shows its original state: its tensors, and the trained values that they get back."""
+
+    @property
+    def exchanged(self) -> bool:
+        """Whether the module shows its original state now."""
+        return self.aside is not None
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        for tensor, held in self.aside or ():  # the block that shows the original state is not a copy's
+            show_again(tensor, held)
+        self.aside = None
 
 
 _MARK = "_lora_trained"
@@ -55,18 +67,18 @@ def unmark_trained(module: nn.Module, *, restore: bool) -> None:
 def originals(model: nn.Module) -> Iterator[None]:
     """The original state of all modules trained in full for the length of a ``with`` block."""
     records = [(module, record) for _, module, record in trained_modules(model) if not record.exchanged]
-    for _, record in records:
-        record.exchanged = True
     # by tensor: one that has several names, or several owners, is exchanged once
-    shown: dict[int, tuple[Tensor, Tensor]] = {}
-    for module, record in records:
-        for name, tensor in module.state_dict(keep_vars=True).items():
-            shown.setdefault(id(tensor), (tensor, record.original[name]))
-    bring_back = [put_aside(tensor, original) for tensor, original in shown.values()]
+    held: dict[int, tuple[Tensor, Tensor]] = {}
     try:
+        for module, record in records:
+            tensors = module.state_dict(keep_vars=True)
+            for name, tensor in tensors.items():
+                if id(tensor) not in held:
+                    held[id(tensor)] = tensor, show_copy(tensor, record.original[name])
+            record.aside = [held[id(tensor)] for tensor in tensors.values()]
         yield
     finally:
-        for undo in bring_back:
-            undo()
+        for tensor, values in held.values():
+            show_again(tensor, values)
         for _, record in records:
-            record.exchanged = False
+            record.aside = None

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import copy
+import io
+import pickle
+from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +77,66 @@ def test_what_is_written_inside_disabled_is_gone_afterwards(block: Any) -> None:
     assert all(torch.equal(model.state_dict()[name], value) for name, value in trained.items())
     remove_lora(model)
     assert all(torch.equal(model.state_dict()[name], value) for name, value in base.items())
+
+
+def by_file(module: nn.Module) -> nn.Module:
+    file = io.BytesIO()
+    torch.save(module, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)  # type: ignore[no-any-return]
+
+
+COPIES: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda module: pickle.loads(pickle.dumps(module)),
+    "file": by_file,
+}
+
+
+@pytest.mark.parametrize("merge", [False, True])
+@pytest.mark.parametrize("way", COPIES)
+def test_a_copy_made_inside_disabled_is_not_disabled(way: str, merge: bool) -> None:
+    head = nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 4))
+    model = nn.Sequential(OrderedDict(q=nn.Linear(4, 4), cell=nn.GRUCell(4, 4), head=head)).double()
+    x = torch.randn(3, 4, dtype=torch.float64)
+    randomise(inject_lora(model, ["q", "cell"], r=2, train_also=["head"]))
+    for parameter in head.parameters():
+        nn.init.normal_(parameter)
+    model(x)
+    model.eval()
+    if merge:
+        merge_lora(model)
+    parts = ["", "q", "cell", "head"]
+    wanted = {part: model.get_submodule(part)(x) for part in parts}
+    with disabled(model), disabled(model.q):
+        base = model(x)
+        twins = {part: COPIES[way](model.get_submodule(part)) for part in parts}
+        assert torch.equal(model(x), base)
+    assert all(torch.equal(twins[part](x), wanted[part]) for part in parts)
+    assert torch.equal(model(x), wanted[""])
+    twin = twins[""]
+    with disabled(twin):
+        assert torch.equal(twin(x), base)
+    if merge:
+        unmerge_lora(twin)
+    torch.testing.assert_close(twin(x), wanted[""], rtol=1e-12, atol=1e-12)
+    randomise(twin, seed=3)
+    assert not torch.equal(twin(x), wanted[""]) and torch.equal(model(x), wanted[""])
+    states = [remove_lora(each).state_dict() for each in (twin, model)]
+    assert all(map(torch.equal, states[0].values(), states[1].values()))
+
+
+@pytest.mark.parametrize("way", COPIES)
+def test_a_copy_made_inside_a_block_for_samples_is_not_in_it(way: str) -> None:
+    model = two()
+    wanted = model(X)
+    with lora_plus.adapter_per_sample(model, ["default", None, None]), torch.no_grad():
+        mixed = model(X)
+        twin = COPIES[way](model)
+        assert torch.equal(twin(X), wanted) and not torch.equal(mixed, wanted)
+        assert torch.equal(model(X), mixed)
+    with lora_plus.adapter_per_sample(twin, ["default", None, None]):
+        assert torch.equal(twin(X), mixed)
 
 
 def test_nothing_can_be_changed_inside_disabled(tmp_path: Path) -> None:
