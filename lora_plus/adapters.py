@@ -156,9 +156,11 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
     ``requires_grad`` and the merge state are not touched.
 
     Raises:
-        ValueError: if a module is trained in full whose parameters have no shape of their own between forwards
+        ValueError: if the model has no adapter, for one that is injected inside would not be disabled; or if a module
+            is trained in full whose parameters have no shape of their own between forwards
             (FullyShardedDataParallel, ZeRO-3).
     """
+    check_any_adapter(model, "disabled")
     check_exchangeable(model)
     layers = [weight for _, weight in adapted_weights(model)]
     for layer in layers:
@@ -201,6 +203,15 @@ def adapter_state_dict(model: nn.Module, *, adapter: str = "default") -> dict[st
 def unfolded(tensors: Mapping[str, Tensor], fold: float) -> dict[str, Tensor]:
     """An adapter's tensors as files hold them: B multiplied by what `fold_lr_ratio` divided it by."""
     return {name: tensor * fold if fold != 1 and name in HELD_DIVIDED else tensor for name, tensor in tensors.items()}
+
+
+def check_any_adapter(model: nn.Module, block: str) -> None:
+    """Raise if a block of this name would be opened on a model without adapters, where it could hold for none."""
+    if not any(adapted_weights(model)) and not any(trained_modules(model)):
+        raise ValueError(
+            f"the model has no adapter, and {block} would not hold for one that is injected inside the block; call "
+            "inject_lora before"
+        )
 
 
 def check_unmerged(path: str, weight: AdaptedWeight, what: str) -> None:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from torch import nn
 
 from .adapted_weight import adapted_weights
-from .adapters import check_adapter, check_unmerged
+from .adapters import check_adapter, check_any_adapter, check_unmerged
 from .lora_layer import LoRALayer
 from .sample_adapters import SampleAdapters, group_samples
 from .trained import trained_modules
@@ -45,9 +45,10 @@ def adapter_per_sample(model: nn.Module, adapters: Sequence[str | None]) -> Iter
     Raises:
         TypeError: if that is not a list of names.
         KeyError: if the model holds no adapter of such a name.
-        ValueError: if the list is empty, the model is merged or its adapters are disabled, or a whole batch shares
-            what differs between adapters: an adapted parameter, or a module trained in full (``train_also``). Inside
-            the block: if a layer gets another number of samples, or adapters are chosen, added, deleted or merged.
+        ValueError: if the list is empty, the model has no adapter, it is merged or its adapters are disabled, or a
+            whole batch shares what differs between adapters: an adapted parameter, or a module trained in full
+            (``train_also``). Inside the block: if a layer gets another number of samples, or adapters are chosen,
+            added, deleted or merged.
     """
     names = _checked_names(model, adapters)
     weights = list(adapted_weights(model))
@@ -86,6 +87,7 @@ def _checked_names(model: nn.Module, adapters: Sequence[str | None]) -> tuple[st
         raise ValueError("expected the name of an adapter, or None, for each sample of the batch, got an empty list")
     distinct = [name for name in dict.fromkeys(names) if name is not None]
     check_adapter(model, *distinct)
+    check_any_adapter(model, "adapter_per_sample")
     for path, _, record in trained_modules(model):
         if record.adapter in distinct:
             raise ValueError(

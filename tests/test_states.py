@@ -139,6 +139,19 @@ def test_a_copy_made_inside_a_block_for_samples_is_not_in_it(way: str) -> None:
         assert torch.equal(twin(X), mixed)
 
 
+@pytest.mark.parametrize(
+    "block", [disabled, lambda model: lora_plus.adapter_per_sample(model, [None, None])], ids=["disabled", "samples"]
+)
+def test_a_block_is_not_opened_on_a_model_without_adapters(block: Any) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    with pytest.raises(ValueError, match=r"the model has no adapter, .* call inject_lora before"), block(model):
+        pass
+    inject_lora(model, ["0"], train_also=["1"])
+    for part in (model, model[0]):
+        with block(part):
+            pass
+
+
 def test_nothing_can_be_changed_inside_disabled(tmp_path: Path) -> None:
     model = two()
     y = model(X)
