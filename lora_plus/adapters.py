@@ -134,6 +134,7 @@ def delete_adapter(model: nn.Module, adapter: str) -> None:
     check_exchangeable(model)
     for _, module, _ in list(trained_modules(model, adapter)):
         unmark_trained(module, restore=True)
+        set_requires_grad(module.modules(), False)
     for _, weight in weights:
         weight.delete_adapter(adapter)
     for _, module in named_modules(model):

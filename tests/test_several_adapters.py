@@ -305,6 +305,16 @@ def test_choosing_what_is_trained() -> None:
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
+def test_a_module_trained_in_full_is_frozen_again_when_its_adapter_is_deleted() -> None:
+    model = adapted()
+    lora_plus.add_adapter(model, "b", like="a")
+    lora_plus.set_adapter(model, ["a", "b"], trainable=True)
+    lora_plus.delete_adapter(model, "a")
+    assert trainable(model) == {name for name in dict(model.named_parameters()) if name.endswith(".b")}
+    lora_plus.delete_adapter(model, "b")
+    assert trainable(model) == set(dict(model.named_parameters()))
+
+
 def test_another_factor_breaks_no_graph() -> None:
     torch._dynamo.reset()
     model = randomise(inject_lora(nn.Sequential(nn.Linear(6, 6)).double(), ["0"], r=2))
