@@ -143,10 +143,12 @@ def _on_trial(optimizer: torch.optim.Optimizer, scheduler: Any, name: str) -> An
     if scheduled.param_groups is not optimizer.param_groups:
         raise ValueError(f"{name} sets the rates of another optimizer; pass the one that it was made with")
     settings = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
-    groups = [{**copy.deepcopy(setting), "params": [torch.zeros(1)]} for setting in settings]
-    rates = _Rates(groups, dict(getattr(optimizer, "defaults", {})))  # ZeRO's optimizers have none
+    memo: dict[int, Any] = {}  # one for all: a rate that groups share is a tensor that they share in the trial, too
+    groups = [{**setting, "params": [torch.zeros(1)]} for setting in copy.deepcopy(settings, memo)]
+    defaults = copy.deepcopy(getattr(optimizer, "defaults", {}), memo)  # ZeRO's optimizers have none
+    rates = _Rates(groups, defaults)
     try:
-        return copy.deepcopy(scheduler, {**_owners(scheduler), id(scheduled): rates, id(optimizer): rates})
+        return copy.deepcopy(scheduler, memo | {**_owners(scheduler), id(scheduled): rates, id(optimizer): rates})
     except TypeError as error:
         raise TypeError(f"{name} cannot be copied ({error}); use watch_lr_ratio(optimizer)") from None
 

@@ -84,7 +84,8 @@ def loraplus_param_groups(
 
     Args:
         model: a model with adapters; wrapped (DDP, compiled) or not.
-        lr: the rate that ``lr_mode`` says; `convert_lr` gives it for a tuned LoRA run.
+        lr: the rate that ``lr_mode`` says; `convert_lr` gives it for a tuned LoRA run. Of a tensor each group gets a
+            copy, and none of them the tensor itself.
         lr_ratio: rate of B over rate of A. Theory asks for more than 1 at large width; below 1, A outruns B, which is
             the opposite of LoRA+ but allowed.
         lr_mode: ``"A"``: lr is A's rate, as in the paper; ``"geometric"``: lr is the geometric mean of both rates,
@@ -130,6 +131,7 @@ def loraplus_param_groups(
             "params": held,
             "name": GROUPS[kind, decays],
             **settings[kind],
+            "lr": own_rate(settings[kind]["lr"]),
             "weight_decay": weight_decay if decays else 0.0,
         }
         for (kind, decays), held in members.items()
@@ -171,7 +173,7 @@ def create_loraplus_optimizer(
         decayed=decayed,
     )
     # some schedulers start from optimizer.defaults["lr"], not from the groups
-    optimizer = optimizer_cls(groups, lr=lr, **kwargs)
+    optimizer = optimizer_cls(groups, lr=own_rate(lr), **kwargs)
     if weight_decay and "weight_decay" not in optimizer.defaults:
         raise ValueError(
             f"{type(optimizer).__name__} has no weight decay, so weight_decay={weight_decay} would have no effect"
@@ -249,8 +251,7 @@ def split_loraplus_groups(
         name = group.get("name", f"group_{index}")
         for role, members in parts.items():
             part = {**group, "params": members, "name": f"{name}.lora_{role}" if role else name}
-            if role:
-                part["lr"] = group["lr"] * factors[role]
+            part["lr"] = group["lr"] * factors[role] if role else own_rate(group["lr"])
             if role in ratios:
                 part[LR_RATIO] = ratios[role]
             if members:
@@ -335,6 +336,11 @@ def _rates(lr: float, lr_ratio: float, lr_mode: str) -> tuple[float, float]:
         return LR_MODES[lr_mode](lr, lr_ratio)
     except KeyError:
         raise ValueError(f"unknown lr_mode {lr_mode!r}; choose one of {sorted(LR_MODES)}") from None
+
+
+def own_rate(lr: Any) -> Any:
+    """The rate for one group: schedulers write into a rate that is a tensor, so that no two groups may share one."""
+    return lr.clone() if isinstance(lr, torch.Tensor) else lr
 
 
 def check_number(name: str, value: Any, least: float | None = None) -> None:
