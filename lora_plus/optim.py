@@ -100,8 +100,8 @@ def loraplus_param_groups(
             rule above.
 
     Raises:
-        ValueError: if the model has no adapter, or none that is trainable, or a number is out of range, or a ratio is
-            folded into the adapter already (`fold_lr_ratio`).
+        ValueError: if the model has no adapter, or none that is trainable, or a number is out of range, or a role is
+            not one of those above, or a ratio is folded into the adapter already (`fold_lr_ratio`).
     """
     rate_A, rate_B = _rates(lr, lr_ratio, lr_mode)
     check_number("weight_decay", weight_decay, least=0.0)
@@ -293,10 +293,18 @@ def _check_unfolded(sites: Sequence[tuple[str, AdapterSite, AdaptedWeight]], lr_
 def _roles(sites: Sequence[tuple[str, AdapterSite, AdaptedWeight]], given: Roles) -> dict[int, str]:
     """By id, the role of each parameter of an adapter."""
     roles = {id(parameter): role for _, site, _ in sites for _, role, parameter in site.lora_parameters()}
-    roles |= {id(parameter): role for _, role, parameter in given}
+    roles |= {id(parameter): role for _, role, parameter in known_roles(given)}
     if not roles:
         raise ValueError("the model has no LoRA adapter; call inject_lora(model, ...) before building the optimizer")
     return roles
+
+
+def known_roles(given: Roles) -> Roles:
+    """These roles; each is checked as it is taken."""
+    for adapter, role, parameter in given:
+        if role not in KIND_OF_ROLE:
+            raise ValueError(f"unknown role {role!r} of the adapter {adapter!r}; choose one of {sorted(KIND_OF_ROLE)}")
+        yield adapter, role, parameter
 
 
 def _grouped(

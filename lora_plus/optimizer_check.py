@@ -13,7 +13,7 @@ from torch import nn
 from .adapted_weight import AdaptedWeight, adapter_sites
 from .adapter_site import AdapterSite
 from .lr_guard import TOLERANCE
-from .optim import GROUPS, KIND_OF_ROLE, LR_RATIO, Roles, check_number
+from .optim import GROUPS, KIND_OF_ROLE, LR_RATIO, Roles, check_number, known_roles
 from .replicas import replicas, told_by_all, unreduced
 from .sharding import reshard
 
@@ -133,6 +133,7 @@ class _Training:
             for _, site, _ in sites
             for adapter, role, parameter in site.lora_parameters()
         ]
+        others = [_Tensor(adapter, role, id(parameter), 1.0) for adapter, role, parameter in known_roles(roles)]
         return cls(
             model,
             groups,
@@ -142,7 +143,7 @@ class _Training:
             names={id(parameter): name for name, parameter in model.named_parameters()},
             trainable={id(parameter) for parameter in model.parameters() if parameter.requires_grad},
             sites=sites,
-            tensors=own + [_Tensor(adapter, role, id(parameter), 1.0) for adapter, role, parameter in roles],
+            tensors=own + others,
         )
 
 

@@ -328,3 +328,20 @@ def test_adapters_that_are_trainable_but_not_active_are_refused() -> None:
         loraplus_param_groups(model, lr=1e-3)
     lora_plus.set_adapter(model, ["a", "b"])
     assert loraplus_param_groups(model, lr=1e-3)
+
+
+def test_a_role_that_is_not_known_is_refused() -> None:
+    plain = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False))
+    roles = [("x", "A", plain[0].weight), ("x", "lora_B", plain[1].weight)]
+    match = (
+        r"^unknown role 'lora_B' of the adapter 'x'; choose one of "
+        r"\['A', 'B', 'B_bias', 'embedding_A', 'embedding_B', 'magnitude'\]$"
+    )
+    with pytest.raises(ValueError, match=match):
+        loraplus_param_groups(plain, lr=1e-3, roles=iter(roles))
+    right = [("x", role.removeprefix("lora_"), parameter) for _, role, parameter in roles]
+    optimizer = create_loraplus_optimizer(plain, torch.optim.AdamW, lr=1e-3, lr_ratio=4, roles=iter(right))
+    assert {group["name"]: group["lr"] for group in optimizer.param_groups} == {"lora_A": 1e-3, "lora_B": 4e-3}
+    lora_plus.check_optimizer(optimizer, plain, roles=iter(right))
+    with pytest.raises(ValueError, match=match):
+        lora_plus.check_optimizer(optimizer, plain, roles=iter(roles))

@@ -151,9 +151,7 @@ def test_a_rate_that_groups_share_is_found() -> None:
             group["lr"] = shared
     check_lr_ratio(optimizer)
     before = rates(optimizer)
-    with pytest.raises(
-        ValueError, match=r"^under ReduceLROnPlateau, at step 2, group 'lora_B' learns at .* ratio of 4"
-    ):
+    with pytest.raises(ValueError, match=r"^under ReduceLROnPlateau, at step 2, group 'lora_B' .* ratio of 4"):
         check_lr_ratio(optimizer, lr_scheduler.ReduceLROnPlateau(optimizer, patience=0))
     assert rates(optimizer) == before
     check_lr_ratio(optimizer, lr_scheduler.ExponentialLR(optimizer, 0.9), steps=20)
