@@ -277,6 +277,14 @@ class AdaptedWeight(AdapterSite):
                 "by sharding), so the adapters are not in it any more; call unmerge_lora(model) before, and merge after"
             )
 
+    def fixed_tensors(self) -> Iterator[tuple[str, str, nn.Parameter]]:
+        """``(adapter, name, tensor)`` for what training leaves as it is, by the name inside the user's own module."""
+        for site in self.adapter_sites():
+            for adapter, spec in site.lora_specs.items():
+                for container, tensor in site.adapter_tensors(adapter).items():
+                    if not site.is_trained(container, spec):
+                        yield adapter, join(site.lora_label, f"{container}.{adapter}"), tensor
+
     def noted_tensors(self, adapters: tuple[str, ...]) -> dict[str, Tensor]:
         """These adapters' tensors, by names that are theirs inside this weight."""
         return {

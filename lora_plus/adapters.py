@@ -21,6 +21,7 @@ from .parameters import LoRAOwner, parameter_holders, restore_parameter
 from .sharding import reshard, shards_of
 from .text_table import aligned
 from .trained import originals, trained_modules, unmark_trained
+from .unsaved import check_saved, unsaved
 from .variants import VARIANTS, AdapterSpec
 
 
@@ -180,12 +181,14 @@ def adapter_state_dict(model: nn.Module, *, adapter: str = "default") -> dict[st
 
     Names are the plain model's, whatever wraps it. Where parameters are sharded (``fully_shard``, tensor parallelism,
     FullyShardedDataParallel, ZeRO-3) every rank must call this, and each gets the whole tensors, gathered layer by
-    layer.
+    layer. A warning names trainable parameters that belong to no adapter, as that of `save_adapter` does.
 
     Raises:
         KeyError: if the model holds no adapter of this name.
+        ValueError: if what is trainable must not be (`save_adapter`), or the adapters are disabled.
     """
     check_adapter(model, adapter)
+    check_saved(model, adapter, f"the tensors of adapter {adapter!r} were not taken")
     shards = shards_of(model)
     state: dict[str, Tensor] = {}
     for path, site, _ in adapter_sites(model):
@@ -258,6 +261,8 @@ class Summary:
     """Trainable parameters of the whole model, each counted once."""
     total: int
     """All parameters of the model, each counted once."""
+    unsaved: list[tuple[str, int]]
+    """Trainable parameters that are saved with no adapter, by name, and their sizes."""
 
     def __str__(self) -> str:
         head = ("layer", "type", "adapter", "r", "alpha", "scale", "parameters", "note")
@@ -267,6 +272,7 @@ class Summary:
             for row in self.rows
         ]  # fmt: skip
         cells += [(name, "in full", adapter, "", "", "", f"{size:,}", "") for name, adapter, size in self.trained]
+        cells += [(name, "trained, not saved", "", "", "", "", f"{size:,}", "") for name, size in self.unsaved]
         share = f"{self.trainable / self.total:.2%}" if self.total else "0%"
         return "\n".join([*aligned(cells), f"{self.trainable:,} of {self.total:,} parameters are trainable ({share})"])
 
@@ -289,7 +295,8 @@ def lora_summary(model: nn.Module) -> Summary:
     ]
     parameters = list(model.parameters())
     trainable = sum(shape(p).numel() for p in parameters if p.requires_grad)
-    return Summary(rows, trained, trainable, sum(shape(p).numel() for p in parameters))
+    beside = [(name, shape(parameter).numel()) for name, parameter in unsaved(model).parameters.items()]
+    return Summary(rows, trained, trainable, sum(shape(p).numel() for p in parameters), beside)
 
 
 def _notes(adapter: str, spec: AdapterSpec, shapes: Mapping[str, Sequence[int]], weight: AdaptedWeight) -> str:

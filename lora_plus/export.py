@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapted_weight import adapted_weights
+from .adapters import check_adapter
 from .formats.adapter import Adapter
 from .formats.portable import portable, rank
 from .formats.readers import READERS, limits, options
@@ -19,6 +20,7 @@ from .module_tree import named_parameters
 from .names import join
 from .peft_folder import write_folder
 from .sharding import shards_of
+from .unsaved import check_saved
 from .wrappers import is_spare_replica, unwrap
 
 
@@ -74,13 +76,15 @@ def export_adapter(
 
     Raises:
         KeyError: if the model holds no adapter of this name.
-        ValueError: one error with everything that the reader cannot express, or that is not finite. Nothing is written
-            then.
+        ValueError: one error with everything that the reader cannot express, or that is not finite, or what is
+            trainable and must not be (`save_adapter`). Nothing is written then.
     """
     if for_ not in READERS:
         raise ValueError(f"unknown reader {for_!r}; choose one of {sorted(READERS)}")
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {DTYPES} or None, got {dtype!r}")
+    check_adapter(model, adapter)
+    check_saved(model, adapter, f"adapter {adapter!r} was not exported")
     spare, reader, model = is_spare_replica(model), READERS[for_], unwrap(model)
     whole = describe(model, adapter, {} if base_model is None else {"base_model_name_or_path": base_model})
     data = portable(whole, dtype)

@@ -30,6 +30,7 @@ from .refill import check_refillable, refill, refill_problems
 from .renaming import Names, Renaming, renamed
 from .sharding import Shards, fill, shards_of
 from .trained import trained_modules
+from .unsaved import check_saved
 from .variants import AdapterSpec
 from .version import __version__
 from .wrappers import is_spare_replica
@@ -58,6 +59,8 @@ def save_adapter(
     must call this. They are gathered, one rank writes, and all return when the files are there, or raise what the
     writer raises. Of a model in DistributedDataParallel the first rank writes, and the others return at once.
 
+    Parameters that were unfrozen by hand are saved with no adapter: a warning names those that are trainable.
+
     Args:
         model: the model that holds the adapter.
         path: file or folder; missing folders are made.
@@ -69,7 +72,8 @@ def save_adapter(
 
     Raises:
         KeyError: if the model holds no adapter of this name.
-        ValueError: if the adapter is not finite, or the format cannot express it exactly. Nothing is written then.
+        ValueError: if the adapter is not finite, or the format cannot express it exactly, or weights under it or what
+            its variant or init holds fixed are trainable. Nothing is written then.
         OSError: if the disk is full or cannot be written; it names the path. The old files are as they were.
     """
     if format is None and Path(path).suffix in _PICKLES:
@@ -84,6 +88,7 @@ def save_adapter(
         if not isinstance(key, str) or not isinstance(text, str):
             raise TypeError(f"metadata must map str to str, got {key!r}: {text!r}")
     check_adapter(model, adapter)
+    check_saved(model, adapter, f"adapter {adapter!r} was not saved")
     if is_spare_replica(model):
         return
     data = describe(model, adapter, metadata)

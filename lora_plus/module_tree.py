@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from torch import nn
 
 from .adapter_tensors import AdapterTensors, BaseParameters
@@ -44,11 +46,17 @@ def named_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     return [
         (join(name, key), parameter)
         for name, module in named_modules(model, every_name=True)
-        for holder in (module, *module._modules.values())
-        if holder is module or isinstance(holder, BaseParameters)
-        for key, parameter in holder._parameters.items()
-        if parameter is not None
+        for key, parameter in own_parameters(module)
     ]
+
+
+def own_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """``(name, parameter)`` for a module's own parameters, with those of them that have adapters."""
+    for holder in (module, *module._modules.values()):
+        if holder is module or isinstance(holder, BaseParameters):
+            for key, parameter in holder._parameters.items():
+                if parameter is not None:
+                    yield key, parameter
 
 
 def submodule(model: nn.Module, path: str) -> nn.Module:

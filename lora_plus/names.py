@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 
@@ -19,3 +19,12 @@ def near_misses(wanted: Any, names: Iterable[str]) -> str:
     tails = {name if "." in wanted else name.rpartition(".")[2] for name in names} - {""}
     close = difflib.get_close_matches(wanted, sorted(tails), n=3)
     return f" (did you mean {' or '.join(map(repr, close))}?)" if close else ""
+
+
+_SHOWN = 3
+
+
+def some(names: Sequence[str]) -> str:
+    """The first of the names, and how many more there are."""
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(map(repr, names[:_SHOWN])) + more

@@ -12,6 +12,7 @@ from torch import nn
 from .adapted_weight import AdaptedWeight, adapter_sites
 from .adapter_site import AdapterSite
 from .sharding import shards_of
+from .unsaved import unsaved
 
 LR_MODES: dict[str, Callable[[float, float], tuple[float, float]]] = {
     "A": lambda lr, ratio: (lr, lr * ratio),  # the paper's convention
@@ -101,7 +102,8 @@ def loraplus_param_groups(
 
     Raises:
         ValueError: if the model has no adapter, or none that is trainable, or a number is out of range, or a role is
-            not one of those above, or a ratio is folded into the adapter already (`fold_lr_ratio`).
+            not one of those above, or a ratio is folded into the adapter already (`fold_lr_ratio`),
+            or a base weight under an adapter is trainable, or what a variant or an init holds fixed.
     """
     rate_A, rate_B = _rates(lr, lr_ratio, lr_mode)
     check_number("weight_decay", weight_decay, least=0.0)
@@ -118,6 +120,7 @@ def loraplus_param_groups(
     sites = list(adapter_sites(model))
     _check_active(sites)
     _check_unfolded(sites, lr_ratio)
+    unsaved(model).check("the groups were not made")
     members: dict[tuple[str, bool], list[nn.Parameter]] = {key: [] for key in GROUPS}
     for key, parameter in _grouped(model, _roles(sites, roles), decayed, shape):
         members[key].append(parameter)
@@ -231,6 +234,7 @@ def split_loraplus_groups(
     factor_A, factor_B = _rates(1.0, lr_ratio, lr_mode)
     sites = list(adapter_sites(model))
     _check_unfolded(sites, lr_ratio)
+    unsaved(model).check("the groups were not split")
     role_of = {id(parameter): role for _, site, _ in sites for _, role, parameter in site.lora_parameters()}
     factors = {"A": factor_A, "B": factor_B}
     part_of = {role: role if factor != 1.0 else "" for role, factor in factors.items()}

@@ -13,9 +13,11 @@ from torch import nn
 from .adapted_weight import AdaptedWeight, adapter_sites
 from .adapter_site import AdapterSite
 from .lr_guard import TOLERANCE
+from .names import some
 from .optim import GROUPS, KIND_OF_ROLE, LR_RATIO, Roles, check_number, known_roles
 from .replicas import replicas, told_by_all, unreduced
 from .sharding import reshard
+from .unsaved import Unsaved, unsaved
 
 
 def check_optimizer(
@@ -36,9 +38,14 @@ def check_optimizer(
     - the rates of A and B of each adapted weight are in the ratio that their groups note (``lr_ratio`` of
       `loraplus_param_groups`), and the groups hold what their names say: a state loaded into groups in another order
       changes both;
+    - what adapters are defined by stays fixed: no base weight under an adapter is trainable, nor what a variant
+      (LoRA-FA) or an init (PiSSA) holds fixed;
     - the engine (DDP, ``fully_shard``, FSDP1) reduces the gradients of all trainable parameters: of adapters that
       came later, or were made trainable later, it does not know;
     - under DDP, and over the ranks on which a DTensor is replicated, trainable parameters are equal.
+
+    A warning names the trainable parameters that will be saved with no adapter: unfrozen by hand, and in no module of
+    ``train_also``.
 
     Where the model is in DDP or has DTensors this is a collective: all ranks must call it, and all raise alike.
     Parameters that ``fully_shard`` left whole after a forward are sharded again; nothing else is touched. Engines that
@@ -74,11 +81,12 @@ def check_optimizer(
         different += names
     if different:
         findings.append(
-            f"{_some(different)} differ between ranks, which would train replicas of their own: load or draw the same "
+            f"{some(different)} differ between ranks, which would train replicas of their own: load or draw the same "
             "values on all ranks, before wrapping or sharding; DistributedDataParallel makes them equal when it wraps"
         )
     if findings:
         raise ValueError("\n  ".join(["training would not do what the optimizer is set up for:", *findings]))
+    training.beside.warn(stacklevel=2)
 
 
 def _check_kind(optimizer: Any) -> None:
@@ -124,6 +132,8 @@ class _Training:
     sites: list[tuple[str, AdapterSite, AdaptedWeight]]
     tensors: list[_Tensor]
     """The adapters' tensors; those of a place from A to B."""
+    beside: Unsaved
+    """What is trainable beside them."""
 
     @classmethod
     def of(cls, model: nn.Module, groups: list[_Group], lr_ratio: float | None, roles: Roles) -> _Training:
@@ -144,6 +154,7 @@ class _Training:
             trainable={id(parameter) for parameter in model.parameters() if parameter.requires_grad},
             sites=sites,
             tensors=own + others,
+            beside=unsaved(model, {tensor.key for tensor in others}),
         )
 
 
@@ -164,7 +175,7 @@ def _left_out(training: _Training) -> Iterator[str]:
     names = [training.names[key] for key in training.names if key in training.trainable - training.position.keys()]
     if names:
         yield (
-            f"{_some(names)} would not be trained, being in no group of the optimizer: build its groups with "
+            f"{some(names)} would not be trained, being in no group of the optimizer: build its groups with "
             "loraplus_param_groups(model, ...), or set requires_grad=False"
         )
 
@@ -173,7 +184,7 @@ def _twice(training: _Training) -> Iterator[str]:
     counts = Counter(id(p) for group in training.groups for p in group["params"])
     names = [training.names[key] for key, count in counts.items() if count > 1 and key in training.names]
     if names:
-        yield f"{_some(names)} would be trained twice a step: leave each parameter in one group of one optimizer"
+        yield f"{some(names)} would be trained twice a step: leave each parameter in one group of one optimizer"
 
 
 def _untrained(training: _Training) -> Iterator[str]:
@@ -211,6 +222,11 @@ _KINDS = {name: kind for (kind, _), name in GROUPS.items()}
 """What the groups of `loraplus_param_groups` hold, by their names."""
 
 
+def _unfit(training: _Training) -> Iterator[str]:
+    for line in training.beside.wrong():
+        yield f"{line} (what is trainable has to stay as it is, or no file of the adapter is right)"
+
+
 def _misnamed(training: _Training) -> Iterator[str]:
     kinds = {tensor.key: KIND_OF_ROLE[tensor.role][0] for tensor in training.tensors if tensor.role in KIND_OF_ROLE}
     for group in training.groups:
@@ -219,7 +235,7 @@ def _misnamed(training: _Training) -> Iterator[str]:
         strange = [training.names[key] for key in own if named not in (None, kinds.get(key, "other"))]
         if strange:
             yield (
-                f"group {group['name']!r} holds {_some(strange)}, which the name does not fit: load only the state of "
+                f"group {group['name']!r} holds {some(strange)}, which the name does not fit: load only the state of "
                 "an optimizer with the same groups in the same order, for it is matched by position"
             )
 
@@ -242,7 +258,7 @@ def _off_ratio(training: _Training) -> Iterator[str]:
             found = f"{rate_B / rate_A:.4g}" if rate_A else "infinite"
             folded = f" (with {fold:g} folded into the adapter)" if fold != 1 else ""
             yield (
-                f"{_some(names)} learns at {rate_B:.4g}{folded} in {training.labels[of_B]}, and the A beside it at "
+                f"{some(names)} learns at {rate_B:.4g}{folded} in {training.labels[of_B]}, and the A beside it at "
                 f"{rate_A:.4g} in {training.labels[of_A]}: a ratio of {found}, where {_numbers(wanted)} is expected; "
                 "make the groups with loraplus_param_groups, load the state of such groups only, and look for a "
                 "schedule that changes the ratio with check_lr_ratio(optimizer, scheduler)"
@@ -252,7 +268,7 @@ def _off_ratio(training: _Training) -> Iterator[str]:
 def _not_reduced(training: _Training) -> Iterator[str]:
     names, advice = unreduced(training.model)
     if names:
-        yield f"{_some(names)} would drift apart between ranks, for their gradients are not reduced: {advice}"
+        yield f"{some(names)} would drift apart between ranks, for their gradients are not reduced: {advice}"
 
 
 _CHECKS: tuple[Callable[[_Training], Iterator[str]], ...] = (
@@ -261,18 +277,11 @@ _CHECKS: tuple[Callable[[_Training], Iterator[str]], ...] = (
     _twice,
     _untrained,
     _idle,
+    _unfit,
     _misnamed,
     _off_ratio,
     _not_reduced,
 )
-
-_SHOWN = 3
-
-
-def _some(names: Sequence[str]) -> str:
-    """The first of the names, and how many more there are."""
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(map(repr, names[:_SHOWN])) + more
 
 
 def _numbers(values: set[float]) -> str:

@@ -39,10 +39,15 @@ class Trained:
 _MARK = "_lora_trained"
 
 
+def record_of(module: nn.Module) -> Trained | None:
+    """What is noted of a module that is trained in full; None for any other module."""
+    return module.__dict__.get(_MARK)
+
+
 def trained_modules(model: nn.Module, adapter: str | None = None) -> Iterator[tuple[str, nn.Module, Trained]]:
     """``(name, module, record)`` for the modules trained in full, with one adapter or with any."""
     for name, module in named_modules(model):
-        record = module.__dict__.get(_MARK)
+        record = record_of(module)
         if record is not None and adapter in (None, record.adapter):
             yield name, module, record
 

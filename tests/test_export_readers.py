@@ -66,7 +66,7 @@ def test_peft_computes_the_same(name: str, tmp_path: Path) -> None:
 
 
 def test_layers_of_different_scaling_rules_and_dropout_become_one_kind(tmp_path: Path) -> None:
-    model = net()
+    model = net().requires_grad_(False)
     for layer, options in {
         model.q: {"r": 3, "alpha": 5, "scaling": "rslora", "dropout": 0.2},
         model.xq: {"r": 3, "alpha": 5},

@@ -60,6 +60,7 @@ STRATA = [
         "formats.peft_limits",
         "formats.peft_reader",
         "formats.portable",
+        "unsaved",
     },
     {"layers", "parts", "formats.kohya", "formats.peft", "formats.readers"},
     {"places", "peft_shapes", "checkpoint_files", "formats.diffusers", "bare_tree"},

@@ -105,7 +105,7 @@ def test_a_whole_model_goes_to_peft_and_back(name: str, dtype: torch.dtype, tmp_
 
 
 def test_layers_of_different_scaling_rules_get_the_right_scales(tmp_path: Path) -> None:
-    model = net()
+    model = net().requires_grad_(False)
     for layer, options in {
         model.q: {"r": 3, "alpha": 5, "scaling": "rslora"},
         model.xq: {"r": 3, "alpha": 5},

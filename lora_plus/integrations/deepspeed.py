@@ -20,6 +20,7 @@ from torch import nn
 from lora_plus.formats.adapter import Problems
 from lora_plus.lr_guard import check_lr_ratio
 from lora_plus.optim import LR_RATIO, create_loraplus_optimizer, loraplus_param_groups
+from lora_plus.unsaved import unsaved
 
 _Groups = Sequence[Mapping[str, Any]]
 _Config = Mapping[str, Any] | str | PathLike[str]
@@ -88,7 +89,8 @@ def check_engine(engine: Any) -> None:
 
     The groups of the optimizer that was built must note their ratio, their rates must be in it, now and under the
     engine's scheduler, which is tried out (`check_lr_ratio`), and the optimizer must hold every trainable parameter:
-    one that was added afterwards, by an injection into the engine, is not trained.
+    one that was added afterwards, by an injection into the engine, is not trained. Nothing that adapters take as fixed
+    may be trainable, and a warning names what will be saved with no adapter, as `check_optimizer` has it.
 
     Args:
         engine: a ``DeepSpeedEngine`` of any ZeRO stage, right after it was made.
@@ -110,8 +112,11 @@ def check_engine(engine: Any) -> None:
             f"trainable parameters {left[:3]}{f' and {len(left) - 3} more' if left[3:] else ''} are not in the "
             "optimizer and would stay as they are; inject adapters and build the groups before deepspeed.initialize"
         )
+    beside = unsaved(engine.module)
+    problems += beside.wrong()
     if problems:
         raise Problems("the DeepSpeed engine would not train with LoRA+", problems)
+    beside.warn(stacklevel=2)
 
 
 _LOST = (

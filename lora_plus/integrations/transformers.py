@@ -23,6 +23,7 @@ from lora_plus.lr_guard import check_lr_ratio
 from lora_plus.optim import LR_RATIO, Roles, loraplus_param_groups
 from lora_plus.optimizer_check import check_optimizer
 from lora_plus.sharding import shards_of
+from lora_plus.unsaved import unsaved
 
 from .trained_state import load_run, save_run
 
@@ -198,6 +199,7 @@ class LoraPlusTrainer(Trainer):
             prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         if self.is_deepspeed_enabled:  # its own checkpoints leave out adapters' frozen matrices
             self._load_run(resume_from_checkpoint)
+        unsaved(self.model).check("training was not started")  # the first checkpoint would be too late
         if self.args.loraplus_lr_ratio is not None:
             self._check_training(max_steps)
         return prepared

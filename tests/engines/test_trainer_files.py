@@ -100,10 +100,21 @@ def test_parameters_trained_by_hand_are_resumed_too(tmp_path: Path) -> None:
     for model in models:
         model.lm_head.weight.requires_grad_(True)
     whole, half = models
-    trainer(whole, tmp_path, **SAVED).train()
-    trainer(half, tmp_path / "other").train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    with pytest.warns(UserWarning, match="trained, but saved with no adapter: 'lm_head.weight'; name the modules in"):
+        trainer(whole, tmp_path, **SAVED).train()
+    with pytest.warns(UserWarning, match="trained, but saved with no adapter: 'lm_head.weight';"):
+        trainer(half, tmp_path / "other").train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert not torch.equal(whole.lm_head.weight, llama().lm_head.weight)
     assert torch.equal(whole.lm_head.weight, half.lm_head.weight) and same(run_state(whole), run_state(half))
+
+
+@pytest.mark.parametrize("ratio", [None, RATIO])
+def test_a_run_that_could_not_be_saved_does_not_start(ratio: float | None, tmp_path: Path) -> None:
+    model = lora_llama()
+    model.requires_grad_(True)
+    with pytest.raises(ValueError, match=r"q_proj\.weight', .*: base weights under an adapter"):
+        trainer(model, tmp_path, loraplus_lr_ratio=ratio, **SAVED).train()
+    assert not list(tmp_path.glob("checkpoint*"))
 
 
 def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
