@@ -267,10 +267,10 @@ def check_injectable(model: nn.Module, adapter: str) -> None:
     check_unsharded(model)
     for module in model.modules():
         wrapper = wrapper_of(module)
-        if wrapper is not None and wrapper.replicas is not None:
+        if wrapper is not None and wrapper.fixed:
             raise ValueError(
-                f"the model is wrapped in {wrapper.name}, which would not reduce the gradients of new parameters; add "
-                "the adapter to the plain model first, then wrap it"
+                f"the model is wrapped in {wrapper.name}, which {wrapper.fixed}; add the adapter to the plain model "
+                "first, then wrap it"
             )
     for name, layer in named_modules(model):
         if any(is_lazy(parameter) for parameter in layer._parameters.values()):  # type: ignore[arg-type]

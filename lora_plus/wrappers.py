@@ -19,12 +19,22 @@ class Wrapper(NamedTuple):
     """The submodule that is wrapped."""
     replicas: Callable[[Any], Any] | None = None
     """For wrappers that reduce gradients: the process group of the ranks that each hold the whole model, if they do."""
+    fixed: str = ""
+    """What the wrapper would not do with parameters that come later; empty for one that does not mind."""
 
+
+_NOT_REDUCED = "would not reduce the gradients of new parameters"
 
 WRAPPERS = (
-    Wrapper("torch.nn.parallel", "DistributedDataParallel", "module", lambda wrapper: wrapper.process_group),
+    Wrapper(
+        "torch.nn.parallel", "DistributedDataParallel", "module", lambda wrapper: wrapper.process_group, _NOT_REDUCED
+    ),
     Wrapper("torch.nn.parallel", "DataParallel", "module"),
     Wrapper("torch._dynamo.eval_frame", "OptimizedModule", "_orig_mod"),
+    Wrapper(
+        "torch.optim.swa_utils", "AveragedModel", "module",
+        fixed="would not average new parameters with those of the same place in the model",
+    ),
     Wrapper("torch.distributed.fsdp", "FullyShardedDataParallel", "_fsdp_wrapped_module"),
     Wrapper(
         "torch.distributed.algorithms._checkpoint.checkpoint_wrapper", "ActivationWrapper", "_checkpoint_wrapped_module"
@@ -32,6 +42,7 @@ WRAPPERS = (
     Wrapper(
         "deepspeed", "DeepSpeedEngine", "module",
         lambda engine: None if engine.zero_optimization_partition_weights() else engine.data_parallel_group,
+        _NOT_REDUCED,
     ),
     Wrapper("lightning.fabric.wrappers", "_FabricModule", "_forward_module"),
 )  # fmt: skip
