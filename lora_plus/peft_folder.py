@@ -16,6 +16,10 @@ from .module_tree import named_parameters
 from .places import find_modules
 
 
+class Inexpressible(Problems):
+    """Why PEFT's format cannot hold an adapter exactly."""
+
+
 def write_folder(
     path: Path,
     data: Adapter,
@@ -33,12 +37,15 @@ def write_folder(
         problems: why it cannot be written, as far as that is known already.
 
     Raises:
-        Problems: with those, and with every layer or setting that PEFT's format cannot express exactly.
+        Problems: with those, and with every layer or setting that PEFT's format cannot express exactly; an
+            `Inexpressible` where there are only such.
     """
     around = outline(find_modules(model))
-    problems = [*problems, *_tied_to_others(model, list(data.trained)), *peft.refusals(data, around)]
+    limits = [*_tied_to_others(model, list(data.trained)), *peft.refusals(data, around)]
     if problems:
-        raise Problems(head, problems)
+        raise Problems(head, [*problems, *limits])
+    if limits:
+        raise Inexpressible(head, limits)
     tensors, config = peft.write(data, around)
     text = json.dumps(config, indent=2, sort_keys=True, allow_nan=False) + "\n"
     with replacing(path / peft.WEIGHTS, path / peft.CONFIG) as (weights, config_file):

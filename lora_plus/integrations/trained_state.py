@@ -6,6 +6,7 @@ its best state, the model needs the very tensors again.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from safetensors.torch import load_file
@@ -16,7 +17,7 @@ from lora_plus.atomic_files import write_safetensors
 from lora_plus.formats.adapter import Problems
 from lora_plus.module_tree import named_modules, named_parameters
 from lora_plus.names import join
-from lora_plus.sharding import fill, shards_of
+from lora_plus.sharding import Shards, fill, shards_of
 
 
 def run_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -36,19 +37,34 @@ def run_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def save_run(model: nn.Module, path: Path, *, write: bool = True) -> None:
-    """Write the `run_tensors`, where ``write`` says so; every rank must call this, since sharded ones are gathered."""
-    tensors = shards_of(model).whole(run_tensors(model))
-    if write:
-        write_safetensors(path, tensors, {})
+    """Write the `run_tensors`, where ``write`` says so.
+
+    Where the model is sharded every rank must call this: tensors are gathered, and where one rank cannot write its file
+    all raise its error.
+    """
+    shards = shards_of(model)
+    tensors = shards.whole(run_tensors(model))
+    shards.on_every_rank(lambda: write_safetensors(path, tensors, {}) if write else None)
 
 
 def load_run(model: nn.Module, path: Path) -> None:
-    """Copy what `save_run` wrote back into the model; where that is sharded, every rank must call this.
+    """Copy what `save_run` wrote back into the model.
+
+    Where the model is sharded every rank must call this and read the file; where one cannot, all raise its error.
 
     Raises:
         Problems: a ValueError with every difference between file and model, which is unchanged then.
     """
-    tensors, own, shards = load_file(path), run_tensors(model), shards_of(model)
+    own, shards = run_tensors(model), shards_of(model)
+    tensors = shards.on_every_rank(lambda: _read(path, own, shards))
+    with shards.gathered(own.values(), write=True):
+        for name, tensor in own.items():
+            fill(tensor, tensors[name])
+
+
+def _read(path: Path, own: Mapping[str, Tensor], shards: Shards) -> dict[str, Tensor]:
+    """The tensors of a file, which must be those of the model."""
+    tensors = load_file(path)
     problems = [f"{name!r} is in the file, and not in the model" for name in tensors.keys() - own.keys()]
     problems += [f"{name!r} is in the model, and not in the file" for name in own.keys() - tensors.keys()]
     for name in own.keys() & tensors.keys():
@@ -59,6 +75,4 @@ def load_run(model: nn.Module, path: Path) -> None:
         raise Problems(
             f"{str(path)!r} does not fit the model, whose adapters must be those of its run", sorted(problems)
         )
-    with shards.gathered(own.values(), write=True):
-        for name, tensor in own.items():
-            fill(tensor, tensors[name])
+    return tensors

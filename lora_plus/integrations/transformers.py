@@ -18,10 +18,12 @@ from transformers.trainer_optimizer import is_optimizer_factory
 
 import lora_plus
 from lora_plus.adapted_weight import adapter_sites
+from lora_plus.formats import peft
 from lora_plus.io import save_adapter
 from lora_plus.lr_guard import check_lr_ratio
 from lora_plus.optim import LR_RATIO, Roles, loraplus_param_groups
 from lora_plus.optimizer_check import check_optimizer
+from lora_plus.peft_folder import Inexpressible
 from lora_plus.sharding import shards_of
 from lora_plus.unsaved import unsaved
 
@@ -88,7 +90,8 @@ class LoraPlusTrainer(Trainer):
     A model of `inject_lora` is saved, in checkpoints and by ``save_model``, without its base:
 
     - each adapter as a PEFT folder, the one named "default" in the folder itself and others below it, or as
-      ``<name>.adapter.safetensors`` where PEFT's format cannot express it;
+      ``<name>.adapter.safetensors`` where PEFT's format cannot express it; what the folder holds of this adapter in the
+      other form, from an earlier save, is removed;
     - ``run.safetensors``, all tensors but the frozen base's, to resume the run and to load the best model from;
     - tokenizer, arguments, optimizer, scheduler and random states as ever.
 
@@ -170,13 +173,16 @@ class LoraPlusTrainer(Trainer):
             for adapter in _adapters(self.model):
                 _save_adapter(self.model, folder, adapter)
         save_run(self.model, folder / RUN_NAME, write=self.args.should_save)
-        if self.args.should_save:
-            torch.save(self.args, folder / TRAINING_ARGS_NAME)
-            processing = self.processing_class or getattr(self.data_collator, "tokenizer", None)
-            if processing is not None:
-                processing.save_pretrained(folder)
+        shards_of(self.model).on_every_rank(lambda: self._save_surroundings(folder) if self.args.should_save else None)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _save_surroundings(self, folder: Path) -> None:
+        """The arguments and what prepares the data."""
+        torch.save(self.args, folder / TRAINING_ARGS_NAME)
+        processing = self.processing_class or getattr(self.data_collator, "tokenizer", None)
+        if processing is not None:
+            processing.save_pretrained(folder)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not _adapters(self.model) or not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
@@ -288,10 +294,20 @@ def _adapters(model: Any) -> list[str]:
 def _save_adapter(model: nn.Module, folder: Path, adapter: str) -> None:
     name = getattr(getattr(model, "config", None), "name_or_path", "")
     metadata = {"base_model_name_or_path": name} if name else {}
+    peft_folder = folder if adapter == "default" else folder / adapter
+    native = folder / f"{adapter}.adapter.safetensors"
+    stale = [native]
     try:
-        save_adapter(model, folder if adapter == "default" else folder / adapter, adapter=adapter, metadata=metadata)
-    except ValueError:  # PEFT's format cannot express it
-        save_adapter(model, folder / f"{adapter}.adapter.safetensors", adapter=adapter, metadata=metadata)
+        save_adapter(model, peft_folder, adapter=adapter, metadata=metadata)
+    except Inexpressible:
+        save_adapter(model, native, adapter=adapter, metadata=metadata)
+        stale = [peft_folder / peft.CONFIG, peft_folder / peft.WEIGHTS]
+
+    def remove() -> None:  # an earlier one of this name is another adapter
+        for path in stale:
+            path.unlink(missing_ok=True)
+
+    shards_of(model).on_one_rank(remove)
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import lora_plus as lp
 from lora_plus import io
+from lora_plus.integrations import trained_state
 from lora_plus.sharding import whole
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -290,3 +291,43 @@ def other_operations() -> list[str]:
 
 def test_adapters_are_chosen_disabled_and_removed_on_shards(two_processes: Processes) -> None:
     assert two_processes(other_operations) == [[], []]
+
+
+# ---- the file of a run ---------------------------------------------------------------------------------------------
+
+
+def failing_runs(folder: str, engine: str) -> dict[str, tuple[str, str]]:
+    """What this rank is told where the first one's disk is full, and where the second one's file is wrong or gone."""
+    rank, path = torch.distributed.get_rank(), Path(folder) / engine / "run.safetensors"
+    model = SHARDED[engine](lora_model(non_zero=True))
+    write, found = trained_state.write_safetensors, {}
+
+    def full(path: Path, *args: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    trained_state.write_safetensors = full
+    found["full"] = errors_of(lambda: trained_state.save_run(model, path, write=rank == 0))
+    trained_state.write_safetensors = write
+    trained_state.save_run(model, path, write=rank == 0)
+    before = {name: whole(tensor).clone() for name, tensor in trained_state.run_tensors(model).items()}
+    own = path if rank == 0 else path.with_name("absent.safetensors")
+    found["absent"] = errors_of(lambda: trained_state.load_run(model, own))
+    if rank == 1:
+        write(own, {"other": torch.zeros(1)}, {})
+    found["other"] = errors_of(lambda: trained_state.load_run(model, own))
+    if rank == 1:
+        own.write_bytes(b"no tensors")
+    found["broken"] = errors_of(lambda: trained_state.load_run(model, own))
+    after = {name: whole(tensor) for name, tensor in trained_state.run_tensors(model).items()}
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    found["right"] = errors_of(lambda: trained_state.load_run(model, path))
+    return found
+
+
+def test_a_run_that_one_rank_cannot_write_or_read_fails_on_all(two_processes: Processes, tmp_path: Path) -> None:
+    for engine in ("fully_shard", "FullyShardedDataParallel"):
+        first, second = two_processes(failing_runs, str(tmp_path), engine)
+        assert first == second
+        kinds = ["OSError", "FileNotFoundError", "Problems", "SafetensorError", ""]
+        assert [kind for kind, _ in first.values()] == kinds
+        assert "No space left on device" in first["full"][1] and "does not fit the model" in first["other"][1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,40 @@ def test_other_adapters_and_those_that_peft_cannot_express(tmp_path: Path) -> No
     run.train()
     saved = tmp_path / "pairs" / f"checkpoint-{STEPS}" / "default.adapter.safetensors"
     assert same(lp.adapter_state_dict(lp.load_adapter(Bilinear(), saved)), lp.adapter_state_dict(model))
+
+
+def test_an_adapter_of_an_earlier_save_does_not_stay_beside_the_new_one(tmp_path: Path) -> None:
+    run = trainer(lora_llama(), tmp_path)
+    lp.add_adapter(run.model, "second", r=2)
+    peft_files = {"adapter_config.json", "adapter_model.safetensors"}
+    run.save_model()
+    layer = run.model.model.layers[0].self_attn.q_proj
+    for settings, native in ({"dropout": 0.5}, True), ({"dropout": 0.0}, False):
+        layer.lora_specs["second"] = replace(layer.lora_specs["second"], **settings)  # PEFT has one for all layers
+        run.save_model()
+        there = {path.name for path in tmp_path.iterdir()}
+        assert ("second.adapter.safetensors" in there) == native and peft_files <= there
+        assert (peft_files <= {path.name for path in (tmp_path / "second").iterdir()}) != native
+        path = tmp_path / ("second.adapter.safetensors" if native else "second")
+        assert same(
+            lp.adapter_state_dict(lp.load_adapter(llama(), path)), lp.adapter_state_dict(run.model, adapter="second")
+        )
+
+
+def test_only_what_peft_cannot_express_is_saved_in_another_format(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = trainer(lora_llama(), tmp_path)
+    tried: list[Path] = []
+    monkeypatch.setattr(
+        "lora_plus.integrations.transformers.save_adapter",
+        lambda model, path, **settings: (tried.append(path), lp.save_adapter(model, path, **settings)),
+    )
+    with torch.no_grad():
+        run.model.model.layers[0].self_attn.q_proj.lora_A["default"][0, 0] = torch.nan
+    with pytest.raises(ValueError, match=r"q_proj\.lora_A' has values that are not finite"):
+        run.save_model()
+    assert tried == [tmp_path] and not any(tmp_path.glob("*.safetensors"))
 
 
 STARTS: dict[str, dict[str, Any]] = {
