@@ -325,3 +325,17 @@ def test_another_factor_breaks_no_graph() -> None:
         close(compiled(x), model(x))
     assert counter.frame_count <= 3
     torch._dynamo.reset()
+
+
+def test_an_adapter_like_a_folded_one_is_not_folded() -> None:
+    model, plain = adapted(), adapted()
+    lora_plus.fold_lr_ratio(model, 4, adapter="a")
+    for each in (model, plain):
+        add_adapter(each, "b", like="a", generator=torch.Generator().manual_seed(3))
+    rows, expected = (
+        [row for row in lora_plus.lora_summary(each).rows if row.adapter == "b"] for each in (model, plain)
+    )
+    assert rows == expected
+    groups = lora_plus.loraplus_param_groups(model, lr=1e-3, lr_ratio=4)  # a fold and a ratio would act twice
+    assert {group["name"]: group["lr"] for group in groups}["lora_B"] == 4e-3
+    lora_plus.fold_lr_ratio(model, 4, adapter="b")
