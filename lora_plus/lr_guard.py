@@ -20,7 +20,8 @@ def check_lr_ratio(optimizer: torch.optim.Optimizer, scheduler: Any = None, *, s
     The schedule is tried out: a copy of it runs on an optimizer without parameters, and the rates are compared after
     every step, whatever class it is of. Where ``step`` wants a loss (`ReduceLROnPlateau`) it gets one that never
     improves. A schedule that ends, as `OneCycleLR` does, is followed to its end. Neither the scheduler nor the
-    optimizer is touched. Functions and methods that the scheduler calls are called for the steps ahead.
+    optimizer is touched. Functions and methods that the scheduler calls are called for the steps ahead, and what they
+    raise is raised: for a table of rates give its length as ``steps``.
 
     A ratio of 1 is kept by whatever treats all groups alike. Rates of zero, as at the start of a warm-up, have every
     ratio. Rates below a thousandth of the highest so far move nothing any more and are passed over.
@@ -49,14 +50,19 @@ def check_lr_ratio(optimizer: torch.optim.Optimizer, scheduler: Any = None, *, s
     wanted = [1.0] * _required_arguments(trial.step)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that the optimizer does not step in between
-        for step in range(steps + 1):
-            watch.check(trial.optimizer.param_groups, f"under {name}, at step {step},")
+        watch.check(trial.optimizer.param_groups, f"under {name}, at step 0,")
+        for step in range(1, steps + 1):
             try:
                 trial.step(*wanted)
-            except Exception:
-                if step == 0:
-                    raise
-                break  # the schedule has ended
+            except ValueError as error:
+                if step > 1 and _ENDED in str(error):
+                    break
+                raise
+            watch.check(trial.optimizer.param_groups, f"under {name}, at step {step},")
+
+
+_ENDED = "Tried to step"
+"""How torch's error begins where a schedule is stepped beyond its end."""
 
 
 def watch_lr_ratio(optimizer: torch.optim.Optimizer) -> RemovableHandle:

@@ -241,11 +241,38 @@ def test_what_cannot_be_tried_out() -> None:
     with pytest.raises(TypeError, match=r"LambdaLR cannot be copied \(no copies\); use watch_lr_ratio"):
         check_lr_ratio(optimizer, lr_scheduler.LambdaLR(optimizer, Once()))
     ended = lr_scheduler.LambdaLR(optimizer, lambda step: [1.0, 0.5][step])
-    check_lr_ratio(optimizer, ended)
+    check_lr_ratio(optimizer, ended, steps=1)
     optimizer.step()
     ended.step()
     with pytest.raises(IndexError):  # it cannot take a single step
         check_lr_ratio(optimizer, ended)
+
+
+@pytest.mark.parametrize("error", [IndexError, ZeroDivisionError, ValueError, RuntimeError])
+def test_an_error_of_a_schedule_is_not_its_end(error: type[Exception]) -> None:
+    def broken(step: int) -> float:
+        if step == 30:
+            raise error("a slip")
+        return 1.0
+
+    optimizer = optimizer_of()
+    with pytest.raises(error, match="a slip"):
+        check_lr_ratio(optimizer, lr_scheduler.LambdaLR(optimizer, broken))
+    check_lr_ratio(optimizer, lr_scheduler.LambdaLR(optimizer, broken), steps=29)
+
+
+def test_a_schedule_is_followed_to_its_end_and_no_further() -> None:
+    optimizer = optimizer_of()
+    one_cycle = lr_scheduler.OneCycleLR(optimizer, rates(optimizer), total_steps=60)
+    parts = [lr_scheduler.StepLR(optimizer, 7), one_cycle]
+    for scheduler in (one_cycle, lr_scheduler.ChainedScheduler(parts)):
+        check_lr_ratio(optimizer, scheduler)
+    for _ in range(60):
+        optimizer.step()
+        one_cycle.step()
+    with pytest.raises(ValueError, match="Tried to step"):  # no step is left to look at
+        check_lr_ratio(optimizer, one_cycle)
+    check_lr_ratio(optimizer, one_cycle, steps=0)
 
 
 # ---- the record ------------------------------------------------------------------------------------------------------
