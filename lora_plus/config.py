@@ -154,7 +154,7 @@ def _check_blocks(blocks: Any) -> None:
 
 def as_patterns(patterns: Any) -> tuple[Any, ...]:
     """One pattern or several, as a tuple."""
-    several = isinstance(patterns, Iterable) and not isinstance(patterns, (str, type, Mapping))
+    several = isinstance(patterns, Iterable) and not isinstance(patterns, (str, type, Mapping, nn.Module))
     return tuple(patterns) if several else (patterns,)
 
 

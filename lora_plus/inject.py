@@ -13,6 +13,7 @@ from torch.nn.parameter import is_lazy
 from .adapted_weight import AdaptedWeight, adapted_weights, owner_path
 from .adapter_site import AdapterSite
 from .adapter_tensors import check_adapter_name
+from .arguments import named_keywords
 from .class_swap import check_top_class
 from .collector import collector_paused
 from .config import LoRAConfig, Pattern
@@ -31,6 +32,7 @@ from .variants import AdapterSpec
 from .wrappers import wrapper_of
 
 
+@named_keywords
 @collector_paused()
 def inject_lora(
     model: nn.Module,

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from torch import nn
 
 from .adapter_tensors import AdapterTensors, BaseParameters
+from .arguments import check_model
 from .names import join
 from .wrappers import wrapped
 
@@ -21,6 +22,7 @@ def named_modules(model: nn.Module, *, every_name: bool = False) -> list[tuple[s
         model: the module to start from.
         every_name: whether a module that has several names is given under each of them.
     """
+    check_model(model)
     found: list[tuple[str, nn.Module]] = []
     seen: set[int] = set()
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from .adapted_weight import AdaptedWeight, adapter_sites
 from .adapter_site import AdapterSite
+from .arguments import check_makes_optimizers, check_passed_on, named_keywords
 from .sharding import shards_of
 from .unsaved import unsaved
 
@@ -53,6 +54,7 @@ GROUPS = {
 """``(kind, whether it is decayed)`` -> name of the group, in the order of the groups."""
 
 
+@named_keywords
 def loraplus_param_groups(
     model: nn.Module,
     *,
@@ -164,7 +166,10 @@ def create_loraplus_optimizer(
 
     Raises:
         ValueError: as `loraplus_param_groups`, and if the optimizer knows no weight decay but one is asked for.
+        TypeError: if ``optimizer_cls`` cannot be called, or does not take one of ``kwargs``.
     """
+    check_makes_optimizers(optimizer_cls)
+    check_passed_on(create_loraplus_optimizer, optimizer_cls, kwargs)
     groups = loraplus_param_groups(
         model,
         lr=lr,

@@ -11,6 +11,8 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
+from .arguments import check_model
+
 Result = TypeVar("Result")
 
 
@@ -288,6 +290,7 @@ def reshard(model: nn.Module) -> None:
 
     What is written into shards while others hold the whole values would not be seen.
     """
+    check_model(model)
     fsdp: Any = sys.modules.get("torch.distributed.fsdp")  # importing it takes longer than importing this library
     resharding: Any = getattr(fsdp, "FSDPModule", ())
     for module in model.modules():

@@ -42,10 +42,11 @@ def matcher(pattern: Pattern) -> Callable[[str, nn.Module], bool]:
         return lambda name, module: pattern.fullmatch(name) is not None
     if isinstance(pattern, type):
         return lambda name, module: isinstance(module, pattern)
-    if callable(pattern):
+    if callable(pattern) and not isinstance(pattern, nn.Module):
         return pattern
+    got = f"a {type(pattern).__name__}; give its name" if isinstance(pattern, nn.Module) else repr(pattern)
     raise TypeError(
-        f"a pattern must be a name, a glob, a compiled regular expression, a module type or a function, got {pattern!r}"
+        f"a pattern must be a name, a glob, a compiled regular expression, a module type or a function, got {got}"
     )
 
 

@@ -10,11 +10,12 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent / "lora_plus"
 
 STRATA = [
+    {"names"},
+    {"arguments"},
     {
         "version",
         "wrappers",
         "sharding",
-        "names",
         "functional",
         "adapter_tensors",
         "assigned_forward",
