@@ -483,6 +483,28 @@ def test_adapters_added_to_an_engine_are_found(two_processes: Processes, stage: 
     assert all(found in said for said in two_processes(added_late, stage))
 
 
+def trained_by_hand(stage: int) -> list[str]:
+    """What `initialize` and saving warn of, and what the check says once a base weight is to be trained."""
+    prepare()
+    model = lora_model()
+    model.head.requires_grad_(True)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        engine = by_client(model, stage)
+        check_engine(engine)
+        lp.adapter_state_dict(engine)
+    told = {str(each.message) for each in caught if "saved with no adapter" in str(each.message)}
+    model.blocks[0].q.weight.requires_grad_(True)
+    return [*told, complaint(lambda: check_engine(engine)), complaint(lambda: lp.adapter_state_dict(engine))]
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_what_is_trained_by_hand_is_named(two_processes: Processes, stage: int) -> None:
+    for told, checked, saved in two_processes(trained_by_hand, stage):
+        assert told.startswith("trained, but saved with no adapter: 'head.weight', 'head.bias';")
+        assert all("'blocks.0.q.weight': base weights under an adapter" in said for said in (checked, saved))
+
+
 def values_that_would_be_lost(stage: int) -> list[str]:
     prepare()
     engine = by_client(lora_model(non_zero=True), stage)
