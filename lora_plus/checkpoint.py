@@ -29,6 +29,7 @@ from .parameters import LoRAParameter
 from .renaming import Names
 from .streaming import DTYPES as STORED
 from .streaming import StoredTensor, TensorFile, write_stream
+from .text_table import counted, printable
 
 PathLike = str | os.PathLike[str]
 
@@ -54,10 +55,10 @@ class CheckpointReport:
     def __str__(self) -> str:
         lines = [str(MergeReport(self.merged, self.lost, []))]
         if self.replaced:
-            lines.append(f"replaced {len(self.replaced)} tensors of modules trained in full")
-        lines.append(f"copied {len(self.copied)} tensors")
+            lines.append(f"replaced {counted(len(self.replaced), 'tensor')} of modules trained in full")
+        lines.append(f"copied {counted(len(self.copied), 'tensor')}")
         if self.left_out:
-            lines.append(f"left out {', '.join(self.left_out)}: not merged")
+            lines.append(f"left out {printable(', '.join(self.left_out))}: not merged")
         return "\n".join(lines)
 
 

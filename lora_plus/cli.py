@@ -42,7 +42,7 @@ else:
     try:
         from lora_plus.demo.command import demo
 
-        app.command()(demo)
+        app.command()(reported(demo))
     except ModuleNotFoundError as error:
         absent = hint("demo", error)
 

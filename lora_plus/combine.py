@@ -18,6 +18,7 @@ from .functional import accumulation_dtype, full_precision
 from .inject import attach, check_injectable, check_whole
 from .low_rank import METHODS, Factors, Method, Options, Update, truncated_product
 from .places import Place, adapted_places
+from .text_table import counted, printable
 from .trained import trained_modules
 from .variants import SCALINGS, VARIANTS, AdapterSpec
 
@@ -39,7 +40,7 @@ class CombineReport:
     def __str__(self) -> str:
         lowest, highest = min(self.ranks.values()), max(self.ranks.values())
         ranks = f"{lowest}" if lowest == highest else f"{lowest} to {highest}"
-        lines = [f"adapter {self.adapter!r}: {len(self.ranks)} layers, rank {ranks}"]
+        lines = [f"adapter {self.adapter!r}: {counted(len(self.ranks), 'layer')}, rank {ranks}"]
         if any(self.errors.values()):
             worst = max(self.errors, key=self.errors.__getitem__)
             median = sorted(self.errors.values())[len(self.errors) // 2]
@@ -48,7 +49,7 @@ class CombineReport:
             )
         if self.ignored:
             more = f" and {len(self.ignored) - _SHOWN} more" if len(self.ignored) > _SHOWN else ""
-            lines.append(f"not in it, though they differ: {', '.join(self.ignored[:_SHOWN])}{more}")
+            lines.append(f"not in it, though they differ: {printable(', '.join(self.ignored[:_SHOWN]))}{more}")
         return "\n".join(lines)
 
 

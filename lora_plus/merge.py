@@ -21,6 +21,7 @@ from .module_tree import named_modules, named_parameters
 from .names import join
 from .quantized import make_dense, store_of
 from .sharding import distributed_like, is_dtensor, reshard, shards_of, whole_parameters
+from .text_table import counted, printable
 from .trained import trained_modules, unmark_trained
 
 
@@ -37,7 +38,7 @@ class MergeReport:
     """Merged layers whose weight was shared, with the other names of that weight, which keep the base's values."""
 
     def __str__(self) -> str:
-        lines = [f"merged {len(self.layers)} layers"]
+        lines = [f"merged {counted(len(self.layers), 'layer')}"]
         if self.lost:
             worst = max(self.lost, key=self.lost.__getitem__)
             median = sorted(self.lost.values())[len(self.lost) // 2]
@@ -45,7 +46,7 @@ class MergeReport:
                 f"rounding to half precision lost {median:.2%} of the update in the median layer, "
                 f"{self.lost[worst]:.2%} in {worst!r}"
             )
-        lines += [f"{name!r} is no longer tied to {', '.join(others)}" for name, others in self.untied]
+        lines += [f"{name!r} is no longer tied to {printable(', '.join(others))}" for name, others in self.untied]
         return "\n".join(lines)
 
 

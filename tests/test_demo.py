@@ -489,6 +489,15 @@ def test_the_command_runs_the_demo(tiny_assets, tmp_path):
     assert "BSD-2-Clause" in result.output
 
 
+def test_the_command_shows_paths_and_answers_as_they_are(tiny_assets, tmp_path, monkeypatch):
+    monkeypatch.setattr(Tokenizer, "decode", lambda self, ids: "\x1b[2J[/x]", raising=False)
+    result = call("--steps", "1", "--batch", "2", "--out", str(tmp_path / "[red]\x1b[2J[" / "x]"))
+    assert result.exit_code == 0, result.output
+    assert r"[red]\x1b[2J[/x]/adapter.safetensors" in result.output
+    assert r"\x1b[2J[/x] " in result.output
+    assert "\x1b[2J" not in result.output
+
+
 def test_the_command_fails_when_the_models_disagree(tiny_assets, tmp_path, monkeypatch):
     monkeypatch.setattr(finetune, "load_adapter", lambda model, path: inject_lora(model, ["q"]))
     result = call("--steps", "3", "--batch", "2", "--lr", "0.01", "--out", str(tmp_path))

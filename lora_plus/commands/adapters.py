@@ -16,6 +16,7 @@ from lora_plus.commands.show import emit, readable, size, span, table
 from lora_plus.figures import LayerDifference, LayerFigures, difference, layer_figures
 from lora_plus.io import describe, save_adapter
 from lora_plus.low_rank import METHODS
+from lora_plus.text_table import counted
 
 
 def inspect(
@@ -38,15 +39,16 @@ def inspect(
     trained = {name: sum(tensor.numel() for tensor in found.values()) for name, found in data.trained.items()}
     facts = {"path": file, "format": _format(file), "bytes": size(file), "parameters": count}
     lines = [f"{file}: {facts['format']} format, {readable(size(file))}, valid"]
-    lines.append(f"{len(figures)} layers, {count:,} parameters, {span([each.dtype for each in figures])}")
-    lines += [f"trained in full: {name or _MODEL}, {numbers:,} numbers" for name, numbers in trained.items()]
+    dtypes = span([each.dtype for each in figures])
+    lines.append(f"{counted(len(figures), 'layer')}, {counted(count, 'parameter')}, {dtypes}")
+    lines += [f"trained in full: {name or _MODEL}, {counted(numbers, 'number')}" for name, numbers in trained.items()]
     lines += [f"{key}: {text}" for key, text in data.metadata.items()]
     emit(
         as_json,
         {**facts, "layers": figures, "trained": trained, "metadata": data.metadata},
         *lines,
         "",
-        _by_layer(figures) if layers else _by_group(figures),
+        *(_by_layer(figures) if layers else _by_group(figures)),
     )
 
 
@@ -80,7 +82,7 @@ def diff(first: In, second: In, as_json: Json = False) -> None:
     """
     a, b = (describe(bare_model(path), "default") for path in (first, second))
     found = difference(a, b)
-    counts = (f"{len(found.layers)} layers in both", f"{len(found.only_a)} only in the first")
+    counts = (f"{counted(len(found.layers), 'layer')} in both", f"{len(found.only_a)} only in the first")
     lines = [", ".join((*counts, f"{len(found.only_b)} only in the second"))]
     lines += [f"only in the first: {name or _MODEL}" for name in found.only_a]
     lines += [f"only in the second: {name or _MODEL}" for name in found.only_b]
@@ -88,7 +90,7 @@ def diff(first: In, second: In, as_json: Json = False) -> None:
     head = ("layer", "||first - second|| / ||first||", "of the magnitudes", "settings that differ")
     rows = [(layer.name or _MODEL, layer.relative, layer.magnitude, _settings(layer)) for layer in found.layers]
     lines += ["no difference"] if found.equal else []
-    emit(as_json, {"a": first, "b": second, "equal": found.equal, **vars(found)}, *lines, "", table(head, rows))
+    emit(as_json, {"a": first, "b": second, "equal": found.equal, **vars(found)}, *lines, "", *table(head, rows))
 
 
 def combine(
@@ -126,7 +128,7 @@ def combine(
         model, list(names), weights=weight or None, method=method, r=r, density=density, generator=generator
     )
     save_adapter(model, out, adapter=report.adapter, format=to)
-    emit(as_json, {"path": out, **vars(report)}, str(report), _written(out))
+    emit(as_json, {"path": out, **vars(report)}, *str(report).split("\n"), _written(out))
 
 
 def resize(
@@ -140,7 +142,7 @@ def resize(
     model, metadata = open_adapters({"default": file})
     report = resize_adapter(model, r=r, generator=torch.Generator().manual_seed(seed))
     save_adapter(model, out, format=to, metadata=metadata["default"])
-    emit(as_json, {"path": out, **vars(report)}, str(report), _written(out))
+    emit(as_json, {"path": out, **vars(report)}, *str(report).split("\n"), _written(out))
 
 
 _MODEL = "(model)"
@@ -160,12 +162,12 @@ _FIELDS = ("r", "alpha", "scale", "variant", "norm", "largest_share", "effective
 """What the figures of a layer call these."""
 
 
-def _by_layer(figures: list[LayerFigures]) -> str | Table:
+def _by_layer(figures: list[LayerFigures]) -> list[str | Table]:
     rows = [(each.name or _MODEL, each.kind, *(getattr(each, field) for field in _FIELDS)) for each in figures]
     return table(("layer", "kind", *_HEAD), rows)
 
 
-def _by_group(figures: list[LayerFigures]) -> str | Table:
+def _by_group(figures: list[LayerFigures]) -> list[str | Table]:
     """A row for the layers whose names differ in numbers only, with medians of the figures."""
     groups: dict[tuple[str, str], list[LayerFigures]] = {}
     for each in figures:

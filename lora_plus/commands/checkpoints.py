@@ -12,6 +12,7 @@ from lora_plus.checkpoint_plan import planned
 from lora_plus.commands.arguments import Force, In, Json, Out, Rank, To, check_free, mapping, pairs
 from lora_plus.commands.show import emit, progress
 from lora_plus.extract_checkpoint import extract_checkpoint
+from lora_plus.text_table import counted
 
 Base = Annotated[
     Path,
@@ -59,7 +60,7 @@ def merge(
             names=mapping(rename),
             progress=report_progress,
         )
-    emit(as_json, {"path": out, **vars(report)}, str(report), f"wrote {out}")
+    emit(as_json, {"path": out, **vars(report)}, *str(report).split("\n"), f"wrote {out}")
 
 
 def extract(
@@ -104,7 +105,7 @@ def extract(
             format=to,
             progress=report_progress,
         )
-    emit(as_json, {"path": out, **vars(report)}, str(report), f"wrote {out}")
+    emit(as_json, {"path": out, **vars(report)}, *str(report).split("\n"), f"wrote {out}")
 
 
 def verify(base: Base, adapter: In, rename: Rename = None, as_json: Json = False) -> None:
@@ -120,7 +121,7 @@ def verify(base: Base, adapter: In, rename: Rename = None, as_json: Json = False
     plan = planned(Checkpoint(base), [adapter], [1.0], mapping(rename))
     replaced = sum(change.replacement is not None for change in plan.changes.values())
     found = {"adapted": len(plan.changes) - replaced, "replaced": replaced}
-    lines = [f"{adapter} fits {base}: {found['adapted']} tensors adapted, {replaced} replaced"]
+    lines = [f"{adapter} fits {base}: {counted(found['adapted'], 'tensor')} adapted, {replaced} replaced"]
     if plan.problems:
         lines = [f"{adapter} does not fit {base}:", *(f"  {problem}" for problem in plan.problems)]
     lines += [f"note: {doubt}" for doubt in plan.doubts]

@@ -15,6 +15,20 @@ from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
+
+from lora_plus.text_table import printable
+
+
+def say(line: object, *, err: bool = False) -> None:
+    """Print one line; texts of files and names of paths in it cannot act on the terminal."""
+    typer.echo(printable(line), err=err)
+
+
+def complain(kind: str, message: object) -> None:
+    """Print an error or a warning, which may have several lines, on stderr."""
+    for line in f"{kind}: {message}".split("\n"):
+        say(line, err=True)
 
 
 def reported(command: Callable[..., None]) -> Callable[..., None]:
@@ -27,7 +41,7 @@ def reported(command: Callable[..., None]) -> Callable[..., None]:
         def tell(message: Warning | str, *_: Any, **__: Any) -> None:
             if str(message) not in told:
                 told.add(str(message))
-                typer.echo(f"warning: {message}", err=True)
+                complain("warning", message)
 
         with warnings.catch_warnings():
             warnings.simplefilter("always")
@@ -35,23 +49,24 @@ def reported(command: Callable[..., None]) -> Callable[..., None]:
             try:
                 command(*args, **kwargs)
             except (OSError, ValueError) as error:
-                typer.echo(f"error: {error}", err=True)
+                complain("error", error)
                 raise typer.Exit(1) from error
 
     return run
 
 
 def emit(as_json: bool, data: Mapping[str, Any], *parts: str | Table) -> None:
-    """Print the data as JSON, or these parts for a reader."""
+    """Print the data as JSON, or these lines and tables for a reader."""
     if as_json:
-        typer.echo(json.dumps(_plain(data), indent=2, allow_nan=False))
+        text = json.dumps(_plain(data), indent=2, allow_nan=False)
+        typer.echo(text.replace("\x7f", "\\u007f"))  # the one control character that JSON allows in a text
         return
     console = Console(highlight=False)
     for part in parts:
         if isinstance(part, Table):
             console.print(part)
         else:
-            typer.echo(part)
+            say(part)
 
 
 def _plain(value: Any) -> Any:
@@ -67,8 +82,8 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str | Table:
-    """A table in a terminal that is wide enough, and aligned columns elsewhere, which no width cuts."""
+def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str | Table]:
+    """A table in a terminal that is wide enough, and lines with aligned columns elsewhere, which no width cuts."""
     cells = [[_cell(value) for value in row] for row in rows]
     lines = [list(head), *cells]
     widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
@@ -79,15 +94,15 @@ def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str | Table:
         for title, is_number in zip(head, numbers, strict=True):
             drawn.add_column(title, justify="right" if is_number else "left", no_wrap=True)
         for row in cells:
-            drawn.add_row(*row)
-        return drawn
+            drawn.add_row(*map(Text, row))  # not as markup
+        return [drawn]
     align = [str.rjust if is_number else str.ljust for is_number in numbers]
     padded = [[pad(cell, width) for pad, cell, width in zip(align, line, widths, strict=True)] for line in lines]
-    return "\n".join("  ".join(line).rstrip() for line in padded)
+    return ["  ".join(line).rstrip() for line in padded]
 
 
 def _cell(value: Any) -> str:
-    return "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+    return "-" if value is None else f"{value:.4g}" if isinstance(value, float) else printable(value)
 
 
 def span(values: Sequence[Any]) -> Any:

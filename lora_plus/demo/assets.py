@@ -24,7 +24,7 @@ import platformdirs
 Runner = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
-class AssetError(RuntimeError):
+class AssetError(OSError):
     """An asset could not be fetched or is not the expected one."""
 
 

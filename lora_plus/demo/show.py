@@ -13,6 +13,7 @@ from rich.text import Text
 from torch import Tensor
 
 from lora_plus.demo.phonemes import Entry
+from lora_plus.text_table import printable
 
 QUIET_EVERY = 10
 """Steps between two lines where no progress bar can be drawn, in a log file for example."""
@@ -31,7 +32,8 @@ def samples(console: Console, when: str, losses: Tensor, entries: Sequence[Entry
     title = f"[bold]{when}[/]: held-out loss {losses.mean():.3f} nats per token"
     table = Table("word", "dictionary", "the model's answer", title=title, title_justify="left", title_style="")
     for entry, answer in zip(entries, answers, strict=True):
-        table.add_row(entry.word, entry.phonemes, Text(" ".join(answer.split())))
+        cells = (entry.word, entry.phonemes, " ".join(answer.split()))
+        table.add_row(*(Text(printable(cell)) for cell in cells))
     console.print(table)
 
 
@@ -89,6 +91,7 @@ def agreement(
             expected,
             "[green]agrees[/]" if agrees else "[red]DIFFERS[/]",
         )
-    console.print(f"adapter saved to {path} ({path.stat().st_size / 2**20:.1f} MiB)", highlight=False)
+    where = Text(printable(f"adapter saved to {path} ({path.stat().st_size / 2**20:.1f} MiB)"))
+    console.print(where, highlight=False, soft_wrap=True)
     console.print(table)
     return agreed

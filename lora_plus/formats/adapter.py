@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
+from lora_plus.text_table import printable
+
 PARAMETER = "Parameter"
 """The kind of a parameter that is adapted on its own."""
 
@@ -74,7 +76,7 @@ class Problems(ValueError):
 
     def __init__(self, where: object, problems: Sequence[str]) -> None:
         self.where, self.problems = where, list(problems)
-        shown = [f"  {line}" for line in self.problems[: self.SHOWN]]
+        shown = [f"  {printable(line)}" for line in self.problems[: self.SHOWN]]
         if len(self.problems) > self.SHOWN:
             shown.append(f"  and {len(self.problems) - self.SHOWN} more")
         super().__init__(f"{where}:\n" + "\n".join(shown))
