@@ -74,9 +74,11 @@ def open_adapters(paths: Mapping[str, PathLike]) -> Opened:
                 problems.append(
                     f"{name!r} is a {_told(layer.base)} in {adapter!r}, and a {_told(base)} in another file"
                 )
+    there = " and ".join(repr(str(path)) for path in paths.values())
     if problems:
-        raise Problems(f"{[str(path) for path in paths.values()]} belong to different models", problems)
-    model = bare_tree(bases, {name: tensors for data in files.values() for name, tensors in data.trained.items()})
+        raise Problems(f"{there} belong to different models", problems)
+    trained = {name: tensors for data in files.values() for name, tensors in data.trained.items()}
+    model = bare_tree(bases, trained, there)
     for adapter, path in paths.items():
         load_adapter(model, path, adapter=adapter)
     return Opened(model, {adapter: data.metadata for adapter, data in files.items()})
@@ -90,7 +92,7 @@ def _read(path: Path) -> Adapter:
         problems.append("it has no adapted layer")
     problems += [f"{name!r}: {why}" for name, layer in data.layers.items() if (why := _untold(layer)) is not None]
     if problems:
-        raise Problems(f"adapter {str(path)!r} cannot be read without its model", problems)
+        raise Problems(f"adapter {str(path)!r} cannot be read", problems)
     return data
 
 

@@ -20,12 +20,13 @@ class BareModel(nn.Module):
     """The root of a tree that has just those parts of a model which files name."""
 
 
-def bare_tree(bases: Mapping[str, BaseLayer], trained: Mapping[str, Mapping[str, Tensor]]) -> nn.Module:
+def bare_tree(bases: Mapping[str, BaseLayer], trained: Mapping[str, Mapping[str, Tensor]], where: str) -> nn.Module:
     """A tree with these layers and parameters, on the meta device, and these modules trained in full.
 
     Args:
         bases: what `base_problem` finds no fault with, by the names of adapters.
         trained: by module, its tensors, whose shapes and dtypes count.
+        where: what says so, for the error.
 
     Raises:
         Problems: if no module can have such a name or such properties.
@@ -62,7 +63,7 @@ def bare_tree(bases: Mapping[str, BaseLayer], trained: Mapping[str, Mapping[str,
             add = partial(nn.Module.register_buffer, tensor=tensor)
         _put(root, name, add, problems)
     if problems:
-        raise Problems("no model can have these layers", problems)
+        raise Problems(f"no model can have the layers of {where}", problems)
     return root
 
 

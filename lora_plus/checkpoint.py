@@ -110,7 +110,8 @@ def merge_checkpoint(
     checkpoint = Checkpoint(base)
     plan = planned(checkpoint, paths, factors, names)
     if plan.problems:
-        raise Problems(f"nothing was merged into {str(base)!r}", plan.problems)
+        what = f"adapter {str(paths[0])!r} was not" if len(paths) == 1 else "nothing was"
+        raise Problems(f"{what} merged into {str(base)!r}", plan.problems)
     for doubt in plan.doubts:
         warnings.warn(doubt, stacklevel=2)
     writer = _Writer(checkpoint, plan, dtype, progress)

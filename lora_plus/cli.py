@@ -1,21 +1,12 @@
 """The command line ``lora-plus``: a table of commands."""
 
+import io
 import sys
 from collections.abc import Callable
+from typing import Annotated
 
-EXTRAS = {
-    "cli": {"typer", "rich"},
-    "demo": {"platformdirs", "tokenizers", "gguf", "numpy"},
-}
-"""The packages of each optional extra, by the names they are imported under."""
-
-
-def hint(extra: str, error: ModuleNotFoundError) -> str:
-    """What to install where a package of an extra is missing; another one that is missing is an error."""
-    if error.name not in EXTRAS[extra]:
-        raise error
-    return f'lora-plus needs {error.name}, which is not installed: pip install "lora-plus[{extra}]"'
-
+from lora_plus.commands.extras import hint
+from lora_plus.version import __version__
 
 missing: str | None = None
 try:
@@ -23,8 +14,12 @@ try:
 
     from lora_plus.commands import adapters, checkpoints
     from lora_plus.commands.show import reported
+    from lora_plus.commands.usage import Command, Group
+    from lora_plus.demo.command import demo
 except ModuleNotFoundError as error:
-    missing = hint("cli", error)
+    missing = hint(error)
+    if missing is None:
+        raise
 else:
     COMMANDS: list[Callable[..., None]] = [
         adapters.inspect,
@@ -35,25 +30,24 @@ else:
         checkpoints.merge,
         checkpoints.extract,
         checkpoints.verify,
+        demo,
     ]
-    app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="markdown")
+    app = typer.Typer(cls=Group, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="markdown")
     for command in COMMANDS:
-        app.command()(reported(command))
-    try:
-        from lora_plus.demo.command import demo
+        app.command(cls=Command)(reported(command))
 
-        app.command()(reported(demo))
-    except ModuleNotFoundError as error:
-        absent = hint("demo", error)
-
-        @app.command("demo", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
-        def install_demo() -> None:
-            """Teach a small language model; needs packages that `pip install "lora-plus[demo]"` brings."""
-            typer.echo(absent, err=True)
-            raise typer.Exit(1)
+    def tell_version(wanted: bool) -> None:
+        """Print the version and end."""
+        if wanted:
+            typer.echo(f"lora-plus {__version__}")
+            raise typer.Exit
 
     @app.callback()
-    def lora_plus() -> None:
+    def lora_plus(
+        version: Annotated[
+            bool, typer.Option("--version", help="Show the version.", callback=tell_version, is_eager=True)
+        ] = False,
+    ) -> None:
         """LoRA and LoRA+ for any PyTorch model."""
 
 
@@ -61,4 +55,7 @@ def main() -> None:
     """Run the command line; without the optional packages, say how to install them and exit with status 1."""
     if missing:
         sys.exit(missing)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a name may have letters that the encoding lacks
+            stream.reconfigure(errors="backslashreplace")
     app(prog_name="lora-plus")

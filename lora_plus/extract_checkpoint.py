@@ -79,7 +79,7 @@ def extract_checkpoint(
     layers, problems = _selected(ours, theirs, targets, exclude, kinds or {})
     if problems:
         raise Problems(failure, problems)
-    model = bare_tree(layers, {})
+    model = bare_tree(layers, {}, repr(str(base)))
     draft, ignored = _drafted(model, ours, theirs, r, progress)
     if not draft.problems and not draft.prepared:
         draft.problems.append(f"it is equal to {str(base)!r} in all targets")

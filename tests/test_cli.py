@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -18,7 +18,8 @@ from torch import nn
 from typer.testing import CliRunner
 
 import lora_plus
-from lora_plus import bare_model, cli, load_adapter, save_adapter
+from lora_plus import bare_model, cli, load_adapter, low_rank, save_adapter
+from lora_plus.commands import arguments
 from lora_plus.io import FORMATS
 
 COMMANDS = ["inspect", "convert", "diff", "combine", "resize", "merge", "extract", "verify"]
@@ -290,7 +291,7 @@ def test_a_bad_file_gives_all_problems_without_a_traceback(a: Path) -> None:
     del file.tensors["layers.1.lora_A"]
     a.write_bytes(file.bytes())
     lines = failed("inspect", a).splitlines()
-    assert lines[0] == f"error: adapter {str(a)!r} cannot be read without its model:"
+    assert lines[0] == f"error: adapter {str(a)!r} cannot be read:"
     assert lines[1:] == [
         "  layer 'layers.0': r must be positive, got 0",
         "  tensor 'layers.1.lora_A' is missing",
@@ -344,7 +345,12 @@ USAGE = [
     (["merge", "a", "b", "c", "--dtype", "int8"], "'int8' is not one of"),
     (["merge", "a", "b", "c", "--rename", "model"], "'model' has no '='; write for example old=new"),
     (["extract", "a", "b", "c", "--r", "1", "--kind", "embed"], "'embed' has no '='"),
-    (["inspect"], "Missing argument"),
+    (["inspect"], "Missing argument: give FILE"),
+    (["merge", "a", "b"], "Missing argument: give BASE ADAPTER... OUT"),
+    (["merge", "a"], "Missing argument: give BASE ADAPTER... OUT"),
+    (["combine", "a"], "Missing argument: give FILE FILE... OUT"),
+    (["combine", "a", "b", "c", "--weight", "1", "-0.5"], "-0.5 is after no option; give the option again, as in"),
+    (["combine", "a", "b", "c", "--weight", "1", "-x"], "No such option: -x"),
     (["frobnicate"], "No such command 'frobnicate'"),
 ]
 
@@ -354,6 +360,31 @@ USAGE = [
 )
 def test_wrong_usage_has_status_2(arguments: list[str], message: str) -> None:
     assert message in misused(*arguments)
+
+
+def test_the_version_is_told() -> None:
+    assert output("--version") == f"lora-plus {lora_plus.__version__}\n"
+
+
+def test_choices_are_those_of_the_library() -> None:
+    assert get_args(arguments.Format) == FORMATS
+    assert get_args(arguments.Method) == tuple(low_rank.METHODS)
+
+
+def test_no_model_is_asked_for_where_none_would_help(tmp_path: Path) -> None:
+    (tmp_path / "empty.safetensors").touch()
+    (tmp_path / "folder").mkdir()
+    base = save(small(), tmp_path / "base.safetensors")
+    for path in (tmp_path / "empty.safetensors", tmp_path / "folder", base):
+        assert failed("inspect", path).startswith(f"error: adapter {str(path)!r} cannot be read:\n  ")
+
+
+def test_a_base_in_the_place_of_the_adapter_is_named(a: Path, tmp_path: Path) -> None:
+    base = save(small(), tmp_path / "base.safetensors")
+    text = failed("merge", a, base, tmp_path / "out.safetensors")
+    assert text.startswith(
+        f"error: adapter {str(base)!r} was not merged into {str(a)!r}:\n  it is a safetensors file, but"
+    )
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -549,8 +549,7 @@ def test_without_its_extra_the_demo_says_how_to_install_it(monkeypatch, package)
 
 
 def test_another_package_that_is_missing_is_an_error():
-    with pytest.raises(ModuleNotFoundError):
-        cli.hint("cli", ModuleNotFoundError(name="torch"))
+    assert cli.hint(ModuleNotFoundError(name="torch")) is None
 
 
 # --------------------------------------------------------------------------------------------- the real model

@@ -88,8 +88,10 @@ STRATA = [
     {"integrations.peft", "integrations.deepspeed", "integrations.tensor_parallel", "integrations.trained_state"},
     {"integrations.transformers", "integrations.lightning"},
     {"integrations"},
-    {"demo", "commands.arguments", "commands.show"},
+    {"commands.extras", "commands.usage"},
+    {"commands.arguments", "commands.show"},
     {"commands"},
+    {"demo"},
     {"cli"},
     {"__main__"},
 ]

@@ -191,7 +191,7 @@ def test_a_checkpoint_is_told_the_same(format: str, tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError) as error:
             lora_plus.merge_checkpoint(base, path, tmp_path / "no.safetensors", names=given)
-        assert str(error.value) == f"nothing was merged into {str(base)!r}:\n  {line}"
+        assert str(error.value) == f"adapter {str(path)!r} was not merged into {str(base)!r}:\n  {line}"
 
 
 # ---- folders and pickles ---------------------------------------------------------------------------------------------

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import importlib
 import json
 import os
 import re
+import subprocess
 import sys
 import threading
 from collections.abc import Callable
@@ -17,6 +20,7 @@ import torch
 from conftest import randomise
 from test_checkpoint import save
 from torch import nn
+from typer.testing import CliRunner
 
 import lora_plus
 from lora_plus import cli
@@ -164,3 +168,114 @@ def test_printable_escapes_what_acts_and_leaves_the_rest(acting: str) -> None:
 def test_one_thing_and_several() -> None:
     told = [counted(number, "layer") for number in (0, 1, 2, 1234)]
     assert told == ["0 layers", "1 layer", "2 layers", "1,234 layers"]
+
+
+# ---- how a process ends ----------------------------------------------------------------------------------------------
+
+
+def process(*arguments: str, before: str = "", **options: Any) -> subprocess.Popen[str]:
+    """The command line in a process of its own, after some Python code."""
+    script = f"import sys; sys.argv = ['lora-plus', *sys.argv[1:]]\n{before}\nfrom lora_plus.cli import main\nmain()"
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
+    command = [sys.executable, "-W", "error", "-c", script, *arguments]
+    return subprocess.Popen(command, text=True, **pipes)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_letters_that_the_encoding_lacks_end_nothing(encoding: str, tmp_path: Path) -> None:
+    model = lora_plus.inject_lora(nn.ModuleDict({"漢": nn.Linear(4, 4)}), ["漢"], r=2)
+    lora_plus.save_adapter(model, tmp_path / "é.safetensors")
+    environment = {**os.environ, "PYTHONIOENCODING": encoding}
+    options = {"env": environment, "encoding": "utf-8" if encoding == "ascii" else encoding}  # as click takes ascii
+    running = process("inspect", str(tmp_path / "é.safetensors"), "--layers", **options)
+    text, errors = running.communicate(timeout=60)
+    assert (running.returncode, errors) == (0, "")
+    assert "é.safetensors: native format" in text
+    assert ("\\u6f22" if encoding == "latin-1" else "漢") in text
+
+
+@pytest.mark.parametrize("options", [["--layers"], ["--json"]])
+def test_a_reader_that_goes_away_ends_it_silently(options: list[str], folder: Path) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    running = process("inspect", EVIL, *options, stdout=writer)
+    os.close(writer)
+    assert (running.communicate(timeout=60)[1], running.returncode) == ("", 1)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no full device")
+def test_a_full_disk_is_an_error(folder: Path) -> None:
+    with open("/dev/full", "w") as full:
+        running = process("inspect", EVIL, stdout=full)
+        errors = running.communicate(timeout=60)[1]
+    assert errors == "error: [Errno 28] No space left on device\n"
+    assert running.returncode == 1
+
+
+def test_nowhere_to_write_to_is_no_error(folder: Path) -> None:
+    running = process("inspect", EVIL, before="sys.stdout = sys.stderr = None")
+    assert (*running.communicate(timeout=60), running.returncode) == ("", "", 0)
+
+
+INSTEAD = """
+import importlib
+def failing(*_):
+    {}
+importlib.import_module("lora_plus.bare_model").open_adapters = failing
+"""
+
+
+def test_ctrl_c_ends_it_with_130(folder: Path) -> None:
+    before = INSTEAD.format("import os, signal, time; os.kill(os.getpid(), signal.SIGINT); time.sleep(60)")
+    running = process("inspect", EVIL, before=before)
+    assert (*running.communicate(timeout=60), running.returncode) == ("", "", 130)
+
+
+@pytest.fixture
+def failing(monkeypatch: pytest.MonkeyPatch) -> Callable[[BaseException], Any]:
+    """Calls a command in which something is raised."""
+
+    def run(error: BaseException) -> Any:
+        def fail(*_: Any) -> None:
+            raise error
+
+        with monkeypatch.context() as changed:
+            changed.setattr(importlib.import_module("lora_plus.bare_model"), "open_adapters", fail)
+            return CliRunner().invoke(cli.app, ["inspect", "a"])
+
+    return run
+
+
+def test_a_defect_says_that_it_is_one(failing: Callable[[BaseException], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LORA_PLUS_TRACEBACK", raising=False)
+    result = failing(TypeError("\x1b[2J\nwrote a"))
+    assert (result.exit_code, result.stdout) == (70, "")
+    assert result.stderr.split("\n") == [
+        r"error: unexpected TypeError: \x1b[2J",
+        "wrote a",
+        "this is a defect of lora-plus; with LORA_PLUS_TRACEBACK=1 in the environment it shows where",
+        "",
+    ]
+    monkeypatch.setenv("LORA_PLUS_TRACEBACK", "1")
+    shown = failing(TypeError("\x1b[2J")).stderr
+    assert "Traceback (most recent call last)" in shown and ", in inspect" in shown and "\x1b" not in shown
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "text"),
+    [
+        (MemoryError(), 1, "error: there is not enough memory\n"),
+        (OSError("o"), 1, "error: o\n"),
+        (ValueError("v"), 1, "error: v\n"),
+        (KeyboardInterrupt(), 130, ""),
+        (BrokenPipeError(errno.EPIPE, "gone"), 1, ""),
+        (ModuleNotFoundError(name="gguf"), 1,
+         'lora-plus needs gguf, which is not installed: pip install "lora-plus[demo]"\n'),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",
+)  # fmt: skip
+def test_each_error_has_its_status(
+    error: BaseException, status: int, text: str, failing: Callable[[BaseException], Any]
+) -> None:
+    result = failing(error)
+    assert (result.exit_code, result.stdout, result.stderr) == (status, "", text)

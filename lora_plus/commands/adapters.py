@@ -3,20 +3,17 @@
 import re
 import statistics
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import torch
 import typer
 from rich.table import Table
 
-from lora_plus.bare_model import bare_model, open_adapters
-from lora_plus.combine import combine_adapters, resize_adapter
-from lora_plus.commands.arguments import Force, In, Json, Out, Rank, Seed, To, check_free, one_of
+from lora_plus.commands.arguments import Force, In, Json, Method, Out, Rank, Seed, To, check_free
 from lora_plus.commands.show import emit, readable, size, span, table
-from lora_plus.figures import LayerDifference, LayerFigures, difference, layer_figures
-from lora_plus.io import describe, save_adapter
-from lora_plus.low_rank import METHODS
 from lora_plus.text_table import counted
+
+if TYPE_CHECKING:
+    from lora_plus.figures import LayerDifference, LayerFigures
 
 
 def inspect(
@@ -32,6 +29,10 @@ def inspect(
     - `lora-plus inspect peft-folder --layers`
     - `lora-plus inspect adapter.safetensors --json`
     """
+    from lora_plus.bare_model import open_adapters
+    from lora_plus.figures import layer_figures
+    from lora_plus.io import describe
+
     model, metadata = open_adapters({"default": file})
     data = describe(model, "default", metadata["default"])
     figures = [layer_figures(name, layer) for name, layer in data.layers.items()]
@@ -67,6 +68,9 @@ def convert(
     - `lora-plus convert peft-folder adapter.safetensors`
     - `lora-plus convert adapter.safetensors peft-folder --to peft`
     """
+    from lora_plus.bare_model import open_adapters
+    from lora_plus.io import save_adapter
+
     check_free(out, force)
     model, metadata = open_adapters({"default": file})
     save_adapter(model, out, format=to, metadata=metadata["default"] if keep_metadata else None)
@@ -80,6 +84,10 @@ def diff(first: In, second: In, as_json: Json = False) -> None:
 
     - `lora-plus diff before.safetensors after.safetensors`
     """
+    from lora_plus.bare_model import bare_model
+    from lora_plus.figures import difference
+    from lora_plus.io import describe
+
     a, b = (describe(bare_model(path), "default") for path in (first, second))
     found = difference(a, b)
     counts = (f"{counted(len(found.layers), 'layer')} in both", f"{len(found.only_a)} only in the first")
@@ -96,12 +104,10 @@ def diff(first: In, second: In, as_json: Json = False) -> None:
 def combine(
     files: Annotated[list[Path], typer.Argument(metavar="FILE FILE...", help="Two adapters or more.")],
     out: Out,
-    method: Annotated[
-        str, typer.Option(help=f"How they are combined: {', '.join(METHODS)}.", callback=one_of(METHODS))
-    ] = "sum",
+    method: Annotated[Method, typer.Option(help="How they are combined.")] = "sum",
     weight: Annotated[
         list[float] | None,
-        typer.Option(help="A factor for each, in order, which may be negative; 1 each if not given."),
+        typer.Option(help="A factor for each, in order, each after its own --weight; 1 each if not given."),
     ] = None,
     r: Annotated[int | None, typer.Option("--r", min=1, help="Rank; for all methods but sum.")] = None,
     density: Annotated[
@@ -118,6 +124,13 @@ def combine(
     - `lora-plus combine math.safetensors code.safetensors out.safetensors --weight 1 --weight -0.5`
     - `lora-plus combine a b c merged.safetensors --method ties --r 16 --density 0.3`
     """
+    import torch
+
+    from lora_plus.bare_model import bare_model
+    from lora_plus.combine import combine_adapters
+    from lora_plus.io import save_adapter
+    from lora_plus.low_rank import METHODS
+
     if len(files) < 2:
         raise typer.BadParameter("name two adapters or more, and then OUT")
     check_free(out, force)
@@ -138,6 +151,12 @@ def resize(
 
     - `lora-plus resize adapter.safetensors small.safetensors --r 4`
     """
+    import torch
+
+    from lora_plus.bare_model import open_adapters
+    from lora_plus.combine import resize_adapter
+    from lora_plus.io import save_adapter
+
     check_free(out, force)
     model, metadata = open_adapters({"default": file})
     report = resize_adapter(model, r=r, generator=torch.Generator().manual_seed(seed))
@@ -162,12 +181,12 @@ _FIELDS = ("r", "alpha", "scale", "variant", "norm", "largest_share", "effective
 """What the figures of a layer call these."""
 
 
-def _by_layer(figures: list[LayerFigures]) -> list[str | Table]:
+def _by_layer(figures: list["LayerFigures"]) -> list[str | Table]:
     rows = [(each.name or _MODEL, each.kind, *(getattr(each, field) for field in _FIELDS)) for each in figures]
     return table(("layer", "kind", *_HEAD), rows)
 
 
-def _by_group(figures: list[LayerFigures]) -> list[str | Table]:
+def _by_group(figures: list["LayerFigures"]) -> list[str | Table]:
     """A row for the layers whose names differ in numbers only, with medians of the figures."""
     groups: dict[tuple[str, str], list[LayerFigures]] = {}
     for each in figures:
@@ -190,7 +209,7 @@ def _median(values: list[float | None]) -> float | None:
     return statistics.median(known) if known else None
 
 
-def _settings(layer: LayerDifference) -> str:
+def _settings(layer: "LayerDifference") -> str:
     if layer.relative is None:
         return "different layers"
     return ", ".join(f"{name} {ours} and {theirs}" for name, (ours, theirs) in layer.settings.items())

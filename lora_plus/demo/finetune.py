@@ -1,9 +1,7 @@
 """Fine-tune a plain PyTorch model with LoRA+: the part of the demo to read, and to copy into an own project."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -19,28 +17,8 @@ from lora_plus import (
     save_adapter,
 )
 from lora_plus.demo import phonemes, show
+from lora_plus.demo.settings import Settings
 from lora_plus.demo.smollm2 import SmolLM2, generate
-
-TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
-"""Every linear layer of every block, by the last part of its name."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What can be chosen; the defaults take two to four minutes on two CPU cores."""
-
-    targets: Sequence[str] = TARGETS
-    r: int = 8
-    alpha: float = 16.0
-    lr: float = 2e-3
-    lr_ratio: float = 4.0
-    steps: int = 60
-    batch: int = 8
-    seed: int = 0
-    out: Path = Path("demo-out")
-    held_out: int = 64
-    samples: int = 4
-    answer_tokens: int = 24
 
 
 def train(
