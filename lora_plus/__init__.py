@@ -1,52 +1,18 @@
-"""LoRA and LoRA+ for any PyTorch model: inject adapters, train them, save them, merge them."""
+"""LoRA and LoRA+ for any PyTorch model: inject adapters, train them, save them, merge them.
 
-from .adapters import (
-    active_adapters,
-    adapter_names,
-    adapter_state_dict,
-    delete_adapter,
-    disabled,
-    lora_summary,
-    rename_adapter,
-    set_adapter,
-)
-from .another_adapter import add_adapter
-from .bare_model import bare_model
-from .candidates import Candidate, SweepResult, SweepRow, grid
-from .check import check_adapters
-from .checkpoint import CheckpointReport, merge_checkpoint
-from .combine import CombineReport, combine_adapters, resize_adapter
-from .config import LoRAConfig
-from .diagnostics import GaugeReport, GaugeRow, LoRAPlusGauge
-from .export import ExportReport, export_adapter
-from .extract import extract_adapter
-from .extract_checkpoint import extract_checkpoint
-from .gradient_init import init_from_gradients
-from .inject import inject_lora, remove_lora
-from .io import load_adapter, save_adapter
-from .layers import (
-    LoRAConv1d,
-    LoRAConv2d,
-    LoRAConv3d,
-    LoRAConvTranspose1d,
-    LoRAConvTranspose2d,
-    LoRAConvTranspose3d,
-    LoRAEmbedding,
-    LoRALinear,
-)
-from .lora_layer import LoRALayer
-from .lr_fold import fold_lr_ratio, unfold_lr_ratio
-from .lr_guard import check_lr_ratio, watch_lr_ratio
-from .merge import merge_and_unload, merge_lora, merged, unmerge_lora
-from .mixed_batch import adapter_per_sample
-from .optim import convert_lr, create_loraplus_optimizer, loraplus_param_groups, split_loraplus_groups
-from .optimizer_check import check_optimizer
-from .parameters import LoRAParameter
-from .rebinding import rebind_optimizer
-from .reset import reset_lora_parameters
-from .side_by_side import Sweep
-from .sweep import sweep
+The names are imported when the first one is asked for, so that help and completion of the command line do not wait for
+torch.
+"""
+
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
 from .version import __version__
+
+if TYPE_CHECKING:
+    from .public import *
 
 __all__ = [
     "Candidate",
@@ -112,3 +78,24 @@ __all__ = [
     "unmerge_lora",
     "watch_lr_ratio",
 ]
+
+
+class _Package(ModuleType):
+    """A package whose public names are imported late, and are not those of files that are called the same."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in __all__:
+            raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
+        public = vars(import_module(f"{self.__name__}.public"))
+        vars(self).update({each: public[each] for each in __all__ if each in public})
+        return vars(self)[name]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (isinstance(value, ModuleType) and name in __all__):  # as importing lora_plus.sweep would do
+            super().__setattr__(name, value)
+
+    def __dir__(self) -> list[str]:
+        return sorted({*vars(self), *__all__})
+
+
+sys.modules[__name__].__class__ = _Package

@@ -84,6 +84,7 @@ STRATA = [
     },
     {"io", "extract", "checkpoint", "side_by_side", "optimizer_check", "rebinding"},
     {"export", "bare_model", "extract_checkpoint", "sweep"},
+    {"public"},
     {"__init__"},
     {"integrations.peft", "integrations.deepspeed", "integrations.tensor_parallel", "integrations.trained_state"},
     {"integrations.transformers", "integrations.lightning"},
@@ -153,3 +154,29 @@ def test_importing_the_library_loads_no_other_package() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "['lora_plus']"
+
+
+def test_the_command_lines_help_does_not_import_torch() -> None:
+    code = (
+        "import sys\n"
+        "import lora_plus.cli\n"
+        "from typer.testing import CliRunner\n"
+        "for line in (['--help'], ['merge', '--help'], ['demo', '--help'], ['--version'], ['inspect']):\n"
+        "    CliRunner().invoke(lora_plus.cli.app, line)\n"
+        "print(sorted({'torch', 'numpy', 'gguf'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_public_names_are_not_files_of_the_same_name_in_whatever_order_they_are_imported() -> None:
+    code = (
+        "import lora_plus.sweep, lora_plus.bare_model, lora_plus.extract_checkpoint, sys\n"
+        "assert all(map(callable, (lora_plus.sweep, lora_plus.bare_model, lora_plus.extract_checkpoint)))\n"
+        "from lora_plus import inject_lora, adapter_files\n"
+        "import lora_plus.merge as merge\n"
+        "assert inject_lora is lora_plus.inject_lora and merge is sys.modules['lora_plus.merge']\n"
+        "assert {name for name in lora_plus.__all__ if not hasattr(lora_plus, name)} == set()\n"
+        "assert set(lora_plus.__all__) <= set(dir(lora_plus)) and not hasattr(lora_plus, 'nothing')"
+    )
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)

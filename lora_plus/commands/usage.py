@@ -10,7 +10,7 @@ from typer.core import TyperArgument, TyperCommand, TyperGroup
 
 from lora_plus.text_table import printable
 
-(UsageError,) = BadParameter.__bases__
+UsageError: type[Exception] = BadParameter.__mro__[1]
 """The error of click for all of this; some versions of typer have a copy of click inside."""
 
 
@@ -32,7 +32,7 @@ class Command(TyperCommand):
     def _missing(self, error: Exception) -> str | None:
         """What to say of an argument that is not given: click names the one that it has no value for, not the last."""
         wanted = [each for each in self.params if isinstance(each, TyperArgument)]
-        if getattr(error, "param", None) not in wanted or getattr(error, "message", ""):
+        if getattr(error, "param", None) not in wanted or getattr(error, "message", None):
             return None
         return f"Missing argument: give {' '.join(each.metavar or str(each.name).upper() for each in wanted)}"
 
