@@ -135,7 +135,10 @@ def _trained(adapter: Adapter) -> dict[str, Tensor]:
 def _relative_or_none(a: Tensor | None, b: Tensor | None) -> float | None:
     if a is None or b is None or a.shape != b.shape:
         return None
-    return _ratio((a.double() - b.double()).norm(), a.double().norm())
+    if a.dtype == b.dtype and torch.equal(*(each.contiguous().flatten().view(torch.uint8) for each in (a, b))):
+        return 0.0  # also where a value is no number
+    wide = torch.complex128 if a.is_complex() or b.is_complex() else torch.float64
+    return _ratio((a.to(wide) - b.to(wide)).norm(), a.to(wide).norm())
 
 
 def _ratio(apart: Tensor, size: Tensor) -> float:

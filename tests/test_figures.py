@@ -135,6 +135,22 @@ def test_a_difference_from_zero_is_infinite() -> None:
     assert difference(zero, two()[1]).layers[0].relative == math.inf
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float8_e4m3fn, torch.complex64, torch.int64, torch.bool])
+def test_what_is_trained_in_full_is_compared_in_its_dtype(dtype: torch.dtype) -> None:
+    values = torch.tensor([3.0, 4.0]).to(dtype)
+    last = {torch.complex64: torch.tensor([3, 4j]), torch.bool: torch.tensor([True, False])}
+    other = last.get(dtype, torch.tensor([3.0, 9.0])).to(dtype)
+    wanted = {torch.complex64: 32**0.5 / 5, torch.bool: 0.5**0.5}.get(dtype, 1.0)
+    a, b = (Adapter({}, {"head": {"weight": each}}) for each in (values, other))
+    assert difference(a, b).trained == {"head.weight": pytest.approx(wanted, rel=1e-12)}
+    assert difference(a, a).equal
+
+
+def test_a_value_that_is_no_number_is_equal_to_itself() -> None:
+    one = Adapter({}, {"head": {"weight": torch.tensor(complex(math.nan, 1), dtype=torch.complex64)}})
+    assert difference(one, one).equal
+
+
 def test_magnitudes_are_compared() -> None:
     a, b = two()
     a.layers["a"].tensors["lora_magnitude"], b.layers["a"].tensors["lora_magnitude"] = (
