@@ -217,6 +217,11 @@ def test_nowhere_to_write_to_is_no_error(folder: Path) -> None:
     assert (*running.communicate(timeout=60), running.returncode) == ("", "", 0)
 
 
+def test_numpy_is_not_asked_for(folder: Path) -> None:
+    running = process("inspect", EVIL, before="sys.modules['numpy'] = None")
+    assert (running.communicate(timeout=60)[1], running.returncode) == ("", 0)
+
+
 INSTEAD = """
 import importlib
 def failing(*_):

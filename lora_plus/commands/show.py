@@ -56,6 +56,7 @@ def reported(command: Callable[..., None]) -> Callable[..., None]:
 
         with warnings.catch_warnings():
             warnings.simplefilter("always")
+            warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # torch's, on import; no command needs it
             warnings.showwarning = tell
             try:
                 command(*args, **kwargs)
