@@ -167,6 +167,7 @@ class _Writer:
         self, checkpoint: Checkpoint, plan: Plan, dtype: torch.dtype | None, progress: Progress | None
     ) -> None:
         self.checkpoint, self.changes, self.dtype, self.progress = checkpoint, plan.changes, dtype, progress
+        self.nothing = f"nothing was merged into {str(checkpoint.base)!r}"
         self.done = 0
         self.report = CheckpointReport([], {}, [], [], [])
 
@@ -207,12 +208,12 @@ class _Writer:
             old = file.read(name) if change is None or change.replacement is None else change.replacement
             new = old.to(dtype).contiguous()
             if dtype in DTYPES and not is_finite(new) and not as_finite_as(new, old):
-                raise ValueError(f"{name!r} is not finite in {dtype}; nothing was written")
+                raise ValueError(f"{name!r} is not finite in {dtype}; {self.nothing}")
             return new
         weight = _StoredWeight(file.read(name), change, dtype)
         made = merged_state(weight, weight.in_order(weight.lora_adapters()))
         if isinstance(made, str):
-            raise ValueError(f"{name!r}: {made}; nothing was written")
+            raise ValueError(f"{name!r}: {made}; {self.nothing}")
         self.report.merged.append(name)
         if made.lost is not None:
             self.report.lost[name] = made.lost
