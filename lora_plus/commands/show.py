@@ -160,7 +160,10 @@ def readable(count: int) -> str:
 def progress(what: str) -> Iterator[Callable[[int, int], None]]:
     """A bar on stderr where that is a terminal; the function it gives is told how many are done, and of how many."""
     console = Console(stderr=True)
+    if not console.is_terminal:  # some versions of rich end even a bar that is not drawn with an empty line
+        yield lambda done, total: None
+        return
     columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task(what, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
