@@ -214,7 +214,7 @@ def run(count: int, seed: int, first: int, kept: Path) -> None:
 
 
 def test_a_few_commands_on_any_files(tmp_path: Path) -> None:
-    run(150, 0, 0, tmp_path)
+    run(100, 0, 0, tmp_path)
 
 
 @pytest.mark.slow

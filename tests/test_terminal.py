@@ -257,7 +257,6 @@ def test_a_defect_says_that_it_is_one(failing: Callable[[BaseException], Any], m
     assert (result.exit_code, result.stdout) == (70, "")
     assert result.stderr.split("\n") == [
         r"error: unexpected TypeError: \x1b[2J",
-        "wrote a",
         "this is a defect of lora-plus; with LORA_PLUS_TRACEBACK=1 in the environment it shows where",
         "",
     ]

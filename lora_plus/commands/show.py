@@ -75,7 +75,8 @@ def reported(command: Callable[..., None]) -> Callable[..., None]:
                 if missing is not None:
                     say(missing, err=True)
                     raise typer.Exit(1) from error
-                complain("error", f"unexpected {type(error).__name__}: {error}")
+                first, *_ = str(error).split("\n")  # torch adds its own stack
+                complain("error", f"unexpected {type(error).__name__}: {first}")
                 if os.environ.get(TRACEBACK):
                     complain("where", traceback.format_exc().rstrip())
                 else:
