@@ -23,6 +23,7 @@ from .formats.peft_renaming import without_left_out
 from .formats.target import Target
 from .layers import DTYPES, KINDS, LOOKALIKES
 from .names import join
+from .regular_files import state_of
 from .variants import AdapterSpec
 
 
@@ -134,26 +135,27 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors of a file, in memory of their own, and the metadata of its header.
 
     The file is read at once, because asking `safe_open` for thousands of small tensors takes five times as long. Where
-    another process puts a file in its place meanwhile, that one is read.
+    another process replaces it or writes to it meanwhile, it is read again.
 
     Raises:
-        SafetensorError, OSError: if it is not a whole safetensors file.
+        SafetensorError, OSError: if it is not a whole safetensors file, or changes each time that it is read.
     """
-    while True:
+    for _ in range(_TRIES):
         with open(path, "rb") as raw:
+            before = state_of(raw.fileno())
             try:
                 found = _read_open(path, raw)
             except (SafetensorError, OSError, ValueError, RuntimeError):  # of two files mixed anything can be said
-                if _is_still(raw, path):
+                if state_of(path) == before:
                     raise
             else:
-                if _is_still(raw, path):
+                if state_of(path) == before:
                     return found
+    raise OSError(f"{str(path)!r} was replaced or written to while it was read, {_TRIES} times; read it again later")
 
 
-def _is_still(file: BufferedReader, path: Path) -> bool:
-    """Whether an open file is the one that has this path."""
-    return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+_TRIES = 10
+"""How often a file is read that changes while it is read."""
 
 
 def _read_open(path: Path, raw: BufferedReader) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -102,6 +102,7 @@ def merge_checkpoint(
         ValueError: one error with everything that is wrong with the files, or does not fit. Nothing is written then.
             Also if a new weight would not be finite, found while writing; then nothing stays.
         FileNotFoundError, FileExistsError: if base or an adapter is not there, or ``out`` is.
+        OSError: if a file of base is replaced or written to meanwhile, or ``out`` cannot be written; nothing stays.
     """
     base, out = Path(base), Path(os.path.abspath(out))
     paths = [Path(adapter)] if isinstance(adapter, (str, os.PathLike)) else [Path(path) for path in adapter]
@@ -179,6 +180,7 @@ class _Writer:
             size += sum(entry.size for entry in tensors.values())
             if tensors == file.tensors and not self.changes.keys() & tensors.keys():
                 copy_file(file.path, folder / name)
+                file.check()
                 self.report.copied.extend(tensors)
                 self._advance(len(tensors))
             else:

@@ -99,6 +99,11 @@ class Checkpoint:
         """A tensor, as `TensorFile.read` gives it."""
         return next(file for file in self.files.values() if name in file.tensors).read(name)
 
+    def check(self) -> None:
+        """Raise if a file is not as it was when its header was read, as `TensorFile.check`."""
+        for file in self.files.values():
+            file.check()
+
     def config(self) -> dict[str, Any]:
         """What ``config.json`` says; nothing where there is none that can be read."""
         path = self.folder / "config.json"

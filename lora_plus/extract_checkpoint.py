@@ -69,6 +69,7 @@ def extract_checkpoint(
         ValueError: one error with every pattern that matches nothing, every target that is missing in the tuned
             checkpoint or does not fit, or if no target differs. Nothing is written then.
         FileNotFoundError: if a checkpoint is not there.
+        OSError: if a file of a checkpoint is replaced or written to meanwhile, or ``out`` cannot be written.
     """
     AdapterSpec(r=r, alpha=r)
     for path in (base, tuned):
@@ -168,6 +169,8 @@ def _drafted(
                 ignored.append(name)
         if progress is not None:
             progress(done, len(names))
+    for checkpoint in (ours, theirs):
+        checkpoint.check()
     return draft, ignored
 
 

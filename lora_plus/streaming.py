@@ -12,7 +12,8 @@ import json
 import math
 import mmap
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -22,6 +23,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from .atomic_files import naming
+from .regular_files import state_of
 
 DTYPES = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "U16": torch.uint16, "I16": torch.int16,
@@ -57,6 +59,9 @@ class StoredTensor:
 class TensorFile:
     """A safetensors file to read from.
 
+    It is opened when something is read, because a checkpoint may have more files than a process may have open. What is
+    read is of the file whose header was read, or there is an error.
+
     Args:
         path: the file.
 
@@ -65,12 +70,14 @@ class TensorFile:
     """
 
     def __init__(self, path: Path) -> None:
-        with safe_open(str(path), framework="pt"):
-            pass  # it checks that the tensors fill the file, without gaps or overlaps
         self.path = path
         with path.open("rb") as file:
+            self._state = state_of(file.fileno())
+            with safe_open(str(path), framework="pt"):
+                pass  # it checks that the tensors fill the file, without gaps or overlaps
             length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(length))
+        self.check()
         self.metadata: dict[str, str] = header.pop("__metadata__", None) or {}
         found = {}
         for name, entry in header.items():
@@ -79,17 +86,34 @@ class TensorFile:
         self.tensors = dict(sorted(found.items(), key=lambda item: (item[1].start, item[1].size)))
         """In the order of their data."""
 
+    def check(self, descriptor: int | None = None) -> None:
+        """Raise if the file at the path, or an open one, is not as it was when its header was read.
+
+        Raises:
+            OSError: it names the file.
+        """
+        if state_of(self.path if descriptor is None else descriptor) != self._state:
+            raise OSError(f"{str(self.path)!r} was replaced or written to while it was read; start again")
+
+    @contextmanager
+    def opened(self) -> Iterator[FileIO]:
+        """The file, open to read from."""
+        with self.path.open("rb", buffering=0) as file:
+            self.check(file.fileno())
+            yield file
+
     def read(self, name: str) -> Tensor:
         """A tensor whose memory is a window on the file; writing to it leaves the file alone.
 
-        Each has a window of its own, because pages of the file count as memory until their window is closed.
+        What is written to the file later shows in it, so `check` when it has been used. Each tensor has a window of its
+        own, because pages of the file count as memory until their window is closed.
         """
         entry = self.tensors[name]
         dtype = DTYPES[entry.dtype]
         if not entry.size:
             return torch.empty(entry.shape, dtype=dtype)
         first = entry.start - entry.start % mmap.ALLOCATIONGRANULARITY
-        with self.path.open("rb") as file:
+        with self.opened() as file:
             window = mmap.mmap(file.fileno(), entry.start + entry.size - first, access=mmap.ACCESS_COPY, offset=first)
         return torch.frombuffer(
             window, dtype=dtype, offset=entry.start - first, count=math.prod(entry.shape)
@@ -109,6 +133,9 @@ def write_stream(
         source: the file that unchanged tensors are copied from.
         tensors: those of the new file, with their new dtypes.
         changed: gives the new values of a tensor, in its new dtype; None for those whose bytes are copied.
+
+    Raises:
+        OSError: also if ``source`` was replaced or written to meanwhile.
     """
     # readers map the data into memory, where elements have to lie at multiples of their size
     entries = dict(sorted(tensors.items(), key=lambda item: -item[1].element_size()))
@@ -119,7 +146,7 @@ def write_stream(
         header[name] = {"dtype": entry.dtype, "shape": entry.shape, "data_offsets": [start, stop]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with source.path.open("rb", buffering=0) as old, path.open("xb", buffering=0) as new:
+    with source.opened() as old, path.open("xb", buffering=0) as new:
         _write(new, memoryview(len(text).to_bytes(8, "little") + text))
         for name, entry in entries.items():
             tensor = changed(name)
@@ -127,6 +154,7 @@ def write_stream(
                 _copy(old, source.tensors[name].start, entry.size, new)
             else:
                 _write(new, _bytes(tensor, entry))
+        source.check()
         os.fsync(new.fileno())
 
 

@@ -203,3 +203,46 @@ def test_a_file_that_is_replaced_while_it_is_read_is_read_as_one_of_them(
     tensors, _ = adapter_files.read_safetensors(files[0])
     expected = lora_plus.adapter_state_dict(lora_plus.load_adapter(net(), files[0]))
     assert_same_tensors(tensors, expected)
+
+
+def test_a_file_that_is_written_to_while_it_is_read_is_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, loads, contents = tmp_path / "a.safetensors", json.loads, []
+    lora_plus.save_adapter(adapted_net(1), path)
+    contents.append(path.read_bytes())
+    lora_plus.save_adapter(adapted_net(2), path)
+    assert len(path.read_bytes()) == len(contents[0])
+
+    def written_to(text: Any) -> Any:
+        found = loads(text)
+        if contents:
+            path.write_bytes(contents.pop())
+            os.utime(path, ns=(0, 0))  # clocks of file systems are coarse
+        return found
+
+    monkeypatch.setattr(json, "loads", written_to)
+    tensors, _ = adapter_files.read_safetensors(path)
+    monkeypatch.undo()
+    assert not contents
+    assert_same_tensors(tensors, adapter_files.read_safetensors(path)[0])
+
+
+def test_a_file_that_changes_each_time_it_is_read_is_an_error_that_names_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, loads, model = tmp_path / "a.safetensors", json.loads, net()
+    lora_plus.save_adapter(adapted_net(), path)
+    reads = 0
+
+    def changing(text: Any) -> Any:
+        nonlocal reads
+        reads += 1
+        assert reads < 1000
+        os.utime(path, ns=(0, reads))
+        return loads(text)
+
+    monkeypatch.setattr(json, "loads", changing)
+    with pytest.raises(ValueError, match=r"a\.safetensors' was replaced or written to while it was read, 10 times"):
+        lora_plus.load_adapter(model, path)
+    assert not lora_plus.adapter_names(model)

@@ -556,6 +556,50 @@ def test_what_pefts_format_does_not_say_is_refused(files: Path) -> None:
     ]
 
 
+# ---- other processes at the same time --------------------------------------------------------------------------------
+
+
+def replace_file(path: Path) -> None:
+    """Put another file of the same size in its place, as downloads and git do."""
+    written_to(shutil.copy(path, path.with_suffix(".new")))
+    os.replace(path.with_suffix(".new"), path)
+
+
+def written_to(path: Path) -> None:
+    """Turn a bit of the last byte."""
+    data = path.read_bytes()
+    path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    os.utime(path, ns=(0, 0))  # clocks of file systems are coarse
+
+
+@pytest.mark.parametrize("change", [replace_file, written_to, Path.unlink])
+@pytest.mark.parametrize("moment", [0, 1, 3])
+@pytest.mark.parametrize("base", ["base.safetensors", "base"])
+@pytest.mark.parametrize("adapter", ["a.safetensors", "nothing-of-it.safetensors"])
+def test_a_base_that_changes_meanwhile_is_an_error_that_names_the_file(
+    base: str, moment: int, change: Any, adapter: str, files: Path
+) -> None:
+    """Also where its shards are only copied."""
+    lora_plus.save_adapter(
+        randomise(lora_plus.inject_lora(net(), ["proj"], r=1)), files / "nothing-of-it.safetensors"
+    )  # fmt: skip
+    last = files / base if base.endswith(".safetensors") else sorted((files / base).glob("*.safetensors"))[-1]
+    out = files / f"out{Path(base).suffix}"
+
+    def progress(done: int, total: int) -> None:
+        nonlocal moment
+        if done > moment:
+            change(last)
+            moment = total
+
+    with pytest.raises(OSError) as error:
+        merge_checkpoint(files / base, files / adapter, out, progress=progress)
+    assert str(last) in str(error.value)
+    assert "replaced or written to" in str(error.value) or change is Path.unlink
+    assert not out.exists()
+    assert not list(files.glob(".*"))
+
+
 # ---- interruptions ---------------------------------------------------------------------------------------------------
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import Conv1D, randomise
 from safetensors.torch import load_file
-from test_checkpoint import save, shard
+from test_checkpoint import replace_file, save, shard, written_to
 from torch import nn
 
 import lora_plus
@@ -161,3 +161,19 @@ def test_values_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     assert problems(before, after, tmp_path / "a.safetensors", r=1) == [
         "'layers.0.q.weight' of the tuned checkpoint has values that are not finite"
     ]
+
+
+@pytest.mark.parametrize("change", [replace_file, written_to])
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_checkpoint_that_changes_meanwhile_is_an_error_that_names_the_file(
+    index: int, change: Any, tmp_path: Path
+) -> None:
+    paths = files(tmp_path, *ADAPTED)
+
+    def progress(done: int, total: int) -> None:
+        if done == total - 1:
+            change(paths[index])
+
+    with pytest.raises(OSError, match=f"{paths[index].name}' was replaced or written to"):
+        extract_checkpoint(*paths, tmp_path / "a.safetensors", r=1, kinds=KINDS, progress=progress)
+    assert not (tmp_path / "a.safetensors").exists()

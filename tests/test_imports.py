@@ -14,6 +14,7 @@ STRATA = [
     {"arguments"},
     {
         "version",
+        "regular_files",
         "wrappers",
         "sharding",
         "functional",
