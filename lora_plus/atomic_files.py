@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
@@ -64,8 +65,7 @@ def replacing(*paths: Path) -> Iterator[list[Path]]:
                     os.replace(last, aside)
                 for path, temporary in zip(paths, temporaries, strict=True):
                     os.replace(temporary, path)
-            if os.name == "posix":  # a rename is lasting once its folder is written; elsewhere folders cannot be opened
-                flush(last.parent)
+            flush_folder(last.parent)
         finally:
             if aside.exists() and temporaries[0].exists():  # nothing took its place yet
                 os.replace(aside, last)
@@ -82,10 +82,12 @@ def workspace(path: Path) -> Iterator[Path]:
         OSError: if the folder or something in it cannot be written; it names a path.
     """
     parent = path.parent
-    parent.mkdir(parents=True, exist_ok=True)
+    missing = [folder for folder in (parent, *parent.parents) if not folder.exists()]
     leftover = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{32}}\.tmp")
     folder = parent / f".{path.name}.{uuid.uuid4().hex}.tmp"
     with ExitStack() as stack:
+        stack.enter_context(_emptied_after_errors(missing))
+        parent.mkdir(parents=True, exist_ok=True)
         # the lock of the parent keeps others from taking the folder for a leftover before it is locked itself
         with _locked(parent, wait=True) as held:
             for found in parent.iterdir() if held else ():
@@ -99,6 +101,65 @@ def workspace(path: Path) -> Iterator[Path]:
             stack.enter_context(_locked(folder, wait=True))
         with naming(path):
             yield folder
+
+
+@contextmanager
+def _emptied_after_errors(folders: list[Path]) -> Iterator[None]:
+    """Remove folders, the innermost first, as far as they are empty, if the block fails."""
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):
+            for folder in folders:
+                folder.rmdir()
+        raise
+
+
+def is_free(path: Path) -> bool:
+    """Whether nothing is at a path, or an empty folder."""
+    if path.is_dir() and not path.is_symlink():
+        return not any(path.iterdir())
+    return not os.path.lexists(path)
+
+
+def publish(made: Path, path: Path) -> None:
+    """Give a whole file or folder its name, which `is_free`; what appeared there meanwhile stays.
+
+    Raises:
+        FileExistsError: if the name is not free.
+    """
+    try:
+        if made.is_dir():
+            if path.is_dir() and os.name != "posix":
+                path.rmdir()  # elsewhere renaming replaces an empty folder, and never one that is not empty
+            os.rename(made, path)
+        else:
+            _rename_file(made, path)
+    except OSError as error:
+        if error.errno in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR) and os.path.lexists(path):
+            raise FileExistsError(
+                f"{str(path)!r} appeared meanwhile and was left as it is; give another name"
+            ) from error
+        raise
+    flush_folder(path.parent)
+
+
+def _rename_file(made: Path, path: Path) -> None:
+    """Rename a file, but not onto another one, as renaming does on POSIX systems."""
+    if os.name != "posix":
+        os.rename(made, path)
+        return
+    try:
+        os.link(made, path)
+    except FileExistsError:
+        raise
+    except OSError:  # no links here
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+        try:
+            os.replace(made, path)
+        except BaseException:
+            path.unlink()
+            raise
 
 
 @contextmanager
@@ -128,6 +189,12 @@ def _locked(folder: Path, *, wait: bool) -> Iterator[bool]:
         yield held
     finally:
         os.close(handle)
+
+
+def flush_folder(path: Path) -> None:
+    """Make the names in a folder lasting; elsewhere than on POSIX systems folders cannot be opened."""
+    if os.name == "posix":
+        flush(path)
 
 
 def flush(path: Path) -> None:

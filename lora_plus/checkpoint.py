@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .adapter_files import is_finite
 from .adapter_tensors import BaseParameters
-from .atomic_files import flush
+from .atomic_files import flush, is_free
 from .checkpoint_files import HOLDS_WEIGHTS, INDEX, Checkpoint, appearing, copy_file
 from .checkpoint_plan import Change, Plan, planned
 from .formats.adapter import Problems
@@ -101,7 +101,8 @@ def merge_checkpoint(
     Raises:
         ValueError: one error with everything that is wrong with the files, or does not fit. Nothing is written then.
             Also if a new weight would not be finite, found while writing; then nothing stays.
-        FileNotFoundError, FileExistsError: if base or an adapter is not there, or ``out`` is.
+        FileNotFoundError, FileExistsError: if base or an adapter is not there, or ``out`` is, or appears
+            meanwhile.
         OSError: if a file of base is replaced or written to meanwhile, or ``out`` cannot be written; nothing stays.
     """
     base, out = Path(base), Path(os.path.abspath(out))
@@ -135,7 +136,7 @@ def _check_arguments(base: Path, paths: list[Path], out: Path, dtype: Any, facto
         raise FileNotFoundError(f"there is no checkpoint at {str(base)!r}")
     if base.is_file() and out.suffix != ".safetensors":
         raise ValueError(f"out must end in '.safetensors' where base is a file, got {str(out)!r}")
-    if out.exists() and not (base.is_dir() and out.is_dir() and not any(out.iterdir())):
+    if not is_free(out) or (base.is_file() and out.is_dir()):
         raise FileExistsError(f"{str(out)!r} exists already; give another name, or remove it first")
     if base.is_dir() and base.resolve() in out.resolve().parents:
         raise ValueError(f"out lies inside of base, {str(base)!r}; give a name outside")

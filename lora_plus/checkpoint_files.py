@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +12,7 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import Tensor
 
-from .atomic_files import flush, workspace
+from .atomic_files import flush, flush_folder, publish, workspace
 from .formats.adapter import Problems
 from .streaming import StoredTensor, TensorFile
 
@@ -122,13 +121,12 @@ def copy_file(source: Path | str, target: Path | str) -> None:
 
 @contextmanager
 def appearing(out: Path, single: bool) -> Iterator[Path]:
-    """A temporary folder beside ``out`` that becomes it, or whose one file does, when the block ends well."""
+    """A temporary folder beside ``out`` that becomes it, or whose one file does, when the block ends well.
+
+    Raises:
+        FileExistsError: if something is at ``out`` by then.
+    """
     with workspace(out) as folder:
         yield folder
-        if os.name == "posix":
-            flush(folder)
-        if out.is_dir():
-            out.rmdir()  # it is empty, or this fails
-        os.replace(next(folder.iterdir()) if single else folder, out)
-        if os.name == "posix":
-            flush(out.parent)
+        flush_folder(folder)
+        publish(next(folder.iterdir()) if single else folder, out)

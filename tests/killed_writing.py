@@ -29,7 +29,17 @@ from torch import nn
 import lora_plus
 
 WIDTH, LAYERS = 384, 3
-CALLS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.chmod", "os.scandir", "shutil.copyfile"}
+CALLS = {
+    "open",
+    "os.mkdir",
+    "os.rename",
+    "os.link",
+    "os.remove",
+    "os.rmdir",
+    "os.chmod",
+    "os.scandir",
+    "shutil.copyfile",
+}
 """What Python tells its audit hooks of the file system."""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -600,6 +601,75 @@ def test_a_base_that_changes_meanwhile_is_an_error_that_names_the_file(
     assert not list(files.glob(".*"))
 
 
+def no_links(*arguments: Any, **keywords: Any) -> None:
+    raise OSError(errno.EPERM, "Operation not permitted")
+
+
+def make_folder(path: Path) -> None:
+    path.mkdir()
+    (path / "mine").write_text("mine")
+
+
+def state_of(path: Path) -> Any:
+    return os.readlink(path) if path.is_symlink() else contents(path) if path.is_dir() else path.read_bytes()
+
+
+APPEARING = {
+    "a file": lambda path: path.write_text("mine"),
+    "an empty file": Path.touch,
+    "a folder": make_folder,
+    "a link to nothing": lambda path: path.symlink_to("nothing"),
+    "a link to an empty folder": lambda path: ((path.parent / "empty").mkdir(), path.symlink_to("empty")),
+}
+
+
+@pytest.mark.parametrize("links", [True, False])
+@pytest.mark.parametrize("what", APPEARING)
+@pytest.mark.parametrize("base", ["base.safetensors", "base"])
+def test_what_appears_at_out_meanwhile_stays(
+    base: str, what: str, links: bool, files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = files / base.replace("base", "out")
+    if not links:
+        monkeypatch.setattr(os, "link", no_links)
+
+    def progress(done: int, total: int) -> None:
+        if done == total:
+            APPEARING[what](out)
+
+    for time in ("meanwhile", "before"):
+        with pytest.raises(FileExistsError, match=rf"'{out}' .*; give another name"):
+            merge_checkpoint(files / base, files / "a.safetensors", out, progress=progress)
+        if time == "meanwhile":
+            there = state_of(out)
+        assert state_of(out) == there
+        assert not list(files.glob(".*"))
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_an_empty_folder_may_be_there(links: bool, files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not links:
+        monkeypatch.setattr(os, "link", no_links)
+    merge_checkpoint(files / "base", files / "a.safetensors", files / "one")
+    (files / "two").mkdir()
+    merge_checkpoint(files / "base", files / "a.safetensors", files / "two")
+    merge_checkpoint(files / "base.safetensors", files / "a.safetensors", files / "three.safetensors")
+    merge_checkpoint(files / "base.safetensors", files / "a.safetensors", files / "new" / "four.safetensors")
+    assert contents(files / "one") == contents(files / "two")
+    assert (files / "three.safetensors").read_bytes() == (files / "new" / "four.safetensors").read_bytes()
+    assert not list(files.rglob(".*"))
+
+
+def test_a_merge_that_fails_leaves_no_new_folders(files: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        merge_checkpoint(files / "base", files / "a.safetensors", files / "new" / "more" / "out", progress=stop)
+    assert not (files / "new").exists()
+
+
+def stop(done: int, total: int) -> None:
+    raise KeyboardInterrupt
+
+
 # ---- interruptions ---------------------------------------------------------------------------------------------------
 
 
@@ -626,10 +696,12 @@ def test_an_overflow_leaves_nothing(single: bool, files: Path) -> None:
 
 
 @pytest.mark.parametrize("calls", range(8))
-@pytest.mark.parametrize("function", ["fsync", "replace"])
+@pytest.mark.parametrize("function", ["fsync", "rename", "link"])
+@pytest.mark.parametrize("base", ["base", "base.safetensors"])
 def test_an_interruption_anywhere_leaves_nothing(
-    function: str, calls: int, files: Path, monkeypatch: pytest.MonkeyPatch
+    base: str, function: str, calls: int, files: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    out = files / base.replace("base", "out")
     before, left, real = contents(files), calls, getattr(os, function)
 
     def interrupted(*arguments: Any) -> Any:
@@ -641,16 +713,18 @@ def test_an_interruption_anywhere_leaves_nothing(
 
     monkeypatch.setattr(os, function, interrupted)
     try:
-        merge_checkpoint(files / "base", files / "a.safetensors", files / "out")
+        merge_checkpoint(files / base, files / "a.safetensors", out)
     except KeyboardInterrupt:
-        if not (files / "out").exists():
+        if not out.exists():
             assert contents(files) == before
             assert not list(files.glob(".*"))
             return
     monkeypatch.undo()
     # it was in its place already, and whole
-    merge_checkpoint(files / "base", files / "a.safetensors", files / "again")
-    assert contents(files / "out") == contents(files / "again")
+    again = files / base.replace("base", "again")
+    merge_checkpoint(files / base, files / "a.safetensors", again)
+    compare = contents if out.is_dir() else Path.read_bytes
+    assert compare(out) == compare(again)
     assert not list(files.glob(".*"))
 
 

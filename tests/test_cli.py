@@ -18,7 +18,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 import lora_plus
-from lora_plus import bare_model, cli, load_adapter, low_rank, save_adapter
+from lora_plus import atomic_files, bare_model, cli, load_adapter, low_rank, save_adapter
 from lora_plus.commands import arguments
 from lora_plus.io import FORMATS
 
@@ -326,6 +326,33 @@ def test_nothing_is_overwritten_unasked(command: str, a: Path, tmp_path: Path) -
     options = ["--r", "1"] if command in ("resize", "extract") else []
     assert f"{str(out)!r} exists already; give another name" in failed(command, *inputs, out, *options)
     assert out.read_text() == "precious"
+
+
+@pytest.mark.parametrize("out", ["out.safetensors", "out"])
+@pytest.mark.parametrize("command", ["convert", "combine", "resize", "extract"])
+def test_what_appears_meanwhile_stays(
+    command: str, out: str, a: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, other = save(small(), tmp_path / "base.safetensors"), small()
+    torch.nn.init.normal_(other.layers[0].weight)
+    tuned, path = save(other, tmp_path / "tuned.safetensors"), tmp_path / out
+    inputs = {"combine": [a, a], "extract": [base, tuned]}.get(command, [a])
+    options = ["--r", "1"] if command in ("resize", "extract") else []
+    serialize = atomic_files.serialize_file
+
+    def serialize_late(*arguments: Any) -> None:
+        serialize(*arguments)
+        path.write_text("precious")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(atomic_files, "serialize_file", serialize_late)
+        assert f"{str(path)!r} appeared meanwhile" in failed(command, *inputs, path, *options)
+    assert path.read_text() == "precious"
+    path.unlink()
+    path.mkdir()
+    if out == "out":
+        output(command, *inputs, path, *options)  # an empty folder may be there
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_force_overwrites(a: Path, tmp_path: Path) -> None:

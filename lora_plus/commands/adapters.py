@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from lora_plus.commands.arguments import Force, In, Json, Method, Out, Rank, Seed, To, check_free
+from lora_plus.commands.arguments import Force, In, Json, Method, Out, Rank, Seed, To, check_free, saving
 from lora_plus.commands.show import emit, readable, size, span, table
 from lora_plus.text_table import counted
 
@@ -73,7 +73,8 @@ def convert(
 
     check_free(out, force)
     model, metadata = open_adapters({"default": file})
-    save_adapter(model, out, format=to, metadata=metadata["default"] if keep_metadata else None)
+    with saving(out, force) as path:
+        save_adapter(model, path, format=to, metadata=metadata["default"] if keep_metadata else None)
     emit(as_json, {"path": out, "format": to or _format(out), "bytes": size(out)}, _written(out))
 
 
@@ -140,7 +141,8 @@ def combine(
     report = combine_adapters(
         model, list(names), weights=weight or None, method=method, r=r, density=density, generator=generator
     )
-    save_adapter(model, out, adapter=report.adapter, format=to)
+    with saving(out, force) as path:
+        save_adapter(model, path, adapter=report.adapter, format=to)
     emit(as_json, {"path": out, **vars(report)}, *str(report).split("\n"), _written(out))
 
 
@@ -160,7 +162,8 @@ def resize(
     check_free(out, force)
     model, metadata = open_adapters({"default": file})
     report = resize_adapter(model, r=r, generator=torch.Generator().manual_seed(seed))
-    save_adapter(model, out, format=to, metadata=metadata["default"])
+    with saving(out, force) as path:
+        save_adapter(model, path, format=to, metadata=metadata["default"])
     emit(as_json, {"path": out, **vars(report)}, *str(report).split("\n"), _written(out))
 
 

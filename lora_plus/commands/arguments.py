@@ -1,6 +1,7 @@
 """Arguments and options that several commands have, and how they are checked."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -22,8 +23,25 @@ def mapping(values: Sequence[str] | None) -> dict[str, str]:
 
 def check_free(out: Path, force: bool) -> None:
     """Raise if something is there that would be overwritten."""
-    if not force and out.exists() and not (out.is_dir() and not any(out.iterdir())):
+    from lora_plus.atomic_files import is_free
+
+    if not force and not is_free(out):
         raise FileExistsError(f"{str(out)!r} exists already; give another name, or pass --force to overwrite it")
+
+
+@contextmanager
+def saving(out: Path, force: bool) -> Iterator[Path]:
+    """Where to save what is to become ``out``; it is checked again then that nothing is overwritten."""
+    from lora_plus.atomic_files import publish, workspace
+
+    check_free(out, force)
+    if force or out.is_dir():
+        yield out
+        return
+    with workspace(out) as folder:
+        made = folder / "made" / out.name  # the folder itself is locked, and saving locks the one that it saves to
+        yield made
+        publish(made, out)
 
 
 In = Annotated[Path, typer.Argument(help="An adapter file, or a folder in PEFT's format.", show_default=False)]

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from lora_plus.commands.arguments import Force, In, Json, Out, Rank, To, check_free, mapping, pairs
+from lora_plus.commands.arguments import Force, In, Json, Out, Rank, To, mapping, pairs, saving
 from lora_plus.commands.show import emit, progress
 from lora_plus.text_table import counted
 
@@ -94,12 +94,11 @@ def extract(
     """
     from lora_plus.extract_checkpoint import extract_checkpoint
 
-    check_free(out, force)
-    with progress("tensors") as report_progress:
+    with saving(out, force) as path, progress("tensors") as report_progress:
         report = extract_checkpoint(
             base,
             tuned,
-            out,
+            path,
             r=r,
             targets=target or None,
             exclude=exclude or (),
