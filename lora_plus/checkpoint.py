@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import shutil
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from .adapter_files import is_finite
 from .adapter_tensors import BaseParameters
 from .atomic_files import flush, is_free
-from .checkpoint_files import HOLDS_WEIGHTS, INDEX, Checkpoint, appearing, copy_file
+from .checkpoint_files import INDEX, Checkpoint, appearing, copy_file, side_files
 from .checkpoint_plan import Change, Plan, planned
 from .formats.adapter import Problems
 from .functional import matrix_shape
@@ -50,7 +49,8 @@ class CheckpointReport:
     copied: list[str]
     """All other tensors."""
     left_out: list[str]
-    """Files of the folder that were not copied, because they have the weights without the adapters."""
+    """Files and folders that were not copied: those that hold weights without the adapters, an adapter, hidden ones,
+    and links that lead out of the folder, to a folder or to nothing."""
 
     def __str__(self) -> str:
         lines = [str(MergeReport(self.merged, self.lost, []))]
@@ -58,7 +58,8 @@ class CheckpointReport:
             lines.append(f"replaced {counted(len(self.replaced), 'tensor')} of modules trained in full")
         lines.append(f"copied {counted(len(self.copied), 'tensor')}")
         if self.left_out:
-            lines.append(f"left out {printable(', '.join(self.left_out))}: not merged")
+            left_out = printable(", ".join(self.left_out))
+            lines.append(f"left out {left_out}: weights that are not merged, hidden, or links")
         return "\n".join(lines)
 
 
@@ -78,9 +79,10 @@ def merge_checkpoint(
     All others are copied byte for byte. A few times the largest tensor is in memory. ``out`` appears whole or not at
     all; what a killed run left beside it is cleared by the next one. Same input, same bytes.
 
-    Of a folder, shards, index, other files and subfolders are taken over, but hidden ones are not, nor other files at
-    the top that hold the weights or an adapter: they would not be merged. A module whose own forward uses its weight
-    in a way of its own cannot be known here; `merge_lora` finds out.
+    Of a folder, shards, index, other files and subfolders are taken over. The report names what is not: hidden files
+    and folders, other files that hold weights or an adapter, because they would not be merged, and links that lead out
+    of the folder (those into the ``blobs`` of a model cache are followed) or to a folder. A module whose own forward
+    uses its weight in a way of its own cannot be known here; `merge_lora` finds out.
 
     Args:
         base: a ``.safetensors`` file, or a folder with ``model.safetensors`` or with shards and
@@ -174,11 +176,15 @@ class _Writer:
         self.report = CheckpointReport([], {}, [], [], [])
 
     def write(self, folder: Path) -> None:
-        """Write all files."""
-        size = 0
+        """Write all files, the small ones first: one that cannot be read fails before the work."""
+        stored = {
+            name: {tensor: self._stored(entry) for tensor, entry in file.tensors.items()}
+            for name, file in self.checkpoint.files.items()
+        }
+        if not self.checkpoint.single:
+            self._write_others(folder, sum(entry.size for tensors in stored.values() for entry in tensors.values()))
         for name, file in self.checkpoint.files.items():
-            tensors = {tensor: self._stored(entry) for tensor, entry in file.tensors.items()}
-            size += sum(entry.size for entry in tensors.values())
+            tensors = stored[name]
             if tensors == file.tensors and not self.changes.keys() & tensors.keys():
                 copy_file(file.path, folder / name)
                 file.check()
@@ -186,8 +192,6 @@ class _Writer:
                 self._advance(len(tensors))
             else:
                 write_stream(folder / name, file, tensors, partial(self._changed, file, tensors))
-        if not self.checkpoint.single:
-            self._write_others(folder, size)
 
     def _advance(self, count: int) -> None:
         self.done += count
@@ -224,18 +228,16 @@ class _Writer:
 
     def _write_others(self, folder: Path, size: int) -> None:
         done, index = set(self.checkpoint.files), self.checkpoint.index
-        metadata = index.get("metadata")
-        if self.dtype is not None and isinstance(metadata, dict) and "total_size" in metadata:
-            text = json.dumps({**index, "metadata": {**metadata, "total_size": size}}, indent=2) + "\n"
-            (folder / INDEX).write_text(text, encoding="utf-8")
+        if index:
+            text, metadata = self.checkpoint.index_text, index.get("metadata")
+            if self.dtype is not None and isinstance(metadata, dict) and "total_size" in metadata:
+                text = json.dumps({**index, "metadata": {**metadata, "total_size": size}}, indent=2) + "\n"
+            (folder / INDEX).write_text(text, encoding="utf-8", newline="")
             flush(folder / INDEX)
             done.add(INDEX)
-        for path in sorted(self.checkpoint.folder.iterdir()):
-            if path.name in done or path.name.startswith("."):
-                continue
-            if path.is_dir():
-                shutil.copytree(path, folder / path.name, copy_function=copy_file)
-            elif path.suffix in HOLDS_WEIGHTS or path.name == "adapter_config.json":
-                self.report.left_out.append(path.name)
-            else:
-                copy_file(path, folder / path.name)
+        found, others = side_files(self.checkpoint.folder)
+        self.report.left_out.extend(name for name in others if name not in done)
+        for name in found:
+            if name not in done:
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                copy_file(self.checkpoint.folder / name, folder / name)

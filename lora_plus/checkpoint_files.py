@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -38,6 +39,7 @@ class Checkpoint:
         problems: list[str] = []
         self.index: dict[str, Any] = {}
         """What the index of the shards says; empty where there is none."""
+        self.index_text = ""
         names = [base.name] if self.single else self._shards(problems)
         self.files: dict[str, TensorFile] = {}
         for name in names:
@@ -81,7 +83,8 @@ class Checkpoint:
 
     def _indexed(self, problems: list[str]) -> list[str]:
         try:
-            index = json.loads((self.folder / INDEX).read_text(encoding="utf-8"))
+            self.index_text = (self.folder / INDEX).read_bytes().decode("utf-8")
+            index = json.loads(self.index_text)
         except (ValueError, OSError, RecursionError) as error:
             problems.append(f"{INDEX} is not valid JSON: {error}")
             return []
@@ -111,6 +114,37 @@ class Checkpoint:
         except (ValueError, OSError, RecursionError):
             return {}
         return config if isinstance(config, dict) else {}
+
+
+def side_files(folder: Path) -> tuple[list[str], list[str]]:
+    """Files of a checkpoint that do not hold weights, at every depth, and what else is there, both as relative paths.
+
+    What else is there are files of weights, adapters, hidden files and folders, and what is neither file nor folder. Of
+    links only those to files are followed, and only inside the folder, or into the ``blobs`` of the model cache that it
+    is in: a folder that was downloaded could otherwise have the result hold any file of this machine.
+    """
+    root = Path(os.path.realpath(folder))
+    blobs = root.parent.parent / "blobs" if root.parent.name == "snapshots" else None
+    found: list[str] = []
+    others: list[str] = []
+    folders = [root]
+    while folders:
+        for entry in os.scandir(folders.pop()):
+            path = Path(entry.path)
+            if entry.is_dir(follow_symlinks=False) and not _is_left_out(path.relative_to(root)):
+                folders.append(path)
+            else:
+                target = Path(os.path.realpath(path))
+                inside = target.relative_to(root) if target.is_relative_to(root) else None
+                names = [path.relative_to(root), *([inside] if inside else [])]
+                fine = target.is_file() and (inside or target.parent == blobs) and not any(map(_is_left_out, names))
+                (found if fine else others).append(path.relative_to(root).as_posix())
+    return sorted(found), sorted(others)
+
+
+def _is_left_out(path: Path) -> bool:
+    hidden = any(part.startswith(".") for part in path.parts)
+    return hidden or path.suffix.lower() in HOLDS_WEIGHTS or path.name == "adapter_config.json"
 
 
 def copy_file(source: Path | str, target: Path | str) -> None:

@@ -339,22 +339,91 @@ def test_a_square_weight_that_nothing_shows_to_be_transposed_is_named(tmp_path: 
 # ---- other files -----------------------------------------------------------------------------------------------------
 
 
-def test_other_files_are_copied_but_no_weights_without_the_update(files: Path) -> None:
+def put(folder: Path, *names: str) -> None:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(name)
+
+
+def side_files(folder: Path) -> dict[str, bytes]:
+    assert not [path for path in folder.rglob("*") if path.is_symlink()]
+    return {name: data for name, data in contents(folder).items() if not name.startswith("model")}
+
+
+LEFT_OUT = [
+    ".gitattributes", "adapter_config.json", "onnx/Model.ONNX", "original/consolidated.00.pth", "pytorch_model.bin",
+    "sub/2.safetensors", "sub/adapter_config.json", "sub/deep/.key",
+]  # fmt: skip
+COPIED = ["config.json", "original/params.json", "sub/deep/x.txt", "tokenizer.json"]
+
+
+def test_other_files_are_copied_but_no_weights_without_the_update_and_nothing_hidden(files: Path) -> None:
     base = files / "base"
-    for name in ("tokenizer.json", "sub/deep/x.txt", "sub/2.safetensors", "pytorch_model.bin", ".git/object",
-                 "adapter_config.json"):  # fmt: skip
-        (base / name).parent.mkdir(parents=True, exist_ok=True)
-        (base / name).write_text(name)
-    os.symlink(base / "tokenizer.json", base / "link.json")
+    put(base, *LEFT_OUT, *COPIED, ".git/object", ".git/more/object", "sub/.cache/x")
     report = merge_checkpoint(base, files / "a.safetensors", files / "out")
-    assert report.left_out == ["adapter_config.json", "pytorch_model.bin"]
-    assert "left out adapter_config.json, pytorch_model.bin: not merged" in str(report)
-    copied = contents(files / "out")
-    assert {name for name in copied if not name.startswith("model")} == {
-        "config.json", "tokenizer.json", "sub/deep/x.txt", "sub/2.safetensors", "link.json",
+    assert report.left_out == sorted([*LEFT_OUT, ".git", "sub/.cache"])
+    assert f"left out {', '.join(report.left_out)}: " in str(report)
+    assert side_files(files / "out") == {name: name.encode() for name in COPIED}
+
+
+def test_links_are_followed_only_to_files_inside(files: Path) -> None:
+    base = files / "base"
+    put(base, "tokenizer.json", ".hidden", "weights.bin", "sub/x.txt")
+    put(files, "secret.txt", "private/key.txt", "base-too/x.txt")
+    links = {
+        "link.json": "tokenizer.json", "sub/up.json": "../tokenizer.json", "twice.json": "link.json",
+        "absolute.json": str(base / "sub" / "x.txt"),
     }  # fmt: skip
-    assert copied["link.json"] == b"tokenizer.json"
-    assert not (files / "out" / "link.json").is_symlink()
+    bad = {
+        "out.json": "../secret.txt", "out-absolute.json": str(files / "secret.txt"), "through.json": "out.json",
+        "private": "../private", "too.json": "../base-too/x.txt", "sub/out.txt": "../../secret.txt", "loop": ".",
+        "sub/loop": "..", "inside": "sub", "broken.json": "nothing", "round.json": "round.json",
+        "hidden.json": ".hidden", "weights.json": "weights.bin", "by-folder.json": "private/key.txt",
+    }  # fmt: skip
+    for name, target in {**links, **bad}.items():
+        (base / name).symlink_to(target)
+    os.mkfifo(base / "fifo")
+    report = merge_checkpoint(base, files / "a.safetensors", files / "out")
+    assert report.left_out == sorted([*bad, ".hidden", "weights.bin", "fifo"])
+    assert side_files(files / "out") == {
+        "config.json": b"{}", "tokenizer.json": b"tokenizer.json", "sub/x.txt": b"sub/x.txt",
+        "link.json": b"tokenizer.json", "sub/up.json": b"tokenizer.json", "twice.json": b"tokenizer.json",
+        "absolute.json": b"sub/x.txt",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("through", [False, True])
+def test_links_into_a_model_cache_are_followed(through: bool, files: Path) -> None:
+    snapshot, blobs = files / "models--a--b" / "snapshots" / "123", files / "models--a--b" / "blobs"
+    blobs.mkdir(parents=True)
+    put(files / "base", "tokenizer.json", "sub/x.txt", "pytorch_model.bin")
+    for number, path in enumerate(sorted(path for path in (files / "base").rglob("*") if path.is_file())):
+        link = snapshot / path.relative_to(files / "base")
+        link.parent.mkdir(parents=True, exist_ok=True)
+        shutil.move(path, blobs / str(number))
+        link.symlink_to(os.path.relpath(blobs / str(number), link.parent))
+    put(files / "models--a--b", "refs/main")
+    (snapshot / "main").symlink_to("../../refs/main")
+    (files / "link").symlink_to(snapshot)
+    report = merge_checkpoint(files / "link" if through else snapshot, files / "a.safetensors", files / "out")
+    assert report.left_out == ["main", "pytorch_model.bin"]
+    assert side_files(files / "out").keys() == {"config.json", "tokenizer.json", "sub/x.txt"}
+    assert read(files / "out").keys() == net().state_dict().keys()
+
+
+def test_other_files_are_copied_before_the_work(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    copyfile, steps = shutil.copyfile, []
+
+    def unreadable(source: Any, target: Any) -> None:
+        if Path(source).name == "config.json":
+            raise PermissionError(errno.EACCES, "Permission denied", str(source))
+        copyfile(source, target)
+
+    monkeypatch.setattr(shutil, "copyfile", unreadable)
+    with pytest.raises(PermissionError, match=r"base/config\.json"):
+        merge_checkpoint(files / "base", files / "a.safetensors", files / "out", progress=lambda *_: steps.append(1))
+    assert not steps
+    assert not (files / "out").exists()
 
 
 # ---- refusals --------------------------------------------------------------------------------------------------------
