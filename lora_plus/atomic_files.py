@@ -8,7 +8,7 @@ import re
 import shutil
 import sys
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
@@ -48,35 +48,53 @@ def replacing(*paths: Path) -> Iterator[list[Path]]:
     What was written is on the disk before a name changes, so a crash leaves the old file or the new one, whole. Of
     several files the last is the one without which the others are not read: where it changes, it is out of the way
     until the others are in place, so a crash between two renames leaves no mixture of old and new that could be read.
+    After an interruption there the renames are taken back or finished; after a kill the next run does that.
     """
     last = paths[-1]
-    with workspace(last) as folder:
-        temporaries, aside = [folder / path.name for path in paths], folder / f"{last.name}.old"
+
+    def settle(folder: Path) -> None:
+        """Take back the renames of a run that was interrupted among them, or finish them."""
+        temporaries, aside = [folder / path.name for path in paths], folder / _ASIDE
+        if os.path.lexists(last):
+            return
+        if temporaries[0].exists() and aside.exists():
+            os.replace(aside, last)
+        elif not temporaries[0].exists():
+            for path, temporary in zip(paths, temporaries, strict=True):
+                if temporary.exists():
+                    os.replace(temporary, path)
+
+    with workspace(last, settle) as folder:
+        temporaries = [folder / path.name for path in paths]
         for temporary in temporaries:
             temporary.touch()
         modes = [temporary.stat().st_mode for temporary in temporaries]
-        try:
-            yield temporaries
-            for temporary, mode in zip(temporaries, modes, strict=True):
-                temporary.chmod(mode)  # safetensors makes its files readable by the owner only
-                flush(temporary)
-            with _locked(last.parent, wait=True):  # or the files of two runs at the same time could be mixed
-                if len(paths) > 1 and last.exists() and last.read_bytes() != temporaries[-1].read_bytes():
-                    os.replace(last, aside)
-                for path, temporary in zip(paths, temporaries, strict=True):
-                    os.replace(temporary, path)
-            flush_folder(last.parent)
-        finally:
-            if aside.exists() and temporaries[0].exists():  # nothing took its place yet
-                os.replace(aside, last)
+        yield temporaries
+        for temporary, mode in zip(temporaries, modes, strict=True):
+            temporary.chmod(mode)  # safetensors makes its files readable by the owner only
+            flush(temporary)
+        with _locked(last.parent, wait=True):  # or the files of two runs at the same time could be mixed
+            if len(paths) > 1:
+                (folder / _RENAMING).touch()
+                if last.exists() and last.read_bytes() != temporaries[-1].read_bytes():
+                    os.replace(last, folder / _ASIDE)
+            for path, temporary in zip(paths, temporaries, strict=True):
+                os.replace(temporary, path)
+            (folder / _RENAMING).unlink(missing_ok=True)
+        flush_folder(last.parent)
+
+
+_RENAMING, _ASIDE = ".renaming", ".aside"
+"""In a workspace, the mark that its files are being renamed, and the old last file while it is out of the way."""
 
 
 @contextmanager
-def workspace(path: Path) -> Iterator[Path]:
+def workspace(path: Path, settle: Callable[[Path], None] | None = None) -> Iterator[Path]:
     """A hidden folder beside a path, for what is to take its place; it is removed at the end.
 
-    What killed runs left there is removed first. Runs that still go on, such as other ranks that save to the same path,
-    hold a lock on their folders. Where the file system has no locks, leftovers stay.
+    What killed runs left there is removed first. Where a run was interrupted among its renames, ``settle`` is called
+    with its folder before that is removed; if it fails, the folder stays. Runs that still go on, such as other ranks
+    that save to the same path, hold a lock on their folders. Where the file system has no locks, leftovers stay.
 
     Raises:
         OSError: if the folder or something in it cannot be written; it names a path.
@@ -85,6 +103,18 @@ def workspace(path: Path) -> Iterator[Path]:
     missing = [folder for folder in (parent, *parent.parents) if not folder.exists()]
     leftover = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{32}}\.tmp")
     folder = parent / f".{path.name}.{uuid.uuid4().hex}.tmp"
+
+    def settled(folder: Path) -> None:
+        if settle is not None and (folder / _RENAMING).exists():
+            settle(folder)
+
+    def end() -> None:
+        with suppress(OSError):
+            if (folder / _RENAMING).exists():
+                with _locked(parent, wait=True):
+                    settled(folder)
+            shutil.rmtree(folder, ignore_errors=True)
+
     with ExitStack() as stack:
         stack.enter_context(_emptied_after_errors(missing))
         parent.mkdir(parents=True, exist_ok=True)
@@ -95,9 +125,10 @@ def workspace(path: Path) -> Iterator[Path]:
                     # its own run may just have removed it, and that of another user cannot be opened
                     with suppress(OSError), _locked(found, wait=False) as dead:
                         if dead:
+                            settled(found)
                             shutil.rmtree(found, ignore_errors=True)
             folder.mkdir()
-            stack.callback(shutil.rmtree, folder, ignore_errors=True)
+            stack.callback(end)
             stack.enter_context(_locked(folder, wait=True))
         with naming(path):
             yield folder

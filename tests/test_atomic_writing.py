@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -117,10 +118,9 @@ def test_a_peft_folder_never_mixes_old_and_new(renames: int, tmp_path: Path, mon
     with pytest.raises(Interrupted):
         lora_plus.save_adapter(new, path)
     monkeypatch.undo()
-    if (
-        renames < 2
-    ):  # no new file was in its place yet, and an error, unlike a kill, leaves time to put the old one back
-        assert contents(path) == before
+    lora_plus.save_adapter(new, tmp_path / "new")
+    # an error, unlike a kill, leaves time to take the renames back or to finish them
+    assert contents(path) == (before if renames < 2 else contents(tmp_path / "new"))
     for folder in (path, tmp_path / "killed"):
         model = net()
         try:
@@ -130,6 +130,85 @@ def test_a_peft_folder_never_mixes_old_and_new(renames: int, tmp_path: Path, mon
         else:
             wanted = old if settings_of(model)["proj"]["alpha"] == 3 else new
             torch.testing.assert_close(model(TOKENS), wanted(TOKENS))
+
+
+@pytest.mark.parametrize("alpha", [3, 4])
+@pytest.mark.parametrize("there", [True, False])
+@pytest.mark.parametrize("format", PATHS)
+def test_ctrl_c_at_any_line_leaves_the_old_files_or_the_new_ones(
+    format: str, there: bool, alpha: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "fsync", lambda handle: None)  # which takes long
+    old, new, path = adapted_net(1, alpha=3), adapted_net(2, alpha=alpha), tmp_path / "place" / PATHS[format]
+    (tmp_path / "old").mkdir()
+    if there:
+        lora_plus.save_adapter(old, tmp_path / "old" / path.name)
+    lora_plus.save_adapter(new, tmp_path / "new" / path.name)
+    states = [contents(tmp_path / "old"), contents(tmp_path / "new")]
+    found: list[int] = []
+
+    def save() -> None:
+        lora_plus.save_adapter(new, path)
+
+    shutil.copytree(tmp_path / "old", path.parent)
+    while interrupted_at(len(found), save):
+        seen = {name: data for name, data in contents(path.parent).items() if ".tmp" not in name}
+        found.append(states.index(seen))
+        shutil.rmtree(path.parent)
+        shutil.copytree(tmp_path / "old", path.parent)
+    assert found == sorted(found)
+    assert set(found) == {0, 1}
+
+
+def interrupted_at(line: int, work: Callable[[], object]) -> bool:
+    """Whether a work got as far as this line, counted among those of `atomic_files`, where Ctrl-C is pressed."""
+    left = line
+
+    def trace(frame: Any, event: str, argument: object) -> Any:
+        nonlocal left
+        if not frame.f_code.co_filename.endswith("atomic_files.py"):
+            return None
+        if event == "line":
+            left -= 1
+            if left == -1:
+                raise KeyboardInterrupt
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        work()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(before)
+    return False
+
+
+@pytest.mark.parametrize("renames", [1, 2])
+def test_what_a_killed_save_took_out_of_the_way_is_put_back_by_the_next_one_that_fails(
+    renames: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, new, path = adapted_net(1, alpha=3), adapted_net(2, alpha=4), tmp_path / "place" / "adapter"
+    lora_plus.save_adapter(old, path)
+    lora_plus.save_adapter(new, tmp_path / "new")
+    before, left, rename = contents(path), renames, os.replace
+
+    def killed(source: Any, target: Any) -> None:
+        nonlocal left
+        if left == 0:
+            shutil.copytree(path, tmp_path / "killed")
+        left -= 1
+        rename(source, target)
+
+    monkeypatch.setattr(os, "replace", killed)
+    lora_plus.save_adapter(new, path)
+    monkeypatch.undo()
+    assert "adapter_config.json" not in contents(tmp_path / "killed")
+    monkeypatch.setattr(atomic_files, "serialize_file", fail)
+    with pytest.raises(Interrupted):
+        lora_plus.save_adapter(adapted_net(3, alpha=5), tmp_path / "killed")
+    assert contents(tmp_path / "killed") == (before if renames == 1 else contents(tmp_path / "new"))
 
 
 @pytest.mark.parametrize("format", PATHS)
