@@ -23,7 +23,7 @@ from .formats.peft_renaming import without_left_out
 from .formats.target import Target
 from .layers import DTYPES, KINDS, LOOKALIKES
 from .names import join
-from .regular_files import state_of
+from .regular_files import irregular, state_of
 from .variants import AdapterSpec
 
 
@@ -83,6 +83,8 @@ def _read_peft(path: Path, target: Target, problems: list[str]) -> Adapter:
         pickled = (path / name).with_suffix(".bin").exists()
         hint = "; there is a .bin file, which is a pickle and is not read: convert it to safetensors" if pickled else ""
         problems.append(f"the folder has no {name}{hint}")
+    if peft.CONFIG in present and (what := irregular(path / peft.CONFIG)) is not None:
+        problems.append(f"{peft.CONFIG} is {what}, not a regular file")
     if problems:
         return Adapter({}, {})
     text = None
@@ -114,6 +116,9 @@ def _scale(settings: dict[str, Any]) -> float:
 
 
 def _read_safetensors(path: Path, problems: list[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    if (what := irregular(path)) is not None:
+        problems.append(f"{path.name} is {what}, not a regular file")
+        return {}, {}
     try:
         return read_safetensors(path)
     except (SafetensorError, OSError) as error:

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
+import platform
 import re
 import shutil
+import stat
 import sys
+import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError, TensorSpec, serialize_file
 from torch import Tensor
+
+from .regular_files import irregular
 
 if sys.platform != "win32":
     import fcntl
@@ -38,7 +44,10 @@ def serialize(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, 
     try:
         serialize_file(specs, str(path), dict(metadata))
     except SafetensorError as error:
-        raise OSError(f"{str(path)!r} could not be written: {error}") from error
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if number is None:
+            raise OSError(errno.EIO, str(error), str(path)) from error
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
 
 
 @contextmanager
@@ -48,9 +57,14 @@ def replacing(*paths: Path) -> Iterator[list[Path]]:
     What was written is on the disk before a name changes, so a crash leaves the old file or the new one, whole. Of
     several files the last is the one without which the others are not read: where it changes, it is out of the way
     until the others are in place, so a crash between two renames leaves no mixture of old and new that could be read.
-    After an interruption there the renames are taken back or finished; after a kill the next run does that.
+    After an interruption there the renames are taken back or finished; after a kill the next run does that. A file that
+    is replaced keeps its permissions.
+
+    Raises:
+        OSError: if one of the paths is neither that of a regular file nor free; it names the path, and what is there.
     """
     last = paths[-1]
+    _check_replaceable(paths)
 
     def settle(folder: Path) -> None:
         """Take back the renames of a run that was interrupted among them, or finish them."""
@@ -68,11 +82,12 @@ def replacing(*paths: Path) -> Iterator[list[Path]]:
         temporaries = [folder / path.name for path in paths]
         for temporary in temporaries:
             temporary.touch()
-        modes = [temporary.stat().st_mode for temporary in temporaries]
+        usual = temporaries[0].stat().st_mode
+        modes = [path.stat().st_mode if path.exists() else usual for path in paths]
         yield temporaries
         for temporary, mode in zip(temporaries, modes, strict=True):
-            temporary.chmod(mode)  # safetensors makes its files readable by the owner only
             flush(temporary)
+            temporary.chmod(stat.S_IMODE(mode))  # safetensors makes its files readable by the owner only
         with _locked(last.parent, wait=True):  # or the files of two runs at the same time could be mixed
             if len(paths) > 1:
                 (folder / _RENAMING).touch()
@@ -88,21 +103,34 @@ _RENAMING, _ASIDE = ".renaming", ".aside"
 """In a workspace, the mark that its files are being renamed, and the old last file while it is out of the way."""
 
 
+def _check_replaceable(paths: Sequence[Path]) -> None:
+    folder = paths[-1].parent
+    if os.path.lexists(folder) and not folder.is_dir():
+        raise NotADirectoryError(f"{str(folder)!r} is {irregular(folder) or 'a file'}, not a folder; give another name")
+    for path in paths:
+        if (what := irregular(path)) is not None:
+            raise OSError(f"{str(path)!r} is {what}, and only regular files are replaced; give another name")
+
+
 @contextmanager
 def workspace(path: Path, settle: Callable[[Path], None] | None = None) -> Iterator[Path]:
     """A hidden folder beside a path, for what is to take its place; it is removed at the end.
 
     What killed runs left there is removed first. Where a run was interrupted among its renames, ``settle`` is called
     with its folder before that is removed; if it fails, the folder stays. Runs that still go on, such as other ranks
-    that save to the same path, hold a lock on their folders. Where the file system has no locks, leftovers stay.
+    that save to the same path, hold a lock on their folders. Where the file system has no locks, leftovers stay. Some
+    have locks that other machines do not see, so what is left of runs on other machines stays for a day.
 
     Raises:
         OSError: if the folder or something in it cannot be written; it names a path.
     """
     parent = path.parent
     missing = [folder for folder in (parent, *parent.parents) if not folder.exists()]
-    leftover = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{32}}\.tmp")
-    folder = parent / f".{path.name}.{uuid.uuid4().hex}.tmp"
+    # systems allow names of 255 bytes, or less
+    name = path.name if len(os.fsencode(path.name)) <= 64 else _digest(path.name, 32)
+    host = _digest(platform.node(), 8)
+    leftover = re.compile(rf"\.{re.escape(name)}\.([0-9a-f]{{8}})[0-9a-f]{{24}}\.tmp")
+    folder = parent / f".{name}.{host}{uuid.uuid4().hex[8:]}.tmp"
 
     def settled(folder: Path) -> None:
         if settle is not None and (folder / _RENAMING).exists():
@@ -115,23 +143,34 @@ def workspace(path: Path, settle: Callable[[Path], None] | None = None) -> Itera
                     settled(folder)
             shutil.rmtree(folder, ignore_errors=True)
 
-    with ExitStack() as stack:
+    with naming(path, folder), ExitStack() as stack:
         stack.enter_context(_emptied_after_errors(missing))
         parent.mkdir(parents=True, exist_ok=True)
         # the lock of the parent keeps others from taking the folder for a leftover before it is locked itself
         with _locked(parent, wait=True) as held:
             for found in parent.iterdir() if held else ():
-                if leftover.fullmatch(found.name) and found.is_dir():
+                match = leftover.fullmatch(found.name)
+                if match and found.is_dir():
                     # its own run may just have removed it, and that of another user cannot be opened
                     with suppress(OSError), _locked(found, wait=False) as dead:
-                        if dead:
+                        if dead and (match[1] == host or _is_old(found)):
                             settled(found)
                             shutil.rmtree(found, ignore_errors=True)
             folder.mkdir()
             stack.callback(end)
             stack.enter_context(_locked(folder, wait=True))
-        with naming(path):
-            yield folder
+        yield folder
+
+
+def _digest(text: str, length: int) -> str:
+    return hashlib.sha256(os.fsencode(text)).hexdigest()[:length]
+
+
+def _is_old(folder: Path) -> bool:
+    return time.time() - folder.stat().st_mtime > _DAY
+
+
+_DAY = 24 * 60 * 60
 
 
 @contextmanager
@@ -194,13 +233,15 @@ def _rename_file(made: Path, path: Path) -> None:
 
 
 @contextmanager
-def naming(path: object) -> Iterator[None]:
-    """Errors of the file system that say nothing of a path, such as that the disk is full, get this one."""
+def naming(path: object, hidden: Path | None = None) -> Iterator[None]:
+    """Errors of the file system that name no path, or one inside ``hidden``, get this one."""
     try:
         yield
     except OSError as error:
-        if error.errno is not None and error.filename is None:  # else its text is already whole
+        unknown = error.filename is None or (hidden is not None and str(error.filename).startswith(str(hidden)))
+        if error.errno is not None and unknown:  # else its text is already whole
             error.filename = str(path)
+            del error.filename2
         raise
 
 
@@ -222,14 +263,19 @@ def _locked(folder: Path, *, wait: bool) -> Iterator[bool]:
         os.close(handle)
 
 
-def flush_folder(path: Path) -> None:
-    """Make the names in a folder lasting; elsewhere than on POSIX systems folders cannot be opened."""
-    if os.name == "posix":
-        flush(path)
-
-
 def flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
+    """Have a file's contents on the disk."""
+    _flush(path, os.O_RDWR)  # Windows flushes only what is open for writing
+
+
+def flush_folder(path: Path) -> None:
+    """Have the names in a folder on the disk; elsewhere than on POSIX systems folders cannot be opened."""
+    if os.name == "posix":
+        _flush(path, os.O_RDONLY)
+
+
+def _flush(path: Path, how: int) -> None:
+    handle = os.open(path, how)
     try:
         os.fsync(handle)
     finally:

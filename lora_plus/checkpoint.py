@@ -25,12 +25,11 @@ from .functional import matrix_shape
 from .layers import DTYPES
 from .merge import MergeReport, as_finite_as, merged_state
 from .parameters import LoRAParameter
+from .regular_files import PathLike, stated
 from .renaming import Names
 from .streaming import DTYPES as STORED
 from .streaming import StoredTensor, TensorFile, write_stream
 from .text_table import counted, printable
-
-PathLike = str | os.PathLike[str]
 
 Progress = Callable[[int, int], None]
 """Is told how many things are done, and how many there are."""
@@ -107,8 +106,8 @@ def merge_checkpoint(
             meanwhile.
         OSError: if a file of base is replaced or written to meanwhile, or ``out`` cannot be written; nothing stays.
     """
-    base, out = Path(base), Path(os.path.abspath(out))
-    paths = [Path(adapter)] if isinstance(adapter, (str, os.PathLike)) else [Path(path) for path in adapter]
+    base, out = stated(base), Path(os.path.abspath(stated(out)))
+    paths = [stated(path) for path in ([adapter] if isinstance(adapter, (str, os.PathLike)) else adapter)]
     factors = [1.0] * len(paths) if weights is None else [float(factor) for factor in weights]
     _check_arguments(base, paths, out, dtype, factors)
     checkpoint = Checkpoint(base)

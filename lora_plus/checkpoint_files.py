@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .atomic_files import flush, flush_folder, publish, workspace
 from .formats.adapter import Problems
+from .regular_files import irregular
 from .streaming import StoredTensor, TensorFile
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -68,6 +69,9 @@ class Checkpoint:
 
     def _shards(self, problems: list[str]) -> list[str]:
         """The names of a folder's files."""
+        if not self.folder.is_dir():
+            problems.append(f"it is {irregular(self.folder)}, neither a file nor a folder")
+            return []
         there = [name for name in (WEIGHTS, INDEX) if (self.folder / name).exists()]
         if there == [WEIGHTS]:
             return there
@@ -82,6 +86,9 @@ class Checkpoint:
         return []
 
     def _indexed(self, problems: list[str]) -> list[str]:
+        if (what := irregular(self.folder / INDEX)) is not None:
+            problems.append(f"{INDEX} is {what}")
+            return []
         try:
             self.index_text = (self.folder / INDEX).read_bytes().decode("utf-8")
             index = json.loads(self.index_text)
@@ -90,7 +97,7 @@ class Checkpoint:
             return []
         found = index.get("weight_map") if isinstance(index, dict) else None
         shards: list[Any] = list(found.values()) if isinstance(found, dict) else [None]
-        wrong = [name for name in shards if not isinstance(name, str) or Path(name).name != name]
+        wrong = [name for name in shards if not isinstance(name, str) or not _is_file_name(name)]
         if wrong:
             problems.append(f"{INDEX}: weight_map must give the name of a file for each tensor, got {wrong[0]!r}")
             return []
@@ -110,10 +117,14 @@ class Checkpoint:
         """What ``config.json`` says; nothing where there is none that can be read."""
         path = self.folder / "config.json"
         try:
-            config = json.loads(path.read_text(encoding="utf-8")) if not self.single and path.exists() else {}
+            config = json.loads(path.read_text(encoding="utf-8")) if not self.single and path.is_file() else {}
         except (ValueError, OSError, RecursionError):
             return {}
         return config if isinstance(config, dict) else {}
+
+
+def _is_file_name(text: str) -> bool:
+    return bool(text) and text.isprintable() and Path(text).name == text
 
 
 def side_files(folder: Path) -> tuple[list[str], list[str]]:

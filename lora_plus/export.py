@@ -19,6 +19,7 @@ from .layers import DTYPES
 from .module_tree import named_parameters
 from .names import join
 from .peft_folder import write_folder
+from .regular_files import stated
 from .sharding import shards_of
 from .unsaved import check_saved
 from .wrappers import is_spare_replica, unwrap
@@ -85,6 +86,7 @@ def export_adapter(
         raise ValueError(f"dtype must be one of {DTYPES} or None, got {dtype!r}")
     check_adapter(model, adapter)
     check_saved(model, adapter, f"adapter {adapter!r} was not exported")
+    real = Path(os.path.realpath(stated(path)))
     spare, reader, model = is_spare_replica(model), READERS[for_], unwrap(model)
     whole = describe(model, adapter, {} if base_model is None else {"base_model_name_or_path": base_model})
     data = portable(whole, dtype)
@@ -95,7 +97,7 @@ def export_adapter(
             problems += [f"{line} with its scale in B; choose a wider dtype" for line in not_finite(data, model)]
         problems += limits(reader, data, _tied(model, data))
         head = f"adapter {adapter!r} was not exported for {reader.name}; merge_and_unload gives a plain model instead"
-        write_folder(Path(os.path.realpath(path)), data, model, head, problems)
+        write_folder(real, data, model, head, problems)
 
     if not spare:
         shards_of(model).on_one_rank(write)

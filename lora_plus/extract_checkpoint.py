@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .adapter_files import base_problem
 from .bare_tree import bare_tree
-from .checkpoint import PathLike, Progress
+from .checkpoint import Progress
 from .checkpoint_files import Checkpoint
 from .combine import CombineReport, Draft, unusable
 from .config import as_patterns
@@ -23,6 +23,7 @@ from .layers import DTYPES, KINDS, LOOKALIKES
 from .low_rank import truncated
 from .names import join
 from .places import Place, find_modules, find_places
+from .regular_files import PathLike, stated
 from .streaming import DTYPES as STORED
 from .targets import matcher, near_misses
 from .variants import AdapterSpec
@@ -72,8 +73,9 @@ def extract_checkpoint(
         OSError: if a file of a checkpoint is replaced or written to meanwhile, or ``out`` cannot be written.
     """
     AdapterSpec(r=r, alpha=r)
+    stated(out)
     for path in (base, tuned):
-        if not Path(path).exists():
+        if not stated(path).exists():
             raise FileNotFoundError(f"there is no checkpoint at {str(path)!r}")
     ours, theirs = Checkpoint(Path(base)), Checkpoint(Path(tuned))
     failure = f"no adapter can be extracted from {str(tuned)!r}"

@@ -27,6 +27,7 @@ from .names import join, near_misses
 from .peft_folder import write_folder
 from .places import Found, Place, adapted_places, find_modules, overlaps
 from .refill import check_refillable, refill, refill_problems
+from .regular_files import stated
 from .renaming import Names, Renaming, renamed
 from .sharding import Shards, fill, shards_of
 from .trained import trained_modules
@@ -53,7 +54,8 @@ def save_adapter(
 
     A file appears whole or not at all: an interrupted save leaves the old one, and the next one removes what was left
     beside it. A save that is killed just when it renames the files of a PEFT folder with other settings leaves a folder
-    without config, which is refused. The same adapter gives the same bytes.
+    without config, which is refused until the next save. The same adapter gives the same bytes. A file that is replaced
+    keeps its permissions, and only regular files are replaced; a link is followed.
 
     Where the parameters are sharded (``fully_shard``, tensor parallelism, FullyShardedDataParallel, ZeRO-3) every rank
     must call this. They are gathered, one rank writes, and all return when the files are there, or raise what the
@@ -74,13 +76,15 @@ def save_adapter(
         KeyError: if the model holds no adapter of this name.
         ValueError: if the adapter is not finite, or the format cannot express it exactly, or weights under it or what
             its variant or init holds fixed are trainable. Nothing is written then.
-        OSError: if the disk is full or cannot be written; it names the path. The old files are as they were.
+        OSError: if the disk is full or cannot be written, or at the path is neither a regular file nor nothing, such as
+            a device; it names the path. The old files are as they were.
     """
     if format is None and Path(path).suffix in _PICKLES:
         raise ValueError(
             f"{str(path)!r} has the name of a pickle, which is not written; end it in '.safetensors' for one file, or "
             "leave the ending out for a folder in PEFT's format"
         )
+    real = Path(os.path.realpath(stated(path)))
     chosen = ("native" if str(path).endswith(".safetensors") else "peft") if format is None else format
     if chosen not in _WRITERS:
         raise ValueError(f"unknown format {format!r}; choose one of {sorted(_WRITERS)}, or None to go by the path")
@@ -97,7 +101,7 @@ def save_adapter(
         broken = not_finite(data, model)
         if broken:
             raise Problems(f"adapter {adapter!r} was not saved", broken)
-        _WRITERS[chosen](Path(os.path.realpath(path)), data, model)
+        _WRITERS[chosen](real, data, model)
 
     shards_of(model).on_one_rank(write)
 
@@ -148,7 +152,7 @@ def load_adapter(
         check_unsharded(model, f"load the adapter before the model is sharded{instead}")
         check_injectable(model, adapter)
     with shards.outlined():
-        data, chosen, by_name = shards.on_every_rank(lambda: _read(model, Path(path), adapter, names, refills))
+        data, chosen, by_name = shards.on_every_rank(lambda: _read(model, stated(path), adapter, names, refills))
         if refills:
             refill(model, adapter, data, chosen, trainable=trainable)
         else:

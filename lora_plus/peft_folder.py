@@ -50,7 +50,7 @@ def write_folder(
     text = json.dumps(config, indent=2, sort_keys=True, allow_nan=False) + "\n"
     with replacing(path / peft.WEIGHTS, path / peft.CONFIG) as (weights, config_file):
         serialize(weights, tensors, peft.METADATA)
-        config_file.write_text(text, encoding="utf-8")
+        config_file.write_text(text, encoding="utf-8", newline="")
 
 
 def _tied_to_others(model: nn.Module, trained: list[str]) -> list[str]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
 from pathlib import Path
 
 State = tuple[int, int, int, int]
@@ -16,3 +18,42 @@ def state_of(file: Path | int) -> State:
     """
     found = os.stat(file)
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def irregular(path: Path) -> str | None:
+    """What is at a path, such as ``"a FIFO"``; None for a regular file, a link to one, and for nothing.
+
+    Opening anything else may wait for ever, and replacing it takes it away from whoever uses it.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        return "a loop of links"
+    return None if stat.S_ISREG(mode) else _KINDS.get(stat.S_IFMT(mode), "no regular file")
+
+
+_KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+
+
+PathLike = str | os.PathLike[str]
+
+
+def stated(path: PathLike) -> Path:
+    """A path that a user gave.
+
+    Raises:
+        ValueError: if it is empty, which would be the current folder.
+    """
+    if not os.fspath(path):
+        raise ValueError("the path is empty; give the name of a file or folder")
+    return Path(path)

@@ -23,7 +23,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from .atomic_files import naming
-from .regular_files import state_of
+from .regular_files import irregular, state_of
 
 DTYPES = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "U16": torch.uint16, "I16": torch.int16,
@@ -70,6 +70,8 @@ class TensorFile:
     """
 
     def __init__(self, path: Path) -> None:
+        if (what := irregular(path)) is not None:
+            raise OSError(f"it is {what}")
         self.path = path
         with path.open("rb") as file:
             self._state = state_of(file.fileno())

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
+import socket
+import stat
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +23,7 @@ from files_support import (
     contents,
     finish,
     net,
+    refused,
     settings_of,
     start,
 )
@@ -41,6 +45,114 @@ def test_files_have_the_permissions_of_any_new_file(format: str, umask: int, tmp
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert files
     assert {path.stat().st_mode & 0o777 for path in files} == {0o666 & ~umask}
+
+
+@pytest.mark.skipif(os.name != "posix", reason="file modes are POSIX")
+@pytest.mark.parametrize("format", PATHS)
+def test_a_file_that_is_replaced_keeps_its_permissions(format: str, tmp_path: Path) -> None:
+    lora_plus.save_adapter(adapted_net(1), tmp_path / PATHS[format])
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    modes = dict(zip(sorted(files), (0o600, 0o640), strict=False))
+    for path, mode in modes.items():
+        path.chmod(mode)
+    before = contents(tmp_path)
+    lora_plus.save_adapter(adapted_net(2, alpha=4), tmp_path / PATHS[format])
+    assert all(data != before[name] for name, data in contents(tmp_path).items())
+    assert {path: path.stat().st_mode & 0o777 for path in files} == modes
+
+
+# ---- what is no regular file -----------------------------------------------------------------------------------------
+
+
+def make_socket(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as made:
+        made.bind(os.path.relpath(path))  # sockets have short names
+
+
+def make_device(path: Path) -> None:
+    try:
+        os.mknod(path, 0o600 | stat.S_IFCHR, os.makedev(1, 3))
+    except PermissionError:
+        pytest.skip("this user may make no devices")
+
+
+def make_loop(path: Path) -> None:
+    path.with_suffix(".other").symlink_to(path)
+    path.symlink_to(path.with_suffix(".other"))
+
+
+IRREGULAR = {
+    "a FIFO": os.mkfifo, "a socket": make_socket, "a device": make_device, "a loop of links": make_loop,
+    "a folder": Path.mkdir,
+}  # fmt: skip
+
+
+def state(folder: Path) -> dict[str, tuple[int, int]]:
+    """Of everything below a folder: what it is, and its number."""
+    return {str(path): (path.lstat().st_mode, path.lstat().st_ino) for path in folder.rglob("*")}
+
+
+@pytest.mark.skipif(os.name != "posix", reason="makes FIFOs and devices")
+@pytest.mark.parametrize("link", [False, True])
+@pytest.mark.parametrize("name", ["a.safetensors", "a/adapter_model.safetensors", "a/adapter_config.json"])
+@pytest.mark.parametrize("what", IRREGULAR)
+def test_what_is_no_regular_file_is_neither_replaced_nor_opened(
+    what: str, name: str, link: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    if path.parent != tmp_path:
+        lora_plus.save_adapter(adapted_net(), path.parent)
+        path.unlink()
+    monkeypatch.chdir(tmp_path)
+    target = tmp_path / "target" if link else path
+    IRREGULAR[what](target)
+    if link:
+        path.symlink_to(target)
+    before = state(tmp_path)
+    whole = path if path.parent == tmp_path else path.parent
+    with pytest.raises(OSError, match=f"is {what}, and only regular files are replaced; give another name") as error:
+        lora_plus.save_adapter(adapted_net(2, alpha=4), whole)
+    named = target if whole == path and what != "a loop of links" else path
+    assert str(named) in str(error.value) or what == "a loop of links"
+    assert str(tmp_path) in str(error.value)
+    if whole != path or what not in ("a folder", "a loop of links"):
+        assert refused(net(), whole) in (
+            [f"{path.name} is {what}, not a regular file"], [f"the folder has no {path.name}"],
+        )  # fmt: skip
+    assert state(tmp_path) == before
+
+
+def test_an_empty_path_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lora_plus.save_adapter(adapted_net(), tmp_path)
+    monkeypatch.chdir(tmp_path)
+    before = contents(tmp_path)
+    calls: list[Callable[[], object]] = [
+        lambda: lora_plus.save_adapter(adapted_net(2), ""),
+        lambda: lora_plus.export_adapter(adapted_net(2), "", for_="peft"),
+        lambda: lora_plus.load_adapter(net(), ""),
+        lambda: lora_plus.merge_checkpoint("", "", "x"),
+        lambda: lora_plus.extract_checkpoint("a", "b", "", r=1),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match="the path is empty"):
+            call()
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("size", [217, 255])
+def test_a_name_may_be_as_long_as_the_system_allows(size: int, tmp_path: Path) -> None:
+    path = tmp_path / f"{'n' * (size - 12)}.safetensors"
+    for seed in (1, 2):
+        lora_plus.save_adapter(adapted_net(seed), path)
+    lora_plus.load_adapter(net(), path)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_texts_end_their_lines_the_same_way_everywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "linesep", "\r\n")
+    lora_plus.save_adapter(adapted_net(), tmp_path / "a")
+    assert b"\r" not in (tmp_path / "a" / "adapter_config.json").read_bytes()
 
 
 def test_saving_through_a_link_keeps_the_link(tmp_path: Path) -> None:
@@ -212,10 +324,31 @@ def test_what_a_killed_save_took_out_of_the_way_is_put_back_by_the_next_one_that
 
 
 @pytest.mark.parametrize("format", PATHS)
+@pytest.mark.parametrize("function", ["mkdir", "replace", "fsync", "chmod"])
+def test_an_error_names_the_path_and_no_temporary_one(
+    function: str, format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, real = tmp_path / PATHS[format], getattr(os, function)
+
+    def denied(*arguments: Any, **keywords: Any) -> Any:
+        paths = [str(each) for each in arguments if ".tmp" in str(each)]
+        if paths or function == "fsync":
+            raise OSError(errno.EACCES, "Permission denied", *paths[:1])
+        return real(*arguments, **keywords)
+
+    monkeypatch.setattr(os, function, denied)
+    with pytest.raises(PermissionError) as error:
+        lora_plus.save_adapter(adapted_net(), path)
+    named = path if format == "native" else path / "adapter_config.json"
+    assert str(error.value) == f"[Errno 13] Permission denied: {str(named)!r}"
+
+
+@pytest.mark.parametrize("format", PATHS)
 def test_a_folder_that_cannot_be_written_is_an_error_and_changes_nothing(format: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"mine")
-    with pytest.raises(OSError, match="file"):
-        lora_plus.save_adapter(adapted_net(), tmp_path / "file" / PATHS[format])
+    for name in ("file" if format == "peft" else f"file/{PATHS[format]}", f"file/more/{PATHS[format]}"):
+        with pytest.raises(NotADirectoryError, match=str(tmp_path / "file")):
+            lora_plus.save_adapter(adapted_net(), tmp_path / name, format=format)
     assert contents(tmp_path) == {"file": b"mine"}
 
 
@@ -261,7 +394,8 @@ assert kept == {p: p.read_bytes() for p in pathlib.Path(sys.argv[1]).rglob("*") 
 def test_a_full_disk_is_an_error_and_keeps_the_old_files(tmp_path: Path) -> None:
     errors = finish(start(DISK_FULL, str(tmp_path))).splitlines()
     assert [line.split()[:2] for line in errors] == [["adapter.safetensors", "OSError"], ["adapter", "OSError"]]
-    assert all("File too large" in line and str(tmp_path) in line for line in errors)
+    for line, name in zip(errors, ("adapter.safetensors", "adapter/adapter_config.json"), strict=True):
+        assert line.endswith(f"[Errno 27] File too large: {str(tmp_path / name)!r}")
 
 
 @pytest.mark.parametrize("sizes", [(2, 3), (3, 2)])

@@ -576,6 +576,37 @@ def test_wrong_arguments(options: dict[str, Any], error: type[Exception], messag
     assert not (files / "new").exists()
 
 
+@pytest.mark.skipif(os.name != "posix", reason="makes FIFOs")
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        ("base.safetensors", "it is a FIFO, neither a file nor a folder"),
+        (f"base/{INDEX}", f"{INDEX} is a FIFO"),
+        ("base/model-00002-of-00003.safetensors",
+         "model-00002-of-00003.safetensors is not a whole safetensors file: it is a FIFO"),
+    ],
+)  # fmt: skip
+def test_what_is_no_regular_file_is_refused_and_not_waited_for(name: str, line: str, files: Path) -> None:
+    (files / name).unlink()
+    os.mkfifo(files / name)
+    assert refused(files / Path(name).parts[0], files / "a.safetensors", files / "out.safetensors") == [line]
+
+
+@pytest.mark.parametrize("single", [True, False])
+def test_errors_of_the_file_system_name_out(single: bool, files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, rename = files / ("out.safetensors" if single else "out"), os.link if single else os.rename
+
+    def denied(*arguments: Any, **keywords: Any) -> None:
+        raise OSError(errno.EACCES, "Permission denied", str(arguments[0]), None, str(arguments[1]))
+
+    monkeypatch.setattr(os, rename.__name__, denied)
+    monkeypatch.setattr(os, "replace", denied)
+    with pytest.raises(PermissionError) as error:
+        merge_checkpoint(files / out.name.replace("out", "base"), files / "a.safetensors", out)
+    assert str(error.value) == f"[Errno 13] Permission denied: {str(out)!r}"
+    assert not out.exists()
+
+
 SHARDS = [f"model-0000{number}-of-00003.safetensors" for number in (1, 2, 3)]
 
 
@@ -598,6 +629,8 @@ def _put_index(folder: Path, **changes: Any) -> None:
         (lambda f: _put_index(f, **{"embed.weight": SHARDS[0]}), "'embed.weight' is in model-"),
         (lambda f: shutil.copy(f / SHARDS[0], f / WEIGHTS), "has both model.safetensors and"),
         (lambda f: (f / SHARDS[1]).unlink(), "model-00002-of-00003.safetensors is not"),
+        (lambda f: _put_index(f, **{"embed.weight": "\ud800.safetensors"}), r"got '\ud800.safetensors'"),
+        (lambda f: _put_index(f, **{"embed.weight": ""}), "got ''"),
         (lambda f: os.truncate(f / "model-00002-of-00003.safetensors", 300), "is not a whole safetensors file"),
         (lambda f: shutil.copy(f / SHARDS[0], f / SHARDS[1]),
          "is both in model-00001-of-00003.safetensors and model-00002"),

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import shutil
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -214,7 +216,8 @@ def test_a_save_goes_on_where_another_run_s_folder_cannot_be_looked_into(
     error: type[OSError], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Such as one that its run removes at that moment, or that belongs to another user."""
-    other, look = tmp_path / f".a.safetensors.{'0' * 32}.tmp", os.open
+    with atomic_files.workspace(tmp_path / "a.safetensors") as folder:
+        other, look = tmp_path / folder.name, os.open
     other.mkdir()
 
     def look_elsewhere(path: Any, *arguments: Any, **keywords: Any) -> int:
@@ -229,10 +232,33 @@ def test_a_save_goes_on_where_another_run_s_folder_cannot_be_looked_into(
 
 @needs_posix
 def test_nothing_but_leftovers_of_the_same_file_is_removed(tmp_path: Path) -> None:
-    other = [f".b.safetensors.{'0' * 32}.tmp", f".a.safetensors.x.{'0' * 32}.tmp", ".a.safetensors.tmp", ".a"]
-    for name in (*other, f".a.safetensors.{'0' * 32}.tmp"):
+    with atomic_files.workspace(tmp_path / "a.safetensors") as folder:
+        own = folder.name
+    number = own.split(".")[-2]
+    other = [f".b.safetensors.{number}.tmp", f".a.safetensors.x.{number}.tmp", ".a.safetensors.tmp", ".a"]
+    for name in (*other, own):
         (tmp_path / name).mkdir()
         (tmp_path / name / "kept").touch()
     lora_plus.save_adapter(adapted_net(), tmp_path / "a.safetensors")
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*other, "a.safetensors"])
     assert all((tmp_path / name / "kept").exists() for name in other)
+
+
+@needs_posix
+@pytest.mark.parametrize("name", ["a.safetensors", f"{'ä' * 121}.safetensors"])
+def test_leftovers_of_another_machine_stay_for_a_day(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whose locks may not be seen on this one."""
+    left = {}
+    for machine in ("one", "two"):
+        monkeypatch.setattr(platform, "node", lambda machine=machine: machine)
+        with atomic_files.workspace(tmp_path / name) as folder:
+            left[machine] = folder
+    for folder in left.values():
+        folder.mkdir()
+    lora_plus.save_adapter(adapted_net(), tmp_path / name)
+    assert [folder.exists() for folder in left.values()] == [True, False]
+    os.utime(left["one"], (time.time() - 25 * 60 * 60,) * 2)
+    lora_plus.save_adapter(adapted_net(), tmp_path / name)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
