@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .adapter_files import is_finite
 from .adapter_tensors import BaseParameters
 from .atomic_files import flush, is_free
-from .checkpoint_files import INDEX, Checkpoint, appearing, copy_file, side_files
+from .checkpoint_files import Checkpoint, appearing, copy_file, side_files
 from .checkpoint_plan import Change, Plan, planned
 from .formats.adapter import Problems
 from .functional import matrix_shape
@@ -84,8 +84,8 @@ def merge_checkpoint(
     uses its weight in a way of its own cannot be known here; `merge_lora` finds out.
 
     Args:
-        base: a ``.safetensors`` file, or a folder with ``model.safetensors`` or with shards and
-            ``model.safetensors.index.json``.
+        base: a ``.safetensors`` file, or a folder with ``model.safetensors`` or with shards and their
+            index, such as ``model.safetensors.index.json``.
         adapter: a file or folder that `load_adapter` reads, or several, whose updates are added up.
         out: the new file or folder; a folder may be there if it is empty.
         dtype: of the new checkpoint's tensors, those in float16, bfloat16, float32 and float64; None to keep each
@@ -231,9 +231,9 @@ class _Writer:
             text, metadata = self.checkpoint.index_text, index.get("metadata")
             if self.dtype is not None and isinstance(metadata, dict) and "total_size" in metadata:
                 text = json.dumps({**index, "metadata": {**metadata, "total_size": size}}, indent=2) + "\n"
-            (folder / INDEX).write_text(text, encoding="utf-8", newline="")
-            flush(folder / INDEX)
-            done.add(INDEX)
+            (folder / self.checkpoint.index_name).write_text(text, encoding="utf-8", newline="")
+            flush(folder / self.checkpoint.index_name)
+            done.add(self.checkpoint.index_name)
         found, others = side_files(self.checkpoint.folder)
         self.report.left_out.extend(name for name in others if name not in done)
         for name in found:

@@ -19,6 +19,8 @@ from .regular_files import irregular
 from .streaming import StoredTensor, TensorFile
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+_INDEX_ENDING = ".safetensors.index.json"
+"""How the names of indexes end, whatever a library calls the model."""
 
 HOLDS_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
 """How the names of files end that hold weights."""
@@ -40,7 +42,7 @@ class Checkpoint:
         problems: list[str] = []
         self.index: dict[str, Any] = {}
         """What the index of the shards says; empty where there is none."""
-        self.index_text = ""
+        self.index_name, self.index_text = INDEX, ""
         names = [base.name] if self.single else self._shards(problems)
         self.files: dict[str, TensorFile] = {}
         for name in names:
@@ -58,9 +60,9 @@ class Checkpoint:
             there |= dict.fromkeys(file.tensors, name)
             self.tensors |= file.tensors
         if self.index and not problems:
-            said = self.index["weight_map"]
+            said, index = self.index["weight_map"], self.index_name
             problems += [
-                f"{tensor!r} is in {there.get(tensor, 'no file')}, and {INDEX} says {said.get(tensor, 'nothing of it')}"
+                f"{tensor!r} is in {there.get(tensor, 'no file')}, and {index} says {said.get(tensor, 'nothing of it')}"
                 for tensor in sorted(said.keys() | there.keys())
                 if said.get(tensor) != there.get(tensor)
             ]
@@ -72,34 +74,38 @@ class Checkpoint:
         if not self.folder.is_dir():
             problems.append(f"it is {irregular(self.folder)}, neither a file nor a folder")
             return []
-        there = [name for name in (WEIGHTS, INDEX) if (self.folder / name).exists()]
+        indexes = sorted(path.name for path in self.folder.glob(f"*{_INDEX_ENDING}"))
+        there = [*([WEIGHTS] if (self.folder / WEIGHTS).exists() else []), *indexes]
         if there == [WEIGHTS]:
             return there
-        if there == [INDEX]:
+        if len(there) == 1:
+            self.index_name = there[0]
             return self._indexed(problems)
         if there:
-            problems.append(f"the folder has both {WEIGHTS} and {INDEX}; remove the one that is not used")
+            problems.append(f"the folder has both {' and '.join(there)}; remove what is not used")
         else:
             others = sorted(path.name for path in self.folder.iterdir() if path.suffix in HOLDS_WEIGHTS)
             hint = f"; it has {', '.join(others)}: give a .safetensors file itself, convert others" if others else ""
-            problems.append(f"the folder has neither {WEIGHTS} nor {INDEX}{hint}")
+            problems.append(f"the folder has neither {WEIGHTS} nor {INDEX} or another index of shards{hint}")
         return []
 
     def _indexed(self, problems: list[str]) -> list[str]:
-        if (what := irregular(self.folder / INDEX)) is not None:
-            problems.append(f"{INDEX} is {what}")
+        if (what := irregular(self.folder / self.index_name)) is not None:
+            problems.append(f"{self.index_name} is {what}")
             return []
         try:
-            self.index_text = (self.folder / INDEX).read_bytes().decode("utf-8")
+            self.index_text = (self.folder / self.index_name).read_bytes().decode("utf-8")
             index = json.loads(self.index_text)
         except (ValueError, OSError, RecursionError) as error:
-            problems.append(f"{INDEX} is not valid JSON: {error}")
+            problems.append(f"{self.index_name} is not valid JSON: {error}")
             return []
         found = index.get("weight_map") if isinstance(index, dict) else None
         shards: list[Any] = list(found.values()) if isinstance(found, dict) else [None]
         wrong = [name for name in shards if not isinstance(name, str) or not _is_file_name(name)]
         if wrong:
-            problems.append(f"{INDEX}: weight_map must give the name of a file for each tensor, got {wrong[0]!r}")
+            problems.append(
+                f"{self.index_name}: weight_map must give the name of a file for each tensor, got {wrong[0]!r}"
+            )
             return []
         self.index = index
         return sorted(set(shards))

@@ -76,10 +76,14 @@ class Plan:
         """What only shows when all adapters are known."""
         if not self.problems:  # else what was not read may have had the names
             self.problems += self.target.rename.unused()
+        by_shape: dict[Shape, list[str]] = {}
+        for other, stored in self.checkpoint.tensors.items() if self.missing else ():
+            by_shape.setdefault(stored.shape, []).append(other)
         for number, (where, name, shape) in enumerate(self.missing):
+            alike = [] if shape is None else by_shape.get(shape, [])
             # looking for near misses is slow, and a few of them show what is wrong
             hint = near_misses(name, self.checkpoint.tensors) if number < 3 else ""
-            self.problems.append(f"{where}the checkpoint has no tensor {name!r}{self._tie(name, shape, hint)}")
+            self.problems.append(f"{where}the checkpoint has no tensor {name!r}{self._tie(name, alike, hint)}")
         for name, change in self.changes.items():
             if len(change.updates) > 1 and any(VARIANTS[spec.variant].rescales for _, _, spec, _ in change.updates):
                 self.problems.append(f"{name!r}: {_NO_SUM}")
@@ -165,12 +169,11 @@ class Plan:
                 yield f"{target!r} is trained in full by another adapter too"
             change.replacement = tensor
 
-    def _tie(self, name: str, shape: Shape | None, hint: str) -> str:
-        """Why a tensor may be absent: it has another name, or another one stands for it."""
+    def _tie(self, name: str, alike: Sequence[str], hint: str) -> str:
+        """Why a tensor may be absent: it has another name, or another one, which is ``alike``, stands for it."""
         kept = self.checkpoint.metadata.get(name)
         if kept in self.checkpoint.tensors:
             return f": it is tied to {kept!r}, and the checkpoint has one tensor for both; {_UNTIE}"
-        alike = [other for other, stored in self.checkpoint.tensors.items() if stored.shape == shape]
         if len(alike) != 1:
             return hint
         return (

@@ -45,9 +45,11 @@ def extract_checkpoint(
     """Write the adapter that comes nearest to a fine-tuned checkpoint: the truncated SVD of each weight's change.
 
     As `extract_adapter`, for checkpoints that `merge_checkpoint` reads. A few tensors are in memory at a time, and the
-    factors. A checkpoint does not say what its layers are: each weight of two dimensions counts as that of a linear
-    layer, unless ``kinds`` says otherwise, and others count only where it says what they are. Loading into the model
-    refuses a layer of another kind; `merge_checkpoint` computes the same for all that store (out, in).
+    factors. A checkpoint does not say what its layers are. Unless ``kinds`` says otherwise, ``embed_tokens``,
+    ``tok_embeddings``, ``token_type_embeddings``, ``word_embeddings``, ``wpe`` and ``wte`` count as embeddings, and
+    each other weight of two dimensions as that of a linear layer. Weights of other shapes count only where ``kinds``
+    says what they are. Loading into the model refuses a layer of another kind; `merge_checkpoint` computes the same for
+    all that store (out, in).
 
     Args:
         base: the checkpoint that the tuned one started from.
@@ -94,6 +96,11 @@ def extract_checkpoint(
 
 _KINDS = {kind.kind_name(): kind for kind in (*KINDS.values(), *LOOKALIKES)}
 
+_USUAL_KINDS = dict.fromkeys(
+    ("embed_tokens", "tok_embeddings", "token_type_embeddings", "word_embeddings", "wpe", "wte"), "Embedding"
+)
+"""What layers of these names are in the models of transformers and torchtune."""
+
 _NO_MODULE = nn.Module()
 """What a checkpoint has in the place of a module: names and globs do not ask for it."""
 
@@ -134,11 +141,11 @@ def _layers(checkpoint: Checkpoint, kinds: Mapping[str, str]) -> dict[str, BaseL
     unknown = sorted(set(kinds.values()) - _KINDS.keys())
     if unknown:
         raise ValueError(f"unknown kind of layer {unknown[0]!r}; choose one of {sorted(_KINDS)}")
-    stated = [(matcher(pattern), kind) for pattern, kind in kinds.items()]
+    known = [(matcher(pattern), kind) for pattern, kind in (*kinds.items(), *_USUAL_KINDS.items())]
     found = {}
     for tensor, stored in checkpoint.tensors.items():
         owner, _, parameter = tensor.rpartition(".")
-        kind = _KINDS[next((kind for matches, kind in stated if matches(owner, _NO_MODULE)), "Linear")]
+        kind = _KINDS[next((kind for matches, kind in known if matches(owner, _NO_MODULE)), "Linear")]
         layer = BaseLayer(kind.kind_name(), kind.layout, stored.shape)
         if parameter == "weight" and STORED.get(stored.dtype) in DTYPES and base_problem(layer) is None:
             found[owner] = layer
@@ -181,7 +188,14 @@ def _differs(name: str, ours: Checkpoint, theirs: Checkpoint) -> bool:
     mine, other = ours.tensors.get(name), theirs.tensors.get(name)
     if mine is None or other is None or mine.shape != other.shape or not {mine.dtype, other.dtype} <= STORED.keys():
         return True
-    return bool((ours.read(name) != theirs.read(name)).any())
+    a, b = ours.read(name), theirs.read(name)
+    if a.dtype == b.dtype and torch.equal(_bytes(a), _bytes(b)):
+        return False  # also where it has values that are not numbers
+    return bool((a != b).any())
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.reshape(-1).view(torch.uint8)
 
 
 def _fit(draft: Draft, place: Place, base: Tensor, tuned: Tensor, r: int) -> None:

@@ -20,8 +20,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import lora_plus
-from lora_plus import merge_checkpoint
+from lora_plus import merge_checkpoint, streaming
 from lora_plus.checkpoint_files import INDEX, WEIGHTS
+from lora_plus.streaming import StoredTensor
 
 Models = dict[str, Tensor]
 
@@ -199,6 +200,37 @@ def test_shards_give_what_one_file_gives(dtype: torch.dtype | None, files: Path)
     for path in (files / "several").glob("*.safetensors"):
         with safe_open(path, framework="pt") as file:
             assert file.metadata() == {"format": "pt"}
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_shards_may_be_called_as_diffusers_calls_them(dtype: torch.dtype | None, files: Path) -> None:
+    merge_checkpoint(files / "base", files / "a.safetensors", files / "out", dtype=dtype)
+    index, name = files / "base" / INDEX, "diffusion_pytorch_model.safetensors.index.json"
+    index.rename(index.with_name(name))
+    merge_checkpoint(files / "base", files / "a.safetensors", files / "other", dtype=dtype)
+    wanted = contents(files / "out")
+    assert contents(files / "other") == {name if file == INDEX else file: data for file, data in wanted.items()}
+    shutil.copy(index.with_name(name), index)
+    line = f"the folder has both {name} and {INDEX}; remove what is not used"
+    assert refused(files / "base", files / "a.safetensors", files / "more") == [line]
+
+
+def test_many_missing_tensors_are_looked_for_in_a_table(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not in all tensors of the checkpoint for each of them."""
+    count, looked = 100, 0
+    model = nn.ModuleList(nn.Linear(2, 2, bias=False) for _ in range(count))
+    base = save({f"x.{name}": tensor for name, tensor in model.state_dict().items()}, files / "many.safetensors")
+    lora_plus.save_adapter(randomise(lora_plus.inject_lora(model, "all-linear", r=1)), files / "many-a.safetensors")
+
+    class Counting(StoredTensor):
+        def __getattribute__(self, name: str) -> Any:
+            nonlocal looked
+            looked += name == "shape"
+            return super().__getattribute__(name)
+
+    monkeypatch.setattr(streaming, "StoredTensor", Counting)
+    assert refused(base, files / "many-a.safetensors", files / "out.safetensors")
+    assert looked < 10 * count
 
 
 def test_a_new_dtype_converts_all_floats_and_rounds_once(files: Path) -> None:

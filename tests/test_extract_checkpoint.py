@@ -177,3 +177,29 @@ def test_a_checkpoint_that_changes_meanwhile_is_an_error_that_names_the_file(
     with pytest.raises(OSError, match=f"{paths[index].name}' was replaced or written to"):
         extract_checkpoint(*paths, tmp_path / "a.safetensors", r=1, kinds=KINDS, progress=progress)
     assert not (tmp_path / "a.safetensors").exists()
+
+
+def test_what_is_equal_to_the_bit_is_equal_also_where_it_is_no_number(tmp_path: Path) -> None:
+    states = base().state_dict(), tuned("layers.0.q.weight").state_dict()
+    for state in states:
+        state["norm.bias"][0] = state["embed.weight"][1, 1] = torch.nan
+    states[1]["norm.weight"] = states[0]["norm.weight"].clone()
+    states[0]["zero"], states[1]["zero"] = torch.zeros(()), -torch.zeros(())
+    paths = [save(state, tmp_path / f"{number}.safetensors") for number, state in enumerate(states)]
+    report = extract_checkpoint(*paths, tmp_path / "a.safetensors", r=1)
+    assert set(report.ranks) == {"layers.0.q"}
+    assert report.ignored == []
+
+
+def test_embeddings_with_the_usual_names_are_extracted_as_embeddings(tmp_path: Path) -> None:
+    def model(seed: int) -> nn.Module:
+        torch.manual_seed(seed)
+        inner = nn.ModuleDict({"embed_tokens": nn.Embedding(9, 6), "q": nn.Linear(6, 6), "wte": nn.Linear(6, 6)})
+        return nn.ModuleDict({"model": inner}).double()
+
+    paths = [save(model(seed), tmp_path / f"{seed}.safetensors") for seed in (0, 1)]
+    extract_checkpoint(*paths, tmp_path / "a.safetensors", r=6, kinds={"wte": "Linear"})
+    loaded = lora_plus.merge_and_unload(lora_plus.load_adapter(model(0), tmp_path / "a.safetensors"))
+    for name, tensor in model(1).state_dict().items():
+        if name.endswith("weight"):
+            torch.testing.assert_close(loaded.state_dict()[name], tensor, rtol=0, atol=1e-12)

@@ -86,8 +86,9 @@ def extract(
 ) -> None:
     """Make the adapter that comes nearest to a fine-tuned checkpoint, and say what it loses.
 
-    A checkpoint does not say what its layers are: weights of two dimensions count as those of linear layers, unless
-    --kind says otherwise. What else differs is listed.
+    A checkpoint does not say what its layers are: weights of two dimensions count as those of linear layers, or of
+    embeddings where they are called as usual (embed_tokens, wte), unless --kind says otherwise. What else differs is
+    listed.
 
     - `lora-plus extract base-folder tuned-folder adapter.safetensors --r 16`
     - `lora-plus extract base-folder tuned-folder out --r 8 --to peft --kind embed_tokens=Embedding --exclude lm_head`
