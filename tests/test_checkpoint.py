@@ -707,17 +707,23 @@ def written_to(path: Path) -> None:
     os.utime(path, ns=(0, 0))  # clocks of file systems are coarse
 
 
-@pytest.mark.parametrize("change", [replace_file, written_to, Path.unlink])
-@pytest.mark.parametrize("moment", [0, 1, 3])
-@pytest.mark.parametrize("base", ["base.safetensors", "base"])
-@pytest.mark.parametrize("adapter", ["a.safetensors", "nothing-of-it.safetensors"])
+def shortened(path: Path) -> None:
+    path.with_suffix(".new").write_bytes(b"short")
+    os.replace(path.with_suffix(".new"), path)
+
+
+@pytest.mark.parametrize("change", [replace_file, written_to, shortened, Path.unlink])
+@pytest.mark.parametrize(
+    ("base", "moment"),
+    [("base.safetensors", 0), ("base.safetensors", 3), ("base.safetensors", 10), ("base", 0), ("base", 3), ("many", 3)],
+)
+@pytest.mark.parametrize("adapter", ["a.safetensors", "embed.safetensors"])
 def test_a_base_that_changes_meanwhile_is_an_error_that_names_the_file(
     base: str, moment: int, change: Any, adapter: str, files: Path
 ) -> None:
-    """Also where its shards are only copied."""
-    lora_plus.save_adapter(
-        randomise(lora_plus.inject_lora(net(), ["proj"], r=1)), files / "nothing-of-it.safetensors"
-    )  # fmt: skip
+    """Whether its tensors are changed or copied, one by one or as a whole file."""
+    shard(net().state_dict(), files / "many", count=11)
+    lora_plus.save_adapter(randomise(lora_plus.inject_lora(net(), ["embed"], r=1)), files / "embed.safetensors")
     last = files / base if base.endswith(".safetensors") else sorted((files / base).glob("*.safetensors"))[-1]
     out = files / f"out{Path(base).suffix}"
 
