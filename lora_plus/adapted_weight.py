@@ -298,8 +298,8 @@ class AdaptedWeight(AdapterSite):
 
     def own_children(self) -> dict[str, nn.Module]:
         """The submodules that hold adapters."""
-        names = (*self.roles, BLOCKS)
-        return {name: child for name in names if (child := self._modules.get(name)) is not None}
+        own = dict[str, nn.Module](self.tensor_containers())
+        return own | {name: child for name, child in self._modules.items() if name == BLOCKS and child is not None}
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """As ever; while merged, that of the plain module with the merged weight, without adapter keys."""
@@ -369,9 +369,14 @@ def _joined(matrix: Tensor, summands: list[_Summand], rows: Index) -> Tensor:
     """These rows of the matrix view with the adapters in them, float32 or better."""
     matrix = matrix.to(accumulation_dtype(matrix.dtype))
     for variant, A, B, scale, extra in summands:
-        own = {name: tensor[rows] for name, tensor in extra.items()}
+        own = {spec.name: extra[spec.name][_rows_of(spec.axes, rows)] for spec in variant.tensors}
         matrix = variant.merge(matrix, A[rows[:-1]], B[rows], scale, own)
     return matrix
+
+
+def _rows_of(axes: Sequence[str], rows: Index) -> Index:
+    """The index, in a tensor with these axes, of what belongs to these rows of the matrix view."""
+    return (*rows[:-1], *(rows[-1] if axis == "out" else slice(None) for axis in axes)) if rows else ()
 
 
 def adapted_weights(model: nn.Module) -> Iterator[tuple[str, AdaptedWeight]]:

@@ -24,7 +24,7 @@ from .formats.target import Target
 from .layers import DTYPES, KINDS, LOOKALIKES
 from .names import join
 from .regular_files import irregular, state_of
-from .variants import AdapterSpec
+from .variants import AdapterSpec, adapter_tensor_specs
 
 
 @dataclass(frozen=True)
@@ -222,12 +222,8 @@ def shape_problems(layer: LayerAdapter) -> list[str]:
         return [f"rows {base.facts['rows']} of a weight that has {out_features}"]
     if "rows" in base.facts:
         out_features = base.facts["rows"][1] - base.facts["rows"][0]
-    r = layer.settings["r"]
-    expected = {
-        "lora_A": (*stack, r, in_features),
-        "lora_B": (*stack, out_features, r),
-        "lora_magnitude": (*stack, out_features),
-    }
+    specs, matrix = adapter_tensor_specs(layer.settings["variant"]), (*stack, out_features, in_features)
+    expected = {part: specs[part].shape(matrix, layer.settings["r"]) for part in layer.tensors}
     return [
         f"{part} has shape {tuple(tensor.shape)}, expected {expected[part]}"
         for part, tensor in layer.tensors.items()

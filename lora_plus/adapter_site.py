@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .adapter_tensors import STARTS, AdapterTensors
 from .sharding import fill
-from .variants import SCALINGS, VARIANTS, AdapterSpec
+from .variants import SCALINGS, VARIANTS, AdapterSpec, adapter_tensor_specs
 
 
 def whole_factors(tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -26,10 +26,8 @@ def whole_factors(tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
 class AdapterSite(nn.Module):
     """The adapters of one matrix, a whole weight or some rows of one, by the name of the adapter."""
 
-    roles: ClassVar[dict[str, str]] = {"lora_A": "A", "lora_B": "B", "lora_magnitude": "magnitude"} | dict.fromkeys(
-        STARTS, "start"
-    )
-    """What the tensors of each container are to the optimizer."""
+    roles: ClassVar[dict[str, str]] = {}
+    """By container, what its tensors are to the optimizer, where that is not what their variant states."""
 
     lora_label: str = ""
     """The name of the matrix inside the module that it belongs to; empty where it is that module's one weight."""
@@ -67,8 +65,12 @@ class AdapterSite(nn.Module):
 
     def adapter_tensors(self, adapter: str) -> dict[str, nn.Parameter]:
         """The parameters of one adapter by the name of their container: lora_A, lora_B, ..."""
-        present = [(name, self._container(name)._parameters) for name in self.roles if name in self._modules]
+        present = [(name, held._parameters) for name, held in self.tensor_containers()]
         return {name: held[adapter] for name, held in present if adapter in held}  # type: ignore[misc]
+
+    def tensor_containers(self) -> list[tuple[str, AdapterTensors]]:
+        """The containers of the adapters' tensors, with their names."""
+        return [(name, child) for name, child in self._modules.items() if isinstance(child, AdapterTensors)]
 
     def factors(self, adapter: str) -> tuple[Tensor, Tensor]:
         """A ``(r, in)`` and B ``(out, r)`` of the adapter's whole update; with a start taken out of it, 2 r each."""
@@ -81,8 +83,8 @@ class AdapterSite(nn.Module):
 
     def freeze_adapters(self) -> None:
         """Take the tensors of all adapters out of training."""
-        for container in self.roles.keys() & self._modules.keys():
-            for parameter in self._container(container)._parameters.values():
+        for _, container in self.tensor_containers():
+            for parameter in container._parameters.values():
                 assert parameter is not None
                 parameter.requires_grad_(False)
 
@@ -130,7 +132,13 @@ class AdapterSite(nn.Module):
         """
         for adapter in self.lora_specs:
             for container, parameter in self.adapter_tensors(adapter).items():
-                yield adapter, self.roles[container], parameter
+                yield adapter, self.role_of(adapter, container), parameter
+
+    def role_of(self, adapter: str, container: str) -> str:
+        """What an adapter's tensor in this container is to the optimizer."""
+        if container in self.roles:
+            return self.roles[container]
+        return adapter_tensor_specs(self.lora_specs[adapter].variant)[container].role
 
     def extra_repr(self) -> str:
         adapters = ", ".join(f"{name}: r={spec.r}, alpha={spec.alpha:g}" for name, spec in self.lora_specs.items())

@@ -18,6 +18,7 @@ from .adapter_site import AdapterSite
 from .inject import check_unsharded, check_whole
 from .lora_layer import LoRALayer
 from .trial import copied, left_as_it_was
+from .variants import VARIANTS
 from .wrappers import unwrap
 
 TRAIN_PASSES = 4
@@ -300,9 +301,10 @@ def _random_adapters(probes: list[_Probe]) -> Iterator[None]:
     own = [(probe, probe.site.adapter_tensors(probe.adapter)) for probe in probes]
     try:
         for probe, tensors in own:
+            own_tensors = {each.name for each in VARIANTS[probe.site.lora_specs[probe.adapter].variant].tensors}
             for name, tensor in tensors.items():
                 noise = 0.02 * torch.randn(tensor.shape, generator=generator)
-                near = tensor.detach() if name == "lora_magnitude" else torch.zeros_like(tensor)
+                near = tensor.detach() if name in own_tensors else torch.zeros_like(tensor)
                 probe.tensors[name] = nn.Parameter(near + noise.to(tensor.device, tensor.dtype))
             probe.site.exchange_tensors(probe.adapter, probe.tensors)
         yield

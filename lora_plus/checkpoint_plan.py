@@ -18,7 +18,7 @@ from .peft_shapes import Shape
 from .renaming import Names, Renaming
 from .streaming import DTYPES as STORED
 from .streaming import StoredTensor
-from .variants import VARIANTS, AdapterSpec
+from .variants import VARIANTS, AdapterSpec, only_adds
 
 
 @dataclass
@@ -113,6 +113,8 @@ class Plan:
             yield f"weight {factor:g}: {_NO_SUM}"
         if VARIANTS[spec.variant].rescales and rows is not None:
             yield f"variant {spec.variant!r} rescales whole weights and cannot act on some rows of one"
+        elif not only_adds(spec.variant) and rows is not None:
+            yield f"variant {spec.variant!r} is no plain sum and cannot act on some rows of a weight"
         change.updates.append((adapter, rows, spec, layer.tensors))
 
     def _misfit(self, target: str, stored: StoredTensor, base: BaseLayer) -> str | None:

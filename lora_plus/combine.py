@@ -20,7 +20,7 @@ from .low_rank import METHODS, Factors, Method, Options, Update, truncated_produ
 from .places import Place, adapted_places
 from .text_table import counted, printable
 from .trained import trained_modules
-from .variants import SCALINGS, VARIANTS, AdapterSpec
+from .variants import SCALINGS, VARIANTS, AdapterSpec, only_adds
 
 
 @dataclass(frozen=True)
@@ -131,9 +131,9 @@ def resize_adapter(
     """Give an adapter another rank, in place: its update stays what it was, or the nearest there is of a lower rank.
 
     A higher rank keeps the update as it is: A gets rows that are drawn as at the start, B columns of zeros. Scale,
-    scaling rule, magnitudes (DoRA) and ``requires_grad`` stay; alpha follows from the scale. A and B become new
-    parameters, so make the optimizer afterwards. An adapter that started from a part of the weight (PiSSA and the like)
-    is taken for the update of rank 2 r that it is, and becomes a plain one.
+    scaling rule, ``requires_grad`` and what a variant has besides (DoRA's magnitudes) stay; alpha follows from the
+    scale. A and B become new parameters, so make the optimizer afterwards. An adapter that started from a part of the
+    weight (PiSSA and the like) is taken for the update of rank 2 r that it is, and becomes a plain one.
 
     Args:
         model: a model with the adapter; it is changed.
@@ -249,7 +249,15 @@ def _no_summand(site: AdapterSite, adapter: str) -> str | None:
     variant = site.lora_specs[adapter].variant
     if VARIANTS[variant].rescales:
         return f"is of the variant {variant!r}, which rescales the weight: that is no update that could be added"
+    if not only_adds(variant):
+        return f"is of the variant {variant!r}, which is more than a product of A and B"
     return unusable(*site.factors(adapter))
+
+
+def _of_rank(spec: AdapterSpec) -> str | None:
+    """Why an adapter cannot have another rank; None if it can."""
+    tied = [tensor.name for tensor in VARIANTS[spec.variant].tensors if "r" in tensor.axes]
+    return f"is of the variant {spec.variant!r}, whose {', '.join(tied)} cannot have another rank" if tied else None
 
 
 @torch.no_grad()
@@ -260,7 +268,7 @@ def _resize(
     spec, plain = site.plain(adapter)
     A, B = plain["lora_A"], plain["lora_B"]
     fit: Factors | None = Factors(A, B, 0.0)
-    if (why := unusable(A, B)) is not None:
+    if (why := unusable(A, B) or _of_rank(spec)) is not None:
         draft.problems.append(f"{place.name!r} {why}")
         fit = None
     elif r < spec.r:

@@ -46,7 +46,7 @@ class LoRAConfig:
     init: str | Init = "kaiming"
     """How A and B start: a name in `lora_plus.init.INITS` or `lora_plus.init.PRINCIPAL`, or a function of that form."""
     variant: str = "lora"
-    """``"lora"``, or ``"dora"`` (arXiv:2402.09353)."""
+    """``"lora"``, ``"lora_fa"`` (arXiv:2308.03303), ``"dora"`` (arXiv:2402.09353), or another name in `VARIANTS`."""
     train_also: Pattern | Sequence[Pattern] = ()
     """Modules that are trained in full and saved with the adapter, such as a new head."""
     fused: Mapping[Any, Sequence[str] | Mapping[str, int]] | None = None

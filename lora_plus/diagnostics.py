@@ -272,7 +272,7 @@ def _pairs(model: nn.Module) -> Iterator[_Pair]:
     for name, site, _ in adapter_sites(model):
         for adapter, spec in site.lora_specs.items():
             tensors = site.adapter_tensors(adapter)
-            held = {site.roles[container]: tensor for container, tensor in tensors.items()}
+            held = {site.role_of(adapter, container): tensor for container, tensor in tensors.items()}
             if {"A", "B"} <= held.keys():
                 yield _Pair(name, adapter, held["A"], held["B"], spec.scale, tensors)
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from .formats.adapter import Adapter, LayerAdapter
 from .low_rank import singular_values
 from .names import join
+from .variants import FACTORS
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class LayerDifference:
     relative: float | None
     """||dA - dB|| / ||dA||: infinite where only dA is zero, None where the two belong to different layers."""
     magnitude: float | None
-    """The same of DoRA's magnitudes; None where not both have some."""
+    """The same of DoRA's magnitudes, or of what else a variant has besides A and B; None where not both have some."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ def _layer_difference(name: str, a: LayerAdapter, b: LayerAdapter) -> LayerDiffe
     if a.base != b.base:
         return LayerDifference(name, settings, None, None)
     (A, B), (C, D) = (_scaled(layer) for layer in (a, b))
-    magnitudes = [layer.tensors.get("lora_magnitude") for layer in (a, b)]
+    magnitudes = [_besides(layer) for layer in (a, b)]
     if A.shape == C.shape and torch.equal(A, C) and torch.equal(B, D):  # a decomposition would leave rounding errors
         return LayerDifference(name, settings, 0.0, _relative_or_none(*magnitudes))
     apart = singular_values(torch.cat([A, C], dim=-2), torch.cat([B, -D], dim=-1)).norm()
@@ -126,6 +127,13 @@ def _layer_difference(name: str, a: LayerAdapter, b: LayerAdapter) -> LayerDiffe
 
 def _scaled(layer: LayerAdapter) -> tuple[Tensor, Tensor]:
     return layer.tensors["lora_A"].double(), layer.scale * layer.tensors["lora_B"].double()
+
+
+def _besides(layer: LayerAdapter) -> Tensor | None:
+    """The tensors besides A and B, one after the other; None if there are none."""
+    factors = {tensor.name for tensor in FACTORS}
+    others = [layer.tensors[name].flatten() for name in sorted(layer.tensors.keys() - factors)]
+    return torch.cat(others) if others else None
 
 
 def _trained(adapter: Adapter) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ from .calls import Calls
 from .fused_linear import Update, can_fuse, fused_linear
 from .lora_layer import LoRALayer, argument_names
 from .quantized import STORES, StraightThrough, dense_dtype, dense_weight, store_of
-from .variants import VARIANTS
+from .variants import only_adds
 
 KINDS: dict[type[nn.Module], type[LoRALayer]] = {}
 """Base layer class -> its LoRA class. A subclass of a base layer is served by the nearest entry."""
@@ -124,7 +124,7 @@ class LoRALinear(LoRALayer, nn.Linear):
         adapters = self.in_force()
         if not adapters or not {"weight", "bias"} <= self._parameters.keys():
             return False
-        return not any(VARIANTS[self.lora_spec(name).variant].rescales for name in adapters)
+        return all(only_adds(self.lora_spec(name).variant) for name in adapters)
 
     def _updates(self, x: Tensor) -> Iterator[Update]:
         for name in self.lora_active:
@@ -214,7 +214,7 @@ class LoRAEmbedding(LoRALayer, nn.Embedding):
     """
 
     layout = "n d -> d n"
-    roles = LoRALayer.roles | {"lora_A": "embedding_A", "lora_B": "embedding_B"}
+    roles = {"lora_A": "embedding_A", "lora_B": "embedding_B"}
 
     padding_idx: int | None
 

@@ -41,11 +41,22 @@ def new_tensors(
         A[..., no_update] = 0
     from_weight = isinstance(init, str) and init in PRINCIPAL
     start = torch.zeros_like(B) if from_weight else B  # with what is taken out again, the update starts at zero
-    tensors = {"lora_A": A, "lora_B": B, **VARIANTS[spec.variant].extra(matrix, A, start, spec.scale)}
+    tensors = {"lora_A": A, "lora_B": B, **_extra(matrix, A, start, spec)}
     tensors |= dict(zip(STARTS, (A, B), strict=True)) if from_weight else {}
     wanted = accumulation_dtype(matrix.dtype) if dtype is None else dtype
     copy = callable(init) or from_weight
     return {name: tensor.to(wanted, copy=copy).contiguous() for name, tensor in tensors.items()}
+
+
+def _extra(matrix: Tensor, A: Tensor, B: Tensor, spec: AdapterSpec) -> dict[str, Tensor]:
+    """The tensors of the variant, which must be those that it states."""
+    variant = VARIANTS[spec.variant]
+    made = variant.extra(matrix, A, B, spec.scale)
+    shapes = {name: tuple(tensor.shape) for name, tensor in made.items()}
+    stated = {tensor.name: tensor.shape(matrix.shape, spec.r) for tensor in variant.tensors}
+    if shapes != stated:
+        raise ValueError(f"variant {spec.variant!r} made the tensors {shapes} besides A and B, and states {stated}")
+    return made
 
 
 def _factors(

@@ -14,6 +14,7 @@ from .adapter_site import AdapterSite
 from .arguments import check_makes_optimizers, check_passed_on, named_keywords
 from .sharding import shards_of
 from .unsaved import unsaved
+from .variants import FACTORS, VARIANTS
 
 LR_MODES: dict[str, Callable[[float, float], tuple[float, float]]] = {
     "A": lambda lr, ratio: (lr, lr * ratio),  # the paper's convention
@@ -29,29 +30,31 @@ that of its B. Optimizers keep it, also in their ``state_dict``."""
 Roles = Iterable[tuple[str, str, nn.Parameter]]
 """``(adapter, role, parameter)`` for each parameter of an adapter."""
 
-KIND_OF_ROLE = {
-    "A": ("A", True),
-    "B": ("B", True),
+_OTHER_ROLES = {
     "B_bias": ("B", False),  # a column of B whose input is 1
     "embedding_A": ("embedding", True),
     "embedding_B": ("embedding", True),
-    "magnitude": ("magnitude", False),
 }
-"""Role -> what the parameter is to the optimizer, and whether it is decayed where no rule is given."""
 
-GROUPS = {
-    ("A", True): "lora_A",
-    ("A", False): "lora_A_no_decay",
-    ("B", True): "lora_B",
-    ("B", False): "lora_B_no_decay",
-    ("embedding", True): "lora_embedding",
-    ("embedding", False): "lora_embedding_no_decay",
-    ("magnitude", True): "lora_magnitude_decay",
-    ("magnitude", False): "lora_magnitude",
-    ("other", True): "other",
-    ("other", False): "other_no_decay",
-}
-"""``(kind, whether it is decayed)`` -> name of the group, in the order of the groups."""
+
+def kind_of_role() -> dict[str, tuple[str, bool]]:
+    """Role -> what the parameter is to the optimizer, and whether it is decayed where no rule is given."""
+    stated = (tensor for variant in VARIANTS.values() for tensor in (*FACTORS, *variant.tensors))
+    return {tensor.role: (tensor.group, tensor.decays) for tensor in stated} | _OTHER_ROLES
+
+
+def group_names() -> dict[tuple[str, bool], str]:
+    """``(kind, whether it is decayed)`` -> name of the group, in the order of the groups."""
+    usual = {"A": True, "B": True, "embedding": True}
+    for kind, decays in kind_of_role().values():
+        usual.setdefault(kind, decays)
+    usual["other"] = usual.pop("other", True)  # the last one
+    names = {kind: kind if kind == "other" else f"lora_{kind}" for kind in usual}
+    return {
+        (kind, decays): names[kind] + ("" if decays == usually else "_decay" if decays else "_no_decay")
+        for kind, usually in usual.items()
+        for decays in (True, False)
+    }
 
 
 @named_keywords
@@ -73,7 +76,7 @@ def loraplus_param_groups(
 
     - ``lora_A``, ``lora_B``: the adapters' matrices, at the two rates of ``lr_mode``, with decay;
     - ``lora_embedding``: both matrices of embedding adapters, at ``embedding_lr``, with decay;
-    - ``lora_magnitude``: DoRA's magnitudes, at ``lr``, without decay;
+    - ``lora_magnitude``: DoRA's magnitudes, at ``lr``, without decay; other variants can state groups of their own;
     - ``other``, ``other_no_decay``: whatever else is trained (heads, norms), at ``lr``; biases, norm weights and
       other parameters of less than two dimensions are not decayed.
 
@@ -115,15 +118,14 @@ def loraplus_param_groups(
         "A": {"lr": rate_A, LR_RATIO: 1.0},
         "B": {"lr": rate_B, LR_RATIO: float(lr_ratio)},
         "embedding": {"lr": lr if embedding_lr is None else embedding_lr},
-        "magnitude": {"lr": lr},
-        "other": {"lr": lr},
     }
     shape = shards_of(model).shape  # from here on parameters are the ones that are trained, and not gathered copies
     sites = list(adapter_sites(model))
     _check_active(sites)
     _check_unfolded(sites, lr_ratio)
     unsaved(model).check("the groups were not made")
-    members: dict[tuple[str, bool], list[nn.Parameter]] = {key: [] for key in GROUPS}
+    names = group_names()
+    members: dict[tuple[str, bool], list[nn.Parameter]] = {key: [] for key in names}
     for key, parameter in _grouped(model, _roles(sites, roles), decayed, shape):
         members[key].append(parameter)
     if all(kind == "other" for (kind, _), held in members.items() if held):
@@ -134,9 +136,9 @@ def loraplus_param_groups(
     return [
         {
             "params": held,
-            "name": GROUPS[kind, decays],
-            **settings[kind],
-            "lr": own_rate(settings[kind]["lr"]),
+            "name": names[kind, decays],
+            **settings.get(kind, {"lr": lr}),
+            "lr": own_rate(settings.get(kind, {"lr": lr})["lr"]),
             "weight_decay": weight_decay if decays else 0.0,
         }
         for (kind, decays), held in members.items()
@@ -310,9 +312,10 @@ def _roles(sites: Sequence[tuple[str, AdapterSite, AdaptedWeight]], given: Roles
 
 def known_roles(given: Roles) -> Roles:
     """These roles; each is checked as it is taken."""
+    known = kind_of_role()
     for adapter, role, parameter in given:
-        if role not in KIND_OF_ROLE:
-            raise ValueError(f"unknown role {role!r} of the adapter {adapter!r}; choose one of {sorted(KIND_OF_ROLE)}")
+        if role not in known:
+            raise ValueError(f"unknown role {role!r} of the adapter {adapter!r}; choose one of {sorted(known)}")
         yield adapter, role, parameter
 
 
@@ -328,13 +331,14 @@ def _grouped(
     """
     chosen = None if decayed is None else {id(parameter) for parameter in decayed}
     seen: set[int] = set()
+    kinds = kind_of_role()
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is None or not parameter.requires_grad or id(parameter) in seen:
                 continue
             seen.add(id(parameter))
             role = roles.get(id(parameter), "")
-            kind, decays = KIND_OF_ROLE.get(role) or _other_kind(module, name, len(shape(parameter)))
+            kind, decays = kinds.get(role) or _other_kind(module, name, len(shape(parameter)))
             yield (kind, decays if chosen is None else id(parameter) in chosen), parameter
 
 

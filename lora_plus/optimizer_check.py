@@ -14,7 +14,7 @@ from .adapted_weight import AdaptedWeight, adapter_sites
 from .adapter_site import AdapterSite
 from .lr_guard import TOLERANCE
 from .names import some
-from .optim import GROUPS, KIND_OF_ROLE, LR_RATIO, Roles, check_number, known_roles
+from .optim import LR_RATIO, Roles, check_number, group_names, kind_of_role, known_roles
 from .replicas import replicas, told_by_all, unreduced
 from .sharding import reshard
 from .unsaved import Unsaved, unsaved
@@ -218,19 +218,17 @@ def _idle(training: _Training) -> Iterator[str]:
             yield f"the adapter {name!r} is trainable but {state}, and would get no gradient: {advice}"
 
 
-_KINDS = {name: kind for (kind, _), name in GROUPS.items()}
-"""What the groups of `loraplus_param_groups` hold, by their names."""
-
-
 def _unfit(training: _Training) -> Iterator[str]:
     for line in training.beside.wrong():
         yield f"{line} (what is trainable has to stay as it is, or no file of the adapter is right)"
 
 
 def _misnamed(training: _Training) -> Iterator[str]:
-    kinds = {tensor.key: KIND_OF_ROLE[tensor.role][0] for tensor in training.tensors if tensor.role in KIND_OF_ROLE}
+    of_role = kind_of_role()
+    kinds = {tensor.key: of_role[tensor.role][0] for tensor in training.tensors if tensor.role in of_role}
+    of_group = {name: kind for (kind, _), name in group_names().items()}
     for group in training.groups:
-        named = _KINDS.get(str(group.get("name")))
+        named = of_group.get(str(group.get("name")))
         own = [id(p) for p in group["params"] if id(p) in training.names]
         strange = [training.names[key] for key in own if named not in (None, kinds.get(key, "other"))]
         if strange:

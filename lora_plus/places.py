@@ -33,7 +33,7 @@ from .parameters import (
 from .parts import PARTS, Part, parts_of
 from .quantized import store_of_weight
 from .sharding import shards_of, whole, without_values
-from .variants import VARIANTS, AdapterSpec
+from .variants import VARIANTS, AdapterSpec, only_adds
 
 
 @dataclass
@@ -149,6 +149,8 @@ class Place:
             )
         if self.rows is not None and VARIANTS[spec.variant].rescales:
             return f"variant {spec.variant!r} rescales whole weights and cannot act on some rows of one; exclude it"
+        if self.rows is not None and not only_adds(spec.variant):
+            return f"variant {spec.variant!r} is no plain sum and cannot act on some rows of a weight; exclude it"
         return None
 
     def overlapped(self) -> str | None:

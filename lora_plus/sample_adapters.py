@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .functional import accumulation_dtype, linear_update_each
 from .sharding import is_dtensor
-from .variants import VARIANTS
+from .variants import only_adds
 
 if TYPE_CHECKING:
     from .adapted_weight import AdaptedWeight
@@ -79,7 +79,7 @@ class SampleAdapters:
         self.path, self.grouping = path, grouping
         specs = [weight.lora_spec(name) for name in grouping.adapters]
         self.dropouts = {spec.dropout for spec in specs}
-        self.only_sums = not any(VARIANTS[spec.variant].rescales for spec in specs)
+        self.only_sums = all(only_adds(spec.variant) for spec in specs)
         self._stacked: _Stacked | None = None
 
     def output(self, layer: LoRALayer, x: Tensor, y: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from . import functional
+from .adapter_tensors import STARTS
 
 if TYPE_CHECKING:
     from .lora_layer import LoRALayer
@@ -22,8 +23,46 @@ SCALINGS: dict[str, Callable[[float, int], float]] = {
 }
 
 
+@dataclass(frozen=True)
+class TensorSpec:
+    """One of the tensors of an adapter, for all that enumerate, check, save, cut or train them."""
+
+    name: str
+    """Its name in the layer and in files: ``lora_`` and something."""
+    axes: tuple[str, ...]
+    """What each dimension lies along: ``"out"``, ``"in"`` or ``"r"``. That of a stack of matrices comes before them."""
+    role: str
+    """What it is to the optimizer."""
+    group: str
+    """Its parameter group: that of ``"A"`` or ``"B"``, at their rates, or another one, ``lora_<group>``, at ``lr``."""
+    decays: bool
+    """Whether it gets weight decay where the user has no rule for that."""
+
+    def shape(self, matrix: Sequence[int], r: int) -> tuple[int, ...]:
+        """Its shape for a weight with a matrix view of this shape, ``(..., out, in)``, at rank r."""
+        *stack, out_features, in_features = matrix
+        extent = {"out": out_features, "in": in_features, "r": r}
+        return (*stack, *(extent[axis] for axis in self.axes))
+
+
+FACTORS = (
+    TensorSpec("lora_A", ("r", "in"), "A", "A", decays=True),
+    TensorSpec("lora_B", ("out", "r"), "B", "B", decays=True),
+)
+"""The tensors of every adapter."""
+
+_TAKEN_OUT = (
+    TensorSpec(STARTS[0], ("r", "in"), "start", "other", decays=True),
+    TensorSpec(STARTS[1], ("out", "r"), "start", "other", decays=True),
+)
+"""Those of an adapter that started from a part of the weight; they are not trained."""
+
+
 class Variant(Protocol):
     """What a variant states; all matrices in the matrix view, float32 or better."""
+
+    tensors: tuple[TensorSpec, ...]
+    """The tensors that it has besides A and B."""
 
     rescales: bool
     """Whether it rescales the weight: it needs the weight's numbers, all its rows, and to be the only one that does."""
@@ -32,7 +71,7 @@ class Variant(Protocol):
     """The containers whose tensors are not trained."""
 
     def extra(self, weight: Tensor, A: Tensor, B: Tensor, scale: float) -> dict[str, Tensor]:
-        """The tensors it learns besides A and B, by the name of their container, at their initial values."""
+        """The tensors that it has besides A and B, by their names, at their initial values."""
         ...
 
     def join(self, layer: LoRALayer, adapter: str, y: Tensor, update: Tensor) -> Tensor:
@@ -42,7 +81,9 @@ class Variant(Protocol):
     def merge(self, weight: Tensor, A: Tensor, B: Tensor, scale: float, tensors: Mapping[str, Tensor]) -> Tensor:
         """The weight that computes what `join` computes, with the same gradients; ``tensors`` has the extra ones.
 
-        Each row of the result depends on the same row of the weight, of B and of the extra tensors only.
+        Each row of the result depends on the same row of the weight, of B and of the extra tensors that lie along
+        ``"out"`` only. The extra tensors may change what is made of ``scale * B A``, but not ask for A or B alone:
+        `resize_adapter` finds others with the same product.
         """
         ...
 
@@ -50,6 +91,7 @@ class Variant(Protocol):
 class LoRA:
     """``W + s B A`` (Hu et al. 2021, arXiv:2106.09685, eq. 3)."""
 
+    tensors: tuple[TensorSpec, ...] = ()
     rescales = False
     frozen: tuple[str, ...] = ()
 
@@ -72,6 +114,7 @@ class LoRAFA(LoRA):
 class DoRA:
     """``m (W + s B A) / ||W + s B A||``, norm by row and detached (Liu et al. 2024, arXiv:2402.09353, eq. 5 and 11)."""
 
+    tensors: tuple[TensorSpec, ...] = (TensorSpec("lora_magnitude", ("out",), "magnitude", "magnitude", decays=False),)
     rescales = True
     frozen: tuple[str, ...] = ()
 
@@ -102,6 +145,23 @@ class DoRA:
 
 
 VARIANTS: dict[str, Variant] = {"lora": LoRA(), "lora_fa": LoRAFA(), "dora": DoRA()}
+
+
+def only_adds(variant: str) -> bool:
+    """Whether ``s B A`` is added as it is, so that updates can be computed, summed and written together."""
+    stated = VARIANTS[variant]
+    steps = ((stated.join, LoRA.join), (stated.merge, LoRA.merge))
+    return all(getattr(step, "__func__", None) is plain for step, plain in steps)
+
+
+def adapter_tensor_specs(variant: str) -> dict[str, TensorSpec]:
+    """The tensors that an adapter of a variant can have, by their names."""
+    return {tensor.name: tensor for tensor in (*FACTORS, *VARIANTS[variant].tensors, *_TAKEN_OUT)}
+
+
+def known_tensors() -> dict[str, TensorSpec]:
+    """The tensors that adapters of any variant can have, by their names."""
+    return {name: tensor for variant in VARIANTS for name, tensor in adapter_tensor_specs(variant).items()}
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """The library's own format: one safetensors file that says of itself all it takes to load it or merge it.
 
-Tensors are named ``<module>.lora_A``, ``<module>.lora_B``, ``<module>.lora_magnitude``; those of modules trained in
-full keep their plain names. The header's metadata has one entry, ``lora_plus``, a JSON document::
+Tensors are named ``<module>.lora_A``, ``<module>.lora_B``, and ``<module>.lora_magnitude`` or whatever else the variant
+states; those of modules trained in full keep their plain names. The header's metadata has one entry, ``lora_plus``, a
+JSON document::
 
     {"format_version": 1, "library_version": "0.1.0",
      "r": 8, "alpha": 16, "scaling": "standard", "variant": "lora", "dropout": 0.0,
@@ -27,6 +28,7 @@ from typing import Any
 from torch import Tensor
 
 from lora_plus.names import join
+from lora_plus.variants import FACTORS, VARIANTS
 
 from .adapter import Adapter, BaseLayer, LayerAdapter, most_common
 from .target import Target
@@ -36,9 +38,6 @@ VERSION = 1
 SETTINGS = ("r", "alpha", "scaling", "variant", "dropout")
 FACTS = ("groups", "max_norm", "parameter", "rows", "of")
 _ENTRIES = {"kind", "layout", "shape", *FACTS, *SETTINGS}
-_PAIR = ("lora_A", "lora_B")
-CONTAINERS = {"lora": _PAIR, "lora_fa": _PAIR, "dora": (*_PAIR, "lora_magnitude")}
-"""The tensors that an adapter of each variant has."""
 
 
 def write(adapter: Adapter, library_version: str) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -160,7 +159,7 @@ def _layer(
     except (TypeError, ValueError, OverflowError) as error:
         problems.append(f"layer {path!r}: {error}")
         return None
-    wanted = CONTAINERS[str(settings["variant"])]
+    wanted = [tensor.name for tensor in (*FACTORS, *VARIANTS[str(settings["variant"])].tensors)]
     missing = [name for name in wanted if join(path, name) not in left]
     problems += [f"tensor {join(path, name)!r} is missing" for name in missing]
     found = {name: left.pop(join(path, name)) for name in wanted if name not in missing}

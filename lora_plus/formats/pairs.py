@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from lora_plus.names import near_misses
+from lora_plus.variants import only_adds
 
 from .adapter import Adapter, BaseLayer, LayerAdapter
 from .peft_tensors import convolution_from_peft
@@ -252,6 +253,11 @@ def inexpressible(adapter: Adapter, dialect: Dialect) -> list[str]:
         f"{name!r}: {'some rows of a weight' if 'rows' in layer.base.facts else layer.base.kind}; {dialect.only}"
         for name, layer in adapter.layers.items()
         if layer.base.kind not in KINDS or "rows" in layer.base.facts
+    ]
+    lines += [
+        f"{name!r}: {dialect.name} files have no variant {layer.settings['variant']!r}; save a native file, or merge it"
+        for name, layer in adapter.layers.items()
+        if layer.settings["variant"] != "dora" and not only_adds(layer.settings["variant"])
     ]
     lines += [f"{name!r}: the model itself is adapted, and it has no name" for name in adapter.layers if not name]
     lines += [f"train_also {name!r}: {dialect.only}" for name in adapter.trained]

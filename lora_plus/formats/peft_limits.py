@@ -6,6 +6,8 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from lora_plus.variants import only_adds
+
 from .adapter import PARAMETER, Adapter, LayerAdapter
 from .peft_config import USER_FIELDS, fan_in_fan_out
 from .peft_names import Outline, around, endings
@@ -55,7 +57,7 @@ def inexpressible(adapter: Adapter, found: Units, outline: Outline) -> list[str]
     heard = [layer for part in (found.modules, found.parameters) for group in part.values() for layer in group.values()]
     if "" in modules or "" in adapter.trained:
         problems.append("the model itself is adapted, and PEFT names only modules inside a model")
-    if len({layer.settings["variant"] for layer in layers}) > 1:
+    if len({layer.settings["variant"] == "dora" for layer in layers}) > 1:
         problems.append("some layers are DoRA and some are not, and PEFT has one setting for all")
     if len({layer.settings["dropout"] for layer in heard}) > 1:
         problems.append("layers differ in dropout, and PEFT has one setting for all")
@@ -85,7 +87,10 @@ def _owners(found: Units) -> list[str]:
 
 
 def _of_layer(layer: LayerAdapter) -> Iterator[str]:
-    base, dora = layer.base, layer.settings["variant"] == "dora"
+    base, variant = layer.base, layer.settings["variant"]
+    dora = variant == "dora"
+    if not (dora or only_adds(variant)):
+        yield f"PEFT has no variant {variant!r}; save a .safetensors file, or merge it"
     if "max_norm" in base.facts:
         yield "PEFT adds the update of an embedding after applying max_norm, this library before"
     if base.kind.startswith("ConvTranspose"):

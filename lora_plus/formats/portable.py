@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from lora_plus.functional import accumulation_dtype
-from lora_plus.variants import VARIANTS
+from lora_plus.variants import only_adds
 
 from .adapter import Adapter, LayerAdapter
 from .peft_tensors import join_rows, rescaled
@@ -45,7 +45,7 @@ def rank(adapter: Adapter) -> int:
 
 def _at_scale_one(layer: LayerAdapter) -> LayerAdapter:
     settings = {**layer.settings, "alpha": layer.settings["r"], "scaling": "standard", "dropout": 0.0}
-    if not VARIANTS[layer.settings["variant"]].rescales:
+    if only_adds(layer.settings["variant"]):
         settings["variant"] = "lora"  # how it was trained makes no difference to who reads it
     return LayerAdapter(layer.base, settings, 1.0, {**layer.tensors, "lora_B": rescaled(layer, 1.0)})
 

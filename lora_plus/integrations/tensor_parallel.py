@@ -25,20 +25,20 @@ from torch.distributed.tensor.placement_types import Placement
 
 from lora_plus.layers import lora_class
 from lora_plus.lora_layer import LoRALayer
-from lora_plus.variants import VARIANTS
+from lora_plus.variants import VARIANTS, known_tensors
 
 _OUT, _IN = 0, 1
 """The dimensions of a weight's matrix view."""
 
-_LIES_ALONG: dict[str, tuple[int | None, ...]] = {
-    "bias": (_OUT,),
-    "lora_A": (None, _IN),
-    "lora_B": (_OUT, None),
-    "lora_A0": (None, _IN),
-    "lora_B0": (_OUT, None),
-    "lora_magnitude": (_OUT,),
-}
-"""By parameter, or container of an adapter's tensors: which dimension of the matrix view each of its own lies along."""
+_AXES: dict[str, int | None] = {"out": _OUT, "in": _IN, "r": None}
+"""By what a dimension of an adapter's tensor lies along: the dimension of the matrix view."""
+
+
+def _lies_along() -> dict[str, tuple[int | None, ...]]:
+    """By parameter, or container of an adapter's tensors: the dimension of the matrix view that each of its own is."""
+    return {"bias": (_OUT,)} | {
+        name: tuple(_AXES[axis] for axis in tensor.axes) for name, tensor in known_tensors().items()
+    }
 
 
 class _MatrixCut(ParallelStyle):
@@ -70,7 +70,7 @@ class _MatrixCut(ParallelStyle):
         needed = Shard(-1) if self.cut == _IN and kind.linear_low_rank else Replicate()
         given = self.input_layouts or needed
         stored, matrix = (side.split() for side in kind.layout.split(" -> "))
-        lies_along = _LIES_ALONG | {"weight": tuple(matrix.index(axis) for axis in stored)}
+        lies_along = _lies_along() | {"weight": tuple(matrix.index(axis) for axis in stored)}
 
         def distribute(path: str, part: nn.Module, mesh: DeviceMesh) -> None:
             for name, parameter in part._parameters.items():

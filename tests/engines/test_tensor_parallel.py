@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CASES, Case, Conv1D, ScaledLinear, randomise
+from conftest import CASES, Case, Conv1D, Holder, ScaledLinear, randomise
 from engine_model import (
     LR,
     WEIGHT_DECAY,
@@ -24,6 +24,7 @@ from engine_model import (
     trained,
 )
 from processes import Processes
+from test_variants import Gain
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -42,6 +43,7 @@ from torch.nn.utils.parametrizations import weight_norm
 import lora_plus as lp
 from lora_plus import fused_linear
 from lora_plus.integrations.tensor_parallel import ColwiseLoRA, RowwiseLoRA
+from lora_plus.variants import VARIANTS
 
 STEPS = 4
 STYLES: tuple[Any, ...] = (ColwiseLoRA, RowwiseLoRA)
@@ -195,6 +197,24 @@ def shapes_of_layers() -> list[list[dict[str, tuple[int, ...]]]]:
 def test_what_a_rank_has_of_a_layer(two_processes: Processes) -> None:
     for found in two_processes(shapes_of_layers):
         assert found == [[column, row] for _, _, column, row in SHAPES]
+
+
+def own_variant() -> list[tuple[tuple[int, ...], float]]:
+    """For each style, what a rank has of the tensor of a variant from outside, and how far the cut layer is off."""
+    VARIANTS["gain"] = Gain()
+    found = []
+    for style in STYLES:
+        reference = randomise(lp.inject_lora(Holder(nn.Linear(6, 4)).double(), ["layer"], variant="gain"))
+        model, x = cut(copy.deepcopy(reference), style), torch.randn(3, 6, dtype=torch.float64)
+        shape = tuple(model.layer.lora_gain["default"].to_local().shape)
+        found.append((shape, difference(model(x), reference(x))))
+    return found
+
+
+def test_a_variant_from_outside_is_cut_along_what_it_states(two_processes: Processes) -> None:
+    for found in two_processes(own_variant):
+        assert [shape for shape, _ in found] == [(2,) if style is ColwiseLoRA else (4,) for style in STYLES]
+        assert max(difference for _, difference in found) <= 1e-12
 
 
 def after_another_seed() -> list[Tensor]:
