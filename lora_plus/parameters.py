@@ -131,6 +131,10 @@ class LoRAOwner(nn.Module):
         finally:
             _CALLS.end(outer)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        with torch.no_grad():  # recurrent layers read here, and keep, the weights that they compute with
+            return super()._apply(fn, recurse)
+
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         # fully_shard makes shards again of what a module has when it is saved; that would come after this
         for hook in self._modules[BASE]._state_dict_pre_hooks.values():  # type: ignore[union-attr]

@@ -287,3 +287,38 @@ def test_every_tensor_is_in_one_optimizer_group(case: ParameterCase) -> None:
     rows = lora_plus.lora_summary(model).rows
     assert sorted(row.name for row in rows) == sorted(case.places)
     assert sum(row.parameters for row in rows) == sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+MOVES: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "to": lambda model: model.to(torch.bfloat16),
+    "half": lambda model: model.half(),
+    "double": lambda model: model.double(),
+    "share_memory": lambda model: model.share_memory(),
+    "_apply": lambda model: model._apply(torch.clone),
+}
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("move", MOVES)
+@pytest.mark.parametrize("layer", [nn.LSTM, nn.GRU, nn.RNN])
+def test_a_merged_recurrent_layer_moves_with_its_model(layer: type[nn.RNNBase], move: str, training: bool) -> None:
+    model = nn.ModuleDict({"before": nn.Linear(4, 4), "rnn": layer(4, 3, num_layers=2), "after": nn.Linear(3, 3)})
+    lora_plus.inject_lora(model, ["before", "rnn", "after"], r=2)
+    randomise(model).train(training)
+    plain = MOVES[move](lora_plus.remove_lora(copy.deepcopy(model)))
+    lora_plus.merge_lora(model)
+    merged = MOVES[move](copy.deepcopy(lora_plus.merge_and_unload(copy.deepcopy(model))))
+    MOVES[move](model)
+    assert {tensor.dtype for tensor in model.parameters()} == {tensor.dtype for tensor in plain.parameters()}
+    x = torch.randn(5, 2, 4, dtype=plain["before"].weight.dtype)
+    for copied in (model, pickle.loads(pickle.dumps(model))):
+        with torch.no_grad():
+            assert same_bits(copied["rnn"](x)[0], merged["rnn"](x)[0])
+            weights = [getattr(merged["rnn"], name) for name in merged["rnn"]._flat_weights_names]
+            assert all(map(torch.equal, copied["rnn"]._flat_weights, weights))
+        lora_plus.unmerge_lora(copied)
+        assert loss(copied["rnn"](x)[0]).requires_grad
+        lora_plus.remove_lora(copied)
+        assert list(copied.state_dict()) == list(plain.state_dict())
+        assert all(torch.equal(tensor, plain.state_dict()[name]) for name, tensor in copied.state_dict().items())
+        assert same_bits(copied["rnn"](x)[0], plain["rnn"](x)[0])
