@@ -279,6 +279,11 @@ class _LoRAConv(LoRALayer):
         convolve = functools.partial(self._conv_forward, weight=down, bias=None)  # type: ignore[operator, arg-type, misc]
         return functional.conv_update(x, B, scale, dropout, self.groups, convolve, len(self.kernel_size))
 
+    def product(self, x: Tensor, y: Tensor) -> Tensor:
+        conv: Any = self
+        product: Tensor = conv._conv_forward(x.to(y), self.weight.to(y), None)
+        return product
+
 
 @adapts(nn.Conv1d)
 class LoRAConv1d(_LoRAConv, nn.Conv1d):
@@ -320,6 +325,8 @@ class _LoRAConvTranspose(_LoRAConv):
         )  # fmt: skip
         up = B.repeat(self.groups, 1)
         return functional.conv_update(x, up, scale, dropout, self.groups, convolve, spatial)
+
+    product = LoRALayer.product
 
     def per_channel(self, values: Tensor) -> Tensor:
         return super().per_channel(values if len(values) == self.out_channels else values.repeat(self.groups))

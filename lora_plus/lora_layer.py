@@ -11,6 +11,7 @@ import inspect
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import functional
@@ -262,7 +263,7 @@ class LoRALayer(AssignedForward, AdaptedWeight):
             A, B, scale = self.lora_factors(name)
             A, B = (factor.to(device=device, dtype=dtype) for factor in (A, B))
             update = self.low_rank(x, A, B, scale, self.dropout_of(spec), y)
-            y = VARIANTS[spec.variant].join(self, name, y, update)
+            y = VARIANTS[spec.variant].join(self, name, x, y, update)
         return y
 
     def dropout_of(self, spec: AdapterSpec) -> float:
@@ -273,6 +274,20 @@ class LoRALayer(AssignedForward, AdaptedWeight):
     def per_channel(self, values: Tensor) -> Tensor:
         """A value for each output channel ``(out,)``, shaped to broadcast over the layer's output."""
         return values.reshape(-1, *[1] * (-1 - self.channel))
+
+    def weight_part(self, x: Tensor, y: Tensor) -> Tensor:
+        """``W x`` alone, of the base's output ``y`` for the input ``x``: without the bias, or what else is in it."""
+        if self.has_own_forward:  # what that adds to W x is not known
+            return self.product(x, y)
+        bias = getattr(self, "bias", None)
+        return y if bias is None else y - self.per_channel(bias.to(y.dtype))
+
+    def product(self, x: Tensor, y: Tensor) -> Tensor:
+        """``W x`` by the stored weight, in the dtype of the base's output ``y``."""
+        matrix = self.weight_matrix().to(y.device, y.dtype)
+        if self.linear_low_rank:
+            return F.linear(x.to(y.dtype), matrix)
+        return self.low_rank(x, matrix, torch.eye(len(matrix)).to(matrix), 1.0, 0.0, y)
 
     def weight_matrix(self) -> Tensor:
         return self.matrix_of(self)

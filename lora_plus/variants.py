@@ -74,8 +74,8 @@ class Variant(Protocol):
         """The tensors that it has besides A and B, by their names, at their initial values."""
         ...
 
-    def join(self, layer: LoRALayer, adapter: str, y: Tensor, update: Tensor) -> Tensor:
-        """The layer's output from the base's output ``y`` and the low-rank ``update`` of the activations."""
+    def join(self, layer: LoRALayer, adapter: str, x: Tensor, y: Tensor, update: Tensor) -> Tensor:
+        """The layer's output from its input ``x``, the base's output ``y`` and the low-rank ``update`` of x."""
         ...
 
     def merge(self, weight: Tensor, A: Tensor, B: Tensor, scale: float, tensors: Mapping[str, Tensor]) -> Tensor:
@@ -98,7 +98,7 @@ class LoRA:
     def extra(self, weight: Tensor, A: Tensor, B: Tensor, scale: float) -> dict[str, Tensor]:
         return {}
 
-    def join(self, layer: LoRALayer, adapter: str, y: Tensor, update: Tensor) -> Tensor:
+    def join(self, layer: LoRALayer, adapter: str, x: Tensor, y: Tensor, update: Tensor) -> Tensor:
         return y + update.to(y.dtype)
 
     def merge(self, weight: Tensor, A: Tensor, B: Tensor, scale: float, tensors: Mapping[str, Tensor]) -> Tensor:
@@ -128,15 +128,13 @@ class DoRA:
             raise ValueError("DoRA divides by the norm of each row of the weight, and this weight has rows of zeros")
         return {"lora_magnitude": norm}
 
-    def join(self, layer: LoRALayer, adapter: str, y: Tensor, update: Tensor) -> Tensor:
+    def join(self, layer: LoRALayer, adapter: str, x: Tensor, y: Tensor, update: Tensor) -> Tensor:
         magnitude = layer.adapter_tensors(adapter)["lora_magnitude"]
         with torch.no_grad():
             norm = functional.sum_row_norm(layer.weight_matrix(), *layer.lora_factors(adapter))
         ratio = layer.per_channel(magnitude / norm)
-        bias = getattr(layer, "bias", None)
-        plain = y if bias is None else y - layer.per_channel(bias.to(y.dtype))
         # y + (ratio - 1) * Wx, not ratio * Wx + bias: at the start ratio is 1 and y comes out bit for bit
-        return y + (ratio - 1).to(y.dtype) * plain + ratio.to(y.dtype) * update.to(y.dtype)
+        return y + (ratio - 1).to(y.dtype) * layer.weight_part(x, y) + ratio.to(y.dtype) * update.to(y.dtype)
 
     def merge(self, weight: Tensor, A: Tensor, B: Tensor, scale: float, tensors: Mapping[str, Tensor]) -> Tensor:
         moved = functional.add_delta(weight, A, B, scale)

@@ -28,7 +28,7 @@ class Gain(LoRA):
     def extra(self, weight: Tensor, A: Tensor, B: Tensor, scale: float) -> dict[str, Tensor]:
         return {"lora_gain": B.new_ones(B.shape[:-1])}
 
-    def join(self, layer: LoRALayer, adapter: str, y: Tensor, update: Tensor) -> Tensor:
+    def join(self, layer: LoRALayer, adapter: str, x: Tensor, y: Tensor, update: Tensor) -> Tensor:
         gain = layer.adapter_tensors(adapter)["lora_gain"]
         return y + (layer.per_channel(gain) * update).to(y.dtype)
 
