@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -302,7 +302,18 @@ def _choose_places(
         problems += [f"{name!r}: {line}" for line in [*_misfits(layer, place.base()), *([unfit] if unfit else [])]]
     problems += _missing_modules(missing, by_name)
     problems += overlaps({place.key: place for place, _ in chosen.values()}.values())
+    problems += _unlike_blocks(chosen)
     return chosen
+
+
+def _unlike_blocks(chosen: Mapping[str, tuple[Place, AdapterSpec]]) -> Iterator[str]:
+    """Rows of one weight with different dropout, which have one input between them."""
+    first: dict[int, tuple[str, float]] = {}
+    for name, (place, spec) in chosen.items():
+        other, dropout = first.setdefault(id(place.owner), (name, spec.dropout))
+        if place.parameter is None and dropout != spec.dropout:
+            told = f"dropout {dropout} and {spec.dropout}"
+            yield f"{other!r} and {name!r} are rows of one weight with {told}; write the same for both"
 
 
 def _place(name: str, base: BaseLayer, places: Mapping[str, Place], by_name: Mapping[str, Found]) -> Place | None:

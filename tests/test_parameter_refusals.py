@@ -209,6 +209,20 @@ def test_dropout_acts_on_the_input_of_fused_rows_in_training_only() -> None:
     assert error.max() < 5.5
 
 
+def test_rows_of_one_weight_with_different_dropout_are_not_loaded(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    lora_plus.save_adapter(inject_lora(net(), ["linear.q", "linear.k"], fused=FUSED), path)
+    file = parts(path)
+    file.document["layers"]["linear.k"]["dropout"] = 0.9
+    path.write_bytes(file.bytes())
+    line = "'linear.k' and 'linear.q' are rows of one weight with dropout 0.9 and 0.0; write the same for both"
+    assert refused(net(), path) == [line]
+    file.document["layers"]["linear.q"]["dropout"] = 0.9
+    path.write_bytes(file.bytes())
+    loaded = lora_plus.load_adapter(net(), path)
+    assert loaded.linear.lora_spec("default").dropout == 0.9
+
+
 def test_a_layout_that_does_not_fit_the_parameter_is_named() -> None:
     model = nn.ParameterDict({"experts": torch.randn(2, 3, 4)})
     with pytest.raises(ValueError, match=r"of shape \(2, 3, 4\), which is not 'i o'"):
