@@ -264,6 +264,14 @@ class AdaptedWeight(AdapterSite):
             self.check_unchanged(merge)
         return True
 
+    def check_unmergeable(self) -> None:
+        """Raise if the base's own weight cannot be bound back, because the merged one has become a computed one."""
+        if self.lora_merge is not None and not self.lora_merge.can_be_hidden(self):
+            raise ValueError(
+                f"the merged weight of this {self._described()} was parametrized or pruned; undo that first, with "
+                "torch.nn.utils.parametrize.remove_parametrizations or torch.nn.utils.prune.remove"
+            )
+
     def check_unchanged(self, merge: Merge, *, by_value: bool = False) -> None:
         """Raise if an adapter has been changed, or the weight been replaced, since it was merged."""
         if merge.is_stale(self, by_value=by_value):
@@ -271,6 +279,7 @@ class AdaptedWeight(AdapterSite):
                 f"an adapter of this {self._described()} was changed while it was merged, which the merged weight "
                 "does not follow; call unmerge_lora(model), and merge_lora(model) again if it shall be merged"
             )
+        self.check_unmergeable()
         if not self.lora_disabled and not merge.is_shown(self):
             raise ValueError(
                 f"the weight of this {self._described()} was replaced while it was merged (by tying weights again, or "

@@ -166,6 +166,8 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
     check_exchangeable(model)
     layers = [weight for _, weight in adapted_weights(model)]
     for layer in layers:
+        layer.check_unmergeable()
+    for layer in layers:
         layer.disable()
     try:
         with originals(model):

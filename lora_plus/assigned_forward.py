@@ -9,6 +9,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from .fused_kernels import warn_of_quantization
+
 
 class AssignedForward(nn.Module):
     """A layer whose class computes the adapters in ``forward``, which an assigned one would replace.
@@ -48,6 +50,8 @@ class AssignedForward(nn.Module):
             )
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if name == "qconfig":
+            warn_of_quantization(self.base_class)
         if name != "forward":
             super().__setattr__(name, value)
             return

@@ -1,4 +1,4 @@
-"""Keeping torch's transformer layers from computing with adapted weights in kernels that pass the adapters by.
+"""Keeping torch's own tools from passing adapters by: fused kernels, folded batch norms, quantization by class.
 
 In eval mode ``nn.TransformerEncoderLayer`` hands ``linear1.weight`` and others to one fused kernel instead of calling
 its layers, unless one of them has a hook. Around several such layers ``nn.TransformerEncoder`` packs padded batches
@@ -7,6 +7,8 @@ into nested tensors, which only that kernel can read.
 
 from __future__ import annotations
 
+import inspect
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -44,3 +46,27 @@ def resume_nesting(modules: Iterable[nn.Module]) -> None:
 
 def _no_op(module: nn.Module, args: tuple[Any, ...]) -> None:
     """A hook that does nothing; that there is one is enough."""
+
+
+def check_not_fused(layer_class: type[nn.Module]) -> None:
+    """Raise where torch copies an adapted layer to fold a batch norm into it: only the base weight would be scaled.
+
+    Nothing but the caller tells such a copy from any other.
+    """
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_globals.get("__name__") == "torch.nn.utils.fusion":
+            raise ValueError(
+                f"a batch norm cannot be folded into a {layer_class.__name__} with adapters, which would stay as they "
+                "are; call merge_and_unload(model) first"
+            )
+        frame = frame.f_back
+
+
+def warn_of_quantization(layer_class: type[nn.Module]) -> None:
+    """Say that torch.ao.quantization, which goes by the exact class, passes a layer by."""
+    warnings.warn(
+        f"torch.ao.quantization leaves every {layer_class.__name__} with adapters as it is; call "
+        "merge_and_unload(model) first to have it quantized",
+        stacklevel=3,
+    )

@@ -141,6 +141,8 @@ def remove_lora(model: nn.Module) -> nn.Module:
     check_enabled(model)
     check_restorable(model)
     check_exchangeable(model)
+    for _, weight in adapted_weights(model):
+        weight.check_unmergeable()
     for _, module, _ in list(trained_modules(model)):
         unmark_trained(module, restore=True)
     for _, weight in adapted_weights(model):

@@ -20,9 +20,10 @@ from .adapter_tensors import check_adapter_name
 from .assigned_forward import AssignedForward
 from .class_swap import swap_class
 from .freezing import set_requires_grad
-from .fused_kernels import keep_out_of_fused_kernels, let_into_fused_kernels
+from .fused_kernels import check_not_fused, keep_out_of_fused_kernels, let_into_fused_kernels
 from .init import PRINCIPAL, Init
 from .new_adapter import new_tensors
+from .shallow_copy import shallow_copy
 from .sharding import whole, without_values
 from .variants import VARIANTS, AdapterSpec
 
@@ -299,7 +300,13 @@ class LoRALayer(AssignedForward, AdaptedWeight):
         overridden = kind is not None and self.base_class.forward is not kind.base_class.forward
         return overridden or self.lora_base_forward is not None
 
+    def __copy__(self) -> Self:
+        copied = shallow_copy(self, self.own_children())
+        copied.__setstate__(copied.__dict__)  # as other copies are told that they are one
+        return copied
+
     def __reduce_ex__(self, protocol: Any) -> Any:
+        check_not_fused(self.base_class)
         reduced: Any = super().__reduce_ex__(protocol)
         kind = type(self).__dict__.get("_derived_from")
         # a class made on the fly has no name to be found by: pickle what it was made from

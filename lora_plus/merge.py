@@ -93,6 +93,7 @@ def unmerge_lora(model: nn.Module) -> None:
         raise ValueError("the model is not merged")
     for weight in merged_weights:
         weight.check_enabled()
+        weight.check_unmergeable()
     reshard(model)
     for weight in merged_weights:
         weight.unmerge()

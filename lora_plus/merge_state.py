@@ -34,6 +34,10 @@ class Merge:
     def hide(self, owner: AdaptedWeight) -> None:
         """Let the owner's weight be its own."""
 
+    def can_be_hidden(self, owner: AdaptedWeight) -> bool:
+        """Whether the owner's weight can be its own again."""
+        return True
+
     def is_shown(self, owner: AdaptedWeight) -> bool:
         """Whether the owner's weight is still the merged one."""
         return True
@@ -89,6 +93,9 @@ class BoundMerge(Merge):
 
     def hide(self, owner: AdaptedWeight) -> None:
         owner.bind_weight(self.weight)
+
+    def can_be_hidden(self, owner: AdaptedWeight) -> bool:
+        return owner.weight_place() is not None
 
     def is_shown(self, owner: AdaptedWeight) -> bool:
         return owner.weight is self.bound

@@ -20,6 +20,8 @@ from .adapted_weight import AdaptedWeight
 from .adapter_tensors import BaseParameters
 from .calls import Calls
 from .class_swap import swap_class
+from .fused_kernels import check_not_fused, warn_of_quantization
+from .shallow_copy import shallow_copy
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -155,6 +157,7 @@ class LoRAOwner(nn.Module):
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """As ever; a parameter given to an adapted name becomes the base of its adapters."""
         if name not in self.adapted_names:
+            self._check_places()
             super().register_parameter(name, param)
             return
         if self._parameters.get(name) is not None:  # it is in its old place for a moment, as in loading
@@ -168,11 +171,38 @@ class LoRAOwner(nn.Module):
             )
         holder.bind_weight(param)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "qconfig":
+            warn_of_quantization(self.base_class)
+        super().__setattr__(name, value)
+
+    def __delattr__(self, name: str) -> None:
+        if name in self.adapted_names:
+            raise ValueError(_STAYS.format(name))
+        super().__delattr__(name)
+
+    def _check_places(self) -> None:
+        for name in self.adapted_names:
+            if name not in self._parameters:  # as the older torch.nn.utils.weight_norm takes it out
+                self._parameters[name] = None
+                raise ValueError(_STAYS.format(name))
+
+    def __copy__(self) -> Self:
+        copied = shallow_copy(self, (HOLDERS, BASE))
+        for holder in parameter_holders(copied).values():
+            holder.__dict__["base"] = copied._modules[BASE]
+            holder.__setstate__(holder.__dict__)
+        return copied
+
     def __reduce_ex__(self, protocol: Any) -> Any:
+        check_not_fused(self.base_class)
         with torch.no_grad():  # recurrent layers keep the weights that they compute with
             reduced: Any = super().__reduce_ex__(protocol)
         # a class made on the fly has no name to be found by: pickle what it was made from
         return _new_owner, (self.base_class, self.adapted_names), *reduced[2:]
+
+
+_STAYS = "{!r} has adapters, so it cannot be deleted or parametrized; call merge_and_unload or remove_lora first"
 
 
 class LoRARecurrentOwner(LoRAOwner):

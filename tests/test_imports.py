@@ -19,7 +19,6 @@ STRATA = [
         "sharding",
         "functional",
         "adapter_tensors",
-        "assigned_forward",
         "calls",
         "collector",
         "freezing",
@@ -31,6 +30,7 @@ STRATA = [
     },
     {
         "trial",
+        "assigned_forward",
         "candidates",
         "init",
         "variants",
@@ -53,7 +53,7 @@ STRATA = [
         "streaming",
         "sample_adapters",
     },
-    {"adapted_weight", "figures", "formats.peft_renaming", "formats.peft_tensors", "formats.target"},
+    {"adapted_weight", "shallow_copy", "figures", "formats.peft_renaming", "formats.peft_tensors", "formats.target"},
     {
         "lora_layer",
         "parameters",
