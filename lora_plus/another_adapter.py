@@ -15,10 +15,12 @@ from .config import LoRAConfig
 from .init import Init
 from .inject import attach, check_injectable
 from .places import adapted_places
+from .random_state import draws
 from .sharding import shards_of
 
 
 @collector_paused()
+@draws
 def add_adapter(
     model: nn.Module,
     adapter: str,

@@ -18,6 +18,7 @@ from .functional import accumulation_dtype, full_precision
 from .inject import attach, check_injectable, check_whole
 from .low_rank import METHODS, Factors, Method, Options, Update, truncated_product
 from .places import Place, adapted_places
+from .random_state import draws
 from .text_table import counted, printable
 from .trained import trained_modules
 from .variants import SCALINGS, VARIANTS, AdapterSpec, only_adds
@@ -60,6 +61,7 @@ _SHOWN = 10
 # ---- over a model ----------------------------------------------------------------------------------------------------
 
 
+@draws
 def combine_adapters(
     model: nn.Module,
     adapters: Sequence[str],
@@ -125,6 +127,7 @@ def combine_adapters(
     return draft.report(adapter)
 
 
+@draws
 def resize_adapter(
     model: nn.Module, *, r: int, adapter: str = "default", generator: torch.Generator | None = None
 ) -> CombineReport:

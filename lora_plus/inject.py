@@ -25,6 +25,7 @@ from .module_tree import named_modules
 from .parameters import LoRAOwner, restore_owner
 from .places import Found, Place
 from .quantized import store_of
+from .random_state import draws
 from .sharding import shards_of
 from .targets import select
 from .trained import mark_trained, trained_modules, unmark_trained
@@ -34,6 +35,7 @@ from .wrappers import wrapper_of
 
 @named_keywords
 @collector_paused()
+@draws
 def inject_lora(
     model: nn.Module,
     targets: Pattern | Sequence[Pattern],

@@ -23,6 +23,7 @@ from .freezing import set_requires_grad
 from .fused_kernels import check_not_fused, keep_out_of_fused_kernels, let_into_fused_kernels
 from .init import PRINCIPAL, Init
 from .new_adapter import new_tensors
+from .random_state import draws
 from .shallow_copy import shallow_copy
 from .sharding import whole, without_values
 from .variants import VARIANTS, AdapterSpec
@@ -99,6 +100,7 @@ class LoRALayer(AssignedForward, AdaptedWeight):
 
     # ---- how a layer becomes one -------------------------------------------------------------------------------
 
+    @draws
     def __init__(
         self,
         *base_args: Any,
@@ -120,6 +122,7 @@ class LoRALayer(AssignedForward, AdaptedWeight):
         self._stand_alone(adapter, spec, tensors)
 
     @classmethod
+    @draws
     def from_layer(
         cls,
         layer: nn.Module,
@@ -211,6 +214,7 @@ class LoRALayer(AssignedForward, AdaptedWeight):
             plain.__dict__["forward"] = base_forward
         return plain
 
+    @draws
     def reset_lora_parameters(
         self, adapter: str = "default", *, init: str | Init = "kaiming", generator: torch.Generator | None = None
     ) -> None:

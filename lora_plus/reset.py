@@ -10,9 +10,11 @@ from .adapters import check_adapter, check_unmerged
 from .init import Init
 from .inject import check_uncopied
 from .places import adapted_places
+from .random_state import draws
 from .sharding import shards_of
 
 
+@draws
 def reset_lora_parameters(
     model: nn.Module,
     *,

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .nested import map_tensors
+from .random_state import random_state
 
 
 def copied(value: Any, copies: dict[int, Tensor]) -> Any:
@@ -28,7 +29,10 @@ def copied(value: Any, copies: dict[int, Tensor]) -> Any:
 
 @contextmanager
 def left_as_it_was(model: nn.Module) -> Iterator[None]:
-    """Modes, gradients, buffers, rows that ``max_norm`` rescales, and random states, as they were before."""
+    """Modes, gradients, buffers, rows that ``max_norm`` rescales, and random states, as they were before.
+
+    The random states are those of Python, of numpy, and torch's of the CPU and of all devices of the accelerator.
+    """
     modes = [(module, module.training) for module in model.modules()]
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
     # an optimizer that steps as gradients arrive must not
@@ -44,7 +48,7 @@ def left_as_it_was(model: nn.Module) -> Iterator[None]:
     numpy = sys.modules.get("numpy")
     numpy_state = None if numpy is None else numpy.random.get_state()
     python_state = random.getstate()
-    devices = sorted({parameter.device.index for parameter in model.parameters() if parameter.is_cuda})
+    bring_back = random_state()
     for parameter, _ in gradients:
         parameter.grad = None
         if parameter._post_accumulate_grad_hooks is not None:
@@ -53,9 +57,9 @@ def left_as_it_was(model: nn.Module) -> Iterator[None]:
     for module, own in buffers:
         module._buffers.update({name: copied(buffer, copies) for name, buffer in own.items()})
     try:
-        with torch.random.fork_rng(devices=devices):
-            yield
+        yield
     finally:
+        bring_back()
         random.setstate(python_state)
         if numpy is not None:
             numpy.random.set_state(numpy_state)

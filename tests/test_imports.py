@@ -24,6 +24,7 @@ STRATA = [
         "freezing",
         "fused_kernels",
         "class_swap",
+        "random_state",
         "quantized",
         "nested",
         "text_table",
