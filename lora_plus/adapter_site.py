@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from .adapter_tensors import STARTS, AdapterTensors
+from .adapter_tensors import STARTS, AdapterTensors, rename_held
 from .sharding import fill
 from .variants import SCALINGS, VARIANTS, AdapterSpec, adapter_tensor_specs
 
@@ -60,7 +60,7 @@ class AdapterSite(nn.Module):
     def rename_adapter(self, old: str, new: str) -> None:
         """Call an adapter by another name; its parameters and its place in the order stay."""
         for container in self.adapter_tensors(old):
-            self._container(container).rename(old, new)
+            rename_held(self._container(container), old, new)
         self.lora_specs = {new if name == old else name: spec for name, spec in self.lora_specs.items()}
 
     def adapter_tensors(self, adapter: str) -> dict[str, nn.Parameter]:

@@ -41,12 +41,6 @@ class AdapterTensors(nn.Module):
     def __delitem__(self, adapter: str) -> None:
         del self._parameters[adapter]
 
-    def rename(self, old: str, new: str) -> None:
-        """Hold an adapter's parameter, the same object at the same place in the order, under another name."""
-        held = list(self._parameters.items())
-        self._parameters.clear()
-        self._parameters.update((new if name == old else name, parameter) for name, parameter in held)
-
     def __contains__(self, adapter: object) -> bool:
         return adapter in self._parameters
 
@@ -58,6 +52,13 @@ class AdapterTensors(nn.Module):
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}: {tuple(self[name].shape)}" for name in self)
+
+
+def rename_held(container: AdapterTensors, old: str, new: str) -> None:
+    """Hold an adapter's parameter, the same object at the same place in the order, under another name."""
+    held = list(container._parameters.items())
+    container._parameters.clear()
+    container._parameters.update((new if name == old else name, parameter) for name, parameter in held)
 
 
 class BaseParameters(nn.Module):
@@ -83,7 +84,9 @@ def check_adapter_name(name: object, what: str = "an adapter") -> None:
     if not name or "." in name:
         raise ValueError(f"{what}'s name must not be empty or contain a dot, got {name!r}")
     if hasattr(_NAME_PROBE, name):
-        raise ValueError(f"the name {name!r} of {what} is an attribute of nn.Module; choose another name")
+        raise ValueError(
+            f"the name {name!r} of {what} is an attribute of nn.Module, which holds its parameters; choose another name"
+        )
 
 
-_NAME_PROBE = AdapterTensors()
+_NAME_PROBE = nn.Module()

@@ -26,12 +26,18 @@ from .variants import VARIANTS, AdapterSpec
 
 
 def adapter_names(model: nn.Module) -> list[str]:
-    """The names of the adapters that the model holds, in the order in which they were added."""
+    """The names of the adapters that the model holds.
+
+    They are in the order of the layers that they are on, and on one layer in the order in which they were added.
+    """
     return list(dict.fromkeys(name for _, site, _ in adapter_sites(model) for name in site.lora_specs))
 
 
 def active_adapters(model: nn.Module) -> list[str]:
-    """The names of the adapters that take part in the forward, in the order in which they are applied."""
+    """The names of the adapters that take part in the forward.
+
+    They are in the order of the layers that they are on, and on one layer in the order in which they are applied.
+    """
     return list(dict.fromkeys(name for _, weight in adapted_weights(model) for name in weight.lora_active))
 
 

@@ -6,6 +6,7 @@ import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar, cast
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -89,9 +90,14 @@ def _own_names(module: nn.Module) -> set[str]:
     return {name for names in held for name in names if name in _OWN_NAMES}
 
 
-@functools.cache
+_CLASHES: WeakKeyDictionary[type[Any], set[str]] = WeakKeyDictionary()
+"""What `_clash` has found, for `dir` is slow."""
+
+
 def _clash(layer_class: type[Any]) -> set[str]:
-    return _OWN_NAMES & set(dir(layer_class))
+    if layer_class not in _CLASHES:
+        _CLASHES[layer_class] = _OWN_NAMES & set(dir(layer_class))
+    return _CLASHES[layer_class]
 
 
 def _trial(weight: Tensor, *shape: int) -> Tensor:

@@ -6,9 +6,9 @@ weights, base parameter names and ``isinstance`` stay as they were. The kinds of
 
 from __future__ import annotations
 
-import functools
 import inspect
 from typing import TYPE_CHECKING, Any, ClassVar
+from weakref import WeakValueDictionary
 
 import torch
 import torch.nn.functional as F
@@ -338,11 +338,17 @@ def argument_names(layer_class: type[Any]) -> tuple[str, ...]:
     return tuple(inspect.signature(layer_class.forward).parameters)[1:]
 
 
-@functools.cache
+_DERIVED: WeakValueDictionary[tuple[type[Any], type[Any]], type[LoRALayer]] = WeakValueDictionary()
+"""By kind and layer class, the class that was made of them, while something is of it."""
+
+
 def _derive(kind: type[Any], layer_class: type[Any]) -> type[LoRALayer]:
+    made = _DERIVED.get((kind, layer_class))
+    if made is not None:
+        return made
     body: dict[str, Any] = {"base_class": layer_class, "_derived_from": kind, "__module__": layer_class.__module__}
     body |= {"__doc__": kind.__doc__, "lora_arguments": argument_names(layer_class)}
-    return type(f"LoRA{layer_class.__name__}", (kind, layer_class), body)
+    return _DERIVED.setdefault((kind, layer_class), type(f"LoRA{layer_class.__name__}", (kind, layer_class), body))
 
 
 def _new_derived(kind: type[LoRALayer], layer_class: type[nn.Module]) -> LoRALayer:

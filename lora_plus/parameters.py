@@ -8,10 +8,10 @@ adapted attribute is a property, and the parameter itself moves into a `LoRAPara
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -318,13 +318,20 @@ def owner_class(swapped: Any, names: tuple[str, ...]) -> type[LoRAOwner]:
     return _owner_class(_plain(swapped), names)
 
 
-@functools.cache
+_OWNER_CLASSES: WeakValueDictionary[tuple[type[Any], tuple[str, ...]], type[LoRAOwner]] = WeakValueDictionary()
+"""By class without adapters and adapted parameters, the class that was made of them, while something is of it."""
+
+
 def _owner_class(layer_class: Any, names: tuple[str, ...]) -> type[LoRAOwner]:
+    made = _OWNER_CLASSES.get((layer_class, names))
+    if made is not None:
+        return made
     body: dict[str, Any] = {name: _effective(name) for name in names}
     body |= {"base_class": layer_class, "adapted_names": names, "__doc__": layer_class.__doc__}
     body["__module__"] = layer_class.__module__
     kind = LoRARecurrentOwner if issubclass(layer_class, nn.RNNBase) else LoRAOwner
-    return type(f"LoRA{layer_class.__name__}", (kind, layer_class), body)
+    made = type(f"LoRA{layer_class.__name__}", (kind, layer_class), body)
+    return _OWNER_CLASSES.setdefault((layer_class, names), made)
 
 
 def _effective(name: str) -> property:

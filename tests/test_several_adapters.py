@@ -117,7 +117,7 @@ def test_the_thirtieth_adapter_costs_what_the_first_does() -> None:
 
 # ---- names -----------------------------------------------------------------------------------------------------------
 
-ALLOWED = ["0", "1", "lora_A", "weight", "default", "q", "lora_blocks", "ünïcode", "with space", "Name-1_b"]
+ALLOWED = ["0", "1", "lora_A", "weight", "default", "q", "lora_blocks", "ünïcode", "with space", "Name-1_b", "rename"]
 REFUSED = ["default.x", "", "train", "forward", "parameters"]
 
 
@@ -339,3 +339,12 @@ def test_an_adapter_like_a_folded_one_is_not_folded() -> None:
     groups = lora_plus.loraplus_param_groups(model, lr=1e-3, lr_ratio=4)  # a fold and a ratio would act twice
     assert {group["name"]: group["lr"] for group in groups}["lora_B"] == 4e-3
     lora_plus.fold_lr_ratio(model, 4, adapter="b")
+
+
+def test_names_are_in_the_order_of_the_layers_and_then_of_time() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    for name, layer in (("first", "1"), ("second", "0"), ("third", "1")):
+        inject_lora(model, [layer], adapter=name)
+    set_adapter(model, ["third", "first", "second"])
+    assert adapter_names(model) == ["second", "first", "third"]
+    assert active_adapters(model) == ["second", "third", "first"]

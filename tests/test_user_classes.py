@@ -1,0 +1,72 @@
+"""A user's class is let go with its models, whatever was made of it."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import weakref
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+import lora_plus
+
+
+def own_linear() -> nn.Module:
+    class Own(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) + 1
+
+    return Own(4, 4)
+
+
+def own_holder() -> nn.Module:
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w, self.v = (nn.Parameter(torch.randn(4, 4)) for _ in range(2))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x @ self.w @ self.v
+
+    return Own()
+
+
+CASES = {"layer": (own_linear, ["0"]), "parameters": (own_holder, ["w", "v"])}
+
+
+@pytest.mark.parametrize(("make", "targets"), CASES.values(), ids=CASES)
+@pytest.mark.parametrize("end", ["removed", "merged", "dropped"])
+def test_a_class_is_let_go(make: Callable[[], nn.Module], targets: list[str], end: str) -> None:
+    model = nn.Sequential(make())
+    kind = weakref.ref(type(model[0]))
+    for _ in range(2):
+        lora_plus.inject_lora(model, targets, r=2)
+        model(torch.randn(3, 4))
+        if end == "removed":
+            lora_plus.remove_lora(model)
+        if end == "merged":
+            lora_plus.merge_and_unload(model)
+        if end == "dropped":
+            model = nn.Sequential(make())
+            kind = weakref.ref(type(model[0]))
+    del model
+    for _ in range(2):  # what was made of the class goes first
+        gc.collect()
+    assert kind() is None
+
+
+@pytest.mark.parametrize(("make", "targets"), CASES.values(), ids=CASES)
+def test_layers_of_one_class_become_layers_of_one_class(make: Callable[[], nn.Module], targets: list[str]) -> None:
+    first = make()
+    model = lora_plus.inject_lora(
+        nn.Sequential(first, copy.deepcopy(first)), targets[:1] if targets[0] == "w" else ["0", "1"]
+    )
+    gc.collect()
+    assert type(model[0]) is type(model[1]) is type(copy.deepcopy(model)[0])
+    other = lora_plus.inject_lora(
+        nn.Sequential(copy.deepcopy(lora_plus.remove_lora(copy.deepcopy(model))[0])), targets[:1]
+    )
+    assert type(other[0]) is type(model[0])
