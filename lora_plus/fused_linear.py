@@ -47,7 +47,9 @@ def can_fuse(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         return False
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return False
-    plain = all(t is None or (type(t) in (Tensor, nn.Parameter) and not t.is_nested) for t in (x, weight, bias))
+    plain = all(
+        t is None or (type(t) in (Tensor, nn.Parameter) and not (t.is_nested or t.is_mkldnn)) for t in (x, weight, bias)
+    )
     if not plain or x.shape[-1:] != weight.shape[1:] or x.device != weight.device:  # where torch's own error tells more
         return False
     return x.shape[:-1].numel() * sum(weight.shape) >= _LEAST_WORK or not torch.is_grad_enabled()
@@ -76,7 +78,7 @@ def fused_linear(x: Tensor, weight: Tensor, bias: Tensor | None, updates: Sequen
     if not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
         return _compute(x, weight, bias, updates)[0]
     scales = [update.scale for update in updates]
-    y: Tensor = _FusedLinear.apply(x, weight, bias, scales, *[part for update in updates for part in update[:3]])
+    y: Tensor = _FusedLinear.apply(x, weight, bias, scales, *[part for update in updates for part in update[:3]])[0]
     return y
 
 
@@ -109,8 +111,12 @@ def _compute(x: Tensor, weight: Tensor, bias: Tensor | None, updates: Sequence[U
 
 
 class _FusedLinear(torch.autograd.Function):
+    """The output, and each ``A u`` that is kept for the gradient of a B: an output can be differentiated again."""
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, scales: list[float], *parts: Any) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, scales: list[float], *parts: Any
+    ) -> tuple[Tensor, ...]:
         updates = [Update(*parts[3 * n : 3 * n + 3], scale) for n, scale in enumerate(scales)]  # type: ignore[call-arg]
         y, hidden = _compute(x, weight, bias, updates)
         of_weight, _, _, *needed = ctx.needs_input_grad[1:]
@@ -119,46 +125,44 @@ class _FusedLinear(torch.autograd.Function):
             _, of_A, of_B = needed[3 * n : 3 * n + 3]
             kept += [A, B, (x if u is None else u) if of_A else None, h if of_B else None]
         ctx.save_for_backward(*kept)
-        ctx.scales, ctx.on_x = scales, [update.u is None for update in updates]
-        return y
+        ctx.set_materialize_grads(False)
+        ctx.scales, ctx.on_x, ctx.shape = scales, [update.u is None for update in updates], x.shape
+        return y, *(h for n, h in enumerate(hidden) if needed[3 * n + 2])
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor | None, *of_hidden: Tensor | None) -> tuple[Tensor | None, ...]:
         weight, x, *kept = ctx.saved_tensors
         of_x, of_weight, of_bias, _, *needed = ctx.needs_input_grad
-        d = _rows(dy)
+        d = None if dy is None else _rows(dy)
+        further = iter(of_hidden)  # gradients of what was kept, where gradients are differentiated
         grads: list[Tensor | None] = []
         into_dx = []
         for n, (scale, on_x) in enumerate(zip(ctx.scales, ctx.on_x, strict=True)):
             A, B, u, h = kept[4 * n : 4 * n + 4]
             of_u, of_A, of_B = needed[3 * n : 3 * n + 3]
+            dh = next(further) if of_B else None
             du = dA = dB = None
-            if of_B:
-                dB = _as(torch.mm(_differentiable(h, A, u), d).mul_(scale).t(), B.dtype)
-            if of_u or of_A or (of_x and on_x):
-                dh = torch.mm(_as(B, d.dtype).t(), d.t()).mul_(scale)  # (r, rows)
+            if of_B and d is not None:
+                dB = _as(torch.mm(h, d).mul_(scale).t(), B.dtype)
+            if d is not None and (of_u or of_A or (of_x and on_x)):
+                of_y = torch.mm(_as(B, d.dtype).t(), d.t()).mul_(scale)  # (r, rows)
+                dh = of_y if dh is None else of_y + dh
+            if dh is not None:
                 dA = _as(torch.mm(dh, _rows(u)), A.dtype) if of_A else None
-                du = torch.mm(dh.t(), _as(A, d.dtype)).view(*dy.shape[:-1], A.shape[1]) if of_u else None
-                into_dx += [(dh.t(), _as(A, d.dtype))] if on_x else []
+                du = torch.mm(dh.t(), _as(A, dh.dtype)).view(*ctx.shape) if of_u else None
+                into_dx += [(dh.t(), _as(A, dh.dtype))] if on_x else []
             grads += [du, dA, dB]
         dx = None
         if of_x:
-            dx = torch.mm(d, weight)
-            for factors in into_dx:
-                dx.addmm_(*factors)
-            dx = dx.view(*dy.shape[:-1], weight.shape[1])
-        dweight = torch.mm(d.t(), _rows(x)) if of_weight else None
-        dbias = d.sum(0) if of_bias else None
+            products = into_dx if d is None else [(d, weight), *into_dx]
+            dx = _sum_of_products(products).view(ctx.shape) if products else None
+        dweight = torch.mm(d.t(), _rows(x)) if of_weight and d is not None else None
+        dbias = d.sum(0) if of_bias and d is not None else None
         return dx, dweight, dbias, None, *grads
 
 
-def _differentiable(h: Tensor, A: Tensor, u: Tensor | None) -> Tensor:
-    """The kept ``A u``, or, where gradients of gradients are asked for, one that depends on A and u."""
-    if not torch.is_grad_enabled():
-        return h
-    if u is None:
-        raise RuntimeError(
-            "gradients of gradients need the layer's input, which is not kept while A is frozen and B is trained; "
-            "train A too, or compute the second gradient with torch.func"
-        )
-    return _hidden(A, u)
+def _sum_of_products(pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
+    total = torch.mm(*pairs[0])
+    for factors in pairs[1:]:
+        total.addmm_(*factors)
+    return total

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import io
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -104,11 +106,35 @@ def test_what_is_frozen_gets_no_gradient_and_the_rest_the_right_one(frozen: tupl
     torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
 
 
-def test_a_second_gradient_without_the_kept_input_is_refused() -> None:
-    x, A, B = draw(3, IN).requires_grad_(), draw(R, IN), draw(OUT, R).requires_grad_()
-    y = fused_linear(x, draw(OUT, IN), None, [Update(None, A, B, 1.0)])
-    with pytest.raises(RuntimeError, match="not kept while A is frozen"):
-        torch.autograd.grad(y.square().sum(), [B], create_graph=True)
+@pytest.mark.parametrize("own", [False, True], ids=["on x", "on another input"])
+@pytest.mark.parametrize("frozen", [("A",), ("B",), ("x",), ("u",), ("A", "x"), ("weight", "A"), ("A", "u")], ids=str)
+def test_second_derivatives_with_something_frozen(frozen: tuple[str, ...], own: bool) -> None:
+    tensors = {"x": draw(3, IN), "weight": draw(OUT, IN, seed=1), "u": draw(3, IN, seed=2)}
+    tensors |= {"A": draw(R, IN, seed=3), "B": draw(OUT, R, seed=4)}
+
+    def function(*free: Tensor) -> Tensor:
+        given = tensors | dict(zip(names, free, strict=True))
+        x, weight, u, A, B = given.values()
+        return fused_linear(x, weight, None, [Update(u if own else None, A, B, 0.5), Update(None, A, 2 * B, 3.0)])
+
+    names = [name for name in tensors if name not in frozen]
+    assert torch.autograd.gradgradcheck(function, [tensors[name].requires_grad_() for name in names])
+
+
+@pytest.mark.parametrize("least_work", [0, 2**30], ids=["large", "small"])
+def test_a_gradient_penalty_with_a_frozen_A(least_work: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "_LEAST_WORK", least_work)
+    torch.manual_seed(0)
+    module = randomise(inject_lora(nn.Linear(IN, OUT).double(), "all-linear", r=R, variant="lora_fa"))
+    B, x = module.lora_B["default"], draw(3, IN).requires_grad_()
+
+    def penalty(y: Tensor) -> Tensor:
+        (gradient,) = torch.autograd.grad(y.square().sum(), [x], create_graph=True)
+        (of_B,) = torch.autograd.grad(y.pow(3).sum(), [B], create_graph=True)
+        return gradient.square().sum() + of_B.square().sum()
+
+    got = torch.autograd.grad(penalty(module(x)), [x, B])
+    torch.testing.assert_close(got, torch.autograd.grad(penalty(explicit(module, x)), [x, B]), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("change", [Tensor.t, lambda g: g[:1].expand(3, -1), lambda g: g[:, ::2]], ids=str)
@@ -449,3 +475,23 @@ def test_a_fully_sharded_layer_is_computed_in_one_function(mesh: Any, monkeypatc
     y.square().sum().backward()
     got = [y, *(parameter.grad.full_tensor() for parameter in module.parameters())]
     torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
+@pytest.mark.parametrize("gradients", [True, False])
+def test_inputs_of_one_dnn_are_taken_as_by_the_plain_layer(gradients: bool) -> None:
+    module, x = layer(dtype=torch.float32), draw(3, IN, dtype=torch.float32)
+    with torch.set_grad_enabled(gradients):
+        torch.testing.assert_close(module(x.to_mkldnn()).to_dense(), module(x))
+
+
+def test_a_graph_is_let_go_with_its_output() -> None:
+    module, x = layer(), draw(3, IN)
+    module(x).sum().backward()
+    gc.collect()
+    gc.disable()
+    try:
+        graph = weakref.ref(module(x).grad_fn)
+        assert graph() is None
+    finally:
+        gc.enable()
