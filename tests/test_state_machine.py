@@ -35,6 +35,7 @@ from hypothesis.stateful import (
 from torch import Tensor, nn
 
 import lora_plus
+from lora_plus.adapted_weight import adapted_weights, adapter_sites
 
 REFUSED = (ValueError, KeyError, TypeError)
 TOLERANCE = {"rtol": 1e-9, "atol": 1e-10}
@@ -44,6 +45,7 @@ NAMES = st.sampled_from(["a", "b", "c"])
 ANY = st.integers(0, 2**16)
 """Chooses among what there is then."""
 PICKS = st.lists(ANY, min_size=1, max_size=4)
+SOME = st.lists(ANY, min_size=1, max_size=2)
 STRENGTHS = st.sampled_from([1.0, 1.0, 0.5, -1.0])
 
 
@@ -90,6 +92,7 @@ class Machine(RuleBasedStateMachine):
     @initialize(kinds=st.lists(st.sampled_from(sorted(PARTS)), min_size=2, max_size=4), nested=ANY, start=ANY)
     def grow(self, kinds: list[str], nested: int, start: int) -> None:
         torch.manual_seed(start)
+        self.tries_without = start % 10 == 3
         paths = [f"deep.p{n}" if nested >> n & 1 else f"p{n}" for n in range(len(kinds))]
         self.kinds = dict(zip(paths, kinds, strict=True))
         model = Forest(self.kinds).double()
@@ -119,6 +122,11 @@ class Machine(RuleBasedStateMachine):
     @property
     def changeable(self) -> bool:
         return not self.locked and self.merged is None
+
+    @property
+    def worth_trying(self) -> bool:
+        """Whether what needs adapters is called: in most runs only where there are some."""
+        return bool(self.dense.adapters) or self.tries_without
 
     def in_force(self) -> dict[str, float]:
         return self.dense.active if self.merged is None else self.merged
@@ -201,6 +209,7 @@ class Machine(RuleBasedStateMachine):
         before, _alive = snapshot(self.model)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*is shared with")
+            warnings.filterwarnings("ignore", message=".*adds the update of an nn.MultiheadAttention's out_proj twice")
             try:
                 result = operation()
             except REFUSED as error:
@@ -223,6 +232,15 @@ class Machine(RuleBasedStateMachine):
             folded = (fold or {}).get(spot, 1.0)
             spots[spot] = Factors(row.scale / folded, variant, tensors, folded)
         return Adapter(spots)
+
+    def known(self, pick: int) -> str:
+        """A name that an adapter has, or may not have."""
+        names = [*self.dense.adapters] * 4 + ["a", "b", "c"]
+        return names[pick % len(names)]
+
+    def several(self, picks: Sequence[int] | None) -> list[str] | None:
+        """Several such names, each once."""
+        return None if picks is None else list(dict.fromkeys(map(self.known, picks)))
 
     def pick(self, among: Sequence[str], picks: Sequence[int]) -> list[str]:
         return list(dict.fromkeys(among[pick % len(among)] for pick in picks)) if among else []
@@ -281,9 +299,10 @@ class Machine(RuleBasedStateMachine):
             dense.active = {name: 1.0}
             self.only_trains(name)
 
-    @rule(name=NAMES, like=NAMES, r=st.sampled_from([None, 1, 4]), variant=st.sampled_from([None, "lora", "dora"]))
-    def add(self, name: str, like: str, r: int | None, variant: str | None) -> None:
-        dense = self.dense
+    @precondition(lambda self: self.worth_trying)
+    @rule(name=NAMES, like=ANY, r=st.sampled_from([None, 1, 4]), variant=st.sampled_from([None, "lora", "dora"]))
+    def add(self, name: str, like: int, r: int | None, variant: str | None) -> None:
+        dense, like = self.dense, self.known(like)
         other = dense.adapters.get(like)
         assume(other is None or all(held.fold == 1 for held in other.spots.values()))
         expected = (
@@ -299,9 +318,12 @@ class Machine(RuleBasedStateMachine):
             dense.active = {name: 1.0}
             self.only_trains(name)
 
-    @rule(chosen=st.dictionaries(NAMES, STRENGTHS, min_size=1), trainable=st.sampled_from([None, True, False]))
-    def set(self, chosen: dict[str, float], trainable: bool | None) -> None:
-        dense = self.dense
+    @precondition(lambda self: self.worth_trying)
+    @rule(
+        factors=st.dictionaries(ANY, STRENGTHS, min_size=1, max_size=2), trainable=st.sampled_from([None, True, False])
+    )
+    def set(self, factors: dict[int, float], trainable: bool | None) -> None:
+        dense, chosen = self.dense, {self.known(pick): factor for pick, factor in factors.items()}
         known = chosen.keys() <= dense.adapters.keys()
         dora = [spot for name in chosen if known for spot in dense.adapters[name].dora]
         scaled = known and any(dense.adapters[name].dora and factor != 1 for name, factor in chosen.items())
@@ -312,9 +334,10 @@ class Machine(RuleBasedStateMachine):
                 for name, adapter in dense.adapters.items():
                     adapter.trainable = trainable and name in chosen
 
-    @rule(old=NAMES, new=NAMES)
-    def rename(self, old: str, new: str) -> None:
-        dense = self.dense
+    @precondition(lambda self: self.worth_trying)
+    @rule(old=ANY, new=NAMES)
+    def rename(self, old: int, new: str) -> None:
+        dense, old = self.dense, self.known(old)
         expected = old in dense.adapters and new not in dense.adapters and not self.locked
         if self.call(expected, lambda: lora_plus.rename_adapter(self.model, old, new)) is not None:
             for names in (dense.adapters, dense.active, self.merged or {}):
@@ -322,8 +345,10 @@ class Machine(RuleBasedStateMachine):
                 names.clear()
                 names.update(renamed)
 
-    @rule(name=NAMES)
-    def delete(self, name: str) -> None:
+    @precondition(lambda self: self.worth_trying)
+    @rule(name=ANY)
+    def delete(self, name: int) -> None:
+        name = self.known(name)
         dense = self.dense
         expected = name in dense.adapters and self.changeable
         if self.call(expected, lambda: lora_plus.delete_adapter(self.model, name)) is not None:
@@ -381,9 +406,10 @@ class Machine(RuleBasedStateMachine):
         optimizer.zero_grad()
 
     @precondition(lambda self: self.dense.adapters and not self.disabled)
-    @rule(name=NAMES, start=ANY)
-    def write(self, name: str, start: int) -> None:
+    @rule(name=ANY, start=ANY)
+    def write(self, name: int, start: int) -> None:
         """Change an adapter in place, as an engine or a user may."""
+        name = self.known(name)
         assume(name in self.dense.adapters)
         generator = torch.Generator().manual_seed(start)
         noise = {
@@ -407,7 +433,7 @@ class Machine(RuleBasedStateMachine):
 
     def parameter(self, spot: str, key: str, name: str) -> nn.Parameter:
         (found,) = [
-            p for path, site, _ in lora_plus.adapted_weight.adapter_sites(self.model) if path == spot
+            p for path, site, _ in adapter_sites(self.model) if path == spot
             for container, p in site.adapter_tensors(name).items() if container == key
         ]  # fmt: skip
         return found
@@ -424,21 +450,25 @@ class Machine(RuleBasedStateMachine):
         usable = not self.locked and any(dense.adapters[name].spots for name in wanted)
         return wanted if usable and len(dora) == len(set(dora)) else None
 
-    @rule(names=st.none() | st.lists(NAMES, min_size=1, max_size=2, unique=True))
-    def merge(self, names: list[str] | None) -> None:
+    @precondition(lambda self: self.worth_trying)
+    @rule(picks=st.none() | SOME)
+    def merge(self, picks: list[int] | None) -> None:
+        names = self.several(picks)
         wanted = self.merge_wanted(names) if self.merged is None else None
         if self.call(wanted is not None, lambda: lora_plus.merge_lora(self.model, adapters=names)) is not None:
             self.merged = wanted
 
+    @precondition(lambda self: self.worth_trying)
     @rule()
     def unmerge(self) -> None:
         expected = self.merged is not None and not self.locked
         if self.call(expected, lambda: lora_plus.unmerge_lora(self.model)) is not None:
             self.merged, self.stale = None, False
 
-    @precondition(lambda self: not self.stale and len(self.blocks) < 3)
-    @rule(names=st.none() | st.lists(NAMES, min_size=1, max_size=2, unique=True))
-    def enter_merged(self, names: list[str] | None) -> None:
+    @precondition(lambda self: self.worth_trying and not self.stale and len(self.blocks) < 2)
+    @rule(picks=st.none() | SOME)
+    def enter_merged(self, picks: list[int] | None) -> None:
+        names = self.several(picks)
         wanted = self.merge_wanted(names)
         expected: bool | None = wanted is not None
         if expected and self.merged is not None:
@@ -448,7 +478,7 @@ class Machine(RuleBasedStateMachine):
             self.blocks.append(Block("merged", manager, merges=self.merged is None))
             self.merged = wanted if self.merged is None else self.merged
 
-    @precondition(lambda self: len(self.blocks) < 3)
+    @precondition(lambda self: self.worth_trying and len(self.blocks) < 2)
     @rule()
     def enter_disabled(self) -> None:
         manager = lora_plus.disabled(self.model)
@@ -457,9 +487,10 @@ class Machine(RuleBasedStateMachine):
                 self.shown = {name: value.clone() for name, value in self.dense.originals().items()}
             self.blocks.append(Block("disabled", manager))
 
-    @precondition(lambda self: len(self.blocks) < 3 and not self.samples)
-    @rule(names=st.lists(st.none() | NAMES, min_size=2, max_size=2))
-    def enter_samples(self, names: list[str | None]) -> None:
+    @precondition(lambda self: self.worth_trying and len(self.blocks) < 2 and not self.samples)
+    @rule(picks=st.lists(st.none() | ANY, min_size=2, max_size=2))
+    def enter_samples(self, picks: list[int | None]) -> None:
+        names = [None if pick is None else self.known(pick) for pick in picks]
         dense = self.dense
         given = {name for name in names if name is not None}
         expected = (
@@ -477,6 +508,14 @@ class Machine(RuleBasedStateMachine):
     @precondition(lambda self: self.blocks)
     @rule()
     def leave(self) -> None:
+        self.end_block()
+
+    @precondition(lambda self: self.blocks)
+    @rule()
+    def leave_soon(self) -> None:
+        self.end_block()  # inside a block most calls are refused
+
+    def end_block(self) -> None:
         block = self.blocks.pop()
         block.manager.__exit__(None, None, None)
         if block.kind == "merged" and block.merges:
@@ -484,8 +523,10 @@ class Machine(RuleBasedStateMachine):
         if not self.disabled:
             self.shown = None
 
-    @rule(names=st.none() | st.lists(NAMES, min_size=1, max_size=2, unique=True))
-    def merge_for_good(self, names: list[str] | None) -> None:
+    @precondition(lambda self: self.worth_trying)
+    @rule(picks=st.none() | SOME)
+    def merge_for_good(self, picks: list[int] | None) -> None:
+        names = self.several(picks)
         dense = self.dense
         wanted = self.merge_wanted(names)
         expected: bool | None = wanted is not None and not self.stale
@@ -495,6 +536,7 @@ class Machine(RuleBasedStateMachine):
             dense.state = dense.weights(wanted, dense.state)
             self.plain_again()
 
+    @precondition(lambda self: self.worth_trying)
     @rule()
     def remove(self) -> None:
         dense = self.dense
@@ -513,8 +555,10 @@ class Machine(RuleBasedStateMachine):
 
     # ---- files and copies -------------------------------------------------------------------------------------------
 
-    @rule(name=NAMES, slot=st.sampled_from(["one", "two"]), form=st.sampled_from(["native", "native", "peft"]))
-    def save(self, name: str, slot: str, form: str) -> None:
+    @precondition(lambda self: self.worth_trying)
+    @rule(name=ANY, slot=st.sampled_from(["one", "two"]), form=st.sampled_from(["native", "native", "peft"]))
+    def save(self, name: int, slot: str, form: str) -> None:
+        name = self.known(name)
         dense = self.dense
         path = Path(self.folder.name, f"{slot}.safetensors" if form == "native" else slot)
         adapter = dense.adapters.get(name)
@@ -556,6 +600,7 @@ class Machine(RuleBasedStateMachine):
             if value.is_floating_point():
                 torch.testing.assert_close(value, wanted[key], rtol=1e-8, atol=1e-8)
 
+    @precondition(lambda self: self.worth_trying)
     @rule(how=st.sampled_from(["deepcopy", "pickle"]))
     def copied(self, how: str) -> None:
         """A copy is a model of its own, outside of all blocks; where no block is open, the run goes on with it."""
@@ -578,7 +623,7 @@ class Machine(RuleBasedStateMachine):
         plain = lora_plus.remove_lora(copy.deepcopy(model))
         names = [name for name, _ in plain.named_parameters(remove_duplicate=False)]
         held = dict(model.named_parameters(remove_duplicate=False))
-        for path, weight in lora_plus.adapted_weight.adapted_weights(model):
+        for path, weight in adapted_weights(model):
             merge = weight.lora_merge
             own = weight.weight if merge is None else merge.weight
             spot = self.dense.spots.get(path) or next(
@@ -587,7 +632,7 @@ class Machine(RuleBasedStateMachine):
             held |= dict.fromkeys(spot.keys, own)
         return {name: held[name] for name in names}
 
-    @precondition(lambda self: not self.disabled and self.merged is None)
+    @precondition(lambda self: self.worth_trying and not self.disabled and self.merged is None)
     @rule()
     def reload_state(self) -> None:
         state = {name: value.clone() for name, value in self.model.state_dict().items()}
@@ -595,8 +640,10 @@ class Machine(RuleBasedStateMachine):
 
     # ---- changes of adapters ----------------------------------------------------------------------------------------
 
-    @rule(name=NAMES, init=st.sampled_from(["kaiming", "gaussian"]))
-    def reset(self, name: str, init: str) -> None:
+    @precondition(lambda self: self.worth_trying)
+    @rule(name=ANY, init=st.sampled_from(["kaiming", "gaussian"]))
+    def reset(self, name: int, init: str) -> None:
+        name = self.known(name)
         adapter = self.dense.adapters.get(name)
         expected = adapter is not None and self.changeable
         if (
@@ -606,8 +653,10 @@ class Machine(RuleBasedStateMachine):
             fold = {spot: held.fold for spot, held in adapter.spots.items()}
             self.dense.adapters[name] = replace(adapter, spots=self.read(name, fold).spots)
 
-    @rule(name=NAMES, ratio=st.sampled_from([4.0, 2.0, 0.25]), rule_=st.sampled_from(["adam", "sgd"]))
-    def fold(self, name: str, ratio: float, rule_: str) -> None:
+    @precondition(lambda self: self.worth_trying)
+    @rule(name=ANY, ratio=st.sampled_from([4.0, 2.0, 0.25]), rule_=st.sampled_from(["adam", "sgd"]))
+    def fold(self, name: int, ratio: float, rule_: str) -> None:
+        name = self.known(name)
         dense = self.dense
         adapter = dense.adapters.get(name)
         spots = [] if adapter is None else [spot for spot in adapter.spots if not dense.spots[spot].embedding]
@@ -616,8 +665,10 @@ class Machine(RuleBasedStateMachine):
         for spot in spots if done is not None else ():
             adapter.spots[spot].fold = ratio if rule_ == "adam" else ratio**0.5
 
-    @rule(name=NAMES)
-    def unfold(self, name: str) -> None:
+    @precondition(lambda self: self.worth_trying)
+    @rule(name=ANY)
+    def unfold(self, name: int) -> None:
+        name = self.known(name)
         adapter = self.dense.adapters.get(name)
         folded = adapter is not None and any(held.fold != 1 for held in adapter.spots.values())
         if (
@@ -627,8 +678,10 @@ class Machine(RuleBasedStateMachine):
             for held in adapter.spots.values():
                 held.fold = 1.0
 
-    @rule(name=NAMES, r=st.integers(1, 6))
-    def resize(self, name: str, r: int) -> None:
+    @precondition(lambda self: self.worth_trying)
+    @rule(name=ANY, r=st.integers(1, 6))
+    def resize(self, name: int, r: int) -> None:
+        name = self.known(name)
         dense = self.dense
         adapter = dense.adapters.get(name)
         before = {} if adapter is None else dense.update(name)
@@ -645,14 +698,15 @@ class Machine(RuleBasedStateMachine):
             if r >= max(ranks):
                 self.same_update(name, before)
 
+    @precondition(lambda self: self.worth_trying)
     @rule(
-        names=st.lists(NAMES, min_size=1, max_size=2, unique=True),
+        picks=SOME,
         name=NAMES,
         factors=st.lists(STRENGTHS, min_size=2, max_size=2),
     )
-    def combine(self, names: list[str], name: str, factors: list[float]) -> None:
+    def combine(self, picks: list[int], name: str, factors: list[float]) -> None:
         dense = self.dense
-        weights = dict(zip(names, factors, strict=False))
+        weights = dict(zip(self.several(picks), factors, strict=False))
         known = weights.keys() <= dense.adapters.keys()
         expected = (
             known
