@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar, cast
 from weakref import WeakKeyDictionary
@@ -196,6 +197,11 @@ class LoRATransposedLinear(LoRALayer):
     def fits(cls, module: nn.Module) -> bool:
         width, weight = getattr(module, "nf", None), getattr(module, "weight", None)
         return isinstance(width, int) and isinstance(weight, Tensor) and weight.ndim == 2 and weight.shape[1] == width
+
+    @classmethod
+    def known_forward(cls) -> Any:
+        conv1d = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)
+        return getattr(conv1d, "forward", None)
 
     def trial_input(self) -> Tensor:
         return _trial(self.weight, 2, self.weight.shape[0])

@@ -60,6 +60,11 @@ class LoRALayer(AssignedForward, AdaptedWeight):
         """
         raise NotImplementedError
 
+    @classmethod
+    def known_forward(cls) -> Any:
+        """The forward that computes ``W x`` and the bias, and nothing else."""
+        return cls.base_class.forward
+
     def trial_input(self) -> Tensor | None:
         """A small input for trying out a forward that is not torch's; None if the kind has no idea of one."""
         return None
@@ -301,7 +306,7 @@ class LoRALayer(AssignedForward, AdaptedWeight):
     def has_own_forward(self) -> bool:
         """Whether the base computation is a user's, which need not be what the update assumes."""
         kind = self._derived_from
-        overridden = kind is not None and self.base_class.forward is not kind.base_class.forward
+        overridden = kind is not None and self.base_class.forward is not kind.known_forward()
         return overridden or self.lora_base_forward is not None
 
     def __copy__(self) -> Self:

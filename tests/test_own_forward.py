@@ -87,3 +87,18 @@ def test_only_the_weight_s_part_is_rescaled(case: Case, make: Callable[[Case], n
 def test_the_start_is_the_base_bit_for_bit(case: Case) -> None:
     torch.manual_seed(0)
     assert torch.equal(inject(own_class(case), case)(case.input()), own_class(case)(case.input()))
+
+
+def test_gpt2_s_layer_is_known_to_add_the_bias_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = pytest.importorskip("transformers.pytorch_utils").Conv1D
+    own = type("Own", (known,), {"forward": lambda self, x: known.forward(self, x) + extra(x)})
+
+    def fail(*args: Any) -> Tensor:
+        raise AssertionError("W x was computed twice")
+
+    x = torch.randn(3, 6, dtype=torch.float64)
+    models = [lora_plus.inject_lora(nn.Sequential(kind(5, 6)).double(), ["0"], variant="dora") for kind in (known, own)]
+    monkeypatch.setattr(LoRALayer, "product", fail)
+    torch.testing.assert_close(settle(models[0])(x), lora_plus.merge_and_unload(models[0])(x), rtol=0, atol=1e-12)
+    with pytest.raises(AssertionError, match="computed twice"):
+        models[1](x)
