@@ -69,14 +69,25 @@ def most_common(values: Sequence[Any]) -> Any:
     return Counter(values).most_common(1)[0][0]
 
 
+def shortened(text: str, length: int) -> str:
+    """A text that is at most so long; what is cut out of its middle is counted."""
+    if len(text) <= length:
+        return text
+    note = f"... ({len(text) - length} characters) ..."
+    kept = length // 2
+    return f"{text[:kept]}{note}{text[len(text) - kept :]}"
+
+
 class Problems(ValueError):
     """Everything that is wrong with one file, in one error."""
 
     SHOWN = 30
+    LONGEST = 600
+    """Characters of a line; a file can say a value of any length."""
 
     def __init__(self, where: object, problems: Sequence[str]) -> None:
         self.where, self.problems = where, list(problems)
-        shown = [f"  {printable(line)}" for line in self.problems[: self.SHOWN]]
+        shown = [f"  {printable(shortened(line, self.LONGEST))}" for line in self.problems[: self.SHOWN]]
         if len(self.problems) > self.SHOWN:
             shown.append(f"  and {len(self.problems) - self.SHOWN} more")
         super().__init__(f"{where}:\n" + "\n".join(shown))

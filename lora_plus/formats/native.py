@@ -31,6 +31,7 @@ from lora_plus.names import join
 from lora_plus.variants import FACTORS, VARIANTS
 
 from .adapter import Adapter, BaseLayer, LayerAdapter, most_common
+from .peft_names import around
 from .target import Target
 
 KEY = "lora_plus"
@@ -86,25 +87,25 @@ def read(
     """
     document = _document(metadata[KEY], problems)
     adapter = Adapter({}, {}, dict(document.get("metadata", {})))
-    left, unread = dict(tensors), []
+    left, unread = dict(tensors), set[str]()
     for path, entry in document.get("layers", {}).items():
         layer = _layer(path, entry, document, left, scale, problems)
         if layer is None:
-            unread.append(path and f"{path}.")
+            unread.add(path)
         else:
             adapter.layers[path] = layer
     for path, names in document.get("train_also", {}).items():
-        if not isinstance(names, list) or not all(isinstance(name, str) and names.count(name) == 1 for name in names):
+        texts = isinstance(names, list) and all(isinstance(name, str) for name in names)
+        if not texts or len(set(names)) < len(names):
             problems.append(f"train_also {path!r}: expected a list of different tensor names, got {names!r}")
-            unread.append(path and f"{path}.")
+            unread.add(path)
             continue
-        missing = [name for name in names if join(path, name) not in left]
-        problems += [f"tensor {join(path, name)!r} is missing" for name in missing]
-        found = {name: left.pop(join(path, name)) for name in names if name not in missing}
-        if not missing:
+        found = {name: left.pop(join(path, name)) for name in names if join(path, name) in left}
+        problems += [f"tensor {join(path, name)!r} is missing" for name in names if name not in found]
+        if len(found) == len(names):
             adapter.trained[path] = found
     if document:
-        extra = [name for name in sorted(left) if not name.startswith(tuple(unread))]
+        extra = [name for name in sorted(left) if "" not in unread and unread.isdisjoint(around(name))]
         problems += [f"tensor {name!r} belongs to no layer that the file describes" for name in extra]
     return adapter
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-import re
 import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
+
+from .peft_patterns import Patterns
 
 CONFIG = "adapter_config.json"
 
@@ -27,7 +28,10 @@ _BASE_CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def checked_config(config: Any, problems: list[str], where: str = CONFIG) -> dict[str, Any] | None:
-    """The config with PEFT's defaults; None if something is wrong with it, which is added to ``problems``."""
+    """The config with PEFT's defaults and its patterns as `Patterns`; None if something is wrong with it.
+
+    What is wrong is added to ``problems``.
+    """
     if not isinstance(config, dict):
         problems.append(f"{where} must be a JSON object, got {type(config).__name__}")
         return None
@@ -49,7 +53,9 @@ def checked_config(config: Any, problems: list[str], where: str = CONFIG) -> dic
         if not isinstance(pattern, dict) or not all(isinstance(k, str) and fits(v) for k, v in pattern.items()):
             problems.append(f"{where}: {field} must be an object of numbers, got {pattern!r}")
             continue
-        problems += [f"{where}: {field}: {key!r} is not a regular expression" for key in pattern if not _is_regex(key)]
+        wrong: list[str] = []
+        config[field] = Patterns(pattern, wrong)
+        problems += [f"{where}: {field}: {line}" for line in wrong]
     for field in ("use_rslora", "use_dora"):
         if not isinstance(config.get(field), (bool, type(None))):
             problems.append(f"{where}: {field} must be true or false, got {config[field]!r}")
@@ -76,8 +82,8 @@ def checked_config(config: Any, problems: list[str], where: str = CONFIG) -> dic
 def settings_of(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
     """What the config says of the adapter of a module or parameter."""
     return {
-        "r": _first_match(config.get("rank_pattern"), name, config["r"]),
-        "alpha": _first_match(config.get("alpha_pattern"), name, config["lora_alpha"]),
+        "r": config["rank_pattern"].first(name, config["r"]),
+        "alpha": config["alpha_pattern"].first(name, config["lora_alpha"]),
         "scaling": "rslora" if config.get("use_rslora") else "standard",
         "variant": "dora" if config.get("use_dora") else "lora",
         "dropout": config["lora_dropout"],
@@ -86,13 +92,12 @@ def settings_of(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
 
 def warn_of_ambiguous_patterns(names: Iterable[str], config: Mapping[str, Any]) -> None:
     """Warn where the order of the keys, which PEFT does not keep, decides the alpha of a module or parameter."""
-    pattern = config.get("alpha_pattern") or {}
-    ambiguous = [name for name in names if len({value for key, value in pattern.items() if _matches(key, name)}) > 1]
+    ambiguous = [name for name in names if config["alpha_pattern"].ambiguous(name)]
     if ambiguous:
+        told = f"{', '.join(map(repr, ambiguous[:3]))}{f' and {len(ambiguous) - 3} more' * (len(ambiguous) > 3)}"
         warnings.warn(
-            f"alpha_pattern gives several values for {', '.join(map(repr, ambiguous))}; the first key counts, but PEFT "
-            "sorts the keys when it saves, so the order in this file may not be the one the adapter was trained with; "
-            "check their scale",
+            f"alpha_pattern gives several values for {told}; the first key counts, but PEFT sorts the keys when it "
+            "saves, so the order in this file may not be the one the adapter was trained with; check their scale",
             stacklevel=2,
         )
 
@@ -123,24 +128,3 @@ def _is_number(value: Any) -> bool:
         return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     except OverflowError:  # an integer beyond all floats
         return False
-
-
-def _is_regex(key: str) -> bool:
-    try:
-        re.compile(_pattern(key))
-    except (re.error, OverflowError, RecursionError):
-        return False
-    return True
-
-
-def _first_match(pattern: Mapping[str, Any] | None, name: str, default: Any) -> Any:
-    """PEFT's rule: the first key, in the file's order, that matches the end of the name at a dot."""
-    return next((value for key, value in (pattern or {}).items() if _matches(key, name)), default)
-
-
-def _matches(key: str, name: str) -> bool:
-    return re.match(_pattern(key), name) is not None
-
-
-def _pattern(key: str) -> str:
-    return rf"(.*\.)?({key})$"

@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-from .adapter import PARAMETER, Adapter, BaseLayer, LayerAdapter
+from .adapter import PARAMETER, Adapter, BaseLayer, LayerAdapter, Problems, shortened
 from .peft_config import USER_FIELDS, fan_in_fan_out, settings_of, warn_of_ambiguous_patterns
-from .peft_names import OUT_PROJECTION, PREFIX, Outline, named_parameters, nesting, split_key
+from .peft_names import OUT_PROJECTION, PREFIX, Outline, around, endings, named_parameters, nesting, split_key
 from .peft_tensors import (
     ATTENTION,
     attention_from_peft,
@@ -43,12 +43,13 @@ class Reader:
     ) -> None:
         self.config, self.bases, self.outline, self.scale, self.problems = config, bases, outline, scale, problems
         entries = config.get("target_parameters") or []
+        self.parameters = dict.fromkeys(named_parameters(entries, outline))
+        named = {end for full in self.parameters for end in (full, *endings(full))}
         self.problems += [
             f"target_parameters {entry!r} names no parameter inside the model"
             for entry in entries
-            if not named_parameters([entry], outline)
+            if entry not in named
         ]
-        self.parameters = dict.fromkeys(named_parameters(entries, outline))
         self.nesting = nesting(self.parameters, outline)
         self.paths = self.nesting.paths()
         self.attentions: dict[str, dict[str, BaseLayer]] = {}
@@ -78,14 +79,18 @@ class Reader:
     def _sort(self, tensors: dict[str, Tensor], adapter: Adapter) -> dict[str, dict[str, Tensor]]:
         """The tensors of adapters by what is adapted; those of modules trained in full go to ``adapter``."""
         saved = self.config.get("modules_to_save") or []
-        trained = [name for name in self.outline.names if any(name.endswith(entry) for entry in saved)]
-        absent = [entry for entry in saved if not any(name.endswith(entry) for name in self.outline.names)]
+        trained = [name for name in self.outline.names if name.endswith(tuple(saved))]
+        absent = [entry for entry in saved if not any(name.endswith(entry) for name in trained)]
+        order = {name: index for index, name in enumerate(trained)}
         self.problems += [f"modules_to_save {entry!r}: the model has no such module" for entry in absent]
+        entries = [
+            shortened(str(self.config.get(field) or []), 200) for field in ("target_parameters", "modules_to_save")
+        ]
         found: dict[str, dict[str, Tensor]] = {}
         for key, tensor in sorted(tensors.items()):
             name = key.removeprefix(PREFIX)
             split = split_key(name)
-            owner = next((module for module in trained if name.startswith(f"{module}.")), None)
+            owner = min((module for module in around(name) if module in order), default=None, key=order.__getitem__)
             if not key.startswith(PREFIX):
                 self.problems.append(f"tensor {key!r}: expected a name that starts with {PREFIX!r}")
             elif split is not None:
@@ -94,13 +99,13 @@ class Reader:
                 if adapted is None:
                     self.problems.append(
                         f"tensor {key!r}: {path!r} is neither a module nor where PEFT adapts a parameter with "
-                        f"target_parameters {self.config.get('target_parameters') or []}"
+                        f"target_parameters {entries[0]}"
                     )
                 else:
                     found.setdefault(adapted, {})[part] = tensor
             elif owner is not None:
                 adapter.trained.setdefault(owner, {})[name.removeprefix(f"{owner}.")] = tensor
-            elif any(f".{entry}." in f".{name}" for entry in absent):
+            elif any(f".{entry}." in f".{name}" for entry in absent[: Problems.SHOWN]):
                 continue
             elif "base_layer" in name.split("."):
                 self.problems.append(
@@ -108,8 +113,11 @@ class Reader:
                     "with save_embedding_layers=False"
                 )
             else:
-                self.problems.append(f"tensor {key!r} is neither part of an adapter nor of modules_to_save {saved}")
-        missing = [e for e in saved if e not in absent and not any(name.endswith(e) for name in adapter.trained)]
+                self.problems.append(
+                    f"tensor {key!r} is neither part of an adapter nor of modules_to_save {entries[1]}"
+                )
+        absent_ones = set(absent)
+        missing = [e for e in saved if e not in absent_ones and not any(name.endswith(e) for name in adapter.trained)]
         self.problems += [f"modules_to_save {entry!r} has no tensors in the file" for entry in missing]
         return found
 
