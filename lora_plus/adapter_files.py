@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
-from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from . import functional
@@ -21,9 +17,12 @@ from .formats import diffusers, kohya, native, peft
 from .formats.adapter import PARAMETER, Adapter, BaseLayer, LayerAdapter
 from .formats.peft_renaming import without_left_out
 from .formats.target import Target
+from .json_text import parsed
 from .layers import DTYPES, KINDS, LOOKALIKES
 from .names import join
-from .regular_files import irregular, state_of
+from .parts import PARTS
+from .regular_files import irregular
+from .unread_tensors import open_safetensors, read, read_text
 from .variants import AdapterSpec, adapter_tensor_specs
 
 
@@ -50,7 +49,8 @@ FORMATS = {
 def read_adapter(path: Path, target: Target, problems: list[str]) -> Adapter:
     """The adapter at a path; what is wrong with it is added to ``problems``.
 
-    Its layers have the names of the file, or those of the target where it is ``resolved``.
+    Its layers have the names of the file, or those of the target where it is ``resolved``. Its tensors are unread where
+    what they mean does not depend on their values: see `unread_tensors`.
 
     Raises:
         FileNotFoundError: if there is no such file or folder.
@@ -89,9 +89,9 @@ def _read_peft(path: Path, target: Target, problems: list[str]) -> Adapter:
         return Adapter({}, {})
     text = None
     try:
-        text = (path / peft.CONFIG).read_text(encoding="utf-8")
-        config = json.loads(text)
-    except (ValueError, OSError, RecursionError) as error:
+        text = read_text(path / peft.CONFIG)
+        config = parsed(text)
+    except (ValueError, OSError) as error:
         problems.append(f"{peft.CONFIG} is not valid JSON: {error}")
     tensors, _ = _read_safetensors(path / peft.WEIGHTS, problems)
     if not problems and not _still_says(path / peft.CONFIG, text):
@@ -106,7 +106,7 @@ def _read_peft(path: Path, target: Target, problems: list[str]) -> Adapter:
 def _still_says(path: Path, text: str | None) -> bool:
     """Whether a config is what it was; if it is not, the weights may belong to another one."""
     try:
-        return path.read_text(encoding="utf-8") == text
+        return read_text(path) == text
     except (ValueError, OSError):
         return False
 
@@ -120,8 +120,8 @@ def _read_safetensors(path: Path, problems: list[str]) -> tuple[dict[str, Tensor
         problems.append(f"{path.name} is {what}, not a regular file")
         return {}, {}
     try:
-        return read_safetensors(path)
-    except (SafetensorError, OSError) as error:
+        return open_safetensors(path, problems)
+    except (OSError, ValueError) as error:
         hint = _UNPICKLE if _is_pickle(path) else ""
         problems.append(f"{path.name} is not a whole safetensors file: {error}{hint}")
         return {}, {}
@@ -132,58 +132,10 @@ _UNPICKLE = "; it is a pickle, as torch.save writes them, which is not read: con
 
 def _is_pickle(path: Path) -> bool:
     """Whether a file begins as those do that torch.save writes."""
+    if not path.is_file():
+        return False
     with open(path, "rb") as file:
         return file.read(4).startswith((b"PK\3\4", b"\x80"))
-
-
-def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors of a file, in memory of their own, and the metadata of its header.
-
-    The file is read at once, because asking `safe_open` for thousands of small tensors takes five times as long. Where
-    another process replaces it or writes to it meanwhile, it is read again.
-
-    Raises:
-        SafetensorError, OSError: if it is not a whole safetensors file, or changes each time that it is read.
-    """
-    for _ in range(_TRIES):
-        with open(path, "rb") as raw:
-            before = state_of(raw.fileno())
-            try:
-                found = _read_open(path, raw)
-            except (SafetensorError, OSError, ValueError, RuntimeError):  # of two files mixed anything can be said
-                if state_of(path) == before:
-                    raise
-            else:
-                if state_of(path) == before:
-                    return found
-    raise OSError(f"{str(path)!r} was replaced or written to while it was read, {_TRIES} times; read it again later")
-
-
-_TRIES = 10
-"""How often a file is read that changes while it is read."""
-
-
-def _read_open(path: Path, raw: BufferedReader) -> tuple[dict[str, Tensor], dict[str, str]]:
-    with safe_open(str(path), framework="pt") as file:  # which checks the header
-        start = 8 + int.from_bytes(raw.read(8), "little")
-        header = json.loads(raw.read(start - 8))
-        metadata = header.pop("__metadata__", None) or {}
-        data = bytearray(os.fstat(raw.fileno()).st_size - start)
-        raw.readinto(data)
-        tensors: dict[str, Tensor] = {}
-        for name in sorted(header):
-            entry = header[name]
-            (begin, end), dtype = entry["data_offsets"], _USUAL.get(entry["dtype"])
-            if dtype is None or begin == end:
-                tensors[name] = file.get_tensor(name).clone()  # which may be a window on the file
-                continue
-            values = torch.frombuffer(data, dtype=dtype, count=(end - begin) // dtype.itemsize, offset=begin)
-            tensors[name] = values.reshape(entry["shape"]).clone()
-    return tensors, metadata
-
-
-_USUAL = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
-"""What adapters are stored in."""
 
 
 def base_problem(base: BaseLayer) -> str | None:
@@ -191,11 +143,35 @@ def base_problem(base: BaseLayer) -> str | None:
     if base.layout not in _layouts(base.kind):
         return f"unknown kind of layer {base.kind!r} with layout {base.layout!r}"
     stored = base.layout.split(" -> ")[0]
-    if len(stored.split()) != len(base.shape) or not all(isinstance(n, int) and n > 0 for n in base.shape):
+    if len(stored.split()) != len(base.shape) or not all(type(n) is int and n > 0 for n in base.shape):
         return f"its weight has shape {base.shape}, which is not {stored!r}"
-    if "rows" in base.facts and len(functional.matrix_shape(base.layout, base.shape)) > 2:
+    if math.prod(base.shape) >= 2**59:  # elements have at most 16 bytes
+        return f"its weight has shape {base.shape}, which no tensor can have"
+    for fact, value in base.facts.items():
+        if not _FACTS[fact](base, value):
+            return f"{fact} is {value!r}, which {base.kind} of shape {base.shape} cannot have"
+    *stack, out_features, _ = functional.matrix_shape(base.layout, base.shape)
+    if "rows" in base.facts and stack:
         return "it has rows of a stack of matrices"
+    if "rows" in base.facts and base.facts["rows"][1] > out_features:
+        return f"rows {base.facts['rows']} of a weight that has {out_features}"
+    if "parameter" not in base.facts and (base.kind == PARAMETER or "rows" in base.facts):
+        return "it does not say of which parameter it is"
     return None
+
+
+_FACTS: dict[str, Callable[[BaseLayer, Any], bool]] = {
+    "groups": lambda base, groups: (
+        base.kind.startswith("Conv") and type(groups) is int and groups > 0 and base.shape[0] % groups == 0
+    ),
+    "max_norm": lambda base, norm: base.kind == "Embedding" and type(norm) in (int, float) and 0 <= norm <= 1e308,
+    "parameter": lambda base, name: isinstance(name, str) and (base.kind == PARAMETER or "rows" in base.facts),
+    "rows": lambda base, rows: (
+        isinstance(rows, list) and [type(row) for row in rows] == [int, int] and 0 <= rows[0] < rows[1]
+    ),
+    "of": lambda base, reader: base.kind == PARAMETER and reader in [known.__name__ for known in PARTS],
+}
+"""What a file says of a layer besides, and whether it can be so."""
 
 
 def _layouts(kind: str) -> tuple[str, ...]:
@@ -206,8 +182,9 @@ def _layouts(kind: str) -> tuple[str, ...]:
 
 
 def value_problems(name: str, layer: LayerAdapter) -> Iterator[str]:
-    """What is wrong with the values of a layer's adapter."""
+    """What is wrong with the values of a layer's adapter, which are read."""
     for part, tensor in layer.tensors.items():
+        layer.tensors[part] = tensor = read(tensor)
         if tensor.dtype not in DTYPES:
             yield f"{join(name, part)!r} is {tensor.dtype}, expected one of {DTYPES}"
         elif not is_finite(tensor):
@@ -218,8 +195,6 @@ def shape_problems(layer: LayerAdapter) -> list[str]:
     """What is wrong with the shapes of a layer's adapter, given its base."""
     base = layer.base
     *stack, out_features, in_features = functional.matrix_shape(base.layout, base.shape)
-    if "rows" in base.facts and base.facts["rows"][1] > out_features:
-        return [f"rows {base.facts['rows']} of a weight that has {out_features}"]
     if "rows" in base.facts:
         out_features = base.facts["rows"][1] - base.facts["rows"][0]
     specs, matrix = adapter_tensor_specs(layer.settings["variant"]), (*stack, out_features, in_features)

@@ -46,7 +46,7 @@ def bare_tree(bases: Mapping[str, BaseLayer], trained: Mapping[str, Mapping[str,
             parts.setdefault(path, (base.facts["of"], {}))[1][full.removeprefix(path).lstrip(".")] = base.shape
     makers |= {path: partial(_reader, *found) for path, found in parts.items()}
     tensors = {join(path, part): tensor for path, found in trained.items() for part, tensor in found.items()}
-    parameters |= {name: torch.empty_like(tensor) for name, tensor in tensors.items()}
+    parameters |= {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in tensors.items()}
 
     problems: list[str] = []
     root = _made("", makers.pop("", BareModel), problems) or BareModel()

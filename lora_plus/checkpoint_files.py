@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .atomic_files import flush, flush_folder, publish, workspace
 from .formats.adapter import Problems
+from .json_text import parsed
 from .regular_files import irregular
 from .streaming import StoredTensor, TensorFile
 
@@ -95,8 +96,8 @@ class Checkpoint:
             return []
         try:
             self.index_text = (self.folder / self.index_name).read_bytes().decode("utf-8")
-            index = json.loads(self.index_text)
-        except (ValueError, OSError, RecursionError) as error:
+            index = parsed(self.index_text)
+        except (ValueError, OSError) as error:
             problems.append(f"{self.index_name} is not valid JSON: {error}")
             return []
         found = index.get("weight_map") if isinstance(index, dict) else None

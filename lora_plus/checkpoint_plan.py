@@ -18,6 +18,7 @@ from .peft_shapes import Shape
 from .renaming import Names, Renaming
 from .streaming import DTYPES as STORED
 from .streaming import StoredTensor
+from .unread_tensors import read, read_all
 from .variants import VARIANTS, AdapterSpec, only_adds
 
 
@@ -37,6 +38,9 @@ def planned(checkpoint: Checkpoint, paths: Sequence[Path], factors: Sequence[flo
     for index, (path, factor) in enumerate(zip(paths, factors, strict=True)):
         plan.add(f"adapter {str(path)!r}: " if len(paths) > 1 else "", str(index), path, factor)
     plan.check()
+    for change in () if plan.problems else plan.changes.values():
+        read_all(tensors for _, _, _, tensors in change.updates)
+        change.replacement = read(change.replacement)
     return plan
 
 
@@ -64,8 +68,9 @@ class Plan:
         for name, layer in data.layers.items():
             target = tensors[name]
             if target is not None:
-                problems += value_problems(name, layer)
-                problems += [f"{name!r}: {line}" for line in self._enter(where, adapter, target, layer, factor)]
+                wrong = [f"{name!r}: {line}" for line in self._enter(where, adapter, target, layer, factor)]
+                # the values of what has no place in the checkpoint can be of any size
+                problems += wrong or (value_problems(name, layer) if target in self.checkpoint.tensors else ())
         if data.trained and factor != 1:
             problems.append(f"weight {factor:g} does not apply to {sorted(data.trained)}, which it trains in full")
         for name, trained in data.trained.items():

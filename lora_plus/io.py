@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .adapter_files import is_finite, read_adapter, shape_problems, value_problems
+from .adapter_files import base_problem, is_finite, read_adapter, shape_problems, value_problems
 from .adapter_tensors import check_adapter_name
 from .adapters import adapter_names, check_adapter, unfolded
 from .atomic_files import write_safetensors
@@ -31,6 +31,7 @@ from .regular_files import stated
 from .renaming import Names, Renaming, renamed
 from .sharding import Shards, fill, shards_of
 from .trained import trained_modules
+from .unread_tensors import read_all
 from .unsaved import check_saved
 from .variants import AdapterSpec
 from .version import __version__
@@ -195,6 +196,7 @@ def _read(
         raise Problems(f"adapter {str(path)!r} cannot be loaded; the model is unchanged", problems)
     if not refills:
         check_selection(model, [place for place, _ in chosen.values()], [by_name[name] for name in data.trained])
+    read_all([*(layer.tensors for layer in data.layers.values()), *data.trained.values()])
     return data, chosen, by_name
 
 
@@ -284,7 +286,6 @@ def _choose_places(
     seen: dict[Any, str] = {}
     missing: list[str] = []
     for name, layer in data.layers.items():
-        problems += value_problems(name, layer)
         place = _place(name, layer.base, places, by_name)
         if place is None:
             missing.append(name)
@@ -299,7 +300,9 @@ def _choose_places(
         if first != name:
             problems.append(f"{name!r} and {first!r} are one module in this model")
         unfit = place.misfits(spec)
-        problems += [f"{name!r}: {line}" for line in [*_misfits(layer, place.base()), *([unfit] if unfit else [])]]
+        misfits = [f"{name!r}: {line}" for line in _misfits(layer, place.base())]
+        # the values of what does not fit the model can be of any size
+        problems += [*(misfits or value_problems(name, layer)), *([f"{name!r}: {unfit}"] if unfit else [])]
     problems += _missing_modules(missing, by_name)
     problems += overlaps({place.key: place for place, _ in chosen.values()}.values())
     problems += _unlike_blocks(chosen)
@@ -345,7 +348,10 @@ def _misfits(layer: LayerAdapter, base: BaseLayer) -> list[str]:
     if layer.base != base:
         pairs = [(field, getattr(layer.base, field), getattr(base, field)) for field in _BASE_FIELDS]
         return [f"{field} {file!r} in the file, {ours!r} in the model" for field, file, ours in pairs if file != ours]
-    return shape_problems(layer)
+    # True and 1.0 equal 1, and are no extents
+    told = layer.base.facts or not all(type(extent) is int for extent in layer.base.shape)
+    wrong = base_problem(layer.base) if told else None
+    return shape_problems(layer) if wrong is None else [wrong]
 
 
 def _check_trained(

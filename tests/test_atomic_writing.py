@@ -29,7 +29,7 @@ from files_support import (
 )
 
 import lora_plus
-from lora_plus import adapter_files, atomic_files
+from lora_plus import atomic_files, unread_tensors
 
 
 @pytest.mark.skipif(os.name != "posix", reason="file modes are POSIX")
@@ -398,6 +398,11 @@ def test_a_full_disk_is_an_error_and_keeps_the_old_files(tmp_path: Path) -> None
         assert line.endswith(f"[Errno 27] File too large: {str(tmp_path / name)!r}")
 
 
+def read_file(path: Path) -> dict[str, Tensor]:
+    unread, _ = unread_tensors.open_safetensors(path, [])
+    return {name: unread_tensors.read(tensor) for name, tensor in unread.items()}
+
+
 @pytest.mark.parametrize("sizes", [(2, 3), (3, 2)])
 def test_a_file_that_is_replaced_while_it_is_read_is_read_as_one_of_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sizes: tuple[int, int]
@@ -413,7 +418,7 @@ def test_a_file_that_is_replaced_while_it_is_read_is_read_as_one_of_them(
         return loads(text)
 
     monkeypatch.setattr(json, "loads", replaced)
-    tensors, _ = adapter_files.read_safetensors(files[0])
+    tensors = read_file(files[0])
     expected = lora_plus.adapter_state_dict(lora_plus.load_adapter(net(), files[0]))
     assert_same_tensors(tensors, expected)
 
@@ -435,10 +440,10 @@ def test_a_file_that_is_written_to_while_it_is_read_is_read_again(
         return found
 
     monkeypatch.setattr(json, "loads", written_to)
-    tensors, _ = adapter_files.read_safetensors(path)
+    tensors = read_file(path)
     monkeypatch.undo()
     assert not contents
-    assert_same_tensors(tensors, adapter_files.read_safetensors(path)[0])
+    assert_same_tensors(tensors, read_file(path))
 
 
 def test_a_file_that_changes_each_time_it_is_read_is_an_error_that_names_it(

@@ -228,7 +228,10 @@ EDITS = {
     "negative": (lambda file: file.document["layers"]["proj"].update(shape=[-5, 6]), "its weight has shape (-5, 6)"),
     "text": (lambda file: file.document["layers"]["proj"].update(shape=["a", 6]), "its weight has shape ('a', 6)"),
     "wrong": (lambda file: file.document["layers"]["proj"].update(shape=[5, 7]), "lora_A has shape (3, 6), expected"),
-    "groups": (lambda file: file.document["layers"]["conv"].update(groups=5), "'conv': out_channels must be divisible"),
+    "groups": (
+        lambda file: file.document["layers"]["conv"].update(groups=5),
+        "'conv': groups is 5, which Conv1d of shape",
+    ),
     "text groups": (lambda file: file.document["layers"]["conv"].update(groups="a"), "'conv': "),
     "missing": (drop("proj.lora_A"), "tensor 'proj.lora_A' is missing"),
     "extra": (rename("head.0.bias", "head.0.other"), "tensor 'head.0.bias' is missing"),

@@ -28,6 +28,7 @@ STRATA = [
         "quantized",
         "nested",
         "text_table",
+        "json_text",
     },
     {
         "trial",
@@ -58,6 +59,7 @@ STRATA = [
         "adapted_weight",
         "shallow_copy",
         "figures",
+        "unread_tensors",
         "formats.peft_renaming",
         "formats.peft_tensors",
         "formats.target",

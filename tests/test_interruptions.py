@@ -194,15 +194,15 @@ def test_two_saves_with_other_settings_at_the_same_time_are_not_mixed(
 def test_a_folder_that_is_saved_while_it_is_read_is_not_a_mixture(
     alpha: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path, read = tmp_path / "adapter", adapter_files.read_safetensors
+    path, read = tmp_path / "adapter", adapter_files.open_safetensors
     models = [adapted_net(1, alpha=1), adapted_net(2, alpha=alpha)]
     lora_plus.save_adapter(models[0], path)
 
-    def read_after_a_save(file: Path) -> Any:
+    def read_after_a_save(file: Path, problems: list[str]) -> Any:
         lora_plus.save_adapter(models[1], path)
-        return read(file)
+        return read(file, problems)
 
-    monkeypatch.setattr(adapter_files, "read_safetensors", read_after_a_save)
+    monkeypatch.setattr(adapter_files, "open_safetensors", read_after_a_save)
     if alpha == 1:  # the config is the same
         assert_one_of(path, models)
     else:

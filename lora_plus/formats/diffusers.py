@@ -16,6 +16,8 @@ from typing import Any
 
 from torch import Tensor
 
+from lora_plus.json_text import parsed
+
 from . import peft
 from .adapter import Adapter, Problems
 from .pairs import Dialect, Pair, assemble, find_pairs, inexpressible, is_tensor_of
@@ -111,8 +113,8 @@ def _configs(metadata: Mapping[str, str], problems: list[str]) -> dict[str, dict
     if KEY not in metadata:
         return {}
     try:
-        document = json.loads(metadata[KEY])
-    except (ValueError, RecursionError) as error:
+        document = parsed(metadata[KEY])
+    except ValueError as error:
         problems.append(f"metadata {KEY!r} is not valid JSON: {error}")
         return {}
     if not isinstance(document, dict):

@@ -27,6 +27,7 @@ from typing import Any
 
 from torch import Tensor
 
+from lora_plus.json_text import parsed
 from lora_plus.names import join
 from lora_plus.variants import FACTORS, VARIANTS
 
@@ -112,8 +113,8 @@ def read(
 
 def _document(text: str, problems: list[str]) -> dict[str, Any]:
     try:
-        document = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        document = parsed(text)
+    except ValueError as error:
         problems.append(f"metadata {KEY!r} is not valid JSON: {error}")
         return {}
     if not isinstance(document, dict):
@@ -169,10 +170,7 @@ def _layer(
     facts = {name: entry[name] for name in FACTS if name in entry}
     rows, parameter = facts.get("rows", [0, 1]), facts.get("parameter", "")
     if not (
-        isinstance(rows, list)
-        and len(rows) == 2
-        and all(isinstance(row, int) for row in rows)
-        and 0 <= rows[0] < rows[1]
+        isinstance(rows, list) and len(rows) == 2 and all(type(row) is int for row in rows) and 0 <= rows[0] < rows[1]
     ):
         problems.append(f"layer {path!r}: rows must be the first one and the one after the last, got {rows!r}")
         return None

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lora_plus.names import near_misses
@@ -34,6 +35,13 @@ _OTHER_METHODS = {
     "[wb]_norm": "the difference of a norm's weight or bias",
 }
 """Tensors of other methods that such files have, by the pattern of their last name, and what they are."""
+
+
+_NUMBERS = (
+    torch.float16, torch.bfloat16, torch.float32, torch.float64,
+    torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64,
+)  # fmt: skip
+"""What Python has a number for; that of a boolean is refused with the settings."""
 
 
 @dataclass(frozen=True)
@@ -130,6 +138,8 @@ def _wrong(parts: Mapping[str, str], given: Mapping[str, Tensor], dialect: Diale
     shapes = {part: tuple(tensor.shape) for part, tensor in given.items()}
     if "alpha" in given and given["alpha"].numel() != 1:
         yield f"alpha has shape {shapes['alpha']}, expected a single number"
+    elif "alpha" in given and given["alpha"].dtype not in _NUMBERS:
+        yield f"alpha is {given['alpha'].dtype}, expected a number"
     if missing:
         return
     flat = [part for part in ("lora_A", "lora_B") if len(shapes[part]) < 2]

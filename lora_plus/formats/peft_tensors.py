@@ -262,6 +262,10 @@ def _wrong_shapes(
         f"{path!r}: {prefix}{_WEIGHTS[name]} has shape {tuple(tensor.shape)}, expected {expected[name]}"
         for name, tensor in tensors.items()
         if tuple(tensor.shape) != expected[name]
+    ] + [
+        f"{path!r}: {prefix}{_WEIGHTS[name]} is {tensor.dtype}, which nothing is computed with"
+        for name, tensor in tensors.items()
+        if tensor.dtype.itemsize < 2
     ]
 
 
