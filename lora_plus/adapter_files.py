@@ -100,7 +100,7 @@ def _read_peft(path: Path, target: Target, problems: list[str]) -> Adapter:
         return Adapter({}, {})
     tensors, config = without_left_out(tensors, config, target.rename)
     bases, outline = target.peft(tensors, config, problems)
-    return Adapter({}, {}) if problems else peft.read(tensors, config, bases, outline, _scale, problems)
+    return Adapter({}, {}) if problems else peft.read(tensors, config, bases, outline, target.repeats, _scale, problems)
 
 
 def _still_says(path: Path, text: str | None) -> bool:

@@ -109,6 +109,10 @@ class _Alone:
         """None: a file whose format needs this is not read without its model."""
         return None
 
+    def repeats(self, name: str, tensor: Tensor) -> bool | None:
+        """None: there is nothing to compare it with."""
+        return None
+
     def peft(
         self, tensors: Mapping[str, Tensor], config: Any, problems: list[str]
     ) -> tuple[Mapping[str, BaseLayer | None], Outline]:

@@ -10,8 +10,11 @@ from torch import Tensor
 from .checkpoint_files import Checkpoint
 from .formats.adapter import BaseLayer
 from .formats.peft_names import Outline
+from .layers import DTYPES
 from .peft_shapes import Shape, surroundings, usual_base
 from .renaming import Renaming
+from .streaming import DTYPES as STORED
+from .unread_tensors import equal_in_dtype
 
 
 class CheckpointTarget:
@@ -23,7 +26,7 @@ class CheckpointTarget:
     """
 
     def __init__(self, checkpoint: Checkpoint, rename: Renaming) -> None:
-        self.rename = rename
+        self.rename, self.checkpoint = rename, checkpoint
         self.shapes = {name: stored.shape for name, stored in checkpoint.tensors.items()}
         self.modules = {name.removesuffix(".weight"): None for name in self.shapes if name.endswith(".weight")}
 
@@ -34,6 +37,16 @@ class CheckpointTarget:
     def base(self, name: str) -> BaseLayer | None:
         """The base layer of this name, which is the usual one of the weight's shape; None if there is none."""
         return usual_base(self.shapes[f"{name}.weight"])
+
+    def repeats(self, name: str, tensor: Tensor) -> bool | None:
+        """Whether a tensor equals the checkpoint's own of this name in the file, in the dtype that it has there.
+
+        None if the checkpoint has none, which may be because it is tied to another one, or a quantized one.
+        """
+        new = self.rename(name)
+        if new not in self.shapes or STORED.get(self.checkpoint.tensors[new].dtype) not in DTYPES:
+            return None
+        return equal_in_dtype(tensor, self.checkpoint.read(new))
 
     def peft(
         self, tensors: Mapping[str, Tensor], config: Any, problems: list[str]

@@ -185,7 +185,7 @@ def _read(
             data = renamed(data, target.rename, problems)
         problems += target.rename.unused()
     if not data.layers.keys() <= places.keys():
-        places = target.parameters() | places
+        places = target.parameters | places
     chosen = _choose_places(data, places, by_name, problems)
     _check_trained(data, by_name, chosen, problems)
     if not problems and not data.layers:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
@@ -11,9 +12,13 @@ from .bare_tree import BareModel
 from .formats.adapter import BaseLayer
 from .formats.peft_names import Outline
 from .formats.peft_renaming import Bases, in_file_names
+from .layers import DTYPES
+from .names import join
 from .parameters import raw_parameters
 from .places import Found, Place, find_modules, find_parameters, find_places
+from .quantized import store_of_weight
 from .renaming import Renaming
+from .unread_tensors import equal_in_dtype
 
 
 class ModelTarget:
@@ -30,6 +35,7 @@ class ModelTarget:
         self.by_name: dict[str, Found] = {name: entry for entry in self.found.values() for name in entry.names}
         self.places = _by_name(find_places(self.found, {}))
 
+    @functools.cached_property
     def parameters(self) -> dict[str, Place]:
         """Every parameter as a place of its own, by its names."""
         return _by_name(find_parameters(self.found))
@@ -43,10 +49,25 @@ class ModelTarget:
         place = self.places.get(name)
         return None if place is None or place.refusal() else place.base()
 
+    def repeats(self, name: str, tensor: Tensor) -> bool | None:
+        """Whether a tensor equals the model's own parameter of this name in the file, in the parameter's dtype.
+
+        None if the parameter's values are not at hand, because it is on the meta device, sharded or quantized.
+        """
+        module, _, parameter = name.rpartition(".")
+        new = self.rename(module)
+        place = None if new is None else self.parameters.get(join(new, parameter))
+        if place is None:
+            return False
+        own = place.stored()
+        if type(own) not in (Tensor, nn.Parameter) or own.is_meta or store_of_weight(own) or own.dtype not in DTYPES:
+            return None
+        return equal_in_dtype(tensor, own.detach())
+
     def peft(self, tensors: Mapping[str, Tensor], config: Any, problems: list[str]) -> tuple[Bases, Outline]:
         """Every module and place by name with its base layer, and the model's outline, in the names of the file."""
         bases: dict[str, BaseLayer | None] = dict.fromkeys(self.by_name)
-        places = self.parameters() | self.places
+        places = self.parameters | self.places
         bases |= {name: None if place.refusal() else place.base() for name, place in places.items()}
         own = outline(self.found)
         return in_file_names(tensors, bases, own, self.rename) if self.rename.given else (bases, own)

@@ -96,6 +96,11 @@ def read_all(groups: Iterable[dict[str, Tensor]]) -> None:
             tensors[name] = read(tensor)
 
 
+def equal_in_dtype(tensor: Tensor, own: Tensor) -> bool:
+    """Whether a tensor, which is read if it has the shape, equals another one in the dtype of that."""
+    return tensor.shape == own.shape and torch.equal(read(tensor).to(own.device, own.dtype), own)
+
+
 def read_text(path: Path) -> str:
     """The text of a regular file.
 

@@ -214,8 +214,9 @@ PEFT_CORRUPTIONS: dict[str, tuple[PeftEdit, list[str]]] = {
     ),
     "base layer key": (
         weights(put(f"{BASE}proj.base_layer.weight", torch.ones(5, 6))),
-        ["tensor 'base_model.model.proj.base_layer.weight' is one of the base model, which an adapter leaves alone; "
-         "save the adapter again with save_embedding_layers=False"],
+        ["tensor 'base_model.model.proj.base_layer.weight' is one of the base model, which an adapter leaves alone, "
+         "and differs from the model's; load that weight into the model first, or save the adapter again with "
+         "save_embedding_layers=False"],
     ),
     "wrong prefix": (
         weights(rename(f"{BASE}head.0.bias", "head.0.bias")),

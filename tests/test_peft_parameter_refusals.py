@@ -255,7 +255,8 @@ UNREAD: dict[str, tuple[dict[str, tuple[int, ...]], dict[str, Any], list[str]]] 
     ),
     "base weights": (
         FACTORS | {f"{ATTENTION}.base_layer.in_proj_weight": (12, 4), f"{OUT}.base_layer.bias": (4,)}, {},
-        [f"tensor '{key}' is one of the base model, which an adapter leaves alone; save the adapter again with "
+        [f"tensor '{key}' is one of the base model, which an adapter leaves alone, and differs from "
+         "the model's; load that weight into the model first, or save the adapter again with "
          "save_embedding_layers=False" for key in (f"{ATTENTION}.base_layer.in_proj_weight", f"{OUT}.base_layer.bias")],
     ),
 }  # fmt: skip

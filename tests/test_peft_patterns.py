@@ -177,12 +177,13 @@ def test_entries_are_looked_up_and_not_searched(tmp_path: Path) -> None:
         bases, around = ModelTarget(model, Renaming(None)).peft({}, config, [])
         problems: list[str] = []
         started = time.process_time()
-        peft.read({}, config, bases, around, lambda settings: 1.0, problems)
+        peft.read({}, config, bases, around, lambda name, tensor: None, lambda settings: 1.0, problems)
+        spent = time.process_time() - started
         assert len(problems) == count
-        return time.process_time() - started
+        return spent
 
     for field in ("target_parameters", "modules_to_save"):
-        assert seconds(4_000, field) < 40 * seconds(400, field)
+        assert seconds(8_000, field) < 40 * min(seconds(800, field) for _ in range(3))
 
 
 def test_many_names_trained_in_full_are_counted_once() -> None:

@@ -102,6 +102,7 @@ def read(
     config: Any,
     bases: Mapping[str, BaseLayer | None],
     outline: Outline,
+    repeats: Callable[[str, Tensor], bool | None],
     scale: Callable[[dict[str, Any]], float],
     problems: list[str],
 ) -> Adapter:
@@ -112,8 +113,11 @@ def read(
         config: ``adapter_config.json``, parsed.
         bases: every module and every place for an adapter by name, with its base layer if it can be adapted.
         outline: the names of the model's parts.
+        repeats: whether a tensor equals the base model's own of this name; None if that cannot be told.
         scale: the factor of B A that follows from a layer's settings; raises on settings that are not valid.
         problems: list to add to.
     """
     checked = checked_config(config, problems)
-    return Adapter({}, {}) if checked is None else Reader(checked, bases, outline, scale, problems).read(tensors)
+    if checked is None:
+        return Adapter({}, {})
+    return Reader(checked, bases, outline, repeats, scale, problems).read(tensors)

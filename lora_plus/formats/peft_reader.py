@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -22,6 +22,15 @@ from .peft_tensors import (
 DOUBLED = "peft 0.21.2 adds the update of an nn.MultiheadAttention's out_proj twice, merged or not"
 
 
+def _endings_among(names: Iterable[str], entries: Iterable[str]) -> dict[str, list[str]]:
+    """The names that end in some of the entries, at a dot or not, with those."""
+    wanted = set(entries)
+    lengths = sorted(set(map(len, wanted)))
+    found = {name: [name[len(name) - length :] for length in lengths if length <= len(name)] for name in names}
+    kept = {name: [ending for ending in own if ending in wanted] for name, own in found.items()}
+    return {name: own for name, own in kept.items() if own}
+
+
 class Reader:
     """Turns the tensors of one folder into an adapter.
 
@@ -29,6 +38,7 @@ class Reader:
         config: the config, checked.
         bases: every module and every place for an adapter by name, with its base layer if it can be adapted.
         outline: the names of the model's parts.
+        repeats: whether a tensor equals the base model's own of this name; None if that cannot be told.
         scale: the factor of B A that follows from a layer's settings; raises on settings that are not valid.
         problems: list of what is wrong, to add to.
     """
@@ -38,10 +48,12 @@ class Reader:
         config: dict[str, Any],
         bases: Mapping[str, BaseLayer | None],
         outline: Outline,
+        repeats: Callable[[str, Tensor], bool | None],
         scale: Callable[[dict[str, Any]], float],
         problems: list[str],
     ) -> None:
         self.config, self.bases, self.outline, self.scale, self.problems = config, bases, outline, scale, problems
+        self.repeats = repeats
         entries = config.get("target_parameters") or []
         self.parameters = dict.fromkeys(named_parameters(entries, outline))
         named = {end for full in self.parameters for end in (full, *endings(full))}
@@ -52,6 +64,8 @@ class Reader:
         ]
         self.nesting = nesting(self.parameters, outline)
         self.paths = self.nesting.paths()
+        self.unsure: list[str] = []
+        """Weights of the base model that cannot be compared with its own."""
         self.attentions: dict[str, dict[str, BaseLayer]] = {}
         for name, base in bases.items():
             if base is not None and base.kind == PARAMETER and base.facts.get("of") == ATTENTION:
@@ -74,14 +88,22 @@ class Reader:
         adapter.layers = dict(sorted({**layers, **parts}.items()))
         warn_of_ambiguous_patterns([*layers, *attentions], self.config)
         self._warn_of_doubling(parts)
+        if self.unsure and not self.problems:
+            told = f"{', '.join(map(repr, self.unsure[:3]))}{' and more' * (len(self.unsure) > 3)}"
+            warnings.warn(
+                f"the file also has weights of the base model, {told}, which are passed over; whether they equal those "
+                "that the adapter is used with cannot be told here",
+                stacklevel=2,
+            )
         return adapter
 
     def _sort(self, tensors: dict[str, Tensor], adapter: Adapter) -> dict[str, dict[str, Tensor]]:
         """The tensors of adapters by what is adapted; those of modules trained in full go to ``adapter``."""
         saved = self.config.get("modules_to_save") or []
-        trained = [name for name in self.outline.names if name.endswith(tuple(saved))]
-        absent = [entry for entry in saved if not any(name.endswith(entry) for name in trained)]
-        order = {name: index for index, name in enumerate(trained)}
+        entries_of = _endings_among(self.outline.names, saved)
+        there = {entry for found in entries_of.values() for entry in found}
+        absent = [entry for entry in saved if entry not in there]
+        order = {name: index for index, name in enumerate(entries_of)}
         self.problems += [f"modules_to_save {entry!r}: the model has no such module" for entry in absent]
         entries = [
             shortened(str(self.config.get(field) or []), 200) for field in ("target_parameters", "modules_to_save")
@@ -107,19 +129,27 @@ class Reader:
                 adapter.trained.setdefault(owner, {})[name.removeprefix(f"{owner}.")] = tensor
             elif any(f".{entry}." in f".{name}" for entry in absent[: Problems.SHOWN]):
                 continue
-            elif "base_layer" in name.split("."):
-                self.problems.append(
-                    f"tensor {key!r} is one of the base model, which an adapter leaves alone; save the adapter again "
-                    "with save_embedding_layers=False"
-                )
             else:
-                self.problems.append(
-                    f"tensor {key!r} is neither part of an adapter nor of modules_to_save {entries[1]}"
-                )
-        absent_ones = set(absent)
-        missing = [e for e in saved if e not in absent_ones and not any(name.endswith(e) for name in adapter.trained)]
+                self._pass_over(key, tensor, f"neither part of an adapter nor of modules_to_save {entries[1]}")
+        there -= {entry for name in adapter.trained for entry in entries_of[name]}
+        missing = [entry for entry in saved if entry in there]
         self.problems += [f"modules_to_save {entry!r} has no tensors in the file" for entry in missing]
         return found
+
+    def _pass_over(self, key: str, tensor: Tensor, what: str) -> None:
+        """Leave out a weight of the base model, which PEFT saves with adapters of embeddings; or say ``what`` it is."""
+        parts = key.removeprefix(PREFIX).split(".")
+        same = self.repeats(".".join(part for part in parts if part != "base_layer"), tensor)
+        if same is None and "base_layer" in parts:
+            self.unsure.append(key)
+        elif not same and "base_layer" in parts:
+            self.problems.append(
+                f"tensor {key!r} is one of the base model, which an adapter leaves alone, and differs from the "
+                "model's; load that weight into the model first, or save the adapter again with "
+                "save_embedding_layers=False"
+            )
+        elif not same:
+            self.problems.append(f"tensor {key!r} is {what}")
 
     def _adapted(self, path: str) -> str | None:
         """What PEFT has the adapter of at a path: a module, a parameter, or the out_proj inside an attention module."""

@@ -27,6 +27,10 @@ class Target(Protocol):
         """The base layer of this name; None if it cannot be adapted."""
         ...
 
+    def repeats(self, name: str, tensor: Tensor) -> bool | None:
+        """Whether a file's tensor equals the base's own of this name in the file; None if that cannot be told."""
+        ...
+
     def peft(
         self, tensors: Mapping[str, Tensor], config: Any, problems: list[str]
     ) -> tuple[Mapping[str, BaseLayer | None], Outline]:

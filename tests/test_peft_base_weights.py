@@ -1,0 +1,173 @@
+"""Weights of the base model in a PEFT folder, as PEFT saves them with adapters of embeddings and heads."""
+
+from __future__ import annotations
+
+import json
+import re
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft_support import TOKENS, Net, net, peft
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import lora_plus
+
+transformers = pytest.importorskip("transformers")
+
+pytestmark = pytest.mark.peers
+
+IDS = torch.arange(12).reshape(2, 6) * 3 % 32
+
+
+def llama(tied: bool = False, vocabulary: int = 32) -> Any:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=vocabulary, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, tie_word_embeddings=tied,
+    )  # fmt: skip
+    return transformers.LlamaForCausalLM(config).double().eval()
+
+
+def saved(folder: Path, *targets: str, model: Any = None) -> Any:
+    """A PEFT model with default arguments saved to a folder, with random adapters."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        config = peft.LoraConfig(r=4, target_modules=list(targets), init_lora_weights=False)
+        theirs = peft.get_peft_model(model or llama(), config).eval()
+        theirs.save_pretrained(folder)
+    return theirs
+
+
+def weights(folder: Path) -> dict[str, Tensor]:
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def change(folder: Path, **tensors: Tensor) -> None:
+    save_file({**weights(folder), **tensors}, folder / "adapter_model.safetensors", {"format": "pt"})
+
+
+HEAD = "base_model.model.lm_head.base_layer.weight"
+EMBED = "base_model.model.model.embed_tokens.base_layer.weight"
+
+
+@pytest.mark.parametrize("targets", [("q_proj", "lm_head"), ("embed_tokens",), ("embed_tokens", "lm_head", "v_proj")])
+def test_what_peft_saves_by_default_opens(targets: tuple[str, ...], tmp_path: Path) -> None:
+    theirs = saved(tmp_path, *targets)
+    assert {HEAD, EMBED} & weights(tmp_path).keys()
+    ours = lora_plus.load_adapter(llama(), tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of transformers, to PEFT
+        reader = peft.PeftModel.from_pretrained(llama(), str(tmp_path)).eval()
+    assert torch.equal(reader(IDS).logits, theirs(IDS).logits)
+    torch.testing.assert_close(ours(IDS).logits, reader(IDS).logits, rtol=0, atol=1e-12)
+    held = {name.replace(".default", ""): tensor for name, tensor in reader.state_dict().items() if "lora_" in name}
+    read = lora_plus.adapter_state_dict(ours)
+    assert len(read) == len(held) == 2 * len(targets)
+    assert sorted(tensor.flatten().tolist() for tensor in read.values()) == sorted(
+        tensor.flatten().tolist() for tensor in held.values()
+    )  # to the bit
+
+
+def test_what_transformers_saves_by_default_opens(tmp_path: Path) -> None:
+    theirs = llama()
+    theirs.add_adapter(peft.LoraConfig(r=4, target_modules=["q_proj", "lm_head"], init_lora_weights=False))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs.eval().save_pretrained(tmp_path)
+    assert any(name.endswith("lm_head.base_layer.weight") for name in weights(tmp_path))
+    ours = lora_plus.load_adapter(llama(), tmp_path)
+    torch.testing.assert_close(ours(IDS).logits, theirs(IDS).logits, rtol=0, atol=1e-12)
+
+
+def test_embeddings_that_were_resized_are_saved_and_open(tmp_path: Path) -> None:
+    larger = llama(vocabulary=40)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = peft.get_peft_model(larger, peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False))
+        theirs.eval().save_pretrained(tmp_path, save_embedding_layers=True)
+    key = "base_model.model.model.embed_tokens.weight"
+    assert key in weights(tmp_path)
+    ours = lora_plus.load_adapter(llama(vocabulary=40), tmp_path)
+    torch.testing.assert_close(ours(IDS).logits, theirs(IDS).logits, rtol=0, atol=1e-12)
+    with pytest.raises(ValueError, match=re.escape(f"tensor {key!r} is neither part of an adapter")):
+        lora_plus.load_adapter(llama(), tmp_path)
+
+
+def test_a_weight_that_differs_in_one_element_is_refused(tmp_path: Path) -> None:
+    saved(tmp_path, "q_proj", "lm_head")
+    moved = weights(tmp_path)[HEAD].clone()
+    moved[0, 0] *= 1 + 2**-52
+    change(tmp_path, **{HEAD: moved})
+    with pytest.raises(ValueError, match=re.escape(f"tensor {HEAD!r} is one of the base model")):
+        lora_plus.load_adapter(llama(), tmp_path)
+    change(tmp_path, **{HEAD: moved[:-1].clone()})
+    with pytest.raises(ValueError, match=re.escape(f"tensor {HEAD!r} is one of the base model")):
+        lora_plus.load_adapter(llama(), tmp_path)
+
+
+def test_weights_are_compared_in_the_model_s_dtype(tmp_path: Path) -> None:
+    saved(tmp_path, "q_proj", "lm_head")
+    lora_plus.load_adapter(llama().bfloat16(), tmp_path)  # the file has them in float64
+    change(tmp_path, **{HEAD: weights(tmp_path)[HEAD].bfloat16()})
+    with pytest.raises(ValueError, match="differs from the model's"):
+        lora_plus.load_adapter(llama(), tmp_path)
+
+
+def test_a_weight_that_cannot_be_compared_is_passed_over_with_a_warning(tmp_path: Path) -> None:
+    saved(tmp_path / "a", "q_proj", "lm_head")
+    message = re.escape(
+        f"the file also has weights of the base model, {HEAD!r}, which are passed over; whether they equal"
+    )
+    with pytest.warns(UserWarning, match=message):
+        ours = lora_plus.load_adapter(llama().to("meta"), tmp_path / "a")
+    assert "lm_head.lora_A" in lora_plus.adapter_state_dict(ours)
+    with pytest.warns(UserWarning, match=message):
+        bare = lora_plus.bare_model(tmp_path / "a")
+    assert len(lora_plus.adapter_state_dict(bare)) == 4
+
+
+def test_a_checkpoint_s_own_weights_are_compared(tmp_path: Path) -> None:
+    theirs = saved(tmp_path / "a", "q_proj", "lm_head")
+    base = {name: tensor.clone() for name, tensor in llama().state_dict().items()}
+    save_file(base, tmp_path / "base.safetensors")
+    lora_plus.merge_checkpoint(tmp_path / "base.safetensors", tmp_path / "a", tmp_path / "out.safetensors")
+    merged = llama()
+    merged.load_state_dict(load_file(tmp_path / "out.safetensors"))
+    torch.testing.assert_close(merged(IDS).logits, theirs(IDS).logits, rtol=0, atol=1e-12)
+    base["lm_head.weight"][0, 0] += 1
+    save_file(base, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match=re.escape(f"tensor {HEAD!r} is one of the base model")):
+        lora_plus.merge_checkpoint(tmp_path / "other.safetensors", tmp_path / "a", tmp_path / "none.safetensors")
+    assert not (tmp_path / "none.safetensors").exists()
+
+
+def test_weights_are_found_under_other_names(tmp_path: Path) -> None:
+    saved(tmp_path, "q_proj", "lm_head")
+    around = nn.ModuleDict({"inner": llama()})
+    lora_plus.load_adapter(around, tmp_path, names={"": "inner"})
+    other = nn.ModuleDict({"inner": llama()})
+    with torch.no_grad():
+        other["inner"].lm_head.weight[0, 0] += 1
+    with pytest.raises(ValueError, match=re.escape(f"tensor {HEAD!r} is one of the base model")):
+        lora_plus.load_adapter(other, tmp_path, names={"": "inner"})
+
+
+def test_any_weight_that_the_model_has_may_be_in_the_file(tmp_path: Path) -> None:
+    """Also one of a model that is not of transformers, and a second time, beside the first adapter."""
+    model = net()
+    lora_plus.save_adapter(lora_plus.inject_lora(model, ["q"], r=2), tmp_path)
+    lora_plus.remove_lora(model)
+    change(
+        tmp_path, **{f"base_model.model.{name}": model.get_parameter(name).data for name in ("xq.weight", "xq.bias")}
+    )
+    change(tmp_path, **{"base_model.model.q.base_layer.bias": model.q.bias.data})
+    loaded = net()
+    for adapter in ("one", "two"):
+        lora_plus.load_adapter(loaded, tmp_path, adapter=adapter)
+    assert isinstance(loaded, Net) and loaded(TOKENS).shape == model(TOKENS).shape
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["modules_to_save"] is None
