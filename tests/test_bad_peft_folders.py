@@ -270,6 +270,41 @@ PEFT_CORRUPTIONS: dict[str, tuple[PeftEdit, list[str]]] = {
 """How a PEFT folder can be wrong, and all that the error then says, in full."""
 
 
+@pytest.mark.parametrize("version", ["0.22.0", "0.22.0.dev0", "1.0", "0.100.1"])
+def test_an_unknown_field_of_a_newer_peft_is_warned_of(version: str, peft_parts: PeftParts, tmp_path: Path) -> None:
+    peft_parts.config.update(peft_version=version, some_field=16, other_field="x" * 1000, empty_field=[])
+    folder = peft_parts.write(tmp_path / "newer")
+    with pytest.warns(UserWarning) as record:
+        loaded = lora_plus.load_adapter(plain_net(), folder)
+    (text,) = (str(one.message) for one in record)
+    assert f"was written by peft {version}" in text and "some_field is 16" in text and "empty_field" not in text
+    assert len(text) < 700
+    right = lora_plus.load_adapter(plain_net(), tmp_path / "right")
+    assert_same_tensors(lora_plus.adapter_state_dict(loaded), lora_plus.adapter_state_dict(right))
+
+
+@pytest.mark.parametrize("version", ["0.21.2", "0.21", "0.9.0", "", None, 22, "x", [], "9" * 5000])
+def test_an_unknown_field_of_a_peft_that_is_known_is_refused(
+    version: Any, peft_parts: PeftParts, tmp_path: Path
+) -> None:
+    peft_parts.config.update(peft_version=version, some_field=16, empty_field=None)
+    (line,) = refused(plain_net(), peft_parts.write(tmp_path / "wrong"))
+    assert line == f"adapter_config.json: some_field is 16, {NOT_PLAIN}"
+
+
+def test_a_method_that_is_known_is_refused_whatever_the_version(peft_parts: PeftParts, tmp_path: Path) -> None:
+    peft_parts.config.update(peft_version="0.99", lora_bias=True, some_field=16)
+    (line,) = refused(plain_net(), peft_parts.write(tmp_path / "wrong"))
+    assert line == f"adapter_config.json: lora_bias is True, {NOT_PLAIN}"
+
+
+def test_lines_and_their_number_are_bounded(peft_parts: PeftParts, tmp_path: Path) -> None:
+    peft_parts.config.update(bias="x" * 10**6, **{f"field{number}": "y" * 10**4 for number in range(100)})
+    lines = refused(plain_net(), peft_parts.write(tmp_path / "wrong"))
+    assert len(lines) == 31 and all(len(line) < 700 for line in lines)
+    assert "(999" in lines[0] and lines[-1] == "and 71 more"
+
+
 @pytest.mark.parametrize("corruption", PEFT_CORRUPTIONS)
 def test_a_wrong_peft_folder_is_refused_with_the_reason(corruption: str, peft_parts: PeftParts, tmp_path: Path) -> None:
     edit, lines = PEFT_CORRUPTIONS[corruption]

@@ -17,6 +17,7 @@ from peft_support import assert_refused, net, peft, read_config
 from torch import Tensor, nn
 
 import lora_plus
+from lora_plus.formats import peft_config
 
 pytestmark = pytest.mark.peers
 
@@ -177,3 +178,8 @@ def test_every_field_that_peft_writes_is_understood(tmp_path: Path) -> None:
     peft.get_peft_model(net(), peft.LoraConfig(target_modules=["q"])).save_pretrained(str(tmp_path))
     assert len(read_config(tmp_path)) > 40
     assert set(lora_plus.load_adapter(net(), tmp_path).q.lora_specs) == {"default"}
+
+
+def test_every_field_of_peft_s_config_is_known() -> None:
+    if tuple(map(int, peft.__version__.split(".")[:2])) <= peft_config._KNOWN:
+        assert peft.LoraConfig().to_dict().keys() <= peft_config._HARMLESS | peft_config._OTHER_METHODS

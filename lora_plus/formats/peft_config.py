@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import re
 import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from .adapter import shortened
 from .peft_patterns import Patterns
 
 CONFIG = "adapter_config.json"
@@ -21,7 +23,16 @@ _HARMLESS = {
     "rank_pattern", "alpha_pattern", "runtime_config", "target_modules", "target_parameters", "use_dora", "use_rslora",
     "velora_config", "bias", "init_lora_weights", *USER_FIELDS,
 }  # fmt: skip
-"""Fields that are read here, or that do not change what the saved tensors mean. Any other one must be empty."""
+"""Fields that are read here, or that do not change what the saved tensors mean."""
+
+_OTHER_METHODS = {
+    "alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "lora_bias", "megatron_config",
+    "monteclora_config", "trainable_token_indices", "use_bdlora", "use_qalora",
+}  # fmt: skip
+"""Fields of other methods, which must be empty."""
+
+_KNOWN = (0, 21)
+"""The version of PEFT that has no other fields than these two sets; a newer one may have more."""
 
 _BASE_CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Inits after which PEFT's tensors belong to a base weight that PEFT changes at load time, unless converted on save."""
@@ -71,12 +82,27 @@ def checked_config(config: Any, problems: list[str], where: str = CONFIG) -> dic
         )
     if config.get("bias", "none") != "none":
         problems.append(f"{where}: bias is {config['bias']!r}, and trained biases cannot be read; expected 'none'")
+    others = {name: value for name, value in sorted(config.items()) if name not in _HARMLESS and value}
+    unknown = [name for name in others if name not in _OTHER_METHODS] if _is_newer(config.get("peft_version")) else []
     problems += [
         f"{where}: {name} is {value!r}, which plain LoRA and DoRA do not have"
-        for name, value in sorted(config.items())
-        if name not in _HARMLESS and value
+        for name, value in others.items()
+        if name not in unknown
     ]
+    if unknown and len(problems) == count:
+        told = shortened(", ".join(f"{name} is {others[name]!r}" for name in unknown), 300)
+        warnings.warn(
+            f"{where} was written by peft {shortened(config['peft_version'], 30)}, and {told}: fields that peft "
+            f"{'.'.join(map(str, _KNOWN))} has not and that are passed over; compare with an output of that peft",
+            stacklevel=2,
+        )
     return config if len(problems) == count else None
+
+
+def _is_newer(version: Any) -> bool:
+    """Whether a version of PEFT is newer than the one whose fields are known here."""
+    numbers = re.match(r"(\d{1,9})\.(\d{1,9})", version) if isinstance(version, str) else None
+    return numbers is not None and (int(numbers[1]), int(numbers[2])) > _KNOWN
 
 
 def settings_of(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
