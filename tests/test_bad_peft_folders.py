@@ -21,6 +21,7 @@ from files_support import (
     assert_same_tensors,
     both,
     drop,
+    net,
     parts,
     plain_net,
     put,
@@ -296,6 +297,16 @@ def test_a_method_that_is_known_is_refused_whatever_the_version(peft_parts: Peft
     peft_parts.config.update(peft_version="0.99", lora_bias=True, some_field=16)
     (line,) = refused(plain_net(), peft_parts.write(tmp_path / "wrong"))
     assert line == f"adapter_config.json: lora_bias is True, {NOT_PLAIN}"
+
+
+def test_dora_of_a_grouped_convolution_is_refused(tmp_path: Path) -> None:
+    lora_plus.save_adapter(lora_plus.inject_lora(net(), ["conv"], r=2), tmp_path / "a")
+    config = json.loads((tmp_path / "a" / "adapter_config.json").read_text()) | {"use_dora": True}
+    folder = PeftParts(config, parts(tmp_path / "a" / "adapter_model.safetensors"))
+    folder.weights.put(f"{BASE}conv.lora_magnitude_vector", torch.ones(1, 6, 1))
+    assert refused(net(), folder.write(tmp_path / "a")) == [
+        "'conv': PEFT's DoRA of a grouped convolution divides by the norm of another weight than W + s B A"
+    ]
 
 
 def test_lines_and_their_number_are_bounded(peft_parts: PeftParts, tmp_path: Path) -> None:

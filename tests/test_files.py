@@ -34,7 +34,9 @@ from lora_plus.adapted_weight import adapted_weights
 
 NOT_IN_PEFT = {
     "embedding-max-norm": "'layer': PEFT adds the update of an embedding after applying max_norm, this library before",
-    "conv3d-groups-dora": "'layer': PEFT has no DoRA for grouped convolutions",
+    "conv3d-groups-dora": (
+        "'layer': PEFT's DoRA of a grouped convolution divides by the norm of another weight than W + s B A"
+    ),
     **{
         case.name: f"'layer': PEFT has no adapter for {type(case.layer()).__name__}"
         for case in CASES

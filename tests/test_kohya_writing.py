@@ -47,6 +47,15 @@ def test_a_written_file_has_the_public_formula(scaling: str, tmp_path: Path) -> 
     assert path.read_bytes() == before
 
 
+def test_a_written_file_has_one_alpha(tmp_path: Path) -> None:
+    """diffusers gives every module the alpha that most of them have."""
+    model = adapted_pipeline(scaling="rslora", alpha_pattern={"unet.conv_in": 2, "text_encoder.*": 11})
+    lora_plus.save_adapter(model, tmp_path / "a.safetensors", format="kohya")
+    tensors = load_file(tmp_path / "a.safetensors")
+    assert len({tensor.item() for name, tensor in tensors.items() if name.endswith(".alpha")}) == 1
+    same_output(lora_plus.load_adapter(pipeline(), tmp_path / "a.safetensors"), model)
+
+
 def delta_of(down: Tensor, up: Tensor) -> Tensor:
     return torch.einsum("or,r...->o...", up.flatten(1), down)
 

@@ -6,6 +6,9 @@ convolution has ``(r, in, *kernel)`` and ``(out, r, 1, 1)``, and the matrix prod
 A module is called ``lora_unet_`` and its name in the U-Net or transformer, or ``lora_te_``, ``lora_te1_``,
 ``lora_te2_`` and its name in a text encoder. Source: ``networks/lora.py`` of sd-scripts.
 
+What is written has one alpha for all modules, the most common one, and other scales in the up matrix: diffusers gives
+every module the alpha that most have.
+
 ``<module>.dora_scale`` ``(out, 1, ...)`` is LyCORIS's magnitude over output channels, and means what DoRA's means here:
 it divides by the norm of the rows of the updated weight (``LoConModule.apply_weight_decompose``). With ``(1, in, ...)``
 LyCORIS divides by the norm of the columns, which is another method.
@@ -19,7 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .adapter import Adapter, Problems, alpha_under
+from lora_plus.functional import accumulation_dtype
+
+from .adapter import Adapter, Problems, alpha_under, most_common
 from .pairs import Dialect, Pair, assemble, find_pairs, inexpressible, is_tensor_of
 from .target import Target
 
@@ -100,6 +105,8 @@ def write(adapter: Adapter, names: Collection[str]) -> dict[str, Tensor]:
     for name in names:
         spelled.setdefault(name.replace(".", "_"), []).append(name)
     tensors: dict[str, Tensor] = {}
+    alphas = {name: alpha_under(layer, "standard") for name, layer in adapter.layers.items()}
+    alpha = most_common(list(alphas.values()))
     for name, layer in sorted(adapter.layers.items()):
         problems += [
             f"{name!r}: {reason}" for what, reason in reasons.items()
@@ -114,10 +121,12 @@ def write(adapter: Adapter, names: Collection[str]) -> dict[str, Tensor]:
             continue
         module = f"{prefixes[child]}_{name.removeprefix(child).removeprefix('.')}".replace(".", "_")
         A, B = layer.tensors["lora_A"], layer.tensors["lora_B"]
+        if alphas[name] != alpha:
+            B = B.to(accumulation_dtype(B.dtype)) * (alphas[name] / alpha)
         kernel = layer.base.shape[2:]
         tensors[f"{module}.lora_down.weight"] = A.reshape(len(A), -1, *kernel)
         tensors[f"{module}.lora_up.weight"] = B.reshape(*B.shape, *[1] * len(kernel))
-        tensors[f"{module}.alpha"] = _number(alpha_under(layer, "standard"))
+        tensors[f"{module}.alpha"] = _number(alpha)
     if problems:
         raise Problems("the adapter cannot be written in kohya's format", problems)
     return tensors

@@ -11,7 +11,7 @@ from lora_plus.variants import only_adds
 from .adapter import PARAMETER, Adapter, LayerAdapter
 from .peft_config import USER_FIELDS, fan_in_fan_out
 from .peft_names import Outline, around, endings
-from .peft_tensors import ATTENTION, stack_refusal
+from .peft_tensors import ATTENTION, GROUPED_DORA, stack_refusal
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def _of_layer(layer: LayerAdapter) -> Iterator[str]:
     if base.kind.startswith("ConvTranspose"):
         yield f"PEFT has no adapter for {base.kind}"
     elif dora and "groups" in base.facts:
-        yield "PEFT has no DoRA for grouped convolutions"
+        yield GROUPED_DORA
     if dora and (base.kind == PARAMETER or "rows" in base.facts):
         yield "PEFT has no DoRA for parameters, attention modules and blocks of rows"
 

@@ -13,6 +13,7 @@ from .peft_config import USER_FIELDS, fan_in_fan_out, settings_of, warn_of_ambig
 from .peft_names import OUT_PROJECTION, PREFIX, Outline, around, endings, named_parameters, nesting, split_key
 from .peft_tensors import (
     ATTENTION,
+    GROUPED_DORA,
     attention_from_peft,
     convolution_from_peft,
     parameter_from_peft,
@@ -181,6 +182,9 @@ class Reader:
             return None
         if base.kind.startswith("ConvTranspose"):
             self.problems.append(f"{name!r}: PEFT has no adapter for {base.kind}")
+            return None
+        if "groups" in base.facts and layer.settings["variant"] == "dora":
+            self.problems.append(f"{name!r}: {GROUPED_DORA}")
             return None
         if name in self.parameters:
             transposed = name.rpartition(".")[0] in self.outline.transposed

@@ -23,6 +23,9 @@ from .peft_names import OUT_PROJECTION
 
 ATTENTION = "MultiheadAttention"
 
+GROUPED_DORA = "PEFT's DoRA of a grouped convolution divides by the norm of another weight than W + s B A"
+"""Its product of B and A does not go by the groups (``_DoraConvNdLayer.get_lora_weight``)."""
+
 _WEIGHTS = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "lora_magnitude": "lora_magnitude_vector"}
 _EMBEDDING = _WEIGHTS | {"lora_A": "lora_embedding_A", "lora_B": "lora_embedding_B"}
 
