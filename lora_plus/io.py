@@ -49,9 +49,10 @@ def save_adapter(
     """Write one adapter, and the modules trained with it, to disk.
 
     A path that ends in ``.safetensors`` gets the native format, one self-describing file; any other path becomes a
-    folder in PEFT's format. The formats of kohya's sd-scripts and of diffusers are one file too. Both name the parts of
-    a pipeline by the model's children ``unet``, ``transformer``, ``text_encoder`` and ``text_encoder_2``, so put them
-    into an ``nn.ModuleDict``; of a model without them, kohya's file is one for a U-Net, and diffusers' names no part.
+    folder in PEFT's format, but for one with the ending of a pickle, such as ``.pt``, which is refused. The formats of
+    kohya's sd-scripts and of diffusers are one file too. Both name the parts of a pipeline by the model's children
+    ``unet``, ``transformer``, ``text_encoder`` and ``text_encoder_2``, so put them into an ``nn.ModuleDict``; of a
+    model without them, kohya's file is one for a U-Net, and diffusers' names no part.
 
     A file appears whole or not at all: an interrupted save leaves the old one, and the next one removes what was left
     beside it. A save that is killed just when it renames the files of a PEFT folder with other settings leaves a folder
