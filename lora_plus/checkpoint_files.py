@@ -15,7 +15,6 @@ from torch import Tensor
 
 from .atomic_files import flush, flush_folder, publish, workspace
 from .formats.adapter import Problems
-from .json_text import parsed
 from .regular_files import irregular
 from .streaming import StoredTensor, TensorFile
 
@@ -96,8 +95,8 @@ class Checkpoint:
             return []
         try:
             self.index_text = (self.folder / self.index_name).read_bytes().decode("utf-8")
-            index = parsed(self.index_text)
-        except (ValueError, OSError) as error:
+            index = json.loads(self.index_text)
+        except (ValueError, OSError, RecursionError) as error:
             problems.append(f"{self.index_name} is not valid JSON: {error}")
             return []
         found = index.get("weight_map") if isinstance(index, dict) else None

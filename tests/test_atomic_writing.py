@@ -27,6 +27,7 @@ from files_support import (
     settings_of,
     start,
 )
+from torch import Tensor
 
 import lora_plus
 from lora_plus import atomic_files, unread_tensors
@@ -370,7 +371,7 @@ def test_a_read_only_folder_is_an_error_and_keeps_the_old_file(format: str, tmp_
 
 DISK_FULL = """
 import resource, signal, sys, torch, lora_plus
-from torch import nn
+from torch import Tensor, nn
 def save(seed, size):
     torch.manual_seed(seed)
     model = lora_plus.inject_lora(nn.Sequential(nn.Linear(size, size)), ["0"], r=4)
