@@ -226,6 +226,15 @@ def test_resize_is_that_of_the_library(r: int, a: Path, tmp_path: Path) -> None:
     assert (found["ranks"], found["errors"]) == (report.ranks, report.errors)
 
 
+def test_what_cannot_be_resized_names_the_file(tmp_path: Path) -> None:
+    model = adapted()
+    with torch.no_grad():
+        model.layers[1].lora_B["default"].fill_(1e38)
+    save_adapter(model, tmp_path / "large.safetensors")
+    text = failed("resize", tmp_path / "large.safetensors", tmp_path / "out.safetensors", "--r", 1)
+    assert text.startswith(f"error: adapter '{tmp_path / 'large.safetensors'}' cannot be resized:\n  'layers.1': ")
+
+
 # ---- checkpoints -----------------------------------------------------------------------------------------------------
 
 

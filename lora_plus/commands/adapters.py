@@ -157,11 +157,15 @@ def resize(
 
     from lora_plus.bare_model import open_adapters
     from lora_plus.combine import resize_adapter
+    from lora_plus.formats.adapter import Problems
     from lora_plus.io import save_adapter
 
     check_free(out, force)
     model, metadata = open_adapters({"default": file})
-    report = resize_adapter(model, r=r, generator=torch.Generator().manual_seed(seed))
+    try:
+        report = resize_adapter(model, r=r, generator=torch.Generator().manual_seed(seed))
+    except Problems as error:
+        raise Problems(f"adapter {str(file)!r} cannot be resized", error.problems) from error
     with saving(out, force) as path:
         save_adapter(model, path, format=to, metadata=metadata["default"])
     emit(as_json, {"path": out, **vars(report)}, *str(report).split("\n"), _written(out))
