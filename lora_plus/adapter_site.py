@@ -23,6 +23,14 @@ def whole_factors(tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     return torch.cat([A, A0], dim=-2), torch.cat([B, -B0], dim=-1)
 
 
+def _with_gradients(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy of one that was made in ``torch.inference_mode``, which can have no gradient."""
+    if not tensor.is_inference():
+        return tensor
+    with torch.inference_mode(False):
+        return tensor.clone()
+
+
 class AdapterSite(nn.Module):
     """The adapters of one matrix, a whole weight or some rows of one, by the name of the adapter."""
 
@@ -43,7 +51,7 @@ class AdapterSite(nn.Module):
             if container not in self._modules:
                 self._modules[container] = AdapterTensors()
             trained = trainable and self.is_trained(container, spec)
-            self._container(container)[name] = nn.Parameter(tensor, requires_grad=trained)
+            self._container(container)[name] = nn.Parameter(_with_gradients(tensor), requires_grad=trained)
         self.lora_specs[name] = spec
 
     @staticmethod

@@ -288,8 +288,19 @@ class _LoRAConv(LoRALayer):
     def low_rank(self, x: Tensor, A: Tensor, B: Tensor, scale: float, dropout: float, y: Tensor) -> Tensor:
         # A is (r, in_channels / groups * prod(kernel_size)), shared by the groups; B is (out_channels, r)
         down = A.reshape(A.shape[0], -1, *self.kernel_size).repeat(self.groups, *[1] * (1 + len(self.kernel_size)))
-        convolve = functools.partial(self._conv_forward, weight=down, bias=None)  # type: ignore[operator, arg-type, misc]
+        conv: Any = self
+
+        def convolve(x: Tensor) -> Tensor:
+            return conv._conv_forward(x, down, None)  # type: ignore[no-any-return]
+
         return functional.conv_update(x, B, scale, dropout, self.groups, convolve, len(self.kernel_size))
+
+    @classmethod
+    def overrides(cls) -> bool:
+        kind = cls._derived_from
+        classes = (cls.base_class, cls.base_class if kind is None else kind.base_class)
+        own, known = (getattr(each, "_conv_forward", None) for each in classes)
+        return super().overrides() or own is not known
 
     def product(self, x: Tensor, y: Tensor) -> Tensor:
         conv: Any = self

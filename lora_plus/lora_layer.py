@@ -18,6 +18,7 @@ from . import functional
 from .adapted_weight import AdaptedWeight
 from .adapter_tensors import check_adapter_name
 from .assigned_forward import AssignedForward
+from .calls import Calls
 from .class_swap import swap_class
 from .freezing import set_requires_grad
 from .fused_kernels import check_not_fused, keep_out_of_fused_kernels, let_into_fused_kernels
@@ -30,6 +31,10 @@ from .variants import VARIANTS, AdapterSpec
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+
+_OWN_FORWARDS = Calls()
+"""The layers whose own forward runs in this thread: where it calls its layer, as on parts of x, that is the base's."""
 
 
 class LoRALayer(AssignedForward, AdaptedWeight):
@@ -233,7 +238,8 @@ class LoRALayer(AssignedForward, AdaptedWeight):
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         if not isinstance(self, LoRALayer):  # a hook can hold this method for longer than the layer has adapters
             return type(self).forward(self, *args, **kwargs)
-        compute = self.base_forward if self.is_merged_now() else self.adapted_forward
+        inside = self.overrides() and _OWN_FORWARDS.noted(self) is not None
+        compute = self.base_forward if inside or self.is_merged_now() else self.adapted_forward
         return compute(*args, **kwargs)
 
     def adapted_forward(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -258,8 +264,13 @@ class LoRALayer(AssignedForward, AdaptedWeight):
         """What the layer computed before it was adapted."""
         if self.lora_base_forward is not None:
             return self.run_assigned_forward(*args, **kwargs)
-        y: Tensor = super().forward(*args, **kwargs)
-        return y
+        if not self.overrides():
+            return super().forward(*args, **kwargs)  # type: ignore[no-any-return]
+        outer = _OWN_FORWARDS.begin(self)
+        try:
+            return super().forward(*args, **kwargs)  # type: ignore[no-any-return]
+        finally:
+            _OWN_FORWARDS.end(outer)
 
     def adapted(self, x: Tensor, y: Tensor, adapters: tuple[str, ...]) -> Tensor:
         """The base's output ``y`` for the input ``x`` with these adapters joined to it."""
@@ -305,9 +316,13 @@ class LoRALayer(AssignedForward, AdaptedWeight):
     @property
     def has_own_forward(self) -> bool:
         """Whether the base computation is a user's, which need not be what the update assumes."""
-        kind = self._derived_from
-        overridden = kind is not None and self.base_class.forward is not kind.known_forward()
-        return overridden or self.lora_base_forward is not None
+        return self.overrides() or self.lora_base_forward is not None
+
+    @classmethod
+    def overrides(cls) -> bool:
+        """Whether the layer's class is a user's with a forward of its own."""
+        kind = cls._derived_from
+        return kind is not None and cls.base_class.forward is not kind.known_forward()
 
     def __copy__(self) -> Self:
         copied = shallow_copy(self, self.own_children())

@@ -23,6 +23,7 @@ from .quantized import make_dense, store_of
 from .sharding import distributed_like, is_dtensor, reshard, shards_of, whole_parameters
 from .text_table import counted, printable
 from .trained import trained_modules, unmark_trained
+from .trial import left_as_it_was
 
 
 @dataclass(frozen=True)
@@ -283,19 +284,20 @@ def _trial(layer: LoRALayer, names: tuple[str, ...], merged_weight: Tensor) -> s
     x = layer.trial_input() if layer.has_own_forward else None
     if x is None:
         return None
-    active, training, original = layer.lora_active, layer.training, layer.weight
-    layer.training = False
-    try:
-        base = layer.base_forward(x)
-        layer.lora_active = names
-        unmerged = layer.forward(x)
-        layer.bind_weight(merged_weight)
-        merged_output = layer.base_forward(x)
-    except Exception as error:
-        return f"its own forward could not be tried out on one input ({type(error).__name__}: {error})"
-    finally:
-        layer.bind_weight(original)
-        layer.lora_active, layer.training = active, training
+    active, original = layer.lora_active, layer.weight
+    with left_as_it_was(layer):
+        layer.eval()
+        try:
+            base = layer.base_forward(x)
+            layer.lora_active = names
+            unmerged = layer.forward(x)
+            layer.bind_weight(merged_weight)
+            merged_output = layer.base_forward(x)
+        except Exception as error:
+            return f"its own forward could not be tried out on one input ({type(error).__name__}: {error})"
+        finally:
+            layer.bind_weight(original)
+            layer.lora_active = active
     rounding = 32 * torch.finfo(merged_weight.dtype).eps * unmerged.abs().max()
     if (merged_output - unmerged).abs().max() > 0.01 * (unmerged - base).abs().max() + rounding:
         return "its own forward does not use its weight as it is, so merging would change what it computes"

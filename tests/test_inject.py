@@ -527,3 +527,14 @@ def test_suggested_names_are_ones_that_can_be_adapted() -> None:
     with pytest.raises(ValueError) as error:
         inject_lora(nn.ModuleDict({"lstm": nn.LSTM(4, 4)}), ["lstm.weight_ih_l9"])
     assert "weight_ih_l0" in str(error.value) and "bias" not in str(error.value)
+
+
+def test_adapters_made_in_inference_mode_can_be_trained(tmp_path: Path) -> None:
+    path, model, loaded = tmp_path / "a.safetensors", Net(), Net()
+    with torch.inference_mode():
+        inject_lora(model, ["q"], r=2)
+        lora_plus.save_adapter(model, path)
+        lora_plus.load_adapter(loaded, path, trainable=True)
+    for each in (model, loaded):
+        each(TOKENS).sum().backward()
+        assert all(p.grad is not None for p in each.parameters() if p.requires_grad)

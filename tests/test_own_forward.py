@@ -1,4 +1,4 @@
-"""DoRA on a forward that adds something of its own to what the weight does: only the weight's part is rescaled."""
+"""A forward of a user's own: DoRA rescales the weight's part alone, the update comes once, and merging is tried out."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import DORA_CASES, Case
+from conftest import DORA_CASES, Case, randomise
 from torch import Tensor, nn
 
 import lora_plus
@@ -102,3 +102,70 @@ def test_gpt2_s_layer_is_known_to_add_the_bias_only(monkeypatch: pytest.MonkeyPa
     torch.testing.assert_close(settle(models[0])(x), lora_plus.merge_and_unload(models[0])(x), rtol=0, atol=1e-12)
     with pytest.raises(AssertionError, match="computed twice"):
         models[1](x)
+
+
+# ---- forwards that call their own layer, or change its convolution ---------------------------------------------------
+
+
+class Flattened(nn.Linear):
+    """Computes on two dimensions."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.ndim > 2:
+            return self(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
+        return super().forward(x)
+
+
+class Chunked(nn.Embedding):
+    """Looks up one row of indices at a time."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([self.forward(row) for row in x]) if x.ndim > 1 else super().forward(x)
+
+
+class Standardised(nn.Conv2d):
+    """Convolves with a weight of norm 1."""
+
+    def _conv_forward(self, x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+        return super()._conv_forward(x, w / w.square().sum((1, 2, 3), keepdim=True).sqrt(), b)
+
+
+@pytest.mark.parametrize("variant", ["lora", "dora"])
+@pytest.mark.parametrize("layer", [Flattened(5, 4), Chunked(7, 4)], ids=lambda layer: type(layer).__name__)
+def test_a_forward_that_calls_its_layer_gets_the_update_once(layer: nn.Module, variant: str) -> None:
+    model = nn.Sequential(copy.deepcopy(layer)).double()
+    x = torch.randint(7, (2, 3)) if isinstance(layer, nn.Embedding) else torch.randn(2, 3, 5, dtype=torch.float64)
+    randomise(lora_plus.inject_lora(model, ["0"], r=2, variant=variant))
+    y = model(x)
+    plain = lora_plus.merge_and_unload(copy.deepcopy(model))
+    torch.testing.assert_close(y, plain(x), rtol=1e-12, atol=1e-12)
+    with lora_plus.merged(model.eval()):
+        torch.testing.assert_close(model(x), y, rtol=1e-12, atol=1e-12)
+
+
+def test_a_convolution_that_changes_its_weight_is_not_merged() -> None:
+    model = nn.Sequential(Standardised(4, 6, 3)).double()
+    randomise(lora_plus.inject_lora(model, ["0"], r=2))
+    model(torch.randn(2, 4, 5, 5, dtype=torch.float64))
+    with pytest.raises(ValueError, match="its own forward does not use its weight as it is"):
+        lora_plus.merge_lora(model)
+
+
+class Normed(nn.Linear):
+    """Has a part that draws numbers and one that keeps statistics."""
+
+    def __init__(self) -> None:
+        super().__init__(4, 4)
+        self.drop, self.norm = nn.Dropout(0.5), nn.BatchNorm1d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.drop(super().forward(x)))
+
+
+def test_merging_tries_a_forward_out_in_eval_mode_and_without_a_trace() -> None:
+    model = randomise(lora_plus.inject_lora(nn.Sequential(Normed()).double(), ["0"], r=2))
+    state, draws = {name: value.clone() for name, value in model.state_dict().items()}, torch.get_rng_state()
+    lora_plus.merge_lora(model)
+    lora_plus.unmerge_lora(model)
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), draws) and all(module.training for module in model.modules())
