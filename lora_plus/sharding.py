@@ -70,11 +70,16 @@ def fill(tensor: Tensor, values: Tensor) -> None:
     tensor.copy_(distributed_like(values, tensor))
 
 
-def show_copy(tensor: Tensor, values: Tensor) -> Tensor:
-    """Let a tensor, which may be a DTensor, show a copy of whole values; returns those that `show_again` needs."""
+def show_copy(tensor: Tensor, values: Tensor, spare: Tensor | None = None) -> Tensor:
+    """Let a tensor, which may be a DTensor, show a copy of whole values; returns those that `show_again` needs.
+
+    ``spare`` is such a copy from before, which is taken where it has the tensor's dtype and device.
+    """
     if not is_dtensor(tensor):
         held = tensor.data
-        tensor.data = values.to(tensor.device, tensor.dtype, copy=True)  # statistics or an optimizer may change it
+        if spare is None or (spare.device, spare.dtype) != (tensor.device, tensor.dtype):
+            spare = values.to(tensor.device, tensor.dtype, copy=True)  # statistics or an optimizer may change it
+        tensor.data = spare
         return held
     held = tensor.detach().clone()  # engines read the memory that a shard had at first
     fill(tensor, values)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 
 from .module_tree import named_modules
-from .sharding import fill, shards_of, show_again, show_copy
+from .sharding import fill, is_dtensor, shards_of, show_again, show_copy
 
 
 @dataclass
@@ -23,11 +23,16 @@ class Trained:
     """The module's own state before: what removing the adapter brings back."""
     aside: list[tuple[Tensor, Tensor]] | None = None
     """While the module shows its original state: its tensors, and the trained values that they get back."""
+    spares: dict[str, Tensor] = field(default_factory=dict)
+    """Copies of the original state that were shown before and not changed: copying a large head takes as long as it."""
 
     @property
     def exchanged(self) -> bool:
         """Whether the module shows its original state now."""
         return self.aside is not None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "spares": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -74,15 +79,21 @@ def originals(model: nn.Module) -> Iterator[None]:
     records = [(module, record) for _, module, record in trained_modules(model) if not record.exchanged]
     # by tensor: one that has several names, or several owners, is exchanged once
     held: dict[int, tuple[Tensor, Tensor]] = {}
+    shown: list[tuple[Trained, str, Tensor, Tensor, int]] = []
     try:
         for module, record in records:
             tensors = module.state_dict(keep_vars=True)
             for name, tensor in tensors.items():
                 if id(tensor) not in held:
-                    held[id(tensor)] = tensor, show_copy(tensor, record.original[name])
+                    held[id(tensor)] = tensor, show_copy(tensor, record.original[name], record.spares.pop(name, None))
+                    if not (is_dtensor(tensor) or tensor.is_inference()):
+                        shown.append((record, name, tensor, tensor.data, tensor._version))
             record.aside = [held[id(tensor)] for tensor in tensors.values()]
         yield
     finally:
+        for record, name, tensor, copy, version in shown:
+            if (tensor._version, tensor.data_ptr()) == (version, copy.data_ptr()):
+                record.spares[name] = copy
         for tensor, values in held.values():
             show_again(tensor, values)
         for _, record in records:

@@ -174,6 +174,24 @@ def test_nothing_can_be_changed_inside_disabled(tmp_path: Path) -> None:
     assert torch.equal(model(X), y)
 
 
+def test_a_large_head_is_copied_for_the_first_disabled_block_only() -> None:
+    model = lora_plus.inject_lora(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)), ["0"], train_also=["1"])
+    weight, before = model[1].weight, model[1].weight.detach().clone()
+    with torch.no_grad():
+        weight.add_(1)
+    shown = []
+    for change in (0, 0, 2, 0):
+        with lora_plus.disabled(model), torch.no_grad():
+            assert torch.equal(weight, before)
+            shown.append(weight.data_ptr())
+            if change:
+                weight.add_(change)
+        assert torch.equal(weight, before + 1)
+    assert shown[0] == shown[1] == shown[2] != weight.data_ptr()
+    lora_plus.remove_lora(model)
+    assert torch.equal(weight, before)
+
+
 def test_disabled_blocks_may_overlap() -> None:
     model = two()
     y = model(X)
