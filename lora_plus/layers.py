@@ -71,6 +71,8 @@ def why_unsupported(module: nn.Module) -> str | None:
         return f"{type(module).__name__} whose weight is {weight.dtype}, expected one of {DTYPES}"
     if not weight.numel():
         return f"{type(module).__name__} whose weight is empty"
+    if not isinstance(module, LoRALayer) and (unfit := kind.unfit(module)) is not None:
+        return unfit
     if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
         return (
             "the output projection of an nn.MultiheadAttention, which never calls it; inject into the attention itself"
@@ -238,6 +240,12 @@ class LoRAEmbedding(LoRALayer, nn.Embedding):
     @max_norm.setter
     def max_norm(self, value: float | None) -> None:
         self.__dict__["max_norm"] = value
+
+    @classmethod
+    def unfit(cls, layer: nn.Module) -> str | None:
+        if layer.max_norm is None or type(layer).forward is nn.Embedding.forward:
+            return None
+        return f"{type(layer).__name__} with max_norm and a forward of its own, which would see rows of any norm"
 
     @classmethod
     def no_update(cls, layer: nn.Module) -> int | None:

@@ -80,6 +80,11 @@ class LoRALayer(AssignedForward, AdaptedWeight):
         return isinstance(module, cls.base_class)
 
     @classmethod
+    def unfit(cls, layer: nn.Module) -> str | None:
+        """Why this layer of the kind cannot be adapted, as a noun phrase; None if it can."""
+        return None
+
+    @classmethod
     def matrix_of(cls, layer: nn.Module, *, values: bool = True) -> Tensor:
         """The layer's weight, detached, in its matrix view; without values only shape, dtype and device count."""
         weight = layer.weight

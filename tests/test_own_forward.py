@@ -143,6 +143,22 @@ def test_a_forward_that_calls_its_layer_gets_the_update_once(layer: nn.Module, v
         torch.testing.assert_close(model(x), y, rtol=1e-12, atol=1e-12)
 
 
+class Scaled(nn.Embedding):
+    """Looks up rows and scales them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 4 * super().forward(x)
+
+
+def test_an_embedding_that_does_more_to_rows_with_a_norm_is_refused() -> None:
+    model = nn.Sequential(Scaled(9, 4, max_norm=1.0))
+    with pytest.raises(ValueError, match="Scaled with max_norm and a forward of its own"):
+        lora_plus.inject_lora(model, ["0"], r=2)
+    model[0].max_norm = None
+    x, y = torch.arange(9), model(torch.arange(9))
+    assert torch.equal(lora_plus.inject_lora(model, ["0"], r=2)(x), y)
+
+
 def test_a_convolution_that_changes_its_weight_is_not_merged() -> None:
     model = nn.Sequential(Standardised(4, 6, 3)).double()
     randomise(lora_plus.inject_lora(model, ["0"], r=2))

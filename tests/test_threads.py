@@ -100,28 +100,6 @@ def test_an_embedding_with_a_norm_runs_in_two_threads(monkeypatch: pytest.Monkey
     assert torch.equal(model[0].weight, bits) and model[0].max_norm == 1.0
 
 
-class Counted(nn.Embedding):
-    """An embedding that counts its calls."""
-
-    calls = 0
-
-    def forward(self, input: Tensor) -> Tensor:
-        self.calls += 1
-        return super().forward(input)
-
-
-def test_an_embedding_s_own_forward_is_computed_without_the_norm_and_may_write_to_it() -> None:
-    model = nn.Sequential(Counted(9, 4, max_norm=1.0)).double()
-    bits, x = model[0].weight.detach().clone(), torch.arange(9)
-    randomise(inject_lora(model, ["0"], r=2))
-    output = model(x)
-    assert model[0].calls == 1 and output.norm(dim=-1).max() <= 1
-    assert torch.equal(model[0].weight, bits)
-    lora_plus.remove_lora(model)
-    model(x)
-    assert model[0].calls == 2 and model[0].max_norm == 1.0 and not torch.equal(model[0].weight, bits)
-
-
 def overlapping(part: nn.Module, run: Callable[[], Result]) -> list[Result]:
     """What two threads get, of which the first enters the module before the second, and leaves it before it, too."""
     entered, second_entered, left = threading.Event(), threading.Event(), threading.Event()
