@@ -24,7 +24,7 @@ from .layers import DTYPES
 from .model_target import ModelTarget, outline
 from .module_tree import submodule
 from .names import join, near_misses
-from .peft_folder import write_folder
+from .peft_folder import tied_to_others, write_folder
 from .places import Found, Place, adapted_places, find_modules, overlaps
 from .refill import check_refillable, refill, refill_problems
 from .regular_files import stated
@@ -189,6 +189,11 @@ def _read(
         places = target.parameters | places
     chosen = _choose_places(data, places, by_name, problems)
     _check_trained(data, by_name, chosen, problems)
+    if path.is_dir():
+        problems += [
+            f"{name!r} is trained in full and tied to {other!r}, which PEFT unties; untie them in the model first"
+            for name, other in tied_to_others(model, data.trained)
+        ]
     if not problems and not data.layers:
         problems.append("it has no adapted layer")
     if refills:

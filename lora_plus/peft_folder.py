@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from torch import nn
@@ -41,7 +41,11 @@ def write_folder(
             `Inexpressible` where there are only such.
     """
     around = outline(find_modules(model))
-    limits = [*_tied_to_others(model, list(data.trained)), *peft.refusals(data, around)]
+    limits = [
+        f"train_also {name!r} is tied to {other!r}, and PEFT would untie them; train both, or save a file"
+        for name, other in tied_to_others(model, data.trained)
+    ]
+    limits += peft.refusals(data, around)
     if problems:
         raise Problems(head, [*problems, *limits])
     if limits:
@@ -53,15 +57,11 @@ def write_folder(
         config_file.write_text(text, encoding="utf-8", newline="")
 
 
-def _tied_to_others(model: nn.Module, trained: list[str]) -> list[str]:
-    """Parameters of modules trained in full that modules outside share: PEFT would load them untied."""
+def tied_to_others(model: nn.Module, trained: Collection[str]) -> list[tuple[str, str]]:
+    """Parameters of modules trained in full that modules outside share, with their names there: PEFT unties them."""
     inside: dict[int, str] = {}
     outside: dict[int, str] = {}
     for name, parameter in named_parameters(model):
         owned = any(not path or name.startswith(f"{path}.") for path in trained)
         (inside if owned else outside).setdefault(id(parameter), name)
-    return [
-        f"train_also {name!r} is tied to {outside[key]!r}, and PEFT would untie them; train both, or save a file"
-        for key, name in inside.items()
-        if key in outside
-    ]
+    return [(name, outside[key]) for key, name in inside.items() if key in outside]

@@ -46,8 +46,6 @@ def surroundings(
             found.setdefault(split[0], {})[name.removeprefix(f"{split[0]}.")] = tuple(tensor.shape)
         inside = [split[0], *around(split[0])] if split is not None else [*around(name)]
         names |= dict.fromkeys(path for path in inside[::-1] if "base_layer" not in path.split("."))
-    saved = config.get("modules_to_save")
-    names |= dict.fromkeys(name for name in saved if isinstance(name, str)) if isinstance(saved, list) else {}
     if config.get("target_parameters"):
         problems.append(f"how target_parameters are stored cannot be told without the model; {_INSTEAD}")
     else:

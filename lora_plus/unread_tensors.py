@@ -220,11 +220,16 @@ def _entry(name: str, entry: Any, start: int) -> StoredTensor:
         isinstance(dtype, str) and dtype in _BITS and _are_counts(shape) and _are_counts(offsets) and len(offsets) == 2
     ):
         raise ValueError(f"its header says of tensor {name!r}: {entry!r}")
+    if len(shape) > _MOST_DIMENSIONS:
+        raise ValueError(f"tensor {name!r} has {len(shape):,} dimensions, expected at most {_MOST_DIMENSIONS}")
     begin, end = offsets
     if math.prod(shape) * _BITS[dtype] != 8 * (end - begin):
         raise ValueError(f"tensor {name!r} has {end - begin:,} bytes, and is {dtype} of shape {shape}")
     return StoredTensor(dtype, tuple(shape), start + begin, end - begin)
 
+
+_MOST_DIMENSIONS = 64
+"""Of a tensor in torch. The product of more extents could take hours."""
 
 _KEYS = ("dtype", "shape", "data_offsets")
 _BITS = {name: 8 * dtype.itemsize for name, dtype in _STORED.items()} | {

@@ -197,4 +197,7 @@ class AdapterSpec:
         for setting, name, table in (("scaling", self.scaling, SCALINGS), ("variant", self.variant, VARIANTS)):
             if name not in table:
                 raise ValueError(f"unknown {setting} {name!r}; choose one of {sorted(table)}")
-        object.__setattr__(self, "scale", SCALINGS[self.scaling](self.alpha, self.r) * self.fold)
+        scale = SCALINGS[self.scaling](self.alpha, self.r) * self.fold
+        if not abs(scale) <= torch.finfo(torch.float32).max:
+            raise ValueError(f"alpha {self.alpha} and r {self.r} give a scale of {scale:g}, which float32 cannot hold")
+        object.__setattr__(self, "scale", scale)

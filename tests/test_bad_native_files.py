@@ -89,7 +89,11 @@ CORRUPTIONS: dict[str, tuple[Edit, list[str]]] = {
         ["'proj' is trained in full, but 'proj' in it has an adapter"],
     ),
     "whole model as trained": (
-        write("train_also", "", []), ["'' is trained in full, but 'embed' in it has an adapter"]
+        both(write("train_also", "", ["more"]), put("more", torch.ones(1))),
+        ["'' is trained in full, but 'embed' in it has an adapter"],
+    ),
+    "nothing of a module as trained": (
+        write("train_also", "proj", []), ["train_also 'proj': expected a list of different tensor names, got []"]
     ),
     "missing tensor": (drop("proj.lora_B"), ["tensor 'proj.lora_B' is missing"]),
     "missing head tensor": (drop("head.0.bias"), ["tensor 'head.0.bias' is missing"]),

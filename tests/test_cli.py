@@ -235,6 +235,12 @@ def test_what_cannot_be_resized_names_the_file(tmp_path: Path) -> None:
     assert text.startswith(f"error: adapter '{tmp_path / 'large.safetensors'}' cannot be resized:\n  'layers.1': ")
 
 
+def test_an_out_without_a_name_of_its_own_is_refused(a: Path, tmp_path: Path) -> None:
+    out = tmp_path / "nowhere" / ".."
+    assert failed("convert", a, out) == f"error: '{out}' ends in '..'; give the path of the folder itself\n"
+    assert not (tmp_path / "nowhere").exists()
+
+
 # ---- checkpoints -----------------------------------------------------------------------------------------------------
 
 

@@ -26,7 +26,7 @@ ABSURD: dict[str, Any] = {
     "2**63": [2**63, 6], "2**63 - 1 twice": [2**63 - 1, 2**63 - 1], "10**30": [10**30, 6],
     "10**10 twice": [10**10, 10**10],
     "true": [True, 6], "negative": [-5, -6], "zero": [0, 6], "a number with a point": [5.0, 6], "nested": [[5], 6],
-    "one": [30],
+    "one": [30], "an object": [{}, 6],
 }  # fmt: skip
 WEIGHT = {"parameter": "proj.weight"}
 FACTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -98,6 +98,15 @@ def test_a_tensor_without_elements_has_a_shape_too(shape: list[int], native_byte
         [f"tensor 'proj.lora_A' has shape {tuple(shape)}, which no tensor can have"],
         [line for line in refused(net(), path) if "not a whole safetensors file" in line],
     )
+
+
+def test_a_shape_of_many_dimensions_is_refused_at_once(native_bytes: bytes, tmp_path: Path, checkpoint: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(native_bytes)
+    file = parts(path)
+    file.tensors["proj.lora_A"] = ("F32", [2**63 - 1] * 40_000, b"")
+    path.write_bytes(file.bytes())
+    assert all("has 40,000 dimensions, expected at most 64" in text for text in everywhere(path, checkpoint))
 
 
 def test_a_name_has_a_length(native_bytes: bytes, tmp_path: Path) -> None:

@@ -538,3 +538,8 @@ def test_adapters_made_in_inference_mode_can_be_trained(tmp_path: Path) -> None:
     for each in (model, loaded):
         each(TOKENS).sum().backward()
         assert all(p.grad is not None for p in each.parameters() if p.requires_grad)
+
+
+def test_a_scale_that_no_float32_can_hold_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"alpha 1e\+300 and r 2 give a scale of 5e\+299, which float32 cannot hold"):
+        inject_lora(Net(), ["q"], r=2, alpha=1e300)

@@ -171,3 +171,45 @@ def test_any_weight_that_the_model_has_may_be_in_the_file(tmp_path: Path) -> Non
     assert isinstance(loaded, Net) and loaded(TOKENS).shape == model(TOKENS).shape
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert config["modules_to_save"] is None
+
+
+# ---- modules trained in full -----------------------------------------------------------------------------------------
+
+
+def test_heads_that_a_model_does_not_have_are_passed_over(tmp_path: Path) -> None:
+    config = transformers.LlamaConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, num_labels=3, pad_token_id=0,
+    )  # fmt: skip
+
+    def classifier() -> Any:
+        torch.manual_seed(0)
+        return transformers.LlamaForSequenceClassification(config).double().eval()
+
+    settings = peft.LoraConfig(r=4, target_modules=["q_proj"], task_type="SEQ_CLS", init_lora_weights=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of transformers, to PEFT
+        theirs = peft.get_peft_model(classifier(), settings).eval()
+    with torch.no_grad():
+        theirs.base_model.model.score.modules_to_save["default"].weight.add_(1)
+    theirs.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["modules_to_save"] == ["classifier", "score"]
+    ours = lora_plus.load_adapter(classifier(), tmp_path)
+    torch.testing.assert_close(ours(IDS).logits, theirs(IDS).logits, rtol=0, atol=1e-12)
+    assert set(lora_plus.bare_model(tmp_path).state_dict()) >= {"score.weight"}
+    weights_left = {name: tensor for name, tensor in weights(tmp_path).items() if "score" not in name}
+    save_file(weights_left, tmp_path / "adapter_model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match="modules_to_save 'classifier': the model has no such module"):
+        lora_plus.load_adapter(classifier(), tmp_path)
+
+
+def test_a_tied_embedding_that_peft_unties_is_refused(tmp_path: Path) -> None:
+    settings = peft.LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["embed_tokens"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        peft.get_peft_model(llama(tied=True), settings).save_pretrained(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"'model\.embed_tokens\.weight' is trained in full and tied to 'lm_head\.weig"
+    ):
+        lora_plus.load_adapter(llama(tied=True), tmp_path)
+    assert lora_plus.load_adapter(llama(), tmp_path) is not None

@@ -25,6 +25,8 @@ def check_free(out: Path, force: bool) -> None:
     """Raise if something is there that would be overwritten."""
     from lora_plus.atomic_files import is_free
 
+    if out.name == "..":
+        raise ValueError(f"{str(out)!r} ends in '..'; give the path of the folder itself")
     if not force and not is_free(out):
         raise FileExistsError(f"{str(out)!r} exists already; give another name, or pass --force to overwrite it")
 

@@ -97,7 +97,7 @@ def read(
             adapter.layers[path] = layer
     for path, names in document.get("train_also", {}).items():
         texts = isinstance(names, list) and all(isinstance(name, str) for name in names)
-        if not texts or len(set(names)) < len(names):
+        if not names or not texts or len(set(names)) < len(names):
             problems.append(f"train_also {path!r}: expected a list of different tensor names, got {names!r}")
             unread.add(path)
             continue
@@ -152,7 +152,8 @@ def _layer(
     unknown = sorted(entry.keys() - _ENTRIES)
     problems += [f"layer {path!r}: unknown entry {name!r}" for name in unknown]
     kind, layout, shape = entry.get("kind"), entry.get("layout"), entry.get("shape")
-    if not (isinstance(kind, str) and isinstance(layout, str) and isinstance(shape, list)):
+    numbers = isinstance(shape, list) and all(isinstance(extent, (int, float, str)) for extent in shape)
+    if not (isinstance(kind, str) and isinstance(layout, str) and numbers):
         problems.append(f"layer {path!r}: kind, layout and shape must be there, got {kind!r}, {layout!r}, {shape!r}")
         return None
     settings = {name: entry.get(name, document.get(name)) for name in SETTINGS}
@@ -177,4 +178,4 @@ def _layer(
     if not isinstance(parameter, str):
         problems.append(f"layer {path!r}: parameter must be a name, got {parameter!r}")
         return None
-    return LayerAdapter(BaseLayer(kind, layout, tuple(shape), facts), settings, factor, found)
+    return LayerAdapter(BaseLayer(kind, layout, tuple(shape or ()), facts), settings, factor, found)

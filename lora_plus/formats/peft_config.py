@@ -8,6 +8,8 @@ import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from lora_plus.text_table import printable
+
 from .adapter import shortened
 from .peft_patterns import Patterns
 
@@ -91,8 +93,9 @@ def checked_config(config: Any, problems: list[str], where: str = CONFIG) -> dic
     ]
     if unknown and len(problems) == count:
         told = shortened(", ".join(f"{name} is {others[name]!r}" for name in unknown), 300)
+        version = printable(shortened(config["peft_version"], 30))
         warnings.warn(
-            f"{where} was written by peft {shortened(config['peft_version'], 30)}, and {told}: fields that peft "
+            f"{where} was written by peft {version}, and {printable(told)}: fields that peft "
             f"{'.'.join(map(str, _KNOWN))} has not and that are passed over; compare with an output of that peft",
             stacklevel=2,
         )

@@ -105,11 +105,11 @@ class Reader:
         there = {entry for found in entries_of.values() for entry in found}
         absent = [entry for entry in saved if entry not in there]
         order = {name: index for index, name in enumerate(entries_of)}
-        self.problems += [f"modules_to_save {entry!r}: the model has no such module" for entry in absent]
         entries = [
             shortened(str(self.config.get(field) or []), 200) for field in ("target_parameters", "modules_to_save")
         ]
         found: dict[str, dict[str, Tensor]] = {}
+        mentioned: set[str] = set()
         for key, tensor in sorted(tensors.items()):
             name = key.removeprefix(PREFIX)
             split = split_key(name)
@@ -129,9 +129,12 @@ class Reader:
             elif owner is not None:
                 adapter.trained.setdefault(owner, {})[name.removeprefix(f"{owner}.")] = tensor
             elif any(f".{entry}." in f".{name}" for entry in absent[: Problems.SHOWN]):
-                continue
+                mentioned.update(entry for entry in absent[: Problems.SHOWN] if f".{entry}." in f".{name}")
             else:
                 self._pass_over(key, tensor, f"neither part of an adapter nor of modules_to_save {entries[1]}")
+        # PEFT lists the names that heads usually have, of which a model has one
+        lost = [entry for entry in absent if entry in mentioned] if adapter.trained else absent
+        self.problems += [f"modules_to_save {entry!r}: the model has no such module" for entry in lost]
         there -= {entry for name in adapter.trained for entry in entries_of[name]}
         missing = [entry for entry in saved if entry in there]
         self.problems += [f"modules_to_save {entry!r} has no tensors in the file" for entry in missing]
