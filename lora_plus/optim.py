@@ -137,11 +137,12 @@ def loraplus_param_groups(
         {
             "params": held,
             "name": names[kind, decays],
-            **settings.get(kind, {"lr": lr}),
-            "lr": own_rate(settings.get(kind, {"lr": lr})["lr"]),
+            **setting,
+            "lr": own_rate(setting["lr"]),
             "weight_decay": weight_decay if decays else 0.0,
         }
         for (kind, decays), held in members.items()
+        for setting in [settings.get(kind, {"lr": lr})]
         if held
     ]
 

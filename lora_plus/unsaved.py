@@ -57,7 +57,10 @@ class Unsaved:
 
 
 def unsaved(model: nn.Module, others: Collection[int] = ()) -> Unsaved:
-    """Look for it, in one walk; ``others`` are ids of parameters that somebody else saves."""
+    """Find what is trained and saved with no adapter, in one walk over the model.
+
+    ``others`` are the ids of parameters that somebody else saves.
+    """
     reshard(model)
     saved, bases = set(others), set[int]()
     trainable: list[tuple[str, nn.Parameter]] = []
