@@ -27,7 +27,7 @@ recipes: $(VENV)/.engines  ## the slow tests on engines: recipes on pretrained m
 
 # Apart, because the torchvision wheel's kernels belong to another build of torch and break imports of other packages.
 vision: $(VENV)/.test $(VENV)/.vision  ## the tests on torchvision and timm models
-	PYTHONPATH=$(VENV)/vision $(BIN)/python -m pytest tests/test_real_models.py -k "torchvision or timm" $(TEST_ARGS)
+	PYTHONPATH=$(VENV)/vision $(BIN)/python -m pytest tests/model/test_real_models.py -k "torchvision or timm" $(TEST_ARGS)
 
 bench: $(VENV)/.bench  ## a short run of every benchmark, under ten minutes; BENCH_ARGS= for the long ones
 	$(BIN)/python benchmarks/step.py $(BENCH_ARGS)

@@ -18,7 +18,7 @@ from report import Cell, Report
 from torch import Tensor
 from workloads import sizes
 
-from lora_plus.functional import add_delta, row_norm, sum_row_norm
+from lora_plus.tensors.matrix import add_delta, row_norm, sum_row_norm
 
 LAYERS = ((576, 576), (2048, 5632), (5632, 2048))
 SCALE = 2.0

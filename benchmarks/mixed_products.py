@@ -3,7 +3,7 @@
 ``y_i + s_i B_i A_i x_i`` in three ways that need no kernel of their own: two batched products with the factors that
 each sample gathers from a stack ("gathered"; "kept" is without the gathering, which inference does once); two products
 with the factors of all adapters, and a mask between them ("masked"); the samples of each adapter in turn ("in turn").
-``lora_plus/sample_adapters.py`` takes its choice from here.
+``lora_plus/layers/sample_adapters.py`` takes its choice from here.
 
     python benchmarks/mixed_products.py --batches 8x8 8x64 64x64 --tokens 1 16 128 --layers 512 1024 2048 --r 8 16
 """

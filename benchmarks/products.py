@@ -4,7 +4,7 @@ A layer ``y = W x + s B A x`` with the rows of x and y in memory needs six produ
 and ``+= s B h`` in the forward; ``B^T dy``, ``dA``, ``dB`` and ``dx += A^T dh`` in the backward. The result of rank r
 can lie as (rows, r) or as (r, rows), and either serves the products that read it. Compared with the frozen layer's
 forward product. "Traffic" counts the large tensor only, (rows, in) or (rows, out), as often as it must be read or
-written. ``lora_plus/fused_linear.py`` takes its choices from here.
+written. ``lora_plus/tensors/fused.py`` takes its choices from here.
 
     python benchmarks/products.py --layers 576x1536 --r 8 64
 """

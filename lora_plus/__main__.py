@@ -1,5 +1,5 @@
 """``python -m lora_plus``: the command line."""
 
-from lora_plus.cli import main
+from .cli.app import main
 
 main()

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 import lora_plus
-from lora_plus import functional, fused_linear
-from lora_plus.adapter_site import AdapterSite
+from lora_plus.layers.adapter import AdapterSite
+from lora_plus.tensors import fused as fused_linear
+from lora_plus.tensors import matrix as functional
 
 
 class Conv1D(nn.Module):
@@ -111,7 +112,7 @@ def randomise(model: nn.Module, seed: int = 7, size: float = 0.3) -> nn.Module:
 def explicit(model: nn.Module) -> nn.Module:
     """A plain copy of an adapted model whose weights are the explicit W + s B A (or DoRA's), in float64."""
     plain = lora_plus.remove_lora(copy.deepcopy(model)).double()
-    for name, layer in lora_plus.adapted_weight.adapted_weights(model):
+    for name, layer in lora_plus.model.tree.adapted_weights(model):
         weight = functional.to_matrix(layer.weight.detach().double(), layer.layout)
         for adapter in layer.lora_active:
             spec = layer.lora_specs[adapter]

@@ -18,7 +18,7 @@ from conftest import randomise
 from torch import Tensor, nn
 
 import lora_plus
-from lora_plus.adapted_weight import adapted_weights
+from lora_plus.model.tree import adapted_weights
 
 PATHS = {"native": "adapter.safetensors", "peft": "adapter"}
 DTYPES = {torch.float32: "F32", torch.float64: "F64", torch.bfloat16: "BF16", torch.int32: "I32", torch.int64: "I64"}

@@ -17,7 +17,8 @@ from rich.console import Console
 from tokenizers import Tokenizer, pre_tokenizers
 from typer.testing import CliRunner
 
-from lora_plus import cli, inject_lora
+from lora_plus import inject_lora
+from lora_plus.cli import app as cli
 from lora_plus.demo import assets, dtype, finetune, phonemes, show, smollm2
 from lora_plus.demo.assets import Asset, AssetError
 from lora_plus.demo.phonemes import END, Entry
@@ -525,10 +526,10 @@ def test_a_failed_download_is_an_error_without_traceback(tmp_path, monkeypatch):
 def fresh_cli(monkeypatch, absent: str):
     """The command line as it is where a package is not installed."""
     monkeypatch.setitem(sys.modules, absent, None)  # importing it fails as if it were not installed
-    ours = ("lora_plus.cli", "lora_plus.demo", "lora_plus.commands")
+    ours = ("lora_plus.cli", "lora_plus.demo")
     for name in [name for name in sys.modules if name.startswith(ours)]:
         monkeypatch.delitem(sys.modules, name)
-    return importlib.import_module("lora_plus.cli")
+    return importlib.import_module("lora_plus.cli.app")
 
 
 @pytest.mark.parametrize("package", ["typer", "rich"])

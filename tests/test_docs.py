@@ -11,7 +11,7 @@ import torch
 from doc_blocks import run_blocks
 
 import lora_plus
-from lora_plus.variants import VARIANTS
+from lora_plus.tensors.variant import VARIANTS
 
 DOCS = Path(__file__).parent.parent / "docs"
 PAGES = sorted(page for page in DOCS.glob("*.md") if "```python" in page.read_text())

@@ -104,6 +104,6 @@ def snapshot(model: nn.Module) -> tuple[Any, ...]:
         {name: id(tensor) for name, tensor in state.items()},
         {name: tensor.detach().clone().tolist() for name, tensor in state.items() if not tensor.is_meta},
         {name: parameter.requires_grad for name, parameter in model.named_parameters()},
-        [weight.lora_active for _, weight in lora_plus.adapted_weight.adapted_weights(model)],
+        [weight.lora_active for _, weight in lora_plus.model.tree.adapted_weights(model)],
         torch.get_rng_state().tolist(),
     )

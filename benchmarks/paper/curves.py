@@ -18,7 +18,7 @@ from page import COLOURS, Finding, Picture, Section, Table, power
 from torch import Tensor
 from toy import draw_problem, tail, train
 
-from lora_plus.optim import LR_MODES
+from lora_plus.training.groups import LR_MODES
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -1,7 +1,7 @@
 """Which rate stays the same when a tuned LoRA run is switched to LoRA+: that of A, that of B, or their geometric mean?
 
 Twelve settings of the teacher-student task. Plain LoRA's rate is tuned in half octaves; then the ratio is raised while
-one rate is kept, by the rules of `lora_plus.optim.LR_MODES`; and the ratio's own best rate is looked for.
+one rate is kept, by the rules of `lora_plus.training.groups.LR_MODES`; and the ratio's own best rate is looked for.
 
     python benchmarks/paper/lr_transfer.py
 """
@@ -18,7 +18,7 @@ from page import COLOURS, MARKERS, Finding, Picture, Section, Table, signed
 from torch import Tensor
 from toy import draw_problem, octaves, tail, train
 
-from lora_plus.optim import LR_MODES
+from lora_plus.training.groups import LR_MODES
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

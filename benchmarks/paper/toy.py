@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lora_plus.init import kaiming
+from lora_plus.tensors.init import kaiming
 
 INPUTS = 16
 CHUNK = 2**19

@@ -28,7 +28,7 @@ from recipe_run import adapt, loading, report, train
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, set_seed
 from transformers.hf_argparser import HfArg
 
-from lora_plus.integrations.transformers import LoraPlusTrainer
+from lora_plus.engines.transformers import LoraPlusTrainer
 
 
 @dataclass

@@ -13,7 +13,7 @@ import torch
 from transformers import HfArgumentParser
 from transformers.hf_argparser import HfArg
 
-from lora_plus.integrations.transformers import LoraPlusTrainingArguments
+from lora_plus.engines.transformers import LoraPlusTrainingArguments
 
 
 @dataclass

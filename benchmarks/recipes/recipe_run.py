@@ -11,7 +11,7 @@ from recipe_arguments import ModelArguments, RecipeArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 import lora_plus as lp
-from lora_plus.integrations.transformers import LoraPlusTrainer
+from lora_plus.engines.transformers import LoraPlusTrainer
 
 
 def loading(arguments: ModelArguments) -> dict[str, Any]:

@@ -41,7 +41,7 @@ from transformers import (
 from transformers.hf_argparser import HfArg
 from transformers.models.roberta.modeling_roberta import RobertaClassificationHead
 
-from lora_plus.integrations.transformers import LoraPlusTrainer
+from lora_plus.engines.transformers import LoraPlusTrainer
 
 
 @dataclass

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 import typer
 from rich.console import Console
 
-from lora_plus.demo.settings import TARGETS, Settings
+from .settings import TARGETS, Settings
 
 DEFAULT = Settings()
 DEFAULT_TARGETS = [",".join(TARGETS)]
@@ -65,8 +65,8 @@ def demo(
     """
     import gguf
 
-    from lora_plus.demo import assets, finetune, phonemes, smollm2
-    from lora_plus.demo.dtype import DTYPES
+    from . import assets, finetune, phonemes, smollm2
+    from .dtype import DTYPES
 
     console = Console()
     settings = Settings(

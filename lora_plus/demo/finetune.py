@@ -8,17 +8,11 @@ from rich.console import Console
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from lora_plus import (
-    create_loraplus_optimizer,
-    inject_lora,
-    load_adapter,
-    lora_summary,
-    merge_and_unload,
-    save_adapter,
-)
-from lora_plus.demo import phonemes, show
-from lora_plus.demo.settings import Settings
-from lora_plus.demo.smollm2 import SmolLM2, generate
+from lora_plus import create_loraplus_optimizer, inject_lora, load_adapter, lora_summary, merge_and_unload, save_adapter
+
+from . import phonemes, show
+from .settings import Settings
+from .smollm2 import SmolLM2, generate
 
 
 def train(

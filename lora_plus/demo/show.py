@@ -12,8 +12,9 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from lora_plus.demo.phonemes import Entry
-from lora_plus.text_table import printable
+from lora_plus.text import printable
+
+from .phonemes import Entry
 
 QUIET_EVERY = 10
 """Steps between two lines where no progress bar can be drawn, in a log file for example."""

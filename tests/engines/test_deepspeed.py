@@ -29,14 +29,14 @@ from processes import Processes
 from torch import Tensor, nn
 
 import lora_plus as lp
-from lora_plus import fused_linear
+from lora_plus.tensors import fused as fused_linear
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # torch's, about what these packages call
     deepspeed = pytest.importorskip("deepspeed")
     import torch._inductor.compile_fx
 
-    from lora_plus.integrations.deepspeed import check_config, check_engine, initialize
+    from lora_plus.engines.deepspeed import check_config, check_engine, initialize
 
 STEPS = 5
 RATES: dict[str, Any] = {"lr": LR, "lr_ratio": LR_RATIO, "weight_decay": WEIGHT_DECAY, "embedding_lr": None}

@@ -19,7 +19,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 import lora_plus as lp
-from lora_plus import fused_linear, layers
+from lora_plus.layers import kinds as layers
+from lora_plus.tensors import fused as fused_linear
 
 STEPS = 5
 

@@ -21,7 +21,7 @@ L = pytest.importorskip("lightning")
 strategies = pytest.importorskip("lightning.pytorch.strategies")
 fabric_strategies = pytest.importorskip("lightning.fabric.strategies")
 environments = pytest.importorskip("lightning.fabric.plugins.environments")
-integration = pytest.importorskip("lora_plus.integrations.lightning")
+integration = pytest.importorskip("lora_plus.engines.lightning")
 
 STEPS = 4
 QUIET = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}

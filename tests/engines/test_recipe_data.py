@@ -162,7 +162,7 @@ def test_the_arguments_of_the_originals_are_taken(tmp_path: Path, monkeypatch: p
     ids=lambda section: next(iter(section)),
 )
 def test_the_deepspeed_config_lacks_the_sections_that_are_refused(section: dict[str, Any]) -> None:
-    check_config = pytest.importorskip("lora_plus.integrations.deepspeed").check_config
+    check_config = pytest.importorskip("lora_plus.engines.deepspeed").check_config
     config = json.loads(Path(finetune_deepseekcoder.__file__).with_name("ds_config_zero3.json").read_text())
     check_config(config)
     with pytest.raises(ValueError, match=f"LoRA(.|\n)*{next(iter(section))}"):

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import lora_plus as lp
-from lora_plus import io
-from lora_plus.integrations import trained_state
-from lora_plus.sharding import whole
+from lora_plus.engines import trained_state
+from lora_plus.files import load as io
+from lora_plus.model.storage import whole
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "lora": {"embedding": True},

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 import lora_plus as lp
-from lora_plus.adapted_weight import adapted_weights
-from lora_plus.sharding import reshard, whole
+from lora_plus.model.storage import reshard, whole
+from lora_plus.model.tree import adapted_weights
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "lora": {"embedding": True},

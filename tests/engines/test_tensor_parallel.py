@@ -41,9 +41,9 @@ from torch.distributed.tensor.parallel import (
 from torch.nn.utils.parametrizations import weight_norm
 
 import lora_plus as lp
-from lora_plus import fused_linear
-from lora_plus.integrations.tensor_parallel import ColwiseLoRA, RowwiseLoRA
-from lora_plus.variants import VARIANTS
+from lora_plus.engines.tensor_parallel import ColwiseLoRA, RowwiseLoRA
+from lora_plus.tensors import fused as fused_linear
+from lora_plus.tensors.variant import VARIANTS
 
 STEPS = 4
 STYLES: tuple[Any, ...] = (ColwiseLoRA, RowwiseLoRA)

@@ -24,7 +24,7 @@ from trainer_model import (
 )
 
 import lora_plus as lp
-from lora_plus.lr_guard import check_lr_ratio
+from lora_plus.training.schedule import check_lr_ratio
 
 LR, DECAY, RATIO = SETTINGS["learning_rate"], SETTINGS["weight_decay"], SETTINGS["loraplus_lr_ratio"]
 

@@ -14,8 +14,8 @@ from torch import Tensor
 from trainer_model import BEST, SAVED, STEPS, STOCK, llama, lora_llama, randomised, trainer
 
 import lora_plus as lp
-from lora_plus.integrations.trained_state import load_run, run_tensors
-from lora_plus.sharding import shards_of
+from lora_plus.engines.trained_state import load_run, run_tensors
+from lora_plus.model.storage import shards_of
 
 FSDP2 = {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
 DEEPSPEED = dict.fromkeys(

@@ -102,7 +102,7 @@ def test_only_what_peft_cannot_express_is_saved_in_another_format(
     run = trainer(lora_llama(), tmp_path)
     tried: list[Path] = []
     monkeypatch.setattr(
-        "lora_plus.integrations.transformers.save_adapter",
+        "lora_plus.engines.transformers.save_adapter",
         lambda model, path, **settings: (tried.append(path), lp.save_adapter(model, path, **settings)),
     )
     with torch.no_grad():

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 import lora_plus as lp
-from lora_plus.adapted_weight import adapter_sites
-from lora_plus.integrations.trained_state import run_tensors
+from lora_plus.engines.trained_state import run_tensors
+from lora_plus.model.tree import adapter_sites
 
 transformers = pytest.importorskip("transformers")
 state = pytest.importorskip("accelerate.state")
-integration = pytest.importorskip("lora_plus.integrations.transformers")
+integration = pytest.importorskip("lora_plus.engines.transformers")
 
 VOCABULARY, LENGTH, BATCH, STEPS = 64, 8, 8, 4
 SETTINGS: dict[str, Any] = {

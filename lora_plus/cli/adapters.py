@@ -1,0 +1,227 @@
+"""Commands on adapter files and PEFT folders, without their models."""
+
+import re
+import statistics
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+
+from lora_plus.text import counted
+
+from .arguments import Force, In, Json, Method, Out, Rank, Seed, To, check_free, saving
+from .show import emit, readable, size, span, table
+
+if TYPE_CHECKING:
+    from lora_plus.surgery.measures import LayerDifference, LayerFigures
+
+
+def inspect(
+    file: In,
+    layers: Annotated[bool, typer.Option("--layers", help="A row for each layer, not for layers alike.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Check all of an adapter and show what is in it: layers, ranks, scales, and the size and spectrum of updates.
+
+    Without the model: norms and singular values of the updates s B A are told from A and B.
+
+    - `lora-plus inspect adapter.safetensors`
+    - `lora-plus inspect peft-folder --layers`
+    - `lora-plus inspect adapter.safetensors --json`
+    """
+    from lora_plus.files.load import describe
+    from lora_plus.surgery.bare_model import open_adapters
+    from lora_plus.surgery.measures import layer_figures
+
+    model, metadata = open_adapters({"default": file})
+    data = describe(model, "default", metadata["default"])
+    figures = [layer_figures(name, layer) for name, layer in data.layers.items()]
+    count = sum(tensor.numel() for layer in data.layers.values() for tensor in layer.tensors.values())
+    trained = {name: sum(tensor.numel() for tensor in found.values()) for name, found in data.trained.items()}
+    facts = {"path": file, "format": _format(file), "bytes": size(file), "parameters": count}
+    lines = [f"{file}: {facts['format']} format, {readable(size(file))}, valid"]
+    dtypes = span([each.dtype for each in figures])
+    lines.append(f"{counted(len(figures), 'layer')}, {counted(count, 'parameter')}, {dtypes}")
+    lines += [f"trained in full: {name or _MODEL}, {counted(numbers, 'number')}" for name, numbers in trained.items()]
+    lines += [f"{key}: {text}" for key, text in data.metadata.items()]
+    emit(
+        as_json,
+        {**facts, "layers": figures, "trained": trained, "metadata": data.metadata},
+        *lines,
+        "",
+        *(_by_layer(figures) if layers else _by_group(figures)),
+    )
+
+
+def convert(
+    file: In,
+    out: Out,
+    to: To = None,
+    keep_metadata: Annotated[
+        bool, typer.Option(help="Keep the texts that the file has beside the adapter, if the format has room for them.")
+    ] = True,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Write an adapter in another format, exactly; what that format cannot express is refused with the reason.
+
+    - `lora-plus convert peft-folder adapter.safetensors`
+    - `lora-plus convert adapter.safetensors peft-folder --to peft`
+    """
+    from lora_plus.files.load import save_adapter
+    from lora_plus.surgery.bare_model import open_adapters
+
+    check_free(out, force)
+    model, metadata = open_adapters({"default": file})
+    with saving(out, force) as path:
+        save_adapter(model, path, format=to, metadata=metadata["default"] if keep_metadata else None)
+    emit(as_json, {"path": out, "format": to or _format(out), "bytes": size(out)}, _written(out))
+
+
+def diff(first: In, second: In, as_json: Json = False) -> None:
+    """Compare two adapters: settings, and how far their updates are apart, layer by layer.
+
+    The updates s B A are compared, not A and B, so the ranks may differ. 0 is the same to the bit.
+
+    - `lora-plus diff before.safetensors after.safetensors`
+    """
+    from lora_plus.files.load import describe
+    from lora_plus.surgery.bare_model import bare_model
+    from lora_plus.surgery.measures import difference
+
+    a, b = (describe(bare_model(path), "default") for path in (first, second))
+    found = difference(a, b)
+    counts = (f"{counted(len(found.layers), 'layer')} in both", f"{len(found.only_a)} only in the first")
+    lines = [", ".join((*counts, f"{len(found.only_b)} only in the second"))]
+    lines += [f"only in the first: {name or _MODEL}" for name in found.only_a]
+    lines += [f"only in the second: {name or _MODEL}" for name in found.only_b]
+    lines += [f"trained in full: {name} differs by {_apart(value)}" for name, value in found.trained.items()]
+    head = ("layer", "||first - second|| / ||first||", "of the magnitudes", "settings that differ")
+    rows = [(layer.name or _MODEL, layer.relative, layer.magnitude, _settings(layer)) for layer in found.layers]
+    lines += ["no difference"] if found.equal else []
+    emit(as_json, {"a": first, "b": second, "equal": found.equal, **vars(found)}, *lines, "", *table(head, rows))
+
+
+def combine(
+    files: Annotated[list[Path], typer.Argument(metavar="FILE FILE...", help="Two adapters or more.")],
+    out: Out,
+    method: Annotated[Method, typer.Option(help="How they are combined.")] = "sum",
+    weight: Annotated[
+        list[float] | None,
+        typer.Option(help="A factor for each, in order, each after its own --weight; 1 each if not given."),
+    ] = None,
+    r: Annotated[int | None, typer.Option("--r", min=1, help="Rank; for all methods but sum.")] = None,
+    density: Annotated[
+        float | None, typer.Option(help="Part of the entries that stays; for ties, dare and dare_ties.")
+    ] = None,
+    seed: Seed = 0,
+    to: To = None,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Make one adapter of several, on the updates themselves; sum is exact, and its ranks add up.
+
+    - `lora-plus combine math.safetensors code.safetensors both.safetensors`
+    - `lora-plus combine math.safetensors code.safetensors out.safetensors --weight 1 --weight -0.5`
+    - `lora-plus combine a b c merged.safetensors --method ties --r 16 --density 0.3`
+    """
+    import torch
+
+    from lora_plus.files.load import save_adapter
+    from lora_plus.surgery.bare_model import bare_model
+    from lora_plus.surgery.combine import combine_adapters
+    from lora_plus.tensors.low_rank import METHODS
+
+    if len(files) < 2:
+        raise typer.BadParameter("name two adapters or more, and then OUT")
+    check_free(out, force)
+    names: dict[str, Path] = {f"{number} {path.stem.replace('.', '-')}": path for number, path in enumerate(files, 1)}
+    model = bare_model(names)
+    generator = torch.Generator().manual_seed(seed) if "generator" in METHODS[method].options else None
+    report = combine_adapters(
+        model, list(names), weights=weight or None, method=method, r=r, density=density, generator=generator
+    )
+    with saving(out, force) as path:
+        save_adapter(model, path, adapter=report.adapter, format=to)
+    emit(as_json, {"path": out, **vars(report)}, *str(report).split("\n"), _written(out))
+
+
+def resize(
+    file: In, out: Out, r: Rank, seed: Seed = 0, to: To = None, force: Force = False, as_json: Json = False
+) -> None:
+    """Give an adapter another rank: the nearest update of a lower one, or the same update with room to learn.
+
+    - `lora-plus resize adapter.safetensors small.safetensors --r 4`
+    """
+    import torch
+
+    from lora_plus.errors import Problems
+    from lora_plus.files.load import save_adapter
+    from lora_plus.surgery.bare_model import open_adapters
+    from lora_plus.surgery.combine import resize_adapter
+
+    check_free(out, force)
+    model, metadata = open_adapters({"default": file})
+    try:
+        report = resize_adapter(model, r=r, generator=torch.Generator().manual_seed(seed))
+    except Problems as error:
+        raise Problems(f"adapter {str(file)!r} cannot be resized", error.problems) from error
+    with saving(out, force) as path:
+        save_adapter(model, path, format=to, metadata=metadata["default"])
+    emit(as_json, {"path": out, **vars(report)}, *str(report).split("\n"), _written(out))
+
+
+_MODEL = "(model)"
+"""What the model itself is called, which has no name."""
+
+
+def _format(path: Path) -> str:
+    return "peft" if path.is_dir() else "native"
+
+
+def _written(out: Path) -> str:
+    return f"wrote {out}: {readable(size(out))}"
+
+
+_HEAD = ("r", "alpha", "scale", "variant", "||sBA||", "top share", "eff. rank")
+_FIELDS = ("r", "alpha", "scale", "variant", "norm", "largest_share", "effective_rank")
+"""What the figures of a layer call these."""
+
+
+def _by_layer(figures: list["LayerFigures"]) -> list[str | Table]:
+    rows = [(each.name or _MODEL, each.kind, *(getattr(each, field) for field in _FIELDS)) for each in figures]
+    return table(("layer", "kind", *_HEAD), rows)
+
+
+def _by_group(figures: list["LayerFigures"]) -> list[str | Table]:
+    """A row for the layers whose names differ in numbers only, with medians of the figures."""
+    groups: dict[tuple[str, str], list[LayerFigures]] = {}
+    for each in figures:
+        groups.setdefault((re.sub(r"(?<![^.])\d+(?![^.])", "*", each.name) or _MODEL, each.kind), []).append(each)
+    rows = [
+        (
+            name,
+            kind,
+            len(each),
+            *(span([getattr(one, field) for one in each]) for field in _FIELDS[:4]),
+            *(_median([getattr(one, field) for one in each]) for field in _FIELDS[4:]),
+        )
+        for (name, kind), each in groups.items()
+    ]
+    return table(("layers (medians)", "kind", "number", *_HEAD), rows)
+
+
+def _median(values: list[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.median(known) if known else None
+
+
+def _settings(layer: "LayerDifference") -> str:
+    if layer.relative is None:
+        return "different layers"
+    return ", ".join(f"{name} {ours} and {theirs}" for name, (ours, theirs) in layer.settings.items())
+
+
+def _apart(value: float | None) -> str:
+    return "shape, or one lacks it" if value is None else f"{value:.4g} (relative)"

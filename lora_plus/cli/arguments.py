@@ -1,0 +1,63 @@
+"""Arguments and options that several commands have, and how they are checked."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+
+def pairs(values: list[str] | None) -> list[str] | None:
+    """A check that options have the form ``old=new``."""
+    for value in values or ():
+        if "=" not in value:
+            raise typer.BadParameter(f"{value!r} has no '='; write for example old=new")
+    return values
+
+
+def mapping(values: Sequence[str] | None) -> dict[str, str]:
+    """What `pairs` has checked, as a mapping."""
+    return {old: new for old, _, new in (value.partition("=") for value in values or ())}
+
+
+def check_free(out: Path, force: bool) -> None:
+    """Raise if something is there that would be overwritten."""
+    from lora_plus.files.atomic import is_free
+
+    if out.name == "..":
+        raise ValueError(f"{str(out)!r} ends in '..'; give the path of the folder itself")
+    if not force and not is_free(out):
+        raise FileExistsError(f"{str(out)!r} exists already; give another name, or pass --force to overwrite it")
+
+
+@contextmanager
+def saving(out: Path, force: bool) -> Iterator[Path]:
+    """Where to save what is to become ``out``; it is checked again then that nothing is overwritten."""
+    from lora_plus.files.atomic import publish, workspace
+
+    check_free(out, force)
+    if force or out.is_dir():
+        yield out
+        return
+    with workspace(out) as folder:
+        made = folder / "made" / out.name  # the folder itself is locked, and saving locks the one that it saves to
+        yield made
+        publish(made, out)
+
+
+In = Annotated[Path, typer.Argument(help="An adapter file, or a folder in PEFT's format.", show_default=False)]
+Out = Annotated[
+    Path, typer.Argument(help="The new adapter: a .safetensors file, or a folder for PEFT.", show_default=False)
+]
+Format = Literal["native", "peft", "kohya", "diffusers"]
+"""The library's formats, named here so that help and completion do not wait for torch."""
+Method = Literal["sum", "svd", "ties", "dare", "dare_ties"]
+"""The library's methods of combining, as above."""
+To = Annotated[Format | None, typer.Option("--to", help="The format; by the name of OUT if not given.")]
+Rank = Annotated[int, typer.Option("--r", min=1, help="Rank.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**64 - 1, help="Seed of the random numbers, where there are any.")]
+
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead, for other programs.")]
+Force = Annotated[bool, typer.Option("--force", help="Overwrite OUT if it is there.")]

@@ -1,0 +1,77 @@
+"""What a run changes in a model with adapters, as one file: written whole, and read back into the same model.
+
+Adapter files say what an adapter computes, and leave out whatever else is trained. To resume a run, or to go back to
+its best state, the model needs the very tensors again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from lora_plus.errors import Problems
+from lora_plus.files.atomic import write_safetensors
+from lora_plus.model.storage import Shards, fill, shards_of
+from lora_plus.model.tree import adapter_sites, named_modules, named_parameters
+from lora_plus.text import join
+
+
+def run_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """All that is not the frozen base, by name: the tensors of all adapters, trainable parameters, lasting buffers."""
+    found: dict[str, Tensor] = {
+        join(path, f"{container}.{adapter}"): tensor
+        for path, site, _ in adapter_sites(model)
+        for adapter in site.lora_specs
+        for container, tensor in site.adapter_tensors(adapter).items()
+    }
+    found |= {name: parameter for name, parameter in named_parameters(model) if parameter.requires_grad}
+    for path, module in named_modules(model):
+        for name, buffer in module._buffers.items():
+            if buffer is not None and name not in module._non_persistent_buffers_set:
+                found[join(path, name)] = buffer
+    return found
+
+
+def save_run(model: nn.Module, path: Path, *, write: bool = True) -> None:
+    """Write the `run_tensors`, where ``write`` says so.
+
+    Where the model is sharded every rank must call this: tensors are gathered, and where one rank cannot write its file
+    all raise its error.
+    """
+    shards = shards_of(model)
+    tensors = shards.whole(run_tensors(model))
+    shards.on_every_rank(lambda: write_safetensors(path, tensors, {}) if write else None)
+
+
+def load_run(model: nn.Module, path: Path) -> None:
+    """Copy what `save_run` wrote back into the model.
+
+    Where the model is sharded every rank must call this and read the file; where one cannot, all raise its error.
+
+    Raises:
+        Problems: a ValueError with every difference between file and model, which is unchanged then.
+    """
+    own, shards = run_tensors(model), shards_of(model)
+    tensors = shards.on_every_rank(lambda: _read(path, own, shards))
+    with shards.gathered(own.values(), write=True):
+        for name, tensor in own.items():
+            fill(tensor, tensors[name])
+
+
+def _read(path: Path, own: Mapping[str, Tensor], shards: Shards) -> dict[str, Tensor]:
+    """The tensors of a file, which must be those of the model."""
+    tensors = load_file(path)
+    problems = [f"{name!r} is in the file, and not in the model" for name in tensors.keys() - own.keys()]
+    problems += [f"{name!r} is in the model, and not in the file" for name in own.keys() - tensors.keys()]
+    for name in own.keys() & tensors.keys():
+        in_file, in_model = (tensors[name].shape, tensors[name].dtype), (shards.shape(own[name]), own[name].dtype)
+        if in_file != in_model:
+            problems.append(f"{name!r} is {in_file} in the file, {in_model} in the model")
+    if problems:
+        raise Problems(
+            f"{str(path)!r} does not fit the model, whose adapters must be those of its run", sorted(problems)
+        )
+    return tensors

@@ -1,0 +1,120 @@
+"""Arguments that users mix up: each error names what was passed and what to write instead."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Collection, Iterable, Sequence
+from typing import Any, ParamSpec, TypeVar
+
+from torch import nn
+
+from .text import near_misses, printable
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_OTHER_WORDS = {
+    "adapter_name": "adapter",
+    "exclude_modules": "exclude",
+    "init_lora_weights": "init",
+    "learning_rate": "lr",
+    "lora_alpha": "alpha",
+    "lora_dropout": "dropout",
+    "lora_r": "r",
+    "loraplus_lr_embedding": "embedding_lr",
+    "loraplus_lr_ratio": "lr_ratio",
+    "loraplus_weight_decay": "weight_decay",
+    "modules_to_save": "train_also",
+    "rank": "r",
+    "ratio": "lr_ratio",
+    "target_modules": "targets",
+    "use_dora": 'variant="dora"',
+    "use_rslora": 'scaling="rslora"',
+}
+"""What other libraries call an argument -> what it is here."""
+
+
+def check_model(model: Any) -> None:
+    """Raise unless it is a module."""
+    if not isinstance(model, nn.Module):
+        got = f"the class {model.__name__}; make one" if isinstance(model, type) else f"a {type(model).__name__}"
+        raise TypeError(f"the model must be an nn.Module, got {got}")
+
+
+def check_makes_optimizers(optimizer_cls: Any) -> None:
+    """Raise unless it can be called."""
+    if not callable(optimizer_cls):
+        got = (
+            repr(optimizer_cls) if isinstance(optimizer_cls, str) else f"an instance of {type(optimizer_cls).__name__}"
+        )
+        raise TypeError(f"optimizer_cls must be an optimizer's class, such as torch.optim.AdamW, got {got}")
+
+
+def check_passed_on(function: Callable[..., Any], optimizer_cls: Any, keywords: Collection[str]) -> None:
+    """Raise if an optimizer's class does not take keywords that a function would pass on to it."""
+    try:
+        parameters = inspect.signature(optimizer_cls).parameters
+    except (TypeError, ValueError):  # there are callables that do not tell
+        return
+    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        own = _keywords(function)
+        _check(f"{function.__name__} and {_name(optimizer_cls)}", keywords, {*parameters, *own})
+
+
+def named_keywords(function: Callable[P, R]) -> Callable[P, R]:
+    """Have a function name the right word for each keyword that it does not know."""
+    known = _keywords(function)
+
+    @functools.wraps(function)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> R:
+        _check(function.__name__, kwargs, known)
+        return function(*args, **kwargs)
+
+    return checked
+
+
+def _keywords(function: Callable[..., Any]) -> list[str]:
+    return list(inspect.signature(function).parameters)
+
+
+def _name(optimizer_cls: Any) -> str:
+    return getattr(optimizer_cls, "__name__", type(optimizer_cls).__name__)
+
+
+def _check(who: str, keywords: Iterable[str], known: Collection[str]) -> None:
+    unknown = [f"{keyword!r}{_hint(keyword, known)}" for keyword in keywords if keyword not in known]
+    if unknown:
+        raise TypeError(f"unexpected keyword argument of {who}: {', '.join(unknown)}")
+
+
+def _hint(keyword: str, known: Collection[str]) -> str:
+    ours = _OTHER_WORDS.get(keyword, "")
+    return f" (did you mean {ours}?)" if ours.partition("=")[0] in known else near_misses(keyword, known)
+
+
+class Problems(ValueError):
+    """Everything that is wrong with one file, in one error."""
+
+    SHOWN = 30
+    LONGEST = 600
+    """Characters of a line; a file can say a value of any length."""
+
+    def __init__(self, where: object, problems: Sequence[str]) -> None:
+        self.where, self.problems = where, list(problems)
+        shown = [f"  {printable(shortened(line, self.LONGEST))}" for line in self.problems[: self.SHOWN]]
+        if len(self.problems) > self.SHOWN:
+            shown.append(f"  and {len(self.problems) - self.SHOWN} more")
+        super().__init__(f"{where}:\n" + "\n".join(shown))
+
+    def __reduce__(self) -> Any:  # one rank tells the others
+        return type(self), (self.where, self.problems)
+
+
+def shortened(text: str, length: int) -> str:
+    """A text that is at most so long; what is cut out of its middle is counted."""
+    if len(text) <= length:
+        return text
+    note = f"... ({len(text) - length} characters) ..."
+    kept = length // 2
+    return f"{text[:kept]}{note}{text[len(text) - kept :]}"

@@ -1,0 +1,1 @@
+"""Adapters on the disk: formats, saving, loading."""

@@ -1,0 +1,120 @@
+"""Write an adapter for programs that read PEFT's format in part."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from lora_plus.layers.kinds import DTYPES
+from lora_plus.model.adapters import check_adapter
+from lora_plus.model.storage import shards_of
+from lora_plus.model.tree import adapted_weights, is_spare_replica, named_parameters, unwrap
+from lora_plus.model.unsaved import check_saved
+from lora_plus.text import join
+
+from .load import describe, not_finite
+from .peft.folder import write_folder
+from .portable import portable, rank
+from .programs import READERS, limits, options
+from .regular import stated
+from .saved_adapter import SavedAdapter
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What `export_adapter` wrote. ``str()`` of it is one line for each thing worth knowing."""
+
+    r: int
+    """The rank of all layers, which is alpha too."""
+    options: str
+    """The command-line options that the reader needs; empty if it needs none."""
+
+    def __str__(self) -> str:
+        return f"rank {self.r} and alpha {self.r} on all layers" + (f"\nopen with {self.options}" * bool(self.options))
+
+
+def export_adapter(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    for_: str = "peft",
+    adapter: str = "default",
+    dtype: torch.dtype | None = None,
+    base_model: str | None = None,
+) -> ExportReport:
+    """Write one adapter as a PEFT folder that also programs open which read this format in part.
+
+    Those take one rank and one scale for all layers, in silence if the config says otherwise. So all layers have one
+    rank r here and alpha = r: the scale alpha / r, or alpha / sqrt(r), is multiplied into B, lower ranks are filled up
+    with zeros, and adapters of rows of one weight become one of the whole weight. The updates are the same. Dropout is
+    not kept: to train on elsewhere, use `save_adapter`.
+
+    - ``"peft"``: whatever PEFT's format can express, DoRA and modules trained in full too.
+    - ``"vllm"``: plain LoRA on linear layers, and on embeddings where vLLM's class of the model serves them. Ranks up
+      to 512; the report says which ``--max-lora-rank`` the server needs.
+    - ``"llama.cpp"``: plain LoRA on linear layers and the token embedding, for ``convert_lora_to_gguf.py``, which asks
+      for the ``base_model``. A layer whose weight is tied to another layer's cannot be expressed there.
+
+    The last two know the layers by their names in transformers' models. Files appear whole or not at all, and the same
+    adapter gives the same bytes. Where parameters are sharded every rank must call this, and one writes.
+
+    Args:
+        model: the model that holds the adapter.
+        path: the folder; missing folders are made.
+        for_: the reader: ``"peft"``, ``"vllm"`` or ``"llama.cpp"``.
+        adapter: the adapter's name.
+        dtype: of A, B and the magnitudes, rounded after the scale has been multiplied in; None for float32, or float64
+            where the adapter is. Modules trained in full keep theirs.
+        base_model: name or folder of the base model, for the config.
+
+    Returns:
+        A report: the rank, and the options that the reader needs.
+
+    Raises:
+        KeyError: if the model holds no adapter of this name.
+        ValueError: one error with everything that the reader cannot express, or that is not finite, or what is
+            trainable and must not be (`save_adapter`). Nothing is written then.
+    """
+    if for_ not in READERS:
+        raise ValueError(f"unknown reader {for_!r}; choose one of {sorted(READERS)}")
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {DTYPES} or None, got {dtype!r}")
+    check_adapter(model, adapter)
+    check_saved(model, adapter, f"adapter {adapter!r} was not exported")
+    real = Path(os.path.realpath(stated(path)))
+    spare, reader, model = is_spare_replica(model), READERS[for_], unwrap(model)
+    whole = describe(model, adapter, {} if base_model is None else {"base_model_name_or_path": base_model})
+    data = portable(whole, dtype)
+
+    def write() -> None:
+        problems = not_finite(whole, model)
+        if not problems:
+            problems += [f"{line} with its scale in B; choose a wider dtype" for line in not_finite(data, model)]
+        problems += limits(reader, data, _tied(model, data))
+        head = f"adapter {adapter!r} was not exported for {reader.name}; merge_and_unload gives a plain model instead"
+        write_folder(real, data, model, head, problems)
+
+    if not spare:
+        shards_of(model).on_one_rank(write)
+    r = rank(data)
+    return ExportReport(r, options(reader, r))
+
+
+def _tied(model: nn.Module, data: SavedAdapter) -> dict[str, str]:
+    """By the name of an adapted layer, another name of its weight."""
+    weights: dict[str, Tensor] = dict(named_parameters(model))
+    for path, adapted in adapted_weights(model):
+        if adapted.lora_merge is not None:  # another tensor is bound in place of the one that is shared
+            weights[join(path, "weight")] = adapted.lora_merge.own_weight(adapted)
+    names = dict[int, list[str]]()
+    for name, weight in weights.items():
+        names.setdefault(id(weight), []).append(name)
+    own = {path: layer.base.facts.get("parameter", join(path, "weight")) for path, layer in data.layers.items()}
+    alike = {
+        path: [name for name in names.get(id(weights.get(mine)), ()) if name != mine] for path, mine in own.items()
+    }
+    return {path: others[0] for path, others in alike.items() if others}

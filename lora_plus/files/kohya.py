@@ -1,0 +1,152 @@
+"""The format of kohya-ss/sd-scripts: one safetensors file, with underscores for the dots in the names of modules.
+
+Tensors are named ``<module>.lora_down.weight`` ``(r, in)``, ``<module>.lora_up.weight`` ``(out, r)`` and
+``<module>.alpha``, one number. The update is ``alpha / r * up @ down``, with alpha = r where there is none; that of a
+convolution has ``(r, in, *kernel)`` and ``(out, r, 1, 1)``, and the matrix product is that of the flattened tensors.
+A module is called ``lora_unet_`` and its name in the U-Net or transformer, or ``lora_te_``, ``lora_te1_``,
+``lora_te2_`` and its name in a text encoder. Source: ``networks/lora.py`` of sd-scripts.
+
+What is written has one alpha for all modules, the most common one, and other scales in the up matrix: diffusers gives
+every module the alpha that most have.
+
+``<module>.dora_scale`` ``(out, 1, ...)`` is LyCORIS's magnitude over output channels, and means what DoRA's means here:
+it divides by the norm of the rows of the updated weight (``LoConModule.apply_weight_decompose``). With ``(1, in, ...)``
+LyCORIS divides by the norm of the columns, which is another method.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_plus.errors import Problems
+from lora_plus.tensors.matrix import accumulation_dtype
+
+from .pairs import Dialect, Pair, assemble, find_pairs, inexpressible, is_tensor_of
+from .saved_adapter import SavedAdapter, alpha_under, most_common
+from .target import Target
+
+DIALECT = Dialect(
+    "kohya",
+    (("lora_down.weight", "lora_up.weight"),),
+    "dora_scale",
+    "_",
+    {
+        "lora_unet": ("unet", "transformer"),
+        "lora_transformer": ("transformer",),
+        "lora_te": ("text_encoder",),
+        "lora_te1": ("text_encoder",),
+        "lora_te2": ("text_encoder_2",),
+        "lora_te3": ("text_encoder_3",),
+    },
+)
+
+
+def recognises(tensors: Collection[str], metadata: Mapping[str, str]) -> bool:
+    """Whether a file is in this format, or in that of a relative of it."""
+    return any(is_tensor_of(name, DIALECT) or DIALECT.component(name) for name in tensors)
+
+
+def read(
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+    target: Target,
+    scale: Callable[[dict[str, Any]], float],
+    problems: list[str],
+) -> SavedAdapter:
+    """The adapter that a file describes; what is wrong with it is added to ``problems``.
+
+    Args:
+        tensors: all tensors of the file.
+        metadata: the metadata of its header, which says nothing that counts here.
+        target: what the adapter is loaded into.
+        scale: the factor of B A that follows from a layer's settings; raises on settings that are not valid.
+        problems: list to add to.
+    """
+    pairs = find_pairs(tensors, DIALECT, problems)
+
+    def settings(module: str, pair: Pair) -> dict[str, Any] | None:
+        magnitude = pair.tensors.get("lora_magnitude")
+        if magnitude is not None:
+            shape = tuple(magnitude.shape)
+            if shape != (len(pair.tensors["lora_B"]), *[1] * (len(shape) - 1)):
+                problems.append(
+                    f"{module!r}: dora_scale has shape {shape}, expected ({len(pair.tensors['lora_B'])}, 1, ...); that "
+                    "of a norm over columns is another method than DoRA"
+                )
+                return None
+            convolution = len(shape) > 2
+            pair.tensors["lora_magnitude"] = magnitude.transpose(0, 1) if convolution else magnitude.flatten()
+        return pair.settings()
+
+    return assemble(pairs, DIALECT, settings, target, scale, problems)
+
+
+def write(adapter: SavedAdapter, names: Collection[str]) -> dict[str, Tensor]:
+    """The tensors of a file. Dropout is not in it.
+
+    Args:
+        adapter: the adapter.
+        names: the names of all modules of the model. Its children ``unet``, ``transformer``, ``text_encoder`` and
+            ``text_encoder_2`` get their prefixes; a model that has none of them is taken for a U-Net.
+
+    Raises:
+        Problems: naming all that the format cannot express exactly.
+    """
+    problems = inexpressible(adapter, DIALECT)
+    reasons = {
+        "dora": "DoRA's magnitude is read in several ways there",
+        "groups": "there is no agreement on the shapes of a grouped convolution",
+    }
+    prefixes = _prefixes({name.partition(".")[0] for name in names})
+    spelled: dict[str, list[str]] = {}
+    for name in names:
+        spelled.setdefault(name.replace(".", "_"), []).append(name)
+    tensors: dict[str, Tensor] = {}
+    alphas = {name: alpha_under(layer, "standard") for name, layer in adapter.layers.items()}
+    alpha = most_common(list(alphas.values()))
+    for name, layer in sorted(adapter.layers.items()):
+        problems += [
+            f"{name!r}: {reason}" for what, reason in reasons.items()
+            if what in (layer.settings["variant"], *layer.base.facts)
+        ]  # fmt: skip
+        alike = [repr(other) for other in spelled.get(name.replace(".", "_"), []) if other != name]
+        if alike:
+            problems.append(f"{name!r} is spelled like {' and '.join(alike)} with underscores for dots")
+        child = next((child for child in prefixes if not child or name.startswith(f"{child}.")), None)
+        if child is None:
+            problems.append(f"{name!r} is in none of {sorted(prefixes)}, and only these have prefixes")
+            continue
+        module = f"{prefixes[child]}_{name.removeprefix(child).removeprefix('.')}".replace(".", "_")
+        A, B = layer.tensors["lora_A"], layer.tensors["lora_B"]
+        if alphas[name] != alpha:
+            B = B.to(accumulation_dtype(B.dtype)) * (alphas[name] / alpha)
+        kernel = layer.base.shape[2:]
+        tensors[f"{module}.lora_down.weight"] = A.reshape(len(A), -1, *kernel)
+        tensors[f"{module}.lora_up.weight"] = B.reshape(*B.shape, *[1] * len(kernel))
+        tensors[f"{module}.alpha"] = _number(alpha)
+    if problems:
+        raise Problems("the adapter cannot be written in kohya's format", problems)
+    return tensors
+
+
+def _prefixes(children: Collection[str]) -> dict[str, str]:
+    """The prefix of each component that the model has; of the model itself if it has none."""
+    first = "lora_te1" if "text_encoder_2" in children else "lora_te"  # sd-scripts counts where there are several
+    known = {
+        "unet": "lora_unet",
+        "transformer": "lora_transformer",
+        "text_encoder": first,
+        "text_encoder_2": "lora_te2",
+        "text_encoder_3": "lora_te3",
+    }
+    return {child: prefix for child, prefix in known.items() if child in children} or {"": "lora_unet"}
+
+
+def _number(value: float) -> Tensor:
+    """A number in float32, or in float64 if that rounds it."""
+    usual = torch.tensor(value, dtype=torch.float32)
+    return usual if usual.item() == value else torch.tensor(value, dtype=torch.float64)

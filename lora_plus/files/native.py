@@ -1,0 +1,182 @@
+"""The library's own format: one safetensors file that says of itself all it takes to load it or merge it.
+
+Tensors are named ``<module>.lora_A``, ``<module>.lora_B``, and ``<module>.lora_magnitude`` or whatever else the variant
+states; those of modules trained in full keep their plain names. The header's metadata has one entry, ``lora_plus``, a
+JSON document::
+
+    {"format_version": 1, "library_version": "0.1.0",
+     "r": 8, "alpha": 16, "scaling": "standard", "variant": "lora", "dropout": 0.0,
+     "layers": {"blocks.0.q": {"kind": "Linear", "layout": "o i -> o i", "shape": [64, 64]},
+                "blocks.0.v": {"kind": "Linear", "layout": "o i -> o i", "shape": [64, 64], "r": 4}},
+     "train_also": {"head": ["bias", "weight"]},
+     "metadata": {}}
+
+A layer's entry repeats a setting only where it deviates from the one on top; ``groups`` and ``max_norm`` are there for
+layers that have them. An adapter of a parameter that no layer is called for has the kind ``"Parameter"``, and ``of``
+where a known module reads it; an adapter of some rows has ``rows``, the first one and the one after the last. Both have
+``parameter``, the weight's full name. The update of a layer is ``scale * B @ A`` with ``scale = alpha / r``
+(``"standard"``) or ``alpha / sqrt(r)`` (``"rslora"``), a matrix ``(out, in)`` in the layout that the entry states, or a
+stack of them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from lora_plus.layers.base import BaseLayer
+from lora_plus.tensors.variant import FACTORS, VARIANTS
+from lora_plus.text import join
+
+from .json_text import parsed
+from .peft.names import around
+from .saved_adapter import SavedAdapter, SavedLayer, most_common
+from .target import Target
+
+KEY = "lora_plus"
+VERSION = 1
+SETTINGS = ("r", "alpha", "scaling", "variant", "dropout")
+FACTS = ("groups", "max_norm", "parameter", "rows", "of")
+_ENTRIES = {"kind", "layout", "shape", *FACTS, *SETTINGS}
+
+
+def write(adapter: SavedAdapter, library_version: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and the metadata of a file; equal adapters give equal files."""
+    layers = dict(sorted(adapter.layers.items()))
+    common = {name: most_common([layer.settings[name] for layer in layers.values()]) for name in SETTINGS}
+    document = {
+        "format_version": VERSION,
+        "library_version": library_version,
+        **common,
+        "layers": {name: _entry(layer, common) for name, layer in layers.items()},
+        "train_also": {name: sorted(tensors) for name, tensors in sorted(adapter.trained.items())},
+        "metadata": dict(sorted(adapter.metadata.items())),
+    }
+    tensors = {join(path, name): tensor for path, layer in layers.items() for name, tensor in layer.tensors.items()}
+    for path, trained in adapter.trained.items():
+        tensors |= {join(path, name): tensor for name, tensor in trained.items()}
+    return tensors, {KEY: json.dumps(document, allow_nan=False, separators=(",", ":"))}
+
+
+def _entry(layer: SavedLayer, common: dict[str, Any]) -> dict[str, Any]:
+    base = {"kind": layer.base.kind, "layout": layer.base.layout, "shape": list(layer.base.shape), **layer.base.facts}
+    return base | {name: value for name, value in layer.settings.items() if value != common[name]}
+
+
+def recognises(tensors: Collection[str], metadata: Mapping[str, str]) -> bool:
+    """Whether a file is in this format."""
+    return KEY in metadata
+
+
+def read(
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+    target: Target,
+    scale: Callable[[dict[str, Any]], float],
+    problems: list[str],
+) -> SavedAdapter:
+    """The adapter that a file's tensors and metadata describe; what is wrong with them is added to ``problems``.
+
+    Args:
+        tensors: all tensors of the file.
+        metadata: the metadata of its header, which has the entry ``lora_plus``.
+        target: what the adapter is loaded into, of which this format needs to know nothing.
+        scale: the factor of B A that follows from a layer's settings; raises on settings that are not valid.
+        problems: list to add to.
+    """
+    document = _document(metadata[KEY], problems)
+    adapter = SavedAdapter({}, {}, dict(document.get("metadata", {})))
+    left, unread = dict(tensors), set[str]()
+    for path, entry in document.get("layers", {}).items():
+        layer = _layer(path, entry, document, left, scale, problems)
+        if layer is None:
+            unread.add(path)
+        else:
+            adapter.layers[path] = layer
+    for path, names in document.get("train_also", {}).items():
+        texts = isinstance(names, list) and all(isinstance(name, str) for name in names)
+        if not names or not texts or len(set(names)) < len(names):
+            problems.append(f"train_also {path!r}: expected a list of different tensor names, got {names!r}")
+            unread.add(path)
+            continue
+        found = {name: left.pop(join(path, name)) for name in names if join(path, name) in left}
+        problems += [f"tensor {join(path, name)!r} is missing" for name in names if name not in found]
+        if len(found) == len(names):
+            adapter.trained[path] = found
+    if document:
+        extra = [name for name in sorted(left) if "" not in unread and unread.isdisjoint(around(name))]
+        problems += [f"tensor {name!r} belongs to no layer that the file describes" for name in extra]
+    return adapter
+
+
+def _document(text: str, problems: list[str]) -> dict[str, Any]:
+    try:
+        document = parsed(text)
+    except ValueError as error:
+        problems.append(f"metadata {KEY!r} is not valid JSON: {error}")
+        return {}
+    if not isinstance(document, dict):
+        problems.append(f"metadata {KEY!r} must be a JSON object, got {type(document).__name__}")
+        return {}
+    version = document.get("format_version")
+    if version != VERSION or not isinstance(version, int) or isinstance(version, bool):
+        problems.append(f"format_version is {version!r}, this library reads {VERSION}")
+        return {}
+    known = {"format_version", "library_version", "layers", "train_also", "metadata", *SETTINGS}
+    problems += [f"unknown entry {name!r}" for name in sorted(set(document) - known)]
+    problems += [f"entry {name!r} is missing" for name in (*SETTINGS, "layers") if name not in document]
+    wrong = [name for name in ("layers", "train_also", "metadata") if not isinstance(document.get(name, {}), dict)]
+    problems += [f"entry {name!r} must be an object, got {document[name]!r}" for name in wrong]
+    if wrong:
+        return {}
+    for name, text in document.get("metadata", {}).items():
+        if not isinstance(text, str):
+            problems.append(f"metadata {name!r} must be a text, got {text!r}")
+    return document
+
+
+def _layer(
+    path: str,
+    entry: Any,
+    document: dict[str, Any],
+    left: dict[str, Tensor],
+    scale: Callable[[dict[str, Any]], float],
+    problems: list[str],
+) -> SavedLayer | None:
+    """One layer of the document with its tensors, which are taken out of ``left``."""
+    if not isinstance(entry, dict):
+        problems.append(f"layer {path!r}: expected an object, got {entry!r}")
+        return None
+    unknown = sorted(entry.keys() - _ENTRIES)
+    problems += [f"layer {path!r}: unknown entry {name!r}" for name in unknown]
+    kind, layout, shape = entry.get("kind"), entry.get("layout"), entry.get("shape")
+    numbers = isinstance(shape, list) and all(isinstance(extent, (int, float, str)) for extent in shape)
+    if not (isinstance(kind, str) and isinstance(layout, str) and numbers):
+        problems.append(f"layer {path!r}: kind, layout and shape must be there, got {kind!r}, {layout!r}, {shape!r}")
+        return None
+    settings = {name: entry.get(name, document.get(name)) for name in SETTINGS}
+    try:
+        factor = scale(settings)
+    except (TypeError, ValueError, OverflowError) as error:
+        problems.append(f"layer {path!r}: {error}")
+        return None
+    wanted = [tensor.name for tensor in (*FACTORS, *VARIANTS[str(settings["variant"])].tensors)]
+    missing = [name for name in wanted if join(path, name) not in left]
+    problems += [f"tensor {join(path, name)!r} is missing" for name in missing]
+    found = {name: left.pop(join(path, name)) for name in wanted if name not in missing}
+    if missing:
+        return None
+    facts = {name: entry[name] for name in FACTS if name in entry}
+    rows, parameter = facts.get("rows", [0, 1]), facts.get("parameter", "")
+    if not (
+        isinstance(rows, list) and len(rows) == 2 and all(type(row) is int for row in rows) and 0 <= rows[0] < rows[1]
+    ):
+        problems.append(f"layer {path!r}: rows must be the first one and the one after the last, got {rows!r}")
+        return None
+    if not isinstance(parameter, str):
+        problems.append(f"layer {path!r}: parameter must be a name, got {parameter!r}")
+        return None
+    return SavedLayer(BaseLayer(kind, layout, tuple(shape or ()), facts), settings, factor, found)

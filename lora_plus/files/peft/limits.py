@@ -1,0 +1,184 @@
+"""What PEFT's format cannot express exactly, and why."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from lora_plus.files.saved_adapter import SavedAdapter, SavedLayer
+from lora_plus.layers.base import PARAMETER
+from lora_plus.tensors.variant import only_adds
+
+from .config import USER_FIELDS, fan_in_fan_out
+from .names import Outline, around, endings
+from .tensors import ATTENTION, GROUPED_DORA, stack_refusal
+
+
+@dataclass(frozen=True)
+class Units:
+    """An adapter by what PEFT adapts as one: each has one or several of our adapters, by their names."""
+
+    modules: dict[str, dict[str, SavedLayer]]
+    """By module; of a linear layer there are several where they have some rows each."""
+    attentions: dict[str, dict[str, SavedLayer]]
+    """By attention module, its parts."""
+    parameters: dict[str, dict[str, SavedLayer]]
+    """By the full name of a parameter."""
+
+    def kinds(self, outline: Outline) -> dict[str, str]:
+        """The kind of each adapted module, in the order of the model."""
+        kinds = {name: next(iter(layers.values())).base.kind for name, layers in self.modules.items()}
+        kinds |= dict.fromkeys(self.attentions, ATTENTION)
+        return {name: kinds[name] for name in outline.modules if name in kinds}
+
+
+def units(adapter: SavedAdapter) -> Units:
+    """The adapter's layers by what PEFT adapts as one."""
+    found = Units({}, {}, {})
+    for name, layer in sorted(adapter.layers.items(), key=lambda item: (item[1].base.facts.get("rows", [0]), item[0])):
+        facts = layer.base.facts
+        owner, _, parameter = facts.get("parameter", "").rpartition(".")
+        if layer.base.kind != PARAMETER:
+            found.modules.setdefault(owner if "rows" in facts else name, {})[name] = layer
+        elif facts.get("of") != ATTENTION:
+            found.parameters.setdefault(facts["parameter"], {})[name] = layer
+        else:
+            module = owner.removesuffix("out_proj").removesuffix(".") if parameter == "weight" else owner
+            found.attentions.setdefault(module, {})[name] = layer
+    return found
+
+
+def inexpressible(adapter: SavedAdapter, found: Units, outline: Outline) -> list[str]:
+    """Every reason why an adapter cannot be written in PEFT's format."""
+    problems = []
+    modules = {**found.modules, **found.attentions}
+    layers = adapter.layers.values()
+    # PEFT has no dropout where it adapts attention, whatever the config says
+    heard = [layer for part in (found.modules, found.parameters) for group in part.values() for layer in group.values()]
+    if "" in modules or "" in adapter.trained:
+        problems.append("the model itself is adapted, and PEFT names only modules inside a model")
+    if len({layer.settings["variant"] == "dora" for layer in layers}) > 1:
+        problems.append("some layers are DoRA and some are not, and PEFT has one setting for all")
+    if len({layer.settings["dropout"] for layer in heard}) > 1:
+        problems.append("layers differ in dropout, and PEFT has one setting for all")
+    reasons = [
+        *((name, reason) for name, layer in adapter.layers.items() for reason in _of_layer(layer)),
+        *_of_attentions(found, outline),
+        *(_of_parameters(found, outline) if outline.whole else ()),
+    ]
+    problems += [f"{name!r}: {reason}" for name, reason in reasons]
+    problems += _of_transposition(found, outline)
+    problems += [] if outline.whole else _of_unknown_modules(found)
+    owners = _owners(found)
+    for path in adapter.trained:
+        trained_reasons = _of_trained(path, adapter, sorted(modules), outline)
+        if path in outline.containers:
+            trained_reasons.append("PEFT trains only modules with a forward of their own in full")
+        inside = [outer for outer in around(path) if outer in owners]
+        trained_reasons += [f"PEFT does not find it inside {owner!r}, whose parameters it adapts" for owner in inside]
+        problems += [f"train_also {path!r}: {reason}" for reason in trained_reasons]
+    unknown = sorted(set(adapter.metadata) - set(USER_FIELDS))
+    problems += [f"metadata {name!r}: PEFT's config has no such field; it knows {USER_FIELDS}" for name in unknown]
+    return problems
+
+
+def _owners(found: Units) -> list[str]:
+    return list(dict.fromkeys(name.rpartition(".")[0] for name in found.parameters))
+
+
+def _of_layer(layer: SavedLayer) -> Iterator[str]:
+    base, variant = layer.base, layer.settings["variant"]
+    dora = variant == "dora"
+    if not (dora or only_adds(variant)):
+        yield f"PEFT has no variant {variant!r}; save a .safetensors file, or merge it"
+    if "max_norm" in base.facts:
+        yield "PEFT adds the update of an embedding after applying max_norm, this library before"
+    if base.kind.startswith("ConvTranspose"):
+        yield f"PEFT has no adapter for {base.kind}"
+    elif dora and "groups" in base.facts:
+        yield GROUPED_DORA
+    if dora and (base.kind == PARAMETER or "rows" in base.facts):
+        yield "PEFT has no DoRA for parameters, attention modules and blocks of rows"
+
+
+def _of_attentions(found: Units, outline: Outline) -> Iterator[tuple[str, str]]:
+    for module, parts in found.attentions.items():
+        if "in_proj_weight" not in outline.modules.get(module, ()):
+            reason = "PEFT adapts attention only where q, k and v have one weight together, in_proj_weight"
+            yield from ((name, reason) for name in parts)
+
+
+def _of_parameters(found: Units, outline: Outline) -> Iterator[tuple[str, str]]:
+    owners, adapted = set(_owners(found)), {**found.modules, **found.attentions}
+    # PEFT looks among the parameters of its own adapters too
+    others = [*outline.parameters(), *(f"{name}.lora_{part}.default.weight" for name in adapted for part in "AB")]
+    alike: dict[str, list[str]] = {}
+    for other in others:
+        for ending in endings(other):
+            if ending in found.parameters and other not in found.parameters:
+                alike.setdefault(ending, []).append(other)
+    for full, layers in found.parameters.items():
+        owner = full.rpartition(".")[0]
+        base = next(iter(layers.values())).base
+        reasons = [stack_refusal(base, owner in outline.transposed)]
+        if not owner:
+            reasons.append("PEFT adapts no parameter of the model itself, only of modules inside it")
+        if owner in outline.uncalled:
+            reasons.append(f"PEFT adapts a parameter while its module is called, and {owner!r} has no forward")
+        if ".base_layer" in f".{owner}":
+            reasons.append("PEFT takes 'base_layer' in a name for its own")
+        if owner in adapted:
+            reasons.append(f"PEFT adapts either {owner!r} or its parameters")
+        outer = [other for other in around(owner) if other in owners]
+        reasons += [
+            f"PEFT cannot adapt it together with parameters of {other!r}, which is around it" for other in outer
+        ]
+        reasons += [f"PEFT would adapt {name!r} too, which ends in the same" for name in alike.get(full, ())]
+        yield from ((name, reason) for name in layers for reason in reasons if reason is not None)
+
+
+def _of_transposition(found: Units, outline: Outline) -> Iterator[str]:
+    """Where fan_in_fan_out, which PEFT switches from layer to layer, is on for something that it does not fit."""
+    kinds = found.kinds(outline)
+    states = fan_in_fan_out(kinds, starts_transposed(found))
+    for name in found.attentions:
+        if states.get(name):
+            yield f"{name!r}: PEFT would transpose its out_proj, because the linear layer before it is a transposed one"
+    if found.parameters and any(list(states.values())[-1:]):
+        yield (
+            f"{sorted(found.parameters)}: PEFT adapts no parameters of a model whose last adapted linear layer is a "
+            "transposed one"
+        )
+
+
+def _of_unknown_modules(found: Units) -> Iterator[str]:
+    """What PEFT does according to parts of the model that are not known."""
+    for full in found.parameters:
+        yield f"{full!r}: how PEFT adapts a parameter depends on its module; {_LOAD}"
+    if found.attentions and any(layer.base.kind == "TransposedLinear" for layer in _module_layers(found)):
+        yield f"{sorted(found.attentions)}: PEFT may transpose out_proj, by the order of the layers; {_LOAD}"
+
+
+_LOAD = "load the adapter into its model and save it from there"
+
+
+def _module_layers(found: Units) -> Iterator[SavedLayer]:
+    return (layer for group in found.modules.values() for layer in group.values())
+
+
+def starts_transposed(found: Units) -> bool:
+    """What the config says of fan_in_fan_out: the setting with which PEFT comes to the first layer."""
+    return any(layer.base.kind == "TransposedLinear" for layer in _module_layers(found)) and not found.attentions
+
+
+def _of_trained(path: str, adapter: SavedAdapter, modules: Sequence[str], outline: Outline) -> list[str]:
+    wrapped = [name for name in outline.names if name.endswith(path) and name not in adapter.trained]
+    reasons = [f"PEFT would take {name!r} for it, which ends in the same" for name in wrapped]
+    try:
+        # PEFT also reads the name as a regular expression, for modules that get no adapter
+        kept_out = re.compile(rf"(^|.*\.){path}($|\..*)")
+    except re.error:
+        return [*reasons, "PEFT reads the name as a regular expression, and it is not a valid one"]
+    hits = [name for name in modules if name not in wrapped and kept_out.match(name)]
+    return reasons + [f"PEFT reads the name as a regular expression, and {name!r} matches it" for name in hits]

@@ -1,0 +1,259 @@
+"""Reads the tensors of a PEFT folder, once its config is in order."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from lora_plus.errors import Problems, shortened
+from lora_plus.files.saved_adapter import SavedAdapter, SavedLayer
+from lora_plus.layers.base import PARAMETER, BaseLayer
+
+from .config import USER_FIELDS, fan_in_fan_out, settings_of, warn_of_ambiguous_patterns
+from .names import OUT_PROJECTION, PREFIX, Outline, around, endings, named_parameters, nesting, split_key
+from .tensors import (
+    ATTENTION,
+    GROUPED_DORA,
+    attention_from_peft,
+    convolution_from_peft,
+    parameter_from_peft,
+    tensor_name,
+)
+
+DOUBLED = "peft 0.21.2 adds the update of an nn.MultiheadAttention's out_proj twice, merged or not"
+
+
+def _endings_among(names: Iterable[str], entries: Iterable[str]) -> dict[str, list[str]]:
+    """The names that end in some of the entries, at a dot or not, with those."""
+    wanted = set(entries)
+    lengths = sorted(set(map(len, wanted)))
+    found = {name: [name[len(name) - length :] for length in lengths if length <= len(name)] for name in names}
+    kept = {name: [ending for ending in own if ending in wanted] for name, own in found.items()}
+    return {name: own for name, own in kept.items() if own}
+
+
+class Reader:
+    """Turns the tensors of one folder into an adapter.
+
+    Args:
+        config: the config, checked.
+        bases: every module and every place for an adapter by name, with its base layer if it can be adapted.
+        outline: the names of the model's parts.
+        repeats: whether a tensor equals the base model's own of this name; None if that cannot be told.
+        scale: the factor of B A that follows from a layer's settings; raises on settings that are not valid.
+        problems: list of what is wrong, to add to.
+    """
+
+    def __init__(
+        self,
+        config: dict[str, Any],
+        bases: Mapping[str, BaseLayer | None],
+        outline: Outline,
+        repeats: Callable[[str, Tensor], bool | None],
+        scale: Callable[[dict[str, Any]], float],
+        problems: list[str],
+    ) -> None:
+        self.config, self.bases, self.outline, self.scale, self.problems = config, bases, outline, scale, problems
+        self.repeats = repeats
+        entries = config.get("target_parameters") or []
+        self.parameters = dict.fromkeys(named_parameters(entries, outline))
+        named = {end for full in self.parameters for end in (full, *endings(full))}
+        self.problems += [
+            f"target_parameters {entry!r} names no parameter inside the model"
+            for entry in entries
+            if entry not in named
+        ]
+        self.nesting = nesting(self.parameters, outline)
+        self.paths = self.nesting.paths()
+        self.unsure: list[str] = []
+        """Weights of the base model that cannot be compared with its own."""
+        self.attentions: dict[str, dict[str, BaseLayer]] = {}
+        for name, base in bases.items():
+            if base is not None and base.kind == PARAMETER and base.facts.get("of") == ATTENTION:
+                self.attentions.setdefault(name.rpartition(".")[0], {})[name] = base
+
+    def read(self, tensors: dict[str, Tensor]) -> SavedAdapter:
+        """The adapter; it is not whole if there are problems."""
+        metadata = {name: self.config[name] for name in USER_FIELDS if isinstance(self.config.get(name), str)}
+        adapter = SavedAdapter({}, {}, metadata)
+        found = self._sort(tensors, adapter)
+        layers: dict[str, SavedLayer] = {}
+        for name in dict.fromkeys([*self.parameters, *found]):
+            if name not in self.parameters and self._attention_of(name) is not None:
+                continue
+            layer = self._layer(name, found.get(name, {}))
+            if layer is not None:
+                layers[name] = layer
+        attentions = list(dict.fromkeys(filter(None, map(self._attention_of, found))))
+        parts = {name: layer for module in attentions for name, layer in self._attention(module, found).items()}
+        adapter.layers = dict(sorted({**layers, **parts}.items()))
+        warn_of_ambiguous_patterns([*layers, *attentions], self.config)
+        self._warn_of_doubling(parts)
+        if self.unsure and not self.problems:
+            told = f"{', '.join(map(repr, self.unsure[:3]))}{' and more' * (len(self.unsure) > 3)}"
+            warnings.warn(
+                f"the file also has weights of the base model, {told}, which are passed over; whether they equal those "
+                "that the adapter is used with cannot be told here",
+                stacklevel=2,
+            )
+        return adapter
+
+    def _sort(self, tensors: dict[str, Tensor], adapter: SavedAdapter) -> dict[str, dict[str, Tensor]]:
+        """The tensors of adapters by what is adapted; those of modules trained in full go to ``adapter``."""
+        saved = self.config.get("modules_to_save") or []
+        entries_of = _endings_among(self.outline.names, saved)
+        there = {entry for found in entries_of.values() for entry in found}
+        absent = [entry for entry in saved if entry not in there]
+        order = {name: index for index, name in enumerate(entries_of)}
+        entries = [
+            shortened(str(self.config.get(field) or []), 200) for field in ("target_parameters", "modules_to_save")
+        ]
+        found: dict[str, dict[str, Tensor]] = {}
+        mentioned: set[str] = set()
+        for key, tensor in sorted(tensors.items()):
+            name = key.removeprefix(PREFIX)
+            split = split_key(name)
+            owner = min((module for module in around(name) if module in order), default=None, key=order.__getitem__)
+            if not key.startswith(PREFIX):
+                self.problems.append(f"tensor {key!r}: expected a name that starts with {PREFIX!r}")
+            elif split is not None:
+                path, part = split
+                adapted = self._adapted(path)
+                if adapted is None:
+                    self.problems.append(
+                        f"tensor {key!r}: {path!r} is neither a module nor where PEFT adapts a parameter with "
+                        f"target_parameters {entries[0]}"
+                    )
+                else:
+                    found.setdefault(adapted, {})[part] = tensor
+            elif owner is not None:
+                adapter.trained.setdefault(owner, {})[name.removeprefix(f"{owner}.")] = tensor
+            elif any(f".{entry}." in f".{name}" for entry in absent[: Problems.SHOWN]):
+                mentioned.update(entry for entry in absent[: Problems.SHOWN] if f".{entry}." in f".{name}")
+            else:
+                self._pass_over(key, tensor, f"neither part of an adapter nor of modules_to_save {entries[1]}")
+        # PEFT lists the names that heads usually have, of which a model has one
+        lost = [entry for entry in absent if entry in mentioned] if adapter.trained else absent
+        self.problems += [f"modules_to_save {entry!r}: the model has no such module" for entry in lost]
+        there -= {entry for name in adapter.trained for entry in entries_of[name]}
+        missing = [entry for entry in saved if entry in there]
+        self.problems += [f"modules_to_save {entry!r} has no tensors in the file" for entry in missing]
+        return found
+
+    def _pass_over(self, key: str, tensor: Tensor, what: str) -> None:
+        """Leave out a weight of the base model, which PEFT saves with adapters of embeddings; or say ``what`` it is."""
+        parts = key.removeprefix(PREFIX).split(".")
+        same = self.repeats(".".join(part for part in parts if part != "base_layer"), tensor)
+        if same is None and "base_layer" in parts:
+            self.unsure.append(key)
+        elif not same and "base_layer" in parts:
+            self.problems.append(
+                f"tensor {key!r} is one of the base model, which an adapter leaves alone, and differs from the "
+                "model's; load that weight into the model first, or save the adapter again with "
+                "save_embedding_layers=False"
+            )
+        elif not same:
+            self.problems.append(f"tensor {key!r} is {what}")
+
+    def _adapted(self, path: str) -> str | None:
+        """What PEFT has the adapter of at a path: a module, a parameter, or the out_proj inside an attention module."""
+        if path in self.paths:
+            return self.paths[path]
+        path = self.nesting.unwrapped(path)
+        if path in self.outline.names or self._attention_of(path) is not None:
+            return path
+        # a name that the model does not know at all is reported by whoever can say what it may have meant
+        return None if path in self.bases or "base_layer" in path.split(".") else path
+
+    def _attention_of(self, name: str) -> str | None:
+        """The attention module that an adapter belongs to; None if it is another layer's."""
+        module = name.removesuffix(OUT_PROJECTION)
+        return module if module in self.attentions else None
+
+    def _layer(self, name: str, found: dict[str, Tensor]) -> SavedLayer | None:
+        """The adapter of one layer or parameter with tensors in our shapes."""
+        base = self.bases.get(name)
+        stack = base.shape[0] if base is not None and name in self.parameters and len(base.shape) == 3 else 1
+        layer = self._checked(name, found, stack=stack)
+        if layer is None or base is None:
+            return layer  # the reader of the file reports modules that are not there or cannot be adapted
+        layer.base = base
+        if "max_norm" in base.facts:
+            self.problems.append(
+                f"{name!r}: PEFT adds the update of an embedding after applying max_norm, this library before"
+            )
+            return None
+        if base.kind.startswith("ConvTranspose"):
+            self.problems.append(f"{name!r}: PEFT has no adapter for {base.kind}")
+            return None
+        if "groups" in base.facts and layer.settings["variant"] == "dora":
+            self.problems.append(f"{name!r}: {GROUPED_DORA}")
+            return None
+        if name in self.parameters:
+            transposed = name.rpartition(".")[0] in self.outline.transposed
+            return parameter_from_peft(name, layer, transposed, self.problems)
+        return layer if len(base.shape) == 2 else convolution_from_peft(name, layer, self.problems)
+
+    def _attention(self, module: str, found: Mapping[str, dict[str, Tensor]]) -> dict[str, SavedLayer]:
+        """The adapters of an attention module's parts."""
+        parts = self.attentions[module]
+        if sum("rows" in base.facts for base in parts.values()) != 3:
+            self.problems.append(f"{module!r}: PEFT adapts attention only where q, k and v have one weight together")
+            return {}
+        layers = {name: self.bases.get(name) for name in self.outline.modules if name in found}
+        kinds = {name: "" if base is None else base.kind for name, base in layers.items()}
+        if fan_in_fan_out(kinds, bool(self.config.get("fan_in_fan_out"))).get(module):
+            self.problems.append(
+                f"{module!r}: PEFT transposes the update of its out_proj, because fan_in_fan_out is on for it"
+            )
+            return {}
+        whole = self._checked(module, found.get(module, {}))
+        last = self._checked(module, found.get(module + OUT_PROJECTION, {}), prefix=f"{OUT_PROJECTION[1:]}.")
+        if whole is None or last is None:
+            return {}
+        return attention_from_peft(module, parts, whole, last.tensors, self.problems)
+
+    def _checked(self, name: str, found: dict[str, Tensor], *, prefix: str = "", stack: int = 1) -> SavedLayer | None:
+        """The tensors of one adapter with what the config says of it, still without a base."""
+        settings = settings_of(name, self.config)
+        wanted = ("lora_A", "lora_B", "lora_magnitude")[: 3 if settings["variant"] == "dora" else 2]
+        missing = [part for part in wanted if part not in found]
+        extra = [part for part in found if part not in wanted]
+        self.problems += [f"{name!r}: {prefix}{tensor_name(part)} is missing" for part in missing]
+        self.problems += [f"{name!r}: {prefix}{tensor_name(part)} is there, but use_dora is not set" for part in extra]
+        if missing or extra:
+            return None
+        flat = [part for part in ("lora_A", "lora_B") if found[part].ndim < 2]
+        if flat:
+            shapes = [f"{prefix}{tensor_name(part)} has shape {tuple(found[part].shape)}" for part in flat]
+            self.problems.append(f"{name!r}: {' and '.join(shapes)}, expected two dimensions or more")
+            return None
+        r = found["lora_A"].shape[0] / stack
+        there = name in self.attentions or self.bases.get(name) is not None
+        if there and settings["r"] != r:
+            self.problems.append(f"{name!r}: rank {r:g} in the file, {settings['r']} in the config")
+            return None
+        if name in self.parameters or self._attention_of(name) is not None:
+            if settings["variant"] == "dora":
+                self.problems.append(f"{name!r}: PEFT has no DoRA for parameters and attention modules")
+                return None
+            settings["dropout"] = 0.0  # PEFT has none there, whatever the config says
+        try:
+            factor = self.scale(settings)
+        except (TypeError, ValueError, OverflowError) as error:
+            self.problems.append(f"{name!r}: {error}")
+            return None
+        return SavedLayer(BaseLayer("", "", ()), settings, factor, found)
+
+    def _warn_of_doubling(self, parts: Mapping[str, SavedLayer]) -> None:
+        """Warn of output projections that were trained with twice their update."""
+        names = [name for name, layer in parts.items() if "rows" not in layer.base.facts]
+        if names and self.config.get("peft_version"):
+            warnings.warn(
+                f"the file says W + s B A of {', '.join(map(repr, names))}, which is what is loaded, but {DOUBLED}; if "
+                "it was trained there, double their lora_B to compute the same",
+                stacklevel=2,
+            )

@@ -1,0 +1,278 @@
+"""The tensors of PEFT's adapters: from ours, one matrix each, to PEFT's shapes, and back.
+
+What goes to PEFT is a `SavedLayer` whose tensors have the names that PEFT's keys end in. PEFT has one adapter for a
+whole layer, and one for both weights of an attention module, so several of ours become one of higher rank there: their
+A are stacked, and B has a block for each, with zeros elsewhere.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from functools import reduce
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lora_plus.files.saved_adapter import SavedLayer, most_common
+from lora_plus.layers.base import BaseLayer
+from lora_plus.tensors.matrix import accumulation_dtype, matrix_shape
+
+from .names import OUT_PROJECTION
+
+ATTENTION = "MultiheadAttention"
+
+GROUPED_DORA = "PEFT's DoRA of a grouped convolution divides by the norm of another weight than W + s B A"
+"""Its product of B and A does not go by the groups (``_DoraConvNdLayer.get_lora_weight``)."""
+
+_WEIGHTS = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "lora_magnitude": "lora_magnitude_vector"}
+_EMBEDDING = _WEIGHTS | {"lora_A": "lora_embedding_A", "lora_B": "lora_embedding_B"}
+
+
+# ---- to PEFT ---------------------------------------------------------------------------------------------------------
+
+
+def at_rank(settings: Mapping[str, Any], r: int) -> dict[str, Any]:
+    """The settings that give an adapter of another rank the same scale."""
+    ratio = r / settings["r"]
+    alpha = settings["alpha"] * (math.sqrt(ratio) if settings["scaling"] == "rslora" else ratio)
+    return {**settings, "r": r, "alpha": alpha}
+
+
+def layer_to_peft(layer: SavedLayer) -> SavedLayer:
+    """An adapter of a linear layer, an embedding or a convolution."""
+    shape, groups = layer.base.shape, layer.base.facts.get("groups", 1)
+    names = _EMBEDDING if layer.base.kind == "Embedding" else _WEIGHTS
+    tensors, settings = dict(layer.tensors), layer.settings
+    if len(shape) > 2:
+        A, B = tensors["lora_A"].reshape(-1, *shape[1:]), tensors["lora_B"]  # (r, in / groups, *kernel), (out, r)
+        r, per_group = A.shape[:2]
+        if groups > 1:
+            # PEFT's A sees the channels of all groups: once per group, zero outside that group's channels
+            blocks = A.new_zeros(groups, r, groups, per_group, *shape[2:])
+            for group in range(groups):
+                blocks[group, :, group] = A
+            A = blocks.reshape(groups * r, groups * per_group, *shape[2:])
+            settings = settings | {"r": groups * r, "alpha": layer.scale * groups * r, "scaling": "standard"}
+        pointwise = [1] * (len(shape) - 2)
+        tensors |= {"lora_A": A, "lora_B": B.reshape(*B.shape, *pointwise)}
+        if "lora_magnitude" in tensors:
+            tensors["lora_magnitude"] = tensors["lora_magnitude"].reshape(1, -1, *pointwise)
+    return SavedLayer(layer.base, settings, layer.scale, {names[name]: tensor for name, tensor in tensors.items()})
+
+
+def join_rows(blocks: Sequence[SavedLayer]) -> SavedLayer:
+    """Adapters of rows of one weight as one adapter of the whole; blocks that have the same A share it there."""
+    base, reference = blocks[0].base, _reference(blocks)
+    distinct: list[Tensor] = []
+    for block in blocks:
+        if not any(_same(block.tensors["lora_A"], A) for A in distinct):
+            distinct.append(block.tensors["lora_A"])
+    starts = [sum(len(A) for A in distinct[:index]) for index in range(len(distinct))]
+    scaled = [rescaled(block, reference.scale) for block in blocks]
+    dtype = reduce(torch.promote_types, (B.dtype for B in scaled))
+    rank, out_features = sum(map(len, distinct)), matrix_shape(base.layout, base.shape)[0]
+    joined = torch.zeros(out_features, rank, dtype=dtype, device=scaled[0].device)
+    for block, B in zip(blocks, scaled, strict=True):
+        first = next(start for start, A in zip(starts, distinct, strict=True) if _same(block.tensors["lora_A"], A))
+        rows = slice(*block.base.facts["rows"])
+        joined[rows, first : first + B.shape[1]] = B.to(dtype)
+    whole = BaseLayer(base.kind, base.layout, base.shape, {k: v for k, v in base.facts.items() if k != "rows"})
+    settings = at_rank(reference.settings, rank)
+    return SavedLayer(whole, settings, reference.scale, {"lora_A": torch.cat(distinct), "lora_B": joined})
+
+
+def attention_to_peft(parts: Sequence[SavedLayer]) -> SavedLayer:
+    """The adapters of an attention module; PEFT has one rank and one alpha for both of its weights.
+
+    The weight of lower rank is filled up with zeros, also if it has no adapter at all.
+    """
+    reference = _reference(parts)
+    blocks = [part for part in parts if "rows" in part.base.facts]
+    last = next((part for part in parts if "rows" not in part.base.facts), None)
+    width = parts[0].base.shape[1]
+    like = parts[0].tensors["lora_A"]
+    A = C = like.new_zeros(0, width)  # (r, d)
+    B, D = like.new_zeros(3 * width, 0), like.new_zeros(width, 0)  # (3 d, r), (d, r)
+    if blocks:
+        joined = join_rows(blocks)
+        A, B = joined.tensors["lora_A"], rescaled(joined, reference.scale)
+    if last is not None:
+        C, D = last.tensors["lora_A"], rescaled(last, reference.scale)
+    r = max(len(A), len(C))
+    tensors = {
+        "lora_A.weight": F.pad(A, (0, 0, 0, r - len(A))),
+        "lora_B.weight": F.pad(B, (0, r - B.shape[1])),
+        f"{OUT_PROJECTION[1:]}.lora_A.weight": F.pad(C, (0, 0, 0, r - len(C))),
+        f"{OUT_PROJECTION[1:]}.lora_B.weight": F.pad(D, (0, r - D.shape[1])),
+    }
+    base = BaseLayer(ATTENTION, parts[0].base.layout, (3 * width, width))
+    return SavedLayer(base, at_rank(reference.settings, r), reference.scale, tensors)
+
+
+def parameter_to_peft(layer: SavedLayer, transposed: bool) -> SavedLayer:
+    """An adapter of a parameter: a matrix, or a stack of them whose members lie side by side in PEFT's tensors.
+
+    Args:
+        layer: the adapter.
+        transposed: whether PEFT takes stacks in this module for (stack, in, out).
+    """
+    A, B = layer.tensors["lora_A"], layer.tensors["lora_B"]
+    if A.ndim == 2:
+        A, B = A[None], B[None]  # (stack, r, in), (stack, out, r)
+    if is_read_transposed(layer.base, transposed):
+        A, B = B.mT, A.mT
+    tensors = {"lora_A.weight": A.flatten(0, 1), "lora_B.weight": B.permute(1, 2, 0).flatten(1)}
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    return SavedLayer(layer.base, layer.settings, layer.scale, contiguous)
+
+
+def is_read_transposed(base: BaseLayer, transposed: bool) -> bool:
+    """Whether PEFT takes a parameter's in for its out, so that A and B trade places."""
+    stored, viewed = (axes.split() for axes in base.layout.split(" -> "))
+    out_axis = len(stored) - (1 if transposed and len(stored) == 3 else 2)
+    return stored.index(viewed[-2]) != out_axis
+
+
+def _reference(layers: Sequence[SavedLayer]) -> SavedLayer:
+    """One of the layers that have the most common scale."""
+    scale = most_common([layer.scale for layer in layers])
+    return next(layer for layer in layers if layer.scale == scale)
+
+
+def rescaled(layer: SavedLayer, scale: float) -> Tensor:
+    """The B that gives the layer's update under another scale."""
+    B = layer.tensors["lora_B"]
+    return B if layer.scale == scale else B.to(accumulation_dtype(B.dtype)) * (layer.scale / scale)
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return one.dtype == other.dtype and torch.equal(one, other)
+
+
+# ---- from PEFT -------------------------------------------------------------------------------------------------------
+
+
+def convolution_from_peft(path: str, layer: SavedLayer, problems: list[str]) -> SavedLayer | None:
+    """An adapter of a convolution with tensors in our shapes."""
+    shape, groups = layer.base.shape, layer.base.facts.get("groups", 1)
+    A, B, r = layer.tensors["lora_A"], layer.tensors["lora_B"], layer.settings["r"]
+    pointwise = [1] * (len(shape) - 2)
+    expected = {
+        "lora_A": (r, shape[1] * groups, *shape[2:]),
+        "lora_B": (shape[0], r // groups, *pointwise),
+        "lora_magnitude": (1, shape[0], *pointwise),
+    }
+    wrong = _wrong_shapes(path, layer.tensors, expected)
+    if wrong or r % groups:
+        problems += wrong or [f"{path!r}: rank {r} is not a multiple of its {groups} groups"]
+        return None
+    settings = layer.settings
+    rows, B = A.flatten(1), B.flatten(1)
+    if groups > 1:
+        blocks = A.reshape(groups, r // groups, groups, -1)  # (block of rows, row, group of channels, channel)
+        own = torch.stack([blocks[group, :, group] for group in range(groups)])
+        if torch.count_nonzero(blocks) != torch.count_nonzero(own):
+            problems.append(f"{path!r}: the adapter mixes the channels of groups, which a grouped weight cannot hold")
+            return None
+        if all(torch.equal(block, own[0]) for block in own):
+            rows = own[0]
+        else:
+            # our groups share one A: it holds the rows of all groups, and B picks each group's own
+            rows, small = own.flatten(0, 1), B.reshape(groups, -1, r // groups)
+            B = torch.block_diag(*small)
+        settings = settings | {"r": len(rows), "alpha": layer.scale * len(rows), "scaling": "standard"}
+    tensors = {"lora_A": rows.contiguous(), "lora_B": B.contiguous()}
+    if "lora_magnitude" in layer.tensors:
+        tensors["lora_magnitude"] = layer.tensors["lora_magnitude"].flatten()
+    return SavedLayer(layer.base, settings, layer.scale, tensors)
+
+
+def attention_from_peft(
+    path: str,
+    parts: Mapping[str, BaseLayer],
+    whole: SavedLayer,
+    last: Mapping[str, Tensor],
+    problems: list[str],
+) -> dict[str, SavedLayer]:
+    """The adapters of an attention module's parts; of a weight whose A and B are both zero, none.
+
+    Args:
+        path: the module.
+        parts: its parts by name.
+        whole: PEFT's adapter, with the tensors of the first weight, which q, k and v share.
+        last: the tensors of the output projection.
+        problems: list to add to.
+    """
+    r, width = whole.settings["r"], next(iter(parts.values())).shape[1]
+    wrong = _wrong_shapes(path, whole.tensors, {"lora_A": (r, width), "lora_B": (3 * width, r)})
+    wrong += _wrong_shapes(path, last, {"lora_A": (r, width), "lora_B": (width, r)}, f"{OUT_PROJECTION[1:]}.")
+    if wrong:
+        problems += wrong
+        return {}
+    # nothing starts with both at zero: PEFT has no other way to say that a weight has no adapter
+    zero = [not any(map(torch.count_nonzero, tensors.values())) for tensors in (whole.tensors, last)]
+    layers = {}
+    for name, base in parts.items():
+        is_last = "rows" not in base.facts
+        if zero[is_last] and not all(zero):
+            continue
+        source = last if is_last else whole.tensors
+        rows = slice(None) if is_last else slice(*base.facts["rows"])
+        tensors = {"lora_A": source["lora_A"].clone(), "lora_B": source["lora_B"][rows].clone()}
+        layers[name] = SavedLayer(base, dict(whole.settings), whole.scale, tensors)
+    return layers
+
+
+def parameter_from_peft(path: str, layer: SavedLayer, transposed: bool, problems: list[str]) -> SavedLayer | None:
+    """An adapter of a parameter with tensors in our shapes."""
+    r, shape = layer.settings["r"], layer.base.shape
+    reason = stack_refusal(layer.base, transposed)
+    if reason is not None:
+        problems.append(f"{path!r}: {reason}")
+        return None
+    stack = shape[0] if len(shape) == 3 else 1
+    out_features, in_features = shape[-1:-3:-1] if transposed and len(shape) == 3 else shape[-2:]
+    expected = {"lora_A": (r * stack, in_features), "lora_B": (out_features, r * stack)}
+    wrong = _wrong_shapes(path, layer.tensors, expected)
+    if wrong:
+        problems += wrong
+        return None
+    A = layer.tensors["lora_A"].reshape(stack, r, in_features)
+    B = layer.tensors["lora_B"].reshape(out_features, r, stack).permute(2, 0, 1)
+    if is_read_transposed(layer.base, transposed):
+        A, B = B.mT, A.mT
+    if len(shape) == 2:
+        A, B = A[0], B[0]
+    tensors = {"lora_A": A.contiguous(), "lora_B": B.contiguous()}
+    return SavedLayer(layer.base, layer.settings, layer.scale, tensors)
+
+
+def stack_refusal(base: BaseLayer, transposed: bool) -> str | None:
+    """Why PEFT's update of a parameter is not one of ours; None if it is."""
+    if "(" in base.layout:
+        return f"PEFT takes the weight of shape {base.shape} for a stack of matrices, and it is one"
+    if transposed and len(base.shape) == 3 and base.shape[0] == 1:
+        return "PEFT adds the update of a single expert the wrong way round where is_transposed is set"
+    return None
+
+
+def _wrong_shapes(
+    path: str, tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]], prefix: str = ""
+) -> list[str]:
+    return [
+        f"{path!r}: {prefix}{_WEIGHTS[name]} has shape {tuple(tensor.shape)}, expected {expected[name]}"
+        for name, tensor in tensors.items()
+        if tuple(tensor.shape) != expected[name]
+    ] + [
+        f"{path!r}: {prefix}{_WEIGHTS[name]} is {tensor.dtype}, which nothing is computed with"
+        for name, tensor in tensors.items()
+        if tensor.dtype.itemsize < 2
+    ]
+
+
+def tensor_name(part: str) -> str:
+    """How a file calls one of the tensors of an adapter."""
+    return _WEIGHTS[part]

@@ -1,0 +1,78 @@
+"""An adapter in the form that most readers of PEFT's format understand: one rank, one alpha, and no pattern."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+
+from lora_plus.tensors.matrix import accumulation_dtype
+from lora_plus.tensors.variant import only_adds
+
+from .peft.tensors import join_rows, rescaled
+from .saved_adapter import SavedAdapter, SavedLayer
+
+
+def portable(adapter: SavedAdapter, dtype: torch.dtype | None = None) -> SavedAdapter:
+    """The same adapter with one rank r on every layer and alpha = r, so that the update of each is just B A.
+
+    Scales are multiplied into B. Lower ranks are filled up with rows of zeros in A and columns of zeros in B, which is
+    exact, for DoRA too, whose magnitudes stay. Adapters of rows of one weight become one of all its rows. Dropout is
+    gone. PEFT's rank of a grouped convolution is that of all its groups together, and it is that rank which is r.
+
+    Args:
+        adapter: the adapter.
+        dtype: of A, B and the magnitudes; they are computed in float32 or better and rounded to it at the end. None
+            for float32, or float64 where the adapter is. Modules trained in full keep theirs.
+    """
+    layers = _whole_weights({name: _at_scale_one(layer) for name, layer in adapter.layers.items()})
+    groups = {name: layer.base.facts.get("groups", 1) for name, layer in layers.items()}
+    largest = max(layer.settings["r"] * groups[name] for name, layer in layers.items())
+    step = math.lcm(*groups.values())
+    r = math.ceil(largest / step) * step
+    padded = {name: _padded(layer, r // groups[name], dtype) for name, layer in layers.items()}
+    return SavedAdapter(padded, adapter.trained, adapter.metadata)
+
+
+def rank(adapter: SavedAdapter) -> int:
+    """The one rank, as PEFT counts it, of a portable adapter."""
+    layer = next(iter(adapter.layers.values()))
+    return layer.settings["r"] * layer.base.facts.get("groups", 1)
+
+
+def _at_scale_one(layer: SavedLayer) -> SavedLayer:
+    settings = {**layer.settings, "alpha": layer.settings["r"], "scaling": "standard", "dropout": 0.0}
+    if only_adds(layer.settings["variant"]):
+        settings["variant"] = "lora"  # how it was trained makes no difference to who reads it
+    return SavedLayer(layer.base, settings, 1.0, {**layer.tensors, "lora_B": rescaled(layer, 1.0)})
+
+
+def _whole_weights(layers: dict[str, SavedLayer]) -> dict[str, SavedLayer]:
+    """The layers, with blocks of rows of one weight as one block, which has all rows, under the weight's name."""
+    whole, blocks = dict[str, SavedLayer](), dict[str, list[SavedLayer]]()
+    for name, layer in layers.items():
+        if "rows" in layer.base.facts:
+            blocks.setdefault(layer.base.facts["parameter"], []).append(layer)
+        else:
+            whole[name] = layer
+    return whole | {name: _joined(several) for name, several in blocks.items()}
+
+
+def _joined(blocks: Sequence[SavedLayer]) -> SavedLayer:
+    layer = join_rows(blocks)
+    rows = [0, len(layer.tensors["lora_B"])]
+    return replace(layer, base=replace(layer.base, facts={**layer.base.facts, "rows": rows}))
+
+
+def _padded(layer: SavedLayer, r: int, dtype: torch.dtype | None) -> SavedLayer:
+    """The layer at rank r, with its tensors in one dtype."""
+    more = r - layer.settings["r"]
+    tensors = dict(layer.tensors)
+    tensors["lora_A"] = F.pad(tensors["lora_A"], (0, 0, 0, more))  # (..., r, in)
+    tensors["lora_B"] = F.pad(tensors["lora_B"], (0, more))  # (..., out, r)
+    dtype = dtype or accumulation_dtype(*(tensor.dtype for tensor in tensors.values()))
+    cast = {name: tensor.to(dtype) for name, tensor in tensors.items()}
+    return SavedLayer(layer.base, {**layer.settings, "r": r, "alpha": r}, layer.scale, cast)

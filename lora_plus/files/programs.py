@@ -1,0 +1,77 @@
+"""Programs that open PEFT folders: what each of them takes, as read in their sources.
+
+vLLM: ``lora/lora_model.py`` at 0306474, ``lora/layers/vocab_parallel_embedding.py`` at 0332189, ``lora/peft_helper.py``
+of its latest documentation and ``config/lora.py`` of 0.14's. llama.cpp: ``convert_lora_to_gguf.py`` at 0b03ada and
+``src/llama-adapter.h`` at 215841f. Both have one rank and one alpha for a whole folder, and pass over the patterns of
+a config in silence, so what they are given is a `portable` adapter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from .portable import rank
+from .saved_adapter import SavedAdapter
+
+
+@dataclass(frozen=True)
+class Reader:
+    """What a program takes of PEFT's format; by default all of it."""
+
+    name: str
+    kinds: tuple[str, ...] = ()
+    """The kinds of layers that it takes adapters of; empty for all of PEFT's."""
+    plain: bool = False
+    """Whether it takes plain LoRA only: no other variant, and no modules trained in full."""
+    ranks: tuple[int, ...] = ()
+    """What its largest rank can be set to, in order; empty if it takes any rank."""
+    options: str = ""
+    """How it is started; ``{rank}`` is the setting for the largest rank."""
+    needs_base: bool = False
+    """Whether it finds the base model by the name in the folder."""
+    unties: bool = True
+    """Whether one of two layers with the same weight can have an adapter of its own."""
+
+
+READERS = {
+    "peft": Reader("PEFT"),
+    "vllm": Reader(
+        "vLLM",
+        kinds=("Linear", "TransposedLinear", "Embedding"),
+        plain=True,
+        ranks=(1, 8, 16, 32, 64, 128, 256, 320, 512),
+        options="--enable-lora --max-lora-rank {rank}",
+    ),
+    # it transposes A and B together with the weight of a TransposedLinear, but PEFT's are those of (out, in) already
+    "llama.cpp": Reader("llama.cpp", kinds=("Linear", "Embedding"), plain=True, needs_base=True, unties=False),
+}
+
+
+def limits(reader: Reader, adapter: SavedAdapter, tied: Mapping[str, str]) -> Iterator[str]:
+    """Why a reader does not take an adapter, beyond what PEFT's format cannot express.
+
+    Args:
+        reader: the reader.
+        adapter: a portable adapter.
+        tied: by the name of a layer, another name of its weight.
+    """
+    for name, layer in adapter.layers.items():
+        if reader.kinds and layer.base.kind not in reader.kinds:
+            yield f"{name!r}: {reader.name} takes adapters of {', '.join(reader.kinds)}, not of {layer.base.kind}"
+        if not reader.unties and name in tied:
+            yield f"{name!r}: its weight is also {tied[name]!r}, and {reader.name} has one tensor for both"
+    if reader.plain:
+        variants = sorted({layer.settings["variant"] for layer in adapter.layers.values()} - {"lora"})
+        yield from (f"{reader.name} has no {variant}, which layers of the adapter are" for variant in variants)
+        yield from (f"train_also {path!r}: {reader.name} takes no modules trained in full" for path in adapter.trained)
+    r = rank(adapter)
+    if reader.ranks and r > reader.ranks[-1]:
+        yield f"its rank is {r}, and {reader.name} takes {reader.ranks[-1]} at most; see resize_adapter"
+    if reader.needs_base and not adapter.metadata.get("base_model_name_or_path"):
+        yield f"{reader.name} looks up the config of the base model; give its name or folder as base_model"
+
+
+def options(reader: Reader, r: int) -> str:
+    """How a reader is started for an adapter of rank r."""
+    return reader.options.format(rank=next((largest for largest in reader.ranks if largest >= r), r))

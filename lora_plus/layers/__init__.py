@@ -1,0 +1,1 @@
+"""One module and its adapters: kinds of layers, adapted weights, merged state."""

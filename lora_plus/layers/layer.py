@@ -1,0 +1,382 @@
+"""What all LoRA layers share: how a plain layer becomes one, what it computes, how it is restored.
+
+A layer object is turned into a LoRA layer in place, by assigning its ``__class__``, so that references, hooks, tied
+weights, base parameter names and ``isinstance`` stay as they were. The kinds of layer are in `layers`.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING, Any, ClassVar
+from weakref import WeakValueDictionary
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lora_plus.model.storage import whole, without_values
+from lora_plus.tensors import matrix as functional
+from lora_plus.tensors.init import PRINCIPAL, Init
+from lora_plus.tensors.new_adapter import new_tensors
+from lora_plus.tensors.random_state import draws
+from lora_plus.tensors.variant import VARIANTS, AdapterSpec
+
+from .adapter_tensors import check_adapter_name
+from .assigned_forward import AssignedForward
+from .calls import Calls
+from .class_swap import swap_class
+from .freezing import set_requires_grad
+from .fused_kernels import check_not_fused, keep_out_of_fused_kernels, let_into_fused_kernels
+from .shallow_copy import shallow_copy
+from .weight import AdaptedWeight
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+_OWN_FORWARDS = Calls()
+"""The layers whose own forward runs in this thread: where it calls its layer, as on parts of x, that is the base's."""
+
+
+class LoRALayer(AssignedForward, AdaptedWeight):
+    """Adapters beside a frozen base layer, and a forward that adds them to what the base computes.
+
+    Abstract: a kind derives from this class and from its base layer, in this order.
+
+    Constructed directly, a LoRA layer takes the arguments of its base layer (``device`` and ``dtype`` are those of the
+    base's parameters, which are frozen) and r, alpha, dropout, scaling, init, variant, adapter and generator as in
+    `inject_lora`.
+    """
+
+    _derived_from: ClassVar[type[LoRALayer] | None] = None
+    """The kind, for a class that was made for a user's own layer class."""
+    lora_arguments: ClassVar[tuple[str, ...]] = ()
+    """The names of the forward's arguments; the first one is what the update acts on."""
+    channel: ClassVar[int] = -1
+    """The dimension of the output that the matrix's rows lie along."""
+    linear_low_rank: ClassVar[bool] = False
+    """Whether the layer is a linear map of its input's last dimension, and `low_rank` is `linear_update`."""
+
+    # ---- what a kind states ------------------------------------------------------------------------------------
+
+    def low_rank(self, x: Tensor, A: Tensor, B: Tensor, scale: float, dropout: float, y: Tensor) -> Tensor:
+        """The update ``scale * B A`` applied to the layer's input; A and B come in the compute dtype.
+
+        ``y`` is the base's output, for its shape.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def known_forward(cls) -> Any:
+        """The forward that computes ``W x`` and the bias, and nothing else."""
+        return cls.base_class.forward
+
+    def trial_input(self) -> Tensor | None:
+        """A small input for trying out a forward that is not torch's; None if the kind has no idea of one."""
+        return None
+
+    @classmethod
+    def fits(cls, module: nn.Module) -> bool:
+        """Whether this kind can adapt the layer."""
+        return isinstance(module, cls.base_class)
+
+    @classmethod
+    def unfit(cls, layer: nn.Module) -> str | None:
+        """Why this layer of the kind cannot be adapted, as a noun phrase; None if it can."""
+        return None
+
+    @classmethod
+    def matrix_of(cls, layer: nn.Module, *, values: bool = True) -> Tensor:
+        """The layer's weight, detached, in its matrix view; without values only shape, dtype and device count."""
+        weight = layer.weight
+        assert isinstance(weight, Tensor)
+        return functional.to_matrix(weight.detach(), cls.layout)
+
+    @classmethod
+    def stored_shape(cls, layer: nn.Module) -> tuple[int, ...]:
+        """The shape of the weight as the layer's class stores it."""
+        weight = layer.weight
+        assert isinstance(weight, Tensor)
+        return tuple(weight.shape)
+
+    @classmethod
+    def no_update(cls, layer: nn.Module) -> int | None:
+        """The column of A that gets no update at the start, if there is one."""
+        return None
+
+    @classmethod
+    def kind_name(cls) -> str:
+        """What files call this kind of layer."""
+        return next(parent for parent in cls.__mro__ if "layout" in parent.__dict__).__name__.removeprefix("LoRA")
+
+    @classmethod
+    def base_facts(cls, module: nn.Module) -> dict[str, Any]:
+        """What a file must say of the base layer, besides layout and shape, to be read without the model."""
+        return {}
+
+    # ---- how a layer becomes one -------------------------------------------------------------------------------
+
+    @draws
+    def __init__(
+        self,
+        *base_args: Any,
+        r: int = 8,
+        alpha: float = 16,
+        dropout: float = 0.0,
+        scaling: str = "standard",
+        init: str | Init = "kaiming",
+        variant: str = "lora",
+        adapter: str = "default",
+        generator: torch.Generator | None = None,
+        **base_kwargs: Any,
+    ) -> None:
+        super().__init__(*base_args, **base_kwargs)
+        check_adapter_name(adapter)
+        spec = AdapterSpec(r=r, alpha=alpha, scaling=scaling, variant=variant, dropout=dropout)
+        tensors = self.new_tensors(self, spec, init=init, generator=generator)
+        self.start()
+        self._stand_alone(adapter, spec, tensors)
+
+    @classmethod
+    @draws
+    def from_layer(
+        cls,
+        layer: nn.Module,
+        *,
+        r: int = 8,
+        alpha: float = 16,
+        dropout: float = 0.0,
+        scaling: str = "standard",
+        init: str | Init = "kaiming",
+        variant: str = "lora",
+        adapter: str = "default",
+        dtype: torch.dtype | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Self:
+        """Turn ``layer`` itself into a LoRA layer with one adapter; its own parameters are frozen.
+
+        Args:
+            layer: a layer of the kind's base class.
+            r, alpha, dropout, scaling, init, variant, adapter, dtype, generator: as in `inject_lora`.
+
+        Returns:
+            The same object.
+
+        Raises:
+            TypeError: if the layer is of another kind, or a LoRA layer already.
+        """
+        if not cls.fits(layer) or isinstance(layer, LoRALayer):
+            raise TypeError(f"{cls.__name__} cannot adapt a {type(layer).__name__}")
+        check_adapter_name(adapter)
+        spec = AdapterSpec(r=r, alpha=alpha, scaling=scaling, variant=variant, dropout=dropout)
+        tensors = cls.new_tensors(layer, spec, init=init, dtype=dtype, generator=generator)
+        adopted = cls.adopt(layer)
+        adopted._stand_alone(adapter, spec, tensors)
+        assert isinstance(adopted, cls)
+        return adopted
+
+    @classmethod
+    def new_tensors(
+        cls,
+        layer: nn.Module,
+        spec: AdapterSpec,
+        *,
+        init: str | Init = "kaiming",
+        dtype: torch.dtype | None = None,
+        generator: torch.Generator | None = None,
+    ) -> dict[str, Tensor]:
+        """The tensors of a new adapter for the layer, by the name of their container; the layer is not touched."""
+        values = needs_values(spec, init)
+        matrix = cls.matrix_of(layer, values=values)
+        matrix = whole(matrix) if values else without_values(matrix)
+        hole = cls.no_update(layer)
+        return new_tensors(matrix, spec, init=init, dtype=dtype, generator=generator, no_update=hole)
+
+    @classmethod
+    def class_for(cls, layer_class: type[nn.Module]) -> type[LoRALayer]:
+        """The LoRA class of a layer class that this kind serves; one is made for a user's own subclass."""
+        return cls if issubclass(cls, layer_class) else _derive(cls, layer_class)  # type: ignore[arg-type]
+
+    @classmethod
+    def adopt(cls, module: nn.Module) -> LoRALayer:
+        """Turn the layer object into one of this kind, in place and still without adapters."""
+        swap_class(module, cls.class_for)
+        assert isinstance(module, LoRALayer)
+        module.start()
+        return module
+
+    def start(self) -> None:
+        super().start()
+        self.take_assigned_forward()
+
+    def _stand_alone(self, adapter: str, spec: AdapterSpec, tensors: dict[str, Tensor]) -> None:
+        """Do for one layer what an injection does: freeze the base, and be called wherever the layer is put."""
+        set_requires_grad([self], False)
+        keep_out_of_fused_kernels(self)
+        self.add_adapter(adapter, spec, tensors)
+        self.activate((adapter,))
+
+    def restore(self) -> nn.Module:
+        """Turn the layer object back into the plain layer it was, in place; its adapters are dropped."""
+        base_forward = self.lora_base_forward
+        let_into_fused_kernels(self)
+        for name in self.own_children():
+            del self._modules[name]
+        swap_class(self, lambda swapped: swapped.base_class)
+        for name in _STATE:
+            del self.__dict__[name]
+        plain: nn.Module = self
+        if base_forward is not None:
+            plain.__dict__["forward"] = base_forward
+        return plain
+
+    @draws
+    def reset_lora_parameters(
+        self, adapter: str = "default", *, init: str | Init = "kaiming", generator: torch.Generator | None = None
+    ) -> None:
+        """Draw an adapter's tensors anew, in place; `lora_plus.reset_lora_parameters` does it for a whole model."""
+        fresh = self.new_tensors(self, self.lora_specs[adapter], init=init, generator=generator)
+        self.check_refill(adapter, fresh, init)
+        self.refill(adapter, fresh)
+
+    # ---- what it computes --------------------------------------------------------------------------------------
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        if not isinstance(self, LoRALayer):  # a hook can hold this method for longer than the layer has adapters
+            return type(self).forward(self, *args, **kwargs)
+        inside = self.overrides() and _OWN_FORWARDS.noted(self) is not None
+        compute = self.base_forward if inside or self.is_merged_now() else self.adapted_forward
+        return compute(*args, **kwargs)
+
+    def adapted_forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """What the layer computes from its stored weight and its active adapters."""
+        x, y = self.input_of(args, kwargs), self.base_forward(*args, **kwargs)
+        if not isinstance(y, Tensor):
+            raise TypeError(
+                f"the forward of {self.base_class.__name__} returns a {type(y).__name__}, and an update can only be "
+                "added to a tensor; exclude this layer"
+            )
+        if self.lora_samples is None or self.lora_disabled:
+            return self.adapted(x, y, self.in_force())
+        return self.lora_samples.output(self, x, y)
+
+    def input_of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """The first argument of the layer's forward, however it is given."""
+        given = args or [kwargs[name] for name in self.lora_arguments if name in kwargs]
+        x: Tensor = given[0] if given else next(iter(kwargs.values()))
+        return x
+
+    def base_forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """What the layer computed before it was adapted."""
+        if self.lora_base_forward is not None:
+            return self.run_assigned_forward(*args, **kwargs)
+        if not self.overrides():
+            return super().forward(*args, **kwargs)  # type: ignore[no-any-return]
+        outer = _OWN_FORWARDS.begin(self)
+        try:
+            return super().forward(*args, **kwargs)  # type: ignore[no-any-return]
+        finally:
+            _OWN_FORWARDS.end(outer)
+
+    def adapted(self, x: Tensor, y: Tensor, adapters: tuple[str, ...]) -> Tensor:
+        """The base's output ``y`` for the input ``x`` with these adapters joined to it."""
+        # the arithmetic runs in the input's dtype; an embedding's input has none
+        dtype = x.dtype if x.is_floating_point() else y.dtype
+        # a hook can compute the base on another device than where its weight is kept
+        device = None if self.lora_base_forward is None else y.device
+        x = x.to(device=device)
+        for name in adapters:
+            spec = self.lora_spec(name)
+            A, B, scale = self.lora_factors(name)
+            A, B = (factor.to(device=device, dtype=dtype) for factor in (A, B))
+            update = self.low_rank(x, A, B, scale, self.dropout_of(spec), y)
+            y = VARIANTS[spec.variant].join(self, name, x, y, update)
+        return y
+
+    def dropout_of(self, spec: AdapterSpec) -> float:
+        """The probability that is in force now."""
+        # without dropout the mode is not asked for, so that a compiled layer serves both
+        return spec.dropout if spec.dropout and self.training else 0.0
+
+    def per_channel(self, values: Tensor) -> Tensor:
+        """A value for each output channel ``(out,)``, shaped to broadcast over the layer's output."""
+        return values.reshape(-1, *[1] * (-1 - self.channel))
+
+    def weight_part(self, x: Tensor, y: Tensor) -> Tensor:
+        """``W x`` alone, of the base's output ``y`` for the input ``x``: without the bias, or what else is in it."""
+        if self.has_own_forward:  # what that adds to W x is not known
+            return self.product(x, y)
+        bias = getattr(self, "bias", None)
+        return y if bias is None else y - self.per_channel(bias.to(y.dtype))
+
+    def product(self, x: Tensor, y: Tensor) -> Tensor:
+        """``W x`` by the stored weight, in the dtype of the base's output ``y``."""
+        matrix = self.weight_matrix().to(y.device, y.dtype)
+        if self.linear_low_rank:
+            return F.linear(x.to(y.dtype), matrix)
+        return self.low_rank(x, matrix, torch.eye(len(matrix)).to(matrix), 1.0, 0.0, y)
+
+    def weight_matrix(self) -> Tensor:
+        return self.matrix_of(self)
+
+    @property
+    def has_own_forward(self) -> bool:
+        """Whether the base computation is a user's, which need not be what the update assumes."""
+        return self.overrides() or self.lora_base_forward is not None
+
+    @classmethod
+    def overrides(cls) -> bool:
+        """Whether the layer's class is a user's with a forward of its own."""
+        kind = cls._derived_from
+        return kind is not None and cls.base_class.forward is not kind.known_forward()
+
+    def __copy__(self) -> Self:
+        copied = shallow_copy(self, self.own_children())
+        copied.__setstate__(copied.__dict__)  # as other copies are told that they are one
+        return copied
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        check_not_fused(self.base_class)
+        reduced: Any = super().__reduce_ex__(protocol)
+        kind = type(self).__dict__.get("_derived_from")
+        # a class made on the fly has no name to be found by: pickle what it was made from
+        return reduced if kind is None else (_new_derived, (kind, self.base_class), *reduced[2:])
+
+
+_STATE = (
+    "lora_specs",
+    "lora_active",
+    "lora_strengths",
+    "lora_disabled",
+    "lora_samples",
+    "lora_merge",
+    "lora_base_forward",
+)
+
+
+def needs_values(spec: AdapterSpec, init: str | Init) -> bool:
+    """Whether a new adapter depends on the numbers in the weight, and not only on its shape."""
+    return callable(init) or init in PRINCIPAL or VARIANTS[spec.variant].rescales
+
+
+def argument_names(layer_class: type[Any]) -> tuple[str, ...]:
+    """The names of the arguments of a layer's forward, in their order."""
+    return tuple(inspect.signature(layer_class.forward).parameters)[1:]
+
+
+_DERIVED: WeakValueDictionary[tuple[type[Any], type[Any]], type[LoRALayer]] = WeakValueDictionary()
+"""By kind and layer class, the class that was made of them, while something is of it."""
+
+
+def _derive(kind: type[Any], layer_class: type[Any]) -> type[LoRALayer]:
+    made = _DERIVED.get((kind, layer_class))
+    if made is not None:
+        return made
+    body: dict[str, Any] = {"base_class": layer_class, "_derived_from": kind, "__module__": layer_class.__module__}
+    body |= {"__doc__": kind.__doc__, "lora_arguments": argument_names(layer_class)}
+    return _DERIVED.setdefault((kind, layer_class), type(f"LoRA{layer_class.__name__}", (kind, layer_class), body))
+
+
+def _new_derived(kind: type[LoRALayer], layer_class: type[nn.Module]) -> LoRALayer:
+    derived = _derive(kind, layer_class)  # type: ignore[arg-type]
+    return derived.__new__(derived)

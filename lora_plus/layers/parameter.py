@@ -1,0 +1,359 @@
+"""LoRA on weights that somebody else reads: the parameter's attribute gives the weight with the adapters in it.
+
+``nn.MultiheadAttention`` hands ``in_proj_weight`` to a function, an ``nn.LSTM`` hands its weights to a kernel, stacked
+experts are bare parameters. There is no layer to call, so the update is a dense matrix, made anew whenever the
+attribute is read. The module keeps its identity, its state-dict keys and its code; its class becomes one on which the
+adapted attribute is a property, and the parameter itself moves into a `LoRAParameter` inside the module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, ClassVar
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor, nn
+
+from .adapter_tensors import BaseParameters
+from .calls import Calls
+from .class_swap import swap_class
+from .fused_kernels import check_not_fused, warn_of_quantization
+from .shallow_copy import shallow_copy
+from .weight import AdaptedWeight
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+_CALLS = Calls()
+"""The calls of owners that run in this thread, and what each has read."""
+
+HOLDERS = "lora_parameters"
+"""The submodule of an owner that has a `LoRAParameter` for each adapted parameter, by the parameter's name."""
+
+
+BASE = "_checkpoint_wrapped_module"
+"""The submodule of an owner that has its adapted parameters themselves.
+
+Torch leaves this part out of a parameter's name where it compares names with keys of a state dict, as it must for its
+own checkpoint wrappers (``torch.distributed.checkpoint.state_dict``). So the parameter's name is its key there.
+"""
+
+
+class LoRAParameter(AdaptedWeight):
+    """A parameter with adapters: called, it returns the weight to compute with, in the parameter's shape and dtype.
+
+    Args:
+        base: what has the parameter.
+        name: the parameter's name there.
+        layout: einops pattern to its matrix view ``(out, in)`` or ``(stack, out, in)``.
+        label: the name of its adapters inside the module that owns it.
+        of: the class of the module whose part it is, if that reads the parameter in a way of its own.
+    """
+
+    nesting = 2
+    base: BaseParameters
+
+    def __init__(self, base: BaseParameters, name: str, layout: str, label: str, of: str | None = None) -> None:
+        super().__init__()
+        self.__dict__["base"] = base  # and not as a submodule: it has its place in the model
+        self.weight_name = name
+        self.layout, self.lora_label, self.of = layout, label, of
+        self.start()
+
+    def forward(self, weight: Tensor | None = None) -> Tensor:
+        """The weight to compute with; from another one than the parameter, if one is given."""
+        base = self.weight if weight is None else weight
+        if self.is_merged_now() or not self.computes():
+            return base
+        return self.effective_weight(self.in_force(), base).to(base.dtype)
+
+    def computes(self) -> bool:
+        """Whether the weight to compute with is made from the parameter and adapters, and not the parameter itself."""
+        return self.lora_merge is None and bool(self.in_force())
+
+    @property
+    def weight(self) -> nn.Parameter:  # type: ignore[override]
+        """The parameter that is bound now."""
+        bound: nn.Parameter = self.weight_place()[self.weight_name]
+        return bound
+
+    def bind_weight(self, weight: Tensor) -> None:
+        self.weight_place()[self.weight_name] = weight
+
+    def weight_place(self) -> dict[str, Any]:
+        return self._parameters if self.weight_name in self._parameters else self.base._parameters
+
+    def parts(self) -> list[nn.Module]:
+        return [self.base, *super().parts()]
+
+    def freeze_adapters(self) -> None:
+        """The adapters, and the parameter that they are added to."""
+        super().freeze_adapters()
+        self.weight.requires_grad_(False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self._parameters[self.weight_name] = self.weight  # what is done to a module's own is done to it
+        try:
+            return super()._apply(fn, recurse)
+        finally:
+            self.base._parameters[self.weight_name] = self._parameters.pop(self.weight_name)
+
+    def _described(self) -> str:
+        return f"parameter {self.lora_label!r}"
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """Nothing of its own: the owner saves the parameter, under the name that it always had."""
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        if self.lora_merge is not None:
+            super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class LoRAOwner(nn.Module):
+    """A module some of whose own parameters have adapters; comes before the module's class among the bases."""
+
+    base_class: ClassVar[type[nn.Module]]
+    """The class that the module has without adapters."""
+    adapted_names: ClassVar[tuple[str, ...]]
+    """The adapted parameters."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        raise TypeError(
+            f"{type(self).__name__} is the class of one {self.base_class.__name__} with adapters and makes no others, "
+            f"as slicing it may try to; construct a {self.base_class.__name__}"
+        )
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        # code that reads a weight many times, once for each expert say, gets the same tensor for the length of a call
+        outer = _CALLS.begin(self)
+        try:
+            return super().__call__(*args, **kwargs)
+        finally:
+            _CALLS.end(outer)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        with torch.no_grad():  # recurrent layers read here, and keep, the weights that they compute with
+            return super()._apply(fn, recurse)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        # fully_shard makes shards again of what a module has when it is saved; that would come after this
+        for hook in self._modules[BASE]._state_dict_pre_hooks.values():  # type: ignore[union-attr]
+            hook(self._modules[BASE], prefix, keep_vars)
+        with _in_place(self):
+            super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        for hook in self._modules[BASE]._load_state_dict_pre_hooks.values():  # type: ignore[union-attr]
+            hook(*args)
+        with _in_place(self, merged=False):  # those report that they are merged
+            super()._load_from_state_dict(*args)
+
+    def _fqn_modifiers(self) -> dict[str, str]:
+        """By adapted parameter, the submodule that has it: torch's checkpoints follow names by reading attributes."""
+        return dict.fromkeys(self.adapted_names, BASE)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As ever; a parameter given to an adapted name becomes the base of its adapters."""
+        if name not in self.adapted_names:
+            self._check_places()
+            super().register_parameter(name, param)
+            return
+        if self._parameters.get(name) is not None:  # it is in its old place for a moment, as in loading
+            self._parameters[name] = param
+            return
+        holder = parameter_holders(self)[name]
+        if param is None or param.shape != holder.weight.shape or holder.lora_merge is not None:
+            raise ValueError(
+                f"{name!r} has adapters, so it can only be replaced by a parameter of its shape "
+                f"{tuple(holder.weight.shape)} while it is not merged; call remove_lora(model) first"
+            )
+        holder.bind_weight(param)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "qconfig":
+            warn_of_quantization(self.base_class)
+        super().__setattr__(name, value)
+
+    def __delattr__(self, name: str) -> None:
+        if name in self.adapted_names:
+            raise ValueError(_STAYS.format(name))
+        super().__delattr__(name)
+
+    def _check_places(self) -> None:
+        for name in self.adapted_names:
+            if name not in self._parameters:  # as the older torch.nn.utils.weight_norm takes it out
+                self._parameters[name] = None
+                raise ValueError(_STAYS.format(name))
+
+    def __copy__(self) -> Self:
+        copied = shallow_copy(self, (HOLDERS, BASE))
+        for holder in parameter_holders(copied).values():
+            holder.__dict__["base"] = copied._modules[BASE]
+            holder.__setstate__(holder.__dict__)
+        return copied
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        check_not_fused(self.base_class)
+        with torch.no_grad():  # recurrent layers keep the weights that they compute with
+            reduced: Any = super().__reduce_ex__(protocol)
+        # a class made on the fly has no name to be found by: pickle what it was made from
+        return _new_owner, (self.base_class, self.adapted_names), *reduced[2:]
+
+
+_STAYS = "{!r} has adapters, so it cannot be deleted or parametrized; call merge_and_unload or remove_lora first"
+
+
+class LoRARecurrentOwner(LoRAOwner):
+    """An ``nn.LSTM`` or another one of torch's recurrent layers.
+
+    In a forward torch writes the weights that it finds into a list on the layer, and computes with that list. Weights
+    that are computed belong to one call, so that there the list does, too.
+    """
+
+    _flat_weights_names: list[str]
+    flatten_parameters: Callable[[], None]
+
+    @property
+    def _flat_weights(self) -> list[Tensor]:
+        if not self._lora_computes():
+            return self.__dict__["_flat_weights"]  # type: ignore[no-any-return]
+        noted = _CALLS.noted(self)
+        if noted is not None and "_flat_weights" in noted:
+            return noted["_flat_weights"]  # type: ignore[no-any-return]
+        found = [getattr(self, name) for name in self._flat_weights_names]
+        if noted is not None:
+            # for cuDNN torch moves all of them into one memory; what other threads use must stay where it is
+            found = [w.clone() if w.is_cuda and isinstance(w, nn.Parameter) else w for w in found]
+            noted["_flat_weights"] = found
+            self.flatten_parameters()
+        return found
+
+    @_flat_weights.setter
+    def _flat_weights(self, weights: list[Tensor]) -> None:
+        self.__dict__["_flat_weights"] = weights
+
+    def _update_flat_weights(self) -> None:
+        if not self._lora_computes():
+            super()._update_flat_weights()  # type: ignore[misc]
+
+    def _lora_computes(self) -> bool:
+        return any(holder.computes() for holder in parameter_holders(self).values())
+
+
+def parameter_holders(module: nn.Module) -> dict[str, LoRAParameter]:
+    """The adapted parameters of a module, by their names."""
+    container = module._modules.get(HOLDERS) if isinstance(module, LoRAOwner) else None
+    return {} if container is None else dict(container._modules)  # type: ignore[arg-type]
+
+
+def raw_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """A module's own parameters without their adapters, by name."""
+    own = {name: parameter for name, parameter in module._parameters.items() if parameter is not None}
+    return own | {name: holder.weight for name, holder in parameter_holders(module).items()}
+
+
+def adopt_parameter(owner: nn.Module, name: str, layout: str, label: str, of: str | None = None) -> LoRAParameter:
+    """The `LoRAParameter` of an owner's parameter, which is made, still without adapters, if it is not there."""
+    holders = parameter_holders(owner)
+    if name not in holders:
+        parameter = owner._parameters[name]
+        assert parameter is not None
+        swap_class(owner, lambda swapped: owner_class(swapped, (*holders, name)))
+        container = owner._modules.setdefault(HOLDERS, nn.Module())
+        assert container is not None
+        base = owner._modules.setdefault(BASE, BaseParameters())
+        assert isinstance(base, BaseParameters)
+        base.register_parameter(name, parameter)
+        holders[name] = LoRAParameter(base, name, layout, label, of)
+        holders[name].train(owner.training)
+        container._modules[name] = holders[name]
+        owner._parameters[name] = None  # which keeps its place among the keys
+    assert holders[name].layout == layout
+    return holders[name]
+
+
+def restore_owner(owner: LoRAOwner) -> None:
+    """Turn an owner back into the plain module it was, in place; its adapters are dropped."""
+    for name, holder in parameter_holders(owner).items():
+        owner._parameters[name] = holder.weight
+    del owner._modules[HOLDERS], owner._modules[BASE]
+    swap_class(owner, _plain)
+
+
+def restore_parameter(owner: LoRAOwner, name: str) -> None:
+    """Make one adapted parameter plain again."""
+    holders = parameter_holders(owner)
+    if len(holders) == 1:
+        restore_owner(owner)
+        return
+    owner._parameters[name] = holders[name].weight
+    del owner._modules[HOLDERS]._modules[name]  # type: ignore[union-attr]
+    del owner._modules[BASE]._parameters[name]  # type: ignore[union-attr]
+    rest = tuple(other for other in holders if other != name)
+    swap_class(owner, lambda swapped: owner_class(swapped, rest))
+
+
+@contextmanager
+def _in_place(owner: LoRAOwner, *, merged: bool = True) -> Iterator[None]:
+    """The adapted parameters back among the owner's own, with those that are merged or without."""
+    holders = {name: holder for name, holder in parameter_holders(owner).items() if merged or not holder.lora_merge}
+    for name, holder in holders.items():
+        owner._parameters[name] = holder.weight
+    try:
+        yield
+    finally:
+        for name, holder in holders.items():
+            holder.bind_weight(owner._parameters[name])  # type: ignore[arg-type]  # another one after assign=True
+            owner._parameters[name] = None
+
+
+def _plain(layer_class: Any) -> Any:
+    return layer_class.base_class if issubclass(layer_class, LoRAOwner) else layer_class
+
+
+def owner_class(swapped: Any, names: tuple[str, ...]) -> type[LoRAOwner]:
+    """The class of a module, of this class or without adapters, in which these parameters are adapted."""
+    return _owner_class(_plain(swapped), names)
+
+
+_OWNER_CLASSES: WeakValueDictionary[tuple[type[Any], tuple[str, ...]], type[LoRAOwner]] = WeakValueDictionary()
+"""By class without adapters and adapted parameters, the class that was made of them, while something is of it."""
+
+
+def _owner_class(layer_class: Any, names: tuple[str, ...]) -> type[LoRAOwner]:
+    made = _OWNER_CLASSES.get((layer_class, names))
+    if made is not None:
+        return made
+    body: dict[str, Any] = {name: _effective(name) for name in names}
+    body |= {"base_class": layer_class, "adapted_names": names, "__doc__": layer_class.__doc__}
+    body["__module__"] = layer_class.__module__
+    kind = LoRARecurrentOwner if issubclass(layer_class, nn.RNNBase) else LoRAOwner
+    made = type(f"LoRA{layer_class.__name__}", (kind, layer_class), body)
+    return _OWNER_CLASSES.setdefault((layer_class, names), made)
+
+
+def _effective(name: str) -> property:
+    def read(owner: LoRAOwner) -> Tensor:
+        holder: Any = owner._modules[HOLDERS]._modules[name]  # type: ignore[union-attr]
+        # torch.func.functional_call and fully_shard put what shall be computed with where the parameter was
+        base, known = owner._parameters.get(name), _CALLS.noted(owner)
+        if known is None:
+            return holder(base)  # type: ignore[no-any-return]
+        state = (name, id(base), torch.is_grad_enabled(), holder.in_force())
+        if state not in known:
+            known[state] = holder(base)
+        return known[state]
+
+    return property(read, doc=f"The parameter {name!r} with its adapters in it.")
+
+
+def _new_owner(layer_class: Any, names: tuple[str, ...]) -> LoRAOwner:
+    made = _owner_class(layer_class, names)
+    return made.__new__(made)
+
+
+_STATED = (name for name in vars(LoRAOwner) if not name.startswith("__"))
+OWN_NAMES = frozenset((HOLDERS, BASE, *_STATED)) - set(dir(nn.Module))
+"""What a module must not have for itself in order to become an owner."""

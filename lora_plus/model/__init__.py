@@ -1,0 +1,1 @@
+"""A tree of modules: places, patterns, injecting, merging, several adapters."""

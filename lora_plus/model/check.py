@@ -1,0 +1,314 @@
+"""The proof that each adapter of a model is live: it changes the output, in train and in eval, and gets gradients."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lora_plus.layers.adapter import AdapterSite
+from lora_plus.layers.layer import LoRALayer
+from lora_plus.layers.weight import AdaptedWeight
+from lora_plus.tensors.variant import VARIANTS
+
+from .dry_run import copied, left_as_it_was
+from .inject import check_unsharded, check_whole
+from .tree import adapter_sites, unwrap
+
+TRAIN_PASSES = 4
+"""At most: layers that are skipped at random in training get another chance."""
+
+
+def check_adapters(model: nn.Module, *inputs: Any, **keywords: Any) -> list[str]:
+    """Run the model on these inputs, and raise unless every active adapter has an effect and is reached by gradients.
+
+    The adapters' tensors are exchanged for random ones, since at B = 0 neither an effect nor a gradient of A could be
+    seen. A gradient that is not zero proves that the output depends on a tensor. It is asked for in train mode and in
+    eval mode; a third pass, in eval mode without gradients, shows that inference does not take another path. The cost
+    is these few passes, whatever the number of adapters.
+
+    The model, its gradients, buffers and modes and the random states of torch, Python and numpy are left as they were.
+    What a forward changes besides, parameters of its own accord or a generator, it changes here too.
+
+    Args:
+        model: the model with adapters, not merged and not sharded; a compiled one is run as it is without compilation.
+        inputs, keywords: what to call the model with. They should reach all parts of it.
+
+    Returns:
+        The names of the places whose adapters were proved live.
+
+    Raises:
+        ValueError: naming each adapter that is not live, and why as far as can be told; or if there is none to check.
+    """
+    model = unwrap(model)
+    owners: Counter[int] = Counter(id(p) for module in model.modules() for p in module._parameters.values())
+    probes = [
+        _Probe(name, site, weight, adapter, _is_own(weight, owners))
+        for name, site, weight in adapter_sites(model)
+        for adapter in site.lora_specs
+        if adapter in weight.lora_active
+    ]
+    check_unsharded(model, "check its adapters before the model is sharded")
+    check_whole(model, "checking adapters")
+    _check_checkable(probes)
+    with ExitStack() as state:
+        for context in (torch.inference_mode(False), torch.enable_grad(), _eager(), left_as_it_was(model)):
+            state.enter_context(context)
+        state.enter_context(_random_adapters(probes))
+        modes = {"eval": _run(model.eval(), inputs, keywords, probes)}
+        for attempt in range(TRAIN_PASSES):
+            train = _run(model.train(), inputs, keywords, probes, seed=attempt)
+            modes["train"] = modes["train"].joined(train) if "train" in modes else train
+            if all(probe.fault(modes["train"]) is None for probe in probes):
+                break
+        with torch.no_grad():
+            inference = _run(model.eval(), inputs, keywords, probes)
+        faults = {probe.key: probe.faults(modes, inference) for probe in probes}
+    dead = [probe for probe in probes if faults[probe.key]]
+    if dead:
+        lines = [f"{probe.title()}, {fault}" for probe in dead for fault in faults[probe.key]]
+        raise ValueError("\n  ".join([f"{len(dead)} of {len(probes)} adapters are not live:", *lines]))
+    return list(dict.fromkeys(probe.name for probe in probes))
+
+
+@dataclass
+class _Seen:
+    """What one pass, or several, showed."""
+
+    used: set[int] = field(default_factory=set)
+    """Probes whose A took part in an operation of the forward."""
+    differentiable: set[int] = field(default_factory=set)
+    """Those of them where gradients were on."""
+    read: set[int] = field(default_factory=set)
+    """Probes whose base weight took part anywhere but in their own layer."""
+    gradients: dict[tuple[int, str], str] = field(default_factory=dict)
+    """For each tensor of a probe what its gradient was: one of `_GRADIENTS`."""
+
+    def joined(self, other: _Seen) -> _Seen:
+        """The best of both."""
+        best = {key: min(grade, other.gradients[key], key=_GRADIENTS.index) for key, grade in self.gradients.items()}
+        return _Seen(self.used | other.used, self.differentiable | other.differentiable, self.read | other.read, best)
+
+
+_LIVE, _NOT_FINITE, _ZERO, _NONE = _GRADIENTS = ("live", "not finite", "zero", "none")
+
+
+@dataclass
+class _Probe:
+    """An active adapter in one place."""
+
+    name: str
+    site: AdapterSite
+    weight: AdaptedWeight
+    adapter: str
+    own_weight: bool
+    """Whether the weight is the layer's alone: others may read one that they share with it."""
+    tensors: dict[str, nn.Parameter] = field(default_factory=dict)
+    """The random ones, by the name of their container."""
+
+    @property
+    def key(self) -> int:
+        return id(self)
+
+    def title(self) -> str:
+        """What a message calls it."""
+        return repr(self.name) if self.adapter == "default" else f"{self.name!r}, adapter {self.adapter!r}"
+
+    def faults(self, modes: Mapping[str, _Seen], inference: _Seen) -> list[str]:
+        """In which modes the adapter is not live, and why; nothing if it is live in all."""
+        modes_of: dict[str, list[str]] = {}
+        for mode, seen in modes.items():
+            fault = self.fault(seen)
+            if fault is not None:
+                modes_of.setdefault(fault, []).append(mode)
+        if not modes_of and self.key not in inference.used:
+            return ["in eval without gradients: it is passed by, though it has an effect where gradients are on"]
+        return [f"in {' and '.join(where)}: {fault}" for fault, where in modes_of.items()]
+
+    def fault(self, seen: _Seen) -> str | None:
+        """Why the adapter is not live by what was seen; None if it is."""
+        grades = {name: seen.gradients[self.key, name] for name in self.tensors}
+        worst = max(grades.values(), key=_GRADIENTS.index)
+        if worst == _LIVE and self.key in seen.read:
+            return (
+                "its weight is also read outside of the layer, where the adapter has no effect until it is merged; "
+                f"target the parameter '{self.name}.weight' instead"
+            )
+        if worst == _LIVE:
+            return None
+        if self.key not in seen.used:
+            return self._why_unused(seen)
+        if self.key not in seen.differentiable:
+            return (
+                "it runs with gradients off, under torch.no_grad() or in checkpointing with use_reentrant=True on "
+                "inputs that need no gradient; use use_reentrant=False, or call requires_grad_() on these inputs"
+            )
+        names = ", ".join(name for name, grade in grades.items() if grade == worst)
+        reasons = {
+            _NOT_FINITE: "with these inputs the gradient of {} is not finite",
+            _ZERO: "with these inputs the gradient of {} is exactly zero, as for attention to a single position or an "
+            "expert that gets no tokens; try other inputs",
+            _NONE: "no gradient reaches {}: its output is detached, or the model's output does not depend on it",
+        }
+        return reasons[worst].format(names)
+
+    def _why_unused(self, seen: _Seen) -> str:
+        if isinstance(self.weight, LoRALayer) and "forward" in self.weight.__dict__:
+            return "the forward assigned to it after the injection does not call the one that it says it wraps"
+        if isinstance(self.weight, LoRALayer) and self.key in seen.read:
+            return f"its weight is read, but the layer is not called; target the parameter '{self.name}.weight' instead"
+        return "it is not called with these inputs; use inputs that reach it, or exclude it"
+
+
+def _is_own(weight: AdaptedWeight, owners: Mapping[int, int]) -> bool:
+    """Whether reading the weight's memory is reading this layer's weight; memory on the meta device is no one's."""
+    return isinstance(weight, LoRALayer) and owners[id(weight.weight)] == 1 and not weight.weight.is_meta
+
+
+def _check_checkable(probes: list[_Probe]) -> None:
+    if not probes:
+        raise ValueError("there is no active adapter to check; call inject_lora or set_adapter first")
+    for probe in probes:
+        probe.weight.check_enabled()
+        if probe.weight.lora_merge is not None:
+            raise ValueError(f"{probe.name!r} is merged; call unmerge_lora(model) before checking its adapters")
+        offloaded = isinstance(probe.weight, LoRALayer) and probe.weight.lora_base_forward is not None
+        if probe.weight.weight.is_meta and not offloaded:
+            raise ValueError(f"the weight of {probe.name!r} has no values yet (meta device); load them first")
+        if not probe.weight.lora_strength(probe.adapter):
+            raise ValueError(f"the factor of {probe.adapter!r} is 0, so it has no effect; leave it out in set_adapter")
+
+
+def _run(model: nn.Module, inputs: Any, keywords: Any, probes: list[_Probe], seed: int = 0) -> _Seen:
+    """One pass, with a backward pass where gradients are on."""
+    torch.manual_seed(seed)
+    seen = _Seen()
+    with _Watch(probes, seen):
+        copies: dict[int, Tensor] = {}
+        outputs = model(*copied(inputs, copies), **copied(keywords, copies))
+    found = list(_tensors(outputs))
+    if not found:
+        raise ValueError(f"no tensor was found in the model's output, a {type(outputs).__name__}; return tensors in it")
+    roots = [tensor for tensor in found if tensor.requires_grad]
+    if roots:
+        # random weights, because sums of normalised outputs have no gradient
+        torch.autograd.backward(roots, [torch.randn_like(root) for root in roots])
+    for probe in probes:
+        for name, tensor in probe.tensors.items():
+            seen.gradients[probe.key, name] = _grade(tensor.grad)
+            tensor.grad = None
+    return seen
+
+
+def _grade(gradient: Tensor | None) -> str:
+    if gradient is None:
+        return _NONE
+    size = torch.linalg.vector_norm(gradient.float())
+    return _NOT_FINITE if not bool(size.isfinite()) else _LIVE if float(size) else _ZERO
+
+
+_OWN_STEP = "adapted_forward"
+
+
+class _Watch(TorchDispatchMode):
+    """Notes which tensors take part in operations; below autograd, so that no module or kernel behaves differently."""
+
+    def __init__(self, probes: list[_Probe], seen: _Seen) -> None:
+        super().__init__()
+        self.seen = seen
+        self.factors = {_memory(probe.tensors["lora_A"]): probe.key for probe in probes}
+        self.weights: dict[int, list[int]] = {}
+        for probe in probes:
+            if probe.own_weight:
+                self.weights.setdefault(_memory(probe.weight.weight), []).append(probe.key)
+        self.inside: bool | None = None
+        """While a layer computes, whether gradients were on when it began; None outside of layers."""
+        self.layers = {probe.weight for probe in probes if isinstance(probe.weight, LoRALayer)}
+
+    def __enter__(self) -> Any:
+        for layer in self.layers:
+            layer.__dict__[_OWN_STEP] = self._noted(getattr(layer, _OWN_STEP))
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        for layer in self.layers:
+            del layer.__dict__[_OWN_STEP]
+
+    def _noted(self, step: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """A layer's own computation, in which reading its weight is in order."""
+
+        def noted(*args: Any, **kwargs: Any) -> Tensor:
+            # in an autograd function gradients are off, and yet it is differentiable
+            outside, self.inside = self.inside, torch.is_grad_enabled()
+            try:
+                return step(*args, **kwargs)
+            finally:
+                self.inside = outside
+
+        return noted
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for tensor in _tensors((args, kwargs or {})):
+            memory = _memory(tensor)
+            if memory in self.factors:
+                self.seen.used.add(self.factors[memory])
+                if torch.is_grad_enabled() or self.inside:
+                    self.seen.differentiable.add(self.factors[memory])
+            if self.inside is None:
+                self.seen.read.update(self.weights.get(memory, ()))
+        return func(*args, **(kwargs or {}))
+
+
+def _memory(tensor: Tensor) -> int:
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except (NotImplementedError, RuntimeError):  # kinds of tensor that have no storage of their own
+        return -id(tensor)
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """The tensors in nested lists, tuples, mappings and dataclasses."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _tensors(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _tensors(item)
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        for own in dataclasses.fields(value):
+            yield from _tensors(getattr(value, own.name))
+
+
+def _eager() -> AbstractContextManager[Any]:
+    """Without compilation, where torch can be told so."""
+    stance: Callable[[str], AbstractContextManager[Any]] | None = getattr(torch.compiler, "set_stance", None)
+    return nullcontext() if stance is None else stance("force_eager")
+
+
+@contextmanager
+def _random_adapters(probes: list[_Probe]) -> Iterator[None]:
+    """Random tensors in place of the adapters' own, which are not touched."""
+    generator = torch.Generator().manual_seed(0)
+    own = [(probe, probe.site.adapter_tensors(probe.adapter)) for probe in probes]
+    try:
+        for probe, tensors in own:
+            own_tensors = {each.name for each in VARIANTS[probe.site.lora_specs[probe.adapter].variant].tensors}
+            for name, tensor in tensors.items():
+                noise = 0.02 * torch.randn(tensor.shape, generator=generator)
+                near = tensor.detach() if name in own_tensors else torch.zeros_like(tensor)
+                probe.tensors[name] = nn.Parameter(near + noise.to(tensor.device, tensor.dtype))
+            probe.site.exchange_tensors(probe.adapter, probe.tensors)
+        yield
+    finally:
+        for probe, tensors in own:
+            probe.site.exchange_tensors(probe.adapter, tensors)

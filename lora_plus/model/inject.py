@@ -1,0 +1,338 @@
+"""The module-swapping utility: put adapters into a model, and take them out again."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from lora_plus.errors import named_keywords
+from lora_plus.layers.adapter import AdapterSite
+from lora_plus.layers.adapter_tensors import check_adapter_name
+from lora_plus.layers.class_swap import check_top_class
+from lora_plus.layers.freezing import restore_requires_grad, set_requires_grad
+from lora_plus.layers.fused_kernels import keep_out_of_fused_kernels, resume_nesting, stop_nesting
+from lora_plus.layers.layer import LoRALayer
+from lora_plus.layers.parameter import LoRAOwner, restore_owner
+from lora_plus.layers.quantized import store_of
+from lora_plus.layers.weight import AdaptedWeight
+from lora_plus.tensors.init import Init
+from lora_plus.tensors.random_state import draws
+from lora_plus.tensors.variant import AdapterSpec
+
+from .collector import collector_paused
+from .patterns import select
+from .places import Found, Place
+from .settings import LoRAConfig, Pattern
+from .storage import shards_of
+from .train_also import mark_trained, trained_modules, unmark_trained
+from .tree import adapted_weights, named_modules, owner_path, wrapper_of
+
+
+@named_keywords
+@collector_paused()
+@draws
+def inject_lora(
+    model: nn.Module,
+    targets: Pattern | Sequence[Pattern],
+    *,
+    r: int = 8,
+    alpha: float = 16,
+    dropout: float = 0.0,
+    exclude: Pattern | Sequence[Pattern] = (),
+    rank_pattern: Mapping[Any, int] | None = None,
+    alpha_pattern: Mapping[Any, float] | None = None,
+    scaling: str = "standard",
+    init: str | Init = "kaiming",
+    variant: str = "lora",
+    train_also: Pattern | Sequence[Pattern] = (),
+    fused: Mapping[Any, Sequence[str] | Mapping[str, int]] | None = None,
+    layouts: Mapping[Any, str] | None = None,
+    adapter: str = "default",
+    dtype: torch.dtype | None = None,
+    generator: torch.Generator | None = None,
+) -> nn.Module:
+    """Give the selected layers of a model a low-rank adapter and freeze everything else.
+
+    The layers become LoRA layers in place: the same objects, with the same parameters under the same names. With
+    B = 0, as the default init leaves it, the model computes what it computed before. Any number of threads may run the
+    model; none may run it while another one changes it (injects, loads, chooses, merges or disables adapters).
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> _ = inject_lora(model, ["0"], r=2, train_also=["2"])
+        >>> sorted(name for name, p in model.named_parameters() if p.requires_grad)
+        ['0.lora_A.default', '0.lora_B.default', '2.bias', '2.weight']
+
+    Args:
+        model: any module; it is changed.
+        targets: what gets adapters: a pattern or a list of patterns. A pattern is a name (``"q"`` matches ``q`` and
+            whatever ends in ``.q``), a glob (``"layers.*.mlp.*"``, which may also start at any dot), a compiled
+            regular expression (on the full name), a module type, a function ``(name, module) -> bool``, or
+            ``"all-linear"``: every linear layer and the projections of every ``nn.MultiheadAttention``, but a head
+            tied to an embedding, and what ``exclude`` or ``train_also`` names. ``""`` is the model itself.
+
+            The projections of an ``nn.MultiheadAttention`` ``attn`` are ``attn.q``, ``attn.k``, ``attn.v`` and
+            ``attn.out_proj`` (or ``attn.out``); ``attn.in_proj`` is the first three, ``attn`` or the type all of
+            them. A recurrent layer stands for its matrices, ``lstm.weight_ih_l0`` for one of them. A parameter of two
+            or three dimensions is a target under its own name (``"experts.gate_up_proj"``), as is the weight of a
+            layer that is read but not called (``"proj.weight"``); the update of such a weight is a dense matrix in
+            every step, and dropout is refused there. Parameters are looked at only for a name, a glob or a regular
+            expression that matches nothing else.
+        r: rank of the update.
+        alpha: numerator of the scaling.
+        dropout: probability that an entry of an adapter's input is dropped in training.
+        exclude: patterns of layers that get no adapter although a target matches them.
+        rank_pattern: ``{pattern: r}`` for layers that deviate from ``r``; two keys on one layer are an error.
+        alpha_pattern: the same for ``alpha``.
+        scaling: ``"standard"`` (alpha / r) or ``"rslora"`` (alpha / sqrt(r)).
+        init: ``"kaiming"``, ``"gaussian"``, ``"orthogonal"`` (B zero), ``"kaiming_B"`` (A zero), ``"pissa"``,
+            ``"milora"``, ``"olora"`` (both from the weight, and taken out of the update again), as in
+            `lora_plus.tensors.init`, or a function ``(weight, r, generator) -> (A, B)``. See also
+            `init_from_gradients`.
+        variant: ``"lora"``, ``"lora_fa"`` (A frozen at its start; plain LoRA in files of other formats) or ``"dora"``.
+        train_also: patterns of modules to train in full and save with the adapter, such as a new head.
+        fused: ``{pattern: names}`` for layers that compute several projections together, e.g.
+            ``{"c_attn": ["q", "k", "v"]}``, or ``{"qkv": {"q": 64, "k": 16, "v": 16}}`` with the rows of each. They are
+            then targets ``c_attn.q``, ..., with factors of their own; ``c_attn`` stands for all of them.
+        layouts: ``{pattern: layout}`` for parameters that are not stored as (out, in): one of ``"i o -> o i"``,
+            ``"e o i -> e o i"`` (a stack of experts, the default for three dimensions), ``"e i o -> e o i"``.
+        adapter: name of the adapter. A model can hold several; the one injected last is the active one.
+        dtype: of A and B; None for float32, or the base's own where that is wider.
+        generator: source of all random numbers; None for torch's global generator.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: naming every pattern that matches nothing or nothing that can be adapted, and every setting out
+            of range. The model is then as it was.
+    """
+    check_adapter_name(adapter)
+    config = LoRAConfig(
+        targets=targets, r=r, alpha=alpha, dropout=dropout, exclude=exclude, rank_pattern=rank_pattern,
+        alpha_pattern=alpha_pattern, scaling=scaling, init=init, variant=variant, train_also=train_also, fused=fused,
+        layouts=layouts, dtype=dtype,
+    )  # fmt: skip
+    check_injectable(model, adapter)
+    with shards_of(model).outlined():
+        selection = select(model, config)
+        check_selection(model, [place for place, _, _ in selection.places], selection.train_also)
+        spec_of = functools.cache(lambda layer_r, layer_alpha: config.spec(r=layer_r, alpha=layer_alpha))
+        prepared = []
+        for place, layer_r, layer_alpha in selection.places:
+            spec = spec_of(layer_r, layer_alpha)
+            place.check_adoptable()
+            prepared.append((place, spec, place.new_tensors(spec, init=init, dtype=dtype, generator=generator)))
+        attach(model, adapter, prepared, [found.module for found in selection.train_also])
+    return model
+
+
+def remove_lora(model: nn.Module) -> nn.Module:
+    """Take all adapters out: the plain model again, as it was before the first injection.
+
+    Classes, parameter names and ``requires_grad`` are restored, merged layers get their own weight back, and modules
+    that were trained in full (``train_also``) get their original values back. `merge_and_unload` keeps the training.
+
+    Returns:
+        The same model.
+    """
+    check_enabled(model)
+    check_restorable(model)
+    check_exchangeable(model)
+    for _, weight in adapted_weights(model):
+        weight.check_unmergeable()
+    for _, module, _ in list(trained_modules(model)):
+        unmark_trained(module, restore=True)
+    for _, weight in adapted_weights(model):
+        if weight.lora_merge is not None:
+            weight.unmerge()
+    make_plain(model)
+    return model
+
+
+def make_plain(model: nn.Module) -> None:
+    """Turn everything adapted into what it was, with the weights that are bound, and restore ``requires_grad``."""
+    modules = [module for _, module in named_modules(model)]
+    for module in modules:
+        if isinstance(module, LoRALayer):
+            module.restore()
+        elif isinstance(module, LoRAOwner):
+            restore_owner(module)
+    resume_nesting(modules)
+    restore_requires_grad(module for _, module in named_modules(model))
+
+
+def attach(
+    model: nn.Module,
+    adapter: str,
+    prepared: Sequence[tuple[Place, AdapterSpec, dict[str, Tensor]]],
+    train_also: Sequence[nn.Module],
+    *,
+    trainable: bool = True,
+) -> None:
+    """Put prepared tensors in their places, freeze the rest of the model, and make the adapter the active one."""
+    for module in train_also:
+        mark_trained(module, adapter)
+    modules = [module for _, module in named_modules(model)]
+    set_requires_grad(modules, False)
+    for module in train_also:
+        set_requires_grad(module.modules(), trainable)
+    for module in modules:
+        if isinstance(module, AdapterSite):
+            module.freeze_adapters()
+    for place, spec, tensors in prepared:
+        place.adopt().add_adapter(adapter, spec, tensors, trainable=trainable)
+    for _, weight in adapted_weights(model):
+        weight.activate((adapter,))
+    _keep_adapters_in(model, modules)
+
+
+def _keep_adapters_in(model: nn.Module, modules: Sequence[nn.Module]) -> None:
+    """See to it that no fused kernel of torch passes the adapters by."""
+    if isinstance(model, LoRALayer):  # what it is a part of is not known
+        keep_out_of_fused_kernels(model)
+    for module in modules:
+        if isinstance(module, nn.TransformerEncoderLayer):
+            for child in module.children():
+                if isinstance(child, LoRALayer):
+                    keep_out_of_fused_kernels(child)
+        if isinstance(module, nn.TransformerEncoder) and any(adapted_weights(module)):
+            stop_nesting(module)
+
+
+def check_enabled(model: nn.Module) -> None:
+    """Raise inside a ``disabled`` block of this model."""
+    for _, weight in adapted_weights(model):
+        weight.check_enabled()
+
+
+def check_restorable(model: nn.Module) -> None:
+    """Raise, naming the layer, if something adapted cannot become what it was.
+
+    Raises:
+        ValueError: if another tool has changed its class since the injection, or has wrapped its forward on top of
+            one from before.
+    """
+    for name, module in named_modules(model):
+        if isinstance(module, (LoRALayer, LoRAOwner)):
+            try:
+                check_top_class(module)
+                if isinstance(module, LoRALayer):
+                    module.check_one_forward()
+            except ValueError as error:
+                raise ValueError(f"{name or 'the model'!r} cannot be restored: {error}") from None
+
+
+def check_unsharded(
+    model: nn.Module, remedy: str = "add, resize or rename adapters before the model is sharded"
+) -> None:
+    """Raise if an engine has taken over the parameters of the model, or of a part of it."""
+    shards = shards_of(model)
+    if shards.fixed:
+        raise ValueError(
+            f"the model is sharded by {shards.engine}, which manages just the parameters that it found there, under "
+            f"their names; {remedy}"
+        )
+
+
+def check_whole(model: nn.Module, what: str) -> None:
+    """Raise, saying what cannot be done, if parameters have no values of their own between forwards."""
+    shards = shards_of(model)
+    if shards.flat:
+        raise ValueError(
+            f"{what} needs whole parameters, and those of this model are sharded by {shards.engine}; do it before the "
+            "model is sharded"
+        )
+
+
+def check_uncopied(model: nn.Module, what: str) -> None:
+    """Raise, saying what would be lost, if an engine trains copies of the parameters and overwrites these with them."""
+    if shards_of(model).copied:
+        raise ValueError(
+            f"{what} would be undone by the next step, for DeepSpeed trains copies of the parameters; do it before "
+            "deepspeed.initialize"
+        )
+
+
+def check_exchangeable(model: nn.Module) -> None:
+    """Raise if modules trained in full cannot be given their original values back."""
+    shards = shards_of(model)
+    for name, _, _ in trained_modules(model) if shards.flat else ():
+        raise ValueError(
+            f"{name!r} is trained in full, and the values of parameters that are sharded by {shards.engine} cannot be "
+            "exchanged for the original ones; save the adapter and load it into the plain model"
+        )
+
+
+def check_injectable(model: nn.Module, adapter: str) -> None:
+    """Raise if an adapter of this name cannot be added to the model now."""
+    check_unsharded(model)
+    for module in model.modules():
+        wrapper = wrapper_of(module)
+        if wrapper is not None and wrapper.fixed:
+            raise ValueError(
+                f"the model is wrapped in {wrapper.name}, which {wrapper.fixed}; add the adapter to the plain model "
+                "first, then wrap it"
+            )
+    for name, layer in named_modules(model):
+        if any(is_lazy(parameter) for parameter in layer._parameters.values()):  # type: ignore[arg-type]
+            raise ValueError(f"{name!r} has parameters that are not initialised; run a forward pass first")
+        if not isinstance(layer, AdaptedWeight):
+            continue
+        layer.check_enabled()
+        if adapter in layer.lora_adapters():
+            raise ValueError(
+                f"the model has an adapter {adapter!r} already (on {owner_path(name, layer) or 'itself'!r}); "
+                "give the new one another name, or call remove_lora(model) first"
+            )
+        if layer.lora_merge is not None:
+            raise ValueError(
+                f"the model is merged ({name!r} is); call unmerge_lora(model) before adding or resizing an adapter"
+            )
+
+
+def check_offloading(model: nn.Module, places: Sequence[Place]) -> None:
+    """Raise where weights have values only while a forward runs that would not bring in the adapted ones.
+
+    A tool that offloads weights assigns a forward to the module around which it brings them in. A layer with such a
+    forward of its own can be adapted: that forward is then its base computation.
+    """
+    assigned = {name for name, module in named_modules(model) if "forward" in module.__dict__}
+    for place in places if assigned else ():
+        if isinstance(place.owner, AdaptedWeight) or not place.stored().is_meta:
+            continue
+        path = place.owner_name.split(".")
+        around = {"", *(".".join(path[:end]) for end in range(1, len(path) + 1))} & assigned
+        if around and (place.parameter is not None or place.owner_name not in around):
+            raise ValueError(
+                f"the weight of {place.name!r} is offloaded: it has values only while {max(around, key=len)!r} runs, "
+                "which does not know of adapters inside; exclude it, or load the model without offloading it"
+            )
+
+
+def check_selection(model: nn.Module, places: Sequence[Place], train_also: Sequence[Found]) -> None:
+    """Raise if a layer is inside a module that another adapter trains in full, or a module cannot be so trained."""
+    check_offloading(model, places)
+    for name, module, record in trained_modules(model):
+        inside = {id(child) for child in module.modules()}
+        for place in places:
+            if id(place.owner) in inside:
+                raise ValueError(
+                    f"{place.name!r} cannot be adapted: {name!r} is trained in full with the adapter {record.adapter!r}"
+                )
+    for found in train_also:
+        for _, _, record in trained_modules(found.module):
+            raise ValueError(f"{found.name!r} is already trained in full with the adapter {record.adapter!r}")
+        if not any(parameter.is_floating_point() for parameter in found.module.parameters()):
+            raise ValueError(f"train_also: {found.name!r} ({type(found.module).__name__}) has no parameter to train")
+        if any(store_of(child) is not None for child in found.module.modules()):
+            raise ValueError(f"train_also: {found.name!r} has a quantized weight, which cannot be trained")
+        if not all(isinstance(value, Tensor) for value in found.module.state_dict(keep_vars=True).values()):
+            raise ValueError(f"train_also: {found.name!r} has state that is not a tensor and could not be restored")
+        if any(isinstance(child, AdaptedWeight) for child in found.module.modules()):
+            raise ValueError(f"train_also: {found.name!r} contains an adapted layer")

@@ -1,0 +1,333 @@
+"""Over a whole model: fold adapters into the weights, take them out again bit for bit, or keep them for good."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from lora_plus.layers.layer import LoRALayer
+from lora_plus.layers.merged import BoundMerge, Merge, MergeInShards, versions
+from lora_plus.layers.quantized import make_dense, store_of
+from lora_plus.layers.weight import AdaptedWeight
+from lora_plus.text import counted, join, printable
+
+from .adapters import check_adapter
+from .dry_run import left_as_it_was
+from .inject import check_restorable, make_plain
+from .storage import distributed_like, is_dtensor, reshard, shards_of, whole_parameters
+from .train_also import trained_modules, unmark_trained
+from .tree import adapted_weights, named_modules, named_parameters, owner_path
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What merging did. ``str()`` of it is one line for each thing worth knowing."""
+
+    layers: list[str]
+    """Names of the merged layers."""
+    lost: dict[str, float]
+    """For weights below float32: the part of the update that rounding to the weight's dtype lost, as the relative
+    error of the update that was applied. It is a property of the dtype, not an error of the merge."""
+    untied: list[tuple[str, list[str]]]
+    """Merged layers whose weight was shared, with the other names of that weight, which keep the base's values."""
+
+    def __str__(self) -> str:
+        lines = [f"merged {counted(len(self.layers), 'layer')}"]
+        if self.lost:
+            worst = max(self.lost, key=self.lost.__getitem__)
+            median = sorted(self.lost.values())[len(self.lost) // 2]
+            lines.append(
+                f"rounding to half precision lost {median:.2%} of the update in the median layer, "
+                f"{self.lost[worst]:.2%} in {worst!r}"
+            )
+        lines += [f"{name!r} is no longer tied to {printable(', '.join(others))}" for name, others in self.untied]
+        return "\n".join(lines)
+
+
+def merge_lora(model: nn.Module, *, adapters: Sequence[str] | None = None) -> MergeReport:
+    """Bind to each adapted layer a weight that contains its adapters; the base's own parameter is kept aside.
+
+    Adapters that are not merged have no effect until `unmerge_lora` brings back those that are active now.
+
+    Where the weights are sharded by ``fully_shard`` or tensor parallelism, the merged values are written into the
+    parameters' shards instead, and the base's are kept aside; every rank must call this, and `unmerge_lora`.
+
+    The merged weight is computed in float32 or better and rounded once to the weight's dtype. Everything is computed
+    and checked before the first layer is changed. A weight shared with another layer is shared no longer while merged;
+    a warning names such layers.
+
+    Args:
+        model: the model; it is changed.
+        adapters: names of the adapters to merge; None for those that are active. An adapter that is active keeps the
+            factor that `set_adapter` gave it; the others have 1.
+
+    Returns:
+        A report: which layers, and how much of the update the rounding lost.
+
+    Raises:
+        KeyError: if the model has no such adapter.
+        ValueError: if there is nothing to merge, the model is merged already, a layer's weight cannot be replaced, or
+            a merged weight would not be finite; or if the weights have no shape of their own between forwards
+            (FullyShardedDataParallel, ZeRO-3). The model is then as it was.
+    """
+    report, merges = _compute(model, adapters)
+    for weight, merge in merges:
+        weight.bind_merged(merge)
+    return report
+
+
+def unmerge_lora(model: nn.Module) -> None:
+    """Give each merged layer its own parameter again: the very same object, with the very same bits.
+
+    Raises:
+        ValueError: if the model is not merged.
+    """
+    merged_weights = [weight for _, weight in adapted_weights(model) if weight.lora_merge is not None]
+    if not merged_weights:
+        raise ValueError("the model is not merged")
+    for weight in merged_weights:
+        weight.check_enabled()
+        weight.check_unmergeable()
+    reshard(model)
+    for weight in merged_weights:
+        weight.unmerge()
+
+
+@contextmanager
+def merged(model: nn.Module, *, adapters: Sequence[str] | None = None) -> Iterator[nn.Module]:
+    """The merged model for the length of a ``with`` block; afterwards the previous state, merged or not."""
+    if _is_merged(model, adapters):
+        yield model
+        return
+    merge_lora(model, adapters=adapters)
+    try:
+        yield model
+    finally:
+        if any(weight.lora_merge is not None for _, weight in adapted_weights(model)):
+            unmerge_lora(model)
+
+
+def merge_and_unload(model: nn.Module, *, adapters: Sequence[str] | None = None, dequantize: bool = False) -> nn.Module:
+    """Plain modules with the merged weights; the adapters and the original weights are dropped.
+
+    Modules trained in full keep their trained values. ``requires_grad`` is as it was before the first injection.
+
+    Args:
+        model, adapters: as in `merge_lora`.
+        dequantize: turn adapted layers with a quantized weight into plain ``nn.Linear`` layers. Their weight has the
+            dtype that it had before it was quantized, where the package remembers that.
+
+    Returns:
+        The same model.
+
+    Raises:
+        KeyError, ValueError: as `merge_lora`; a model that is merged already keeps its merged weights.
+    """
+    check_restorable(model)
+    quantized = [(weight, store) for _, weight in adapted_weights(model) if (store := store_of(weight)) is not None]
+    if not _is_merged(model, adapters):
+        _, merges = _compute(model, adapters, dequantize=dequantize)
+        for weight, merge in merges:
+            weight.bind_merged(merge)
+    for _, module, _ in list(trained_modules(model)):
+        unmark_trained(module, restore=False)
+    dense = [(weight, store) for weight, store in quantized if weight.lora_merge and weight.lora_merge.adapters]
+    make_plain(model)
+    for weight, store in dense:
+        make_dense(cast(nn.Linear, weight), store)
+    return model
+
+
+def _is_merged(model: nn.Module, adapters: Sequence[str] | None) -> bool:
+    """Whether the model is merged with these adapters; a model that is merged in any other way is an error."""
+    weights = list(adapted_weights(model))
+    if not any(weight.lora_merge is not None for _, weight in weights):
+        return False
+    for adapter in adapters or ():
+        check_adapter(model, adapter)
+    for path, weight in weights:
+        weight.check_enabled()
+        wanted, merge = _wanted(weight, adapters), weight.lora_merge
+        if merge is None:
+            raise ValueError(f"{path!r} is not merged, and other layers are; call unmerge_lora(model) first")
+        if wanted != merge.adapters:
+            raise ValueError(
+                f"{path!r} is merged with {list(merge.adapters)}, not with {list(wanted)}; call unmerge_lora(model) "
+                "first"
+            )
+        weight.check_unchanged(merge, by_value=True)
+    return True
+
+
+def _wanted(weight: AdaptedWeight, adapters: Sequence[str] | None) -> tuple[str, ...]:
+    return weight.lora_active if adapters is None else weight.in_order(adapters)
+
+
+@torch.no_grad()
+def _compute(
+    model: nn.Module, adapters: Sequence[str] | None, *, dequantize: bool = False
+) -> tuple[MergeReport, list[tuple[AdaptedWeight, Merge]]]:
+    """The merged weights of a model, checked, with nothing changed yet."""
+    for adapter in adapters or ():
+        check_adapter(model, adapter)
+    shards = shards_of(model)
+    if shards.flat:
+        raise ValueError(
+            f"nothing was merged: the model is sharded by {shards.engine}, which has no weights that could be "
+            "exchanged; save the adapter, and merge it into the plain model or into the saved one (merge_checkpoint)"
+        )
+    merges: list[tuple[AdaptedWeight, Merge]] = []
+    ties = _ties(model, adapters)
+    report = MergeReport([], {}, list(ties.items()))
+    problems = []
+    for path, weight in adapted_weights(model):
+        weight.check_enabled()
+        names = _wanted(weight, adapters)
+        if not names and weight.lora_merge is None:
+            merges.append((weight, Merge()))  # what else it has must have no effect, and no keys
+            continue
+        made = _refusal(weight, ties.get(path, []), dequantize) or merged_state(weight, names)
+        if isinstance(made, str):
+            problems.append(f"{path!r}: {made}")
+            continue
+        if made.lost is not None:
+            report.lost[path] = made.lost
+        report.layers.append(path)
+        merges.append((weight, made))
+    if problems:
+        raise ValueError("nothing was merged, because of\n" + "\n".join(f"  {line}" for line in problems))
+    if not report.layers:
+        raise ValueError("there is no active adapter to merge; call inject_lora or set_adapter first")
+    for path, others in report.untied:
+        warnings.warn(
+            f"the weight of {path!r} is shared with {', '.join(others)}: merging gives {path!r} a weight of its own, "
+            "so a checkpoint of the merged model must be loaded into a model where the two are not tied",
+            stacklevel=3,
+        )
+    return report, merges
+
+
+def merged_state(weight: AdaptedWeight, names: tuple[str, ...]) -> BoundMerge | str:
+    """The merged state of a weight, or why it cannot be merged. Every rank must call it if the weight is a DTensor."""
+    own, tensors = weight.weight, weight.noted_tensors(names)
+    with whole_parameters(weight.parts()):
+        made = _merged_values(weight, names)
+    if isinstance(made, str):
+        return made
+    values, lost = made
+    copies = {name: tensor.detach().clone() for name, tensor in tensors.items()}
+    merge = BoundMerge(adapters=names, copies=copies, versions=versions(tensors), lost=lost, weight=own, bound=values)
+    if not is_dtensor(own):
+        return merge
+    return MergeInShards(**vars(merge) | {"bound": distributed_like(values, own)}, parameters=tensors)
+
+
+def _merged_values(weight: AdaptedWeight, names: tuple[str, ...]) -> tuple[Tensor, float | None] | str:
+    """What to bind in place of a whole weight, and how much rounding lost; or why it cannot be merged."""
+    base, dtype = weight.dense_weight()
+    merged_weight = torch.empty_like(base, dtype=dtype)
+    total, lost, size = 0.0, [], []
+    for index, exact in weight.effective_blocks(names, base):
+        merged_weight[index] = exact
+        rounded = merged_weight[index].to(exact.dtype)
+        total += float(rounded.sum())  # finite only if all values are, and cheaper than asking each
+        if merged_weight.element_size() < 4:
+            lost.append(torch.linalg.vector_norm(rounded - exact))
+            size.append(torch.linalg.vector_norm(exact - base[index].to(exact.dtype)))
+    if not math.isfinite(total) and not as_finite_as(merged_weight, base):
+        return f"the merged weight is not finite in {merged_weight.dtype}"
+    own = weight.weight
+    bound = (
+        nn.Parameter(merged_weight, requires_grad=own.requires_grad) if isinstance(own, nn.Parameter) else merged_weight
+    )
+    differs = _trial(weight, names, bound) if isinstance(weight, LoRALayer) else None
+    return (bound, _ratio(lost, size)) if differs is None else differs
+
+
+def _refusal(weight: AdaptedWeight, others: list[str], dequantize: bool) -> str | None:
+    """Why a weight, which has these other names, cannot be merged; None if it can."""
+    if weight.lora_merge is not None:
+        return "it is merged already; call unmerge_lora(model) first"
+    if weight.stored_quantized and not dequantize:
+        return (
+            "its weight is quantized, and quantizing a merged one again would lose most of the update; call "
+            "merge_and_unload(model, dequantize=True)"
+        )
+    if weight.weight_place() is None:
+        return (
+            "its weight is computed by a parametrization or a hook; remove that before merging, e.g. with "
+            "torch.nn.utils.parametrize.remove_parametrizations, which leaves the adapter in place"
+        )
+    if weight.weight.is_meta:
+        return "its weight has no values here (meta device); load them first, or remove the hooks that offload them"
+    if others and is_dtensor(weight.weight):
+        return (
+            f"its weight is shared with {', '.join(others)}, and merging writes into the shards, so that these would "
+            "be changed, too; merge the saved files instead (merge_checkpoint)"
+        )
+    return None
+
+
+@torch.no_grad()
+def _trial(layer: LoRALayer, names: tuple[str, ...], merged_weight: Tensor) -> str | None:
+    """Why the merged weight does not compute what the adapters do, where the layer's forward is a user's own.
+
+    Such a forward may mask, scale or normalise its weight; then ``W + s B A`` in its place is something else.
+    """
+    x = layer.trial_input() if layer.has_own_forward else None
+    if x is None:
+        return None
+    active, original = layer.lora_active, layer.weight
+    with left_as_it_was(layer):
+        layer.eval()
+        try:
+            base = layer.base_forward(x)
+            layer.lora_active = names
+            unmerged = layer.forward(x)
+            layer.bind_weight(merged_weight)
+            merged_output = layer.base_forward(x)
+        except Exception as error:
+            return f"its own forward could not be tried out on one input ({type(error).__name__}: {error})"
+        finally:
+            layer.bind_weight(original)
+            layer.lora_active = active
+    rounding = 32 * torch.finfo(merged_weight.dtype).eps * unmerged.abs().max()
+    if (merged_output - unmerged).abs().max() > 0.01 * (unmerged - base).abs().max() + rounding:
+        return "its own forward does not use its weight as it is, so merging would change what it computes"
+    return None
+
+
+def as_finite_as(merged_weight: Tensor, base: Tensor) -> bool:
+    return bool((torch.isfinite(merged_weight) | ~torch.isfinite(base)).all())
+
+
+def _ratio(lost: list[Tensor], size: list[Tensor]) -> float | None:
+    """How far the applied update is from the exact one, relative to its size; None where nothing was rounded."""
+    if not size:
+        return None
+    total = float(torch.linalg.vector_norm(torch.stack(size)))
+    return float(torch.linalg.vector_norm(torch.stack(lost))) / (total or 1.0)
+
+
+def _ties(model: nn.Module, adapters: Sequence[str] | None) -> dict[str, list[str]]:
+    """Weights to be merged that have other names outside their layer."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in named_parameters(model):
+        names.setdefault(id(parameter), []).append(name)
+    aliases: dict[int, list[str]] = {}
+    for name, module in named_modules(model, every_name=True):
+        if isinstance(module, AdaptedWeight):
+            aliases.setdefault(id(module), []).append(join(owner_path(name, module), module.weight_name))
+    ties = {}
+    for path, weight in adapted_weights(model):
+        others = sorted(set(names.get(id(weight.weight), [])) - set(aliases[id(weight)]))
+        if others and _wanted(weight, adapters):
+            ties[path] = others
+    return ties

@@ -1,0 +1,100 @@
+"""Modules trained in full together with an adapter (``train_also``): which they are, and what they were before."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from .storage import fill, is_dtensor, shards_of, show_again, show_copy
+from .tree import named_modules
+
+
+@dataclass
+class Trained:
+    """Kept on the module object itself, so that it goes where the module goes."""
+
+    adapter: str
+    """The adapter that the module is trained and saved with."""
+    original: dict[str, Tensor]
+    """The module's own state before: what removing the adapter brings back."""
+    aside: list[tuple[Tensor, Tensor]] | None = None
+    """While the module shows its original state: its tensors, and the trained values that they get back."""
+    spares: dict[str, Tensor] = field(default_factory=dict)
+    """Copies of the original state that were shown before and not changed: copying a large head takes as long as it."""
+
+    @property
+    def exchanged(self) -> bool:
+        """Whether the module shows its original state now."""
+        return self.aside is not None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "spares": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        for tensor, held in self.aside or ():  # the block that shows the original state is not a copy's
+            show_again(tensor, held)
+        self.aside = None
+
+
+_MARK = "_lora_trained"
+
+
+def record_of(module: nn.Module) -> Trained | None:
+    """What is noted of a module that is trained in full; None for any other module."""
+    return module.__dict__.get(_MARK)
+
+
+def trained_modules(model: nn.Module, adapter: str | None = None) -> Iterator[tuple[str, nn.Module, Trained]]:
+    """``(name, module, record)`` for the modules trained in full, with one adapter or with any."""
+    for name, module in named_modules(model):
+        record = record_of(module)
+        if record is not None and adapter in (None, record.adapter):
+            yield name, module, record
+
+
+def mark_trained(module: nn.Module, adapter: str) -> None:
+    """Note that a module is trained in full with this adapter, and keep a copy of its state."""
+    tensors = module.state_dict(keep_vars=True)
+    with shards_of(module).gathered(tensors.values()):
+        original = {name: tensor.detach().clone() for name, tensor in tensors.items()}
+    module.__dict__[_MARK] = Trained(adapter, original)
+
+
+def unmark_trained(module: nn.Module, *, restore: bool) -> None:
+    """Forget that a module was trained in full, and on demand bring back its original state, bit for bit."""
+    record: Trained = module.__dict__.pop(_MARK)
+    if restore:
+        for name, tensor in module.state_dict(keep_vars=True).items():
+            fill(tensor, record.original[name])
+
+
+@contextmanager
+def originals(model: nn.Module) -> Iterator[None]:
+    """The original state of all modules trained in full for the length of a ``with`` block."""
+    records = [(module, record) for _, module, record in trained_modules(model) if not record.exchanged]
+    # by tensor: one that has several names, or several owners, is exchanged once
+    held: dict[int, tuple[Tensor, Tensor]] = {}
+    shown: list[tuple[Trained, str, Tensor, Tensor, int]] = []
+    try:
+        for module, record in records:
+            tensors = module.state_dict(keep_vars=True)
+            for name, tensor in tensors.items():
+                if id(tensor) not in held:
+                    held[id(tensor)] = tensor, show_copy(tensor, record.original[name], record.spares.pop(name, None))
+                    if not (is_dtensor(tensor) or tensor.is_inference()):
+                        shown.append((record, name, tensor, tensor.data, tensor._version))
+            record.aside = [held[id(tensor)] for tensor in tensors.values()]
+        yield
+    finally:
+        for record, name, tensor, copy, version in shown:
+            if (tensor._version, tensor.data_ptr()) == (version, copy.data_ptr()):
+                record.spares[name] = copy
+        for tensor, values in held.values():
+            show_again(tensor, values)
+        for _, record in records:
+            record.aside = None

@@ -1,0 +1,173 @@
+"""Walking over a model, past what holds the tensors of its adapters."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from lora_plus.errors import check_model
+from lora_plus.layers.adapter import AdapterSite
+from lora_plus.layers.adapter_tensors import AdapterTensors, BaseParameters
+from lora_plus.layers.weight import AdaptedWeight
+from lora_plus.text import join
+
+
+def named_modules(model: nn.Module, *, every_name: bool = False) -> list[tuple[str, nn.Module]]:
+    """``(name, module)`` for all modules but containers of ours, as ``model.named_modules()`` orders them.
+
+    Wrappers that engines put around modules are passed by, and names are those of the model without them. Torch's chain
+    of generators takes three times as long, which shows where there are thousands of layers.
+
+    Args:
+        model: the module to start from.
+        every_name: whether a module that has several names is given under each of them.
+    """
+    check_model(model)
+    found: list[tuple[str, nn.Module]] = []
+    seen: set[int] = set()
+
+    def visit(name: str, module: nn.Module) -> None:
+        if not every_name and id(module) in seen:
+            return
+        seen.add(id(module))
+        inner = wrapped(module)
+        if inner is not None:
+            visit(name, inner)
+            return
+        found.append((name, module))
+        for key, child in module._modules.items():
+            if child is not None and not isinstance(child, (AdapterTensors, BaseParameters)):
+                visit(f"{name}.{key}" if name else key, child)
+
+    visit("", model)
+    return found
+
+
+def named_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """``(name, parameter)`` for all parameters but those of adapters, each under all of its names."""
+    return [
+        (join(name, key), parameter)
+        for name, module in named_modules(model, every_name=True)
+        for key, parameter in own_parameters(module)
+    ]
+
+
+def own_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """``(name, parameter)`` for a module's own parameters, with those of them that have adapters."""
+    for holder in (module, *module._modules.values()):
+        if holder is module or isinstance(holder, BaseParameters):
+            for key, parameter in holder._parameters.items():
+                if parameter is not None:
+                    yield key, parameter
+
+
+def submodule(model: nn.Module, path: str) -> nn.Module:
+    """The module of this name."""
+    return next(module for name, module in named_modules(model, every_name=True) if name == path)
+
+
+class Wrapper(NamedTuple):
+    """A class of wrappers; it is looked for only where its package is in use."""
+
+    package: str
+    name: str
+    child: str
+    """The submodule that is wrapped."""
+    replicas: Callable[[Any], Any] | None = None
+    """For wrappers that reduce gradients: the process group of the ranks that each hold the whole model, if they do."""
+    fixed: str = ""
+    """What the wrapper would not do with parameters that come later; empty for one that does not mind."""
+
+
+_NOT_REDUCED = "would not reduce the gradients of new parameters"
+
+WRAPPERS = (
+    Wrapper(
+        "torch.nn.parallel", "DistributedDataParallel", "module", lambda wrapper: wrapper.process_group, _NOT_REDUCED
+    ),
+    Wrapper("torch.nn.parallel", "DataParallel", "module"),
+    Wrapper("torch._dynamo.eval_frame", "OptimizedModule", "_orig_mod"),
+    Wrapper(
+        "torch.optim.swa_utils", "AveragedModel", "module",
+        fixed="would not average new parameters with those of the same place in the model",
+    ),
+    Wrapper("torch.distributed.fsdp", "FullyShardedDataParallel", "_fsdp_wrapped_module"),
+    Wrapper(
+        "torch.distributed.algorithms._checkpoint.checkpoint_wrapper", "ActivationWrapper", "_checkpoint_wrapped_module"
+    ),
+    Wrapper(
+        "deepspeed", "DeepSpeedEngine", "module",
+        lambda engine: None if engine.zero_optimization_partition_weights() else engine.data_parallel_group,
+        _NOT_REDUCED,
+    ),
+    Wrapper("lightning.fabric.wrappers", "_FabricModule", "_forward_module"),
+)  # fmt: skip
+"""Names in a model have no part for these."""
+
+_CHILDREN = frozenset(wrapper.child for wrapper in WRAPPERS)
+
+
+def wrapper_of(module: nn.Module) -> Wrapper | None:
+    """What kind of wrapper a module is; None for any other module."""
+    if _CHILDREN.isdisjoint(module._modules):  # nearly all of them
+        return None
+    for wrapper in WRAPPERS:
+        known = getattr(sys.modules.get(wrapper.package), wrapper.name, None)
+        if known is not None and isinstance(module, known):
+            return wrapper
+    return None
+
+
+def wrapped(module: nn.Module) -> nn.Module | None:
+    """The module that this one wraps; None if it is no wrapper."""
+    wrapper = wrapper_of(module)
+    return None if wrapper is None else module._modules[wrapper.child]
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside of DistributedDataParallel, FSDP, a compiled module or any other wrapper."""
+    inner = wrapped(model)
+    return model if inner is None else unwrap(inner)
+
+
+def replica_group(model: nn.Module) -> Any:
+    """The process group of the ranks among which a wrapper keeps copies of the whole model; None if there is none."""
+    wrapper = wrapper_of(model)
+    if wrapper is None:
+        return None
+    if wrapper.replicas is not None:
+        return wrapper.replicas(model)
+    inner = wrapped(model)
+    assert inner is not None
+    return replica_group(inner)
+
+
+def is_spare_replica(model: nn.Module) -> bool:
+    """Whether the first rank has a copy of the whole model, too, so that files are its business."""
+    group = replica_group(model)
+    return group is not None and torch.distributed.get_rank(group) > 0
+
+
+def adapted_weights(model: nn.Module) -> Iterator[tuple[str, AdaptedWeight]]:
+    """``(name, weight)`` for every adapted layer or parameter of a model, each once, under its first name."""
+    for path, module in named_modules(model):
+        if isinstance(module, AdaptedWeight):
+            yield join(owner_path(path, module), module.lora_label), module
+
+
+def adapter_sites(model: nn.Module) -> Iterator[tuple[str, AdapterSite, AdaptedWeight]]:
+    """``(name, site, weight)`` for all that has adapters in a model: whole weights, and blocks of their rows."""
+    for path, module in named_modules(model):
+        if isinstance(module, AdaptedWeight):
+            for site in module.adapter_sites():
+                if site.lora_specs:
+                    yield join(owner_path(path, module), site.lora_label), site, module
+
+
+def owner_path(path: str, weight: AdaptedWeight) -> str:
+    """The path of the user's own module that the weight belongs to."""
+    return path if not weight.nesting else ".".join(path.split(".")[: -weight.nesting])

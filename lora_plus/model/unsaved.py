@@ -1,0 +1,96 @@
+"""What is trained and belongs to no adapter, so that no file of an adapter holds it; and what must not be trained."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from torch import nn
+
+from lora_plus.errors import Problems
+from lora_plus.layers.weight import AdaptedWeight
+from lora_plus.text import join, some
+
+from .storage import reshard
+from .train_also import record_of
+from .tree import named_modules, own_parameters, owner_path
+
+
+@dataclass(frozen=True)
+class Unsaved:
+    """What is trainable in a model with adapters and is none of what they train. Without adapters all is empty."""
+
+    parameters: dict[str, nn.Parameter]
+    """Those that are in no adapter and in no module trained in full with one, each once, by name."""
+    bases: list[str]
+    """The names of those of them that adapters are added to."""
+    fixed: dict[str, list[str]]
+    """By adapter, the names of its tensors that its variant or its start holds fixed."""
+    fixed_active: dict[str, list[str]]
+    """The same where the adapter is active."""
+
+    def wrong(self, adapter: str | None = None) -> list[str]:
+        """What would make a file of the adapter, or of the active ones, wrong: lines that say what to do."""
+        bases = [f"{some(self.bases)}: base weights under an adapter; call requires_grad_(False) on them"]
+        fixed = self.fixed_active if adapter is None else {adapter: self.fixed.get(adapter, [])}
+        return (bases if self.bases else []) + [
+            f"{some(names)}: held fixed by the variant or the init of the adapter; call set_adapter(model, {name!r}, "
+            "trainable=True)"
+            for name, names in fixed.items()
+            if names
+        ]
+
+    def check(self, what: str, adapter: str | None = None) -> None:
+        """Raise, saying what was not done, if something is `wrong`."""
+        lines = self.wrong(adapter)
+        if lines:
+            raise Problems(f"{what}, for these are trainable and have to stay as they are", lines)
+
+    def warn(self, *, stacklevel: int) -> None:
+        """Warn of the parameters, naming them."""
+        if self.parameters:
+            warnings.warn(
+                f"trained, but saved with no adapter: {some(list(self.parameters))}; name the modules in "
+                "inject_lora(..., train_also=[...]), freeze them, or save them yourself",
+                stacklevel=stacklevel + 1,
+            )
+
+
+def unsaved(model: nn.Module, others: Collection[int] = ()) -> Unsaved:
+    """Find what is trained and saved with no adapter, in one walk over the model.
+
+    ``others`` are the ids of parameters that somebody else saves.
+    """
+    reshard(model)
+    saved, bases = set(others), set[int]()
+    trainable: list[tuple[str, nn.Parameter]] = []
+    fixed: dict[str, list[str]] = {}
+    fixed_active: dict[str, list[str]] = {}
+    adapted = False
+    for path, module in named_modules(model):
+        trainable += [(join(path, name), own) for name, own in own_parameters(module) if own.requires_grad]
+        if record_of(module) is not None:
+            saved |= {id(parameter) for parameter in module.parameters()}
+        if not isinstance(module, AdaptedWeight):
+            continue
+        adapted = True
+        if module.weight_place() is not None:
+            bases.add(id(module.weight))
+        for adapter, name, tensor in module.fixed_tensors():
+            if tensor.requires_grad:
+                for found in (fixed, fixed_active) if adapter in module.lora_active else (fixed,):
+                    found.setdefault(adapter, []).append(join(owner_path(path, module), name))
+    once: dict[int, tuple[str, nn.Parameter]] = {}
+    for name, own in trainable if adapted else ():
+        if id(own) not in saved:
+            once.setdefault(id(own), (name, own))
+    parameters = dict(once.values())
+    return Unsaved(parameters, [name for name, own in parameters.items() if id(own) in bases], fixed, fixed_active)
+
+
+def check_saved(model: nn.Module, adapter: str, what: str) -> None:
+    """Raise where the file of an adapter would be wrong, and warn of what it will lack, for our caller's caller."""
+    beside = unsaved(model)
+    beside.check(what, adapter)
+    beside.warn(stacklevel=3)

@@ -1,0 +1,1 @@
+"""Adapters and checkpoints without training: combine, resize, extract, merge."""

@@ -1,0 +1,1 @@
+"""Whole checkpoints on the disk, without a model."""

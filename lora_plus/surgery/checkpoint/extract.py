@@ -1,0 +1,212 @@
+"""The adapter that comes nearest to a fine-tuned checkpoint on the disk, tensor after tensor, without a model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_plus.errors import Problems
+from lora_plus.files.load import save_adapter
+from lora_plus.files.read import base_problem
+from lora_plus.files.regular import PathLike, stated
+from lora_plus.files.streaming import DTYPES as STORED
+from lora_plus.layers.base import BaseLayer
+from lora_plus.layers.kinds import DTYPES, KINDS, LOOKALIKES
+from lora_plus.model.inject import attach
+from lora_plus.model.patterns import matcher, near_misses
+from lora_plus.model.places import Place, find_modules, find_places
+from lora_plus.model.settings import as_patterns
+from lora_plus.surgery.bare_tree import bare_tree
+from lora_plus.surgery.combine import CombineReport, Draft, unusable
+from lora_plus.tensors.low_rank import truncated
+from lora_plus.tensors.matrix import accumulation_dtype, to_matrix
+from lora_plus.tensors.variant import AdapterSpec
+from lora_plus.text import join
+
+from .folder import Checkpoint
+from .merge import Progress
+
+
+def extract_checkpoint(
+    base: PathLike,
+    tuned: PathLike,
+    out: PathLike,
+    *,
+    r: int,
+    targets: str | Sequence[str] | None = None,
+    exclude: str | Sequence[str] = (),
+    kinds: Mapping[str, str] | None = None,
+    format: str | None = None,
+    metadata: Mapping[str, str] | None = None,
+    progress: Progress | None = None,
+) -> CombineReport:
+    """Write the adapter that comes nearest to a fine-tuned checkpoint: the truncated SVD of each weight's change.
+
+    As `extract_adapter`, for checkpoints that `merge_checkpoint` reads. A few tensors are in memory at a time, and the
+    factors. A checkpoint does not say what its layers are. Unless ``kinds`` says otherwise, ``embed_tokens``,
+    ``tok_embeddings``, ``token_type_embeddings``, ``word_embeddings``, ``wpe`` and ``wte`` count as embeddings, and
+    each other weight of two dimensions as that of a linear layer. Weights of other shapes count only where ``kinds``
+    says what they are. Loading into the model refuses a layer of another kind; `merge_checkpoint` computes the same for
+    all that store (out, in).
+
+    Args:
+        base: the checkpoint that the tuned one started from.
+        tuned: the fine-tuned one, with the same names.
+        out: the adapter, as in `save_adapter`.
+        r: the largest rank that a layer gets: less where its weight has less.
+        targets: names or globs of layers, as in `inject_lora`; None for all whose weights have the same shape in both.
+            Those that are equal in both get no adapter.
+        exclude: names or globs of layers that get none.
+        kinds: the kind of layer by name or glob, such as ``{"embed_tokens": "Embedding", "c_attn":
+            "TransposedLinear"}``; convolutions without groups can be stated too.
+        format, metadata: as in `save_adapter`.
+        progress: called with the number of tensors that have been looked at, and of all, after each of them.
+
+    Returns:
+        A report: ranks, the part of each layer's change that is lost, and the names of all other tensors that differ,
+        that one checkpoint lacks, or whose dtype cannot be read.
+
+    Raises:
+        ValueError: one error with every pattern that matches nothing, every target that is missing in the tuned
+            checkpoint or does not fit, or if no target differs. Nothing is written then.
+        FileNotFoundError: if a checkpoint is not there.
+        OSError: if a file of a checkpoint is replaced or written to meanwhile, or ``out`` cannot be written.
+    """
+    AdapterSpec(r=r, alpha=r)
+    stated(out)
+    for path in (base, tuned):
+        if not stated(path).exists():
+            raise FileNotFoundError(f"there is no checkpoint at {str(path)!r}")
+    ours, theirs = Checkpoint(Path(base)), Checkpoint(Path(tuned))
+    failure = f"no adapter can be extracted from {str(tuned)!r}"
+    layers, problems = _selected(ours, theirs, targets, exclude, kinds or {})
+    if problems:
+        raise Problems(failure, problems)
+    model = bare_tree(layers, {}, repr(str(base)))
+    draft, ignored = _drafted(model, ours, theirs, r, progress)
+    if not draft.problems and not draft.prepared:
+        draft.problems.append(f"it is equal to {str(base)!r} in all targets")
+    draft.check(failure)
+    attach(model, "default", draft.prepared, (), trainable=False)
+    save_adapter(model, out, format=format, metadata=metadata)
+    return draft.report("default", ignored)
+
+
+_KINDS = {kind.kind_name(): kind for kind in (*KINDS.values(), *LOOKALIKES)}
+
+_USUAL_KINDS = dict.fromkeys(
+    ("embed_tokens", "tok_embeddings", "token_type_embeddings", "word_embeddings", "wpe", "wte"), "Embedding"
+)
+"""What layers of these names are in the models of transformers and torchtune."""
+
+_NO_MODULE = nn.Module()
+"""What a checkpoint has in the place of a module: names and globs do not ask for it."""
+
+
+def _selected(
+    ours: Checkpoint, theirs: Checkpoint, targets: Any, exclude: Any, kinds: Mapping[str, str]
+) -> tuple[dict[str, BaseLayer], list[str]]:
+    """The layers that may get an adapter, by name, and what is wrong with the settings that select them."""
+    layers = _layers(ours, kinds)
+    problems = []
+
+    def matching(setting: str, patterns: Any) -> set[str]:
+        found = set()
+        for pattern in patterns:
+            hits = {name for name in layers if matcher(pattern)(name, _NO_MODULE)}
+            if not hits:
+                hint = near_misses(pattern, layers)
+                problems.append(f"{setting} {pattern!r} matches no weight that can have an adapter{hint}")
+            found |= hits
+        return found
+
+    matching("kinds", kinds)
+    excluded = matching("exclude", as_patterns(exclude))
+    wanted = layers.keys() if targets is None else matching("target", as_patterns(targets))
+    misfits = {
+        name: _misfit(join(name, "weight"), layers[name], theirs) for name in layers if name in wanted - excluded
+    }
+    if targets is not None:
+        problems += [why for why in misfits.values() if why is not None]
+    chosen = {name: layer for name, layer in layers.items() if name in misfits and misfits[name] is None}
+    if not chosen and not problems:
+        problems.append("no weight that can have an adapter is in both checkpoints with one shape, and not excluded")
+    return chosen, problems
+
+
+def _layers(checkpoint: Checkpoint, kinds: Mapping[str, str]) -> dict[str, BaseLayer]:
+    """The layers that a checkpoint may have, by name."""
+    unknown = sorted(set(kinds.values()) - _KINDS.keys())
+    if unknown:
+        raise ValueError(f"unknown kind of layer {unknown[0]!r}; choose one of {sorted(_KINDS)}")
+    known = [(matcher(pattern), kind) for pattern, kind in (*kinds.items(), *_USUAL_KINDS.items())]
+    found = {}
+    for tensor, stored in checkpoint.tensors.items():
+        owner, _, parameter = tensor.rpartition(".")
+        kind = _KINDS[next((kind for matches, kind in known if matches(owner, _NO_MODULE)), "Linear")]
+        layer = BaseLayer(kind.kind_name(), kind.layout, stored.shape)
+        if parameter == "weight" and STORED.get(stored.dtype) in DTYPES and base_problem(layer) is None:
+            found[owner] = layer
+    return found
+
+
+def _misfit(name: str, layer: BaseLayer, theirs: Checkpoint) -> str | None:
+    """Why the tuned checkpoint has no such weight; None if it has."""
+    stored = theirs.tensors.get(name)
+    if stored is None:
+        return f"{name!r} is not in the tuned checkpoint{near_misses(name, theirs.tensors)}"
+    if stored.shape != layer.shape or STORED.get(stored.dtype) not in DTYPES:
+        return f"{name!r} is {stored.dtype} of shape {stored.shape} in the tuned checkpoint, expected {layer.shape}"
+    return None
+
+
+@torch.no_grad()
+def _drafted(
+    model: nn.Module, ours: Checkpoint, theirs: Checkpoint, r: int, progress: Progress | None
+) -> tuple[Draft, list[str]]:
+    """The factors for the layers of the bare model that differ, and the names of all else that does."""
+    draft, ignored = Draft(), []
+    places = {join(place.name, "weight"): place for place in find_places(find_modules(model), {})}
+    names = [*theirs.tensors, *(name for name in ours.tensors if name not in theirs.tensors)]
+    for done, name in enumerate(names, 1):
+        if _differs(name, ours, theirs):
+            if name in places:
+                _fit(draft, places[name], ours.read(name), theirs.read(name), r)
+            else:
+                ignored.append(name)
+        if progress is not None:
+            progress(done, len(names))
+    for checkpoint in (ours, theirs):
+        checkpoint.check()
+    return draft, ignored
+
+
+def _differs(name: str, ours: Checkpoint, theirs: Checkpoint) -> bool:
+    """Whether a tensor is not the same in both, as far as it can be read."""
+    mine, other = ours.tensors.get(name), theirs.tensors.get(name)
+    if mine is None or other is None or mine.shape != other.shape or not {mine.dtype, other.dtype} <= STORED.keys():
+        return True
+    a, b = ours.read(name), theirs.read(name)
+    if a.dtype == b.dtype and torch.equal(_bytes(a), _bytes(b)):
+        return False  # also where it has values that are not numbers
+    return bool((a != b).any())
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.reshape(-1).view(torch.uint8)
+
+
+def _fit(draft: Draft, place: Place, base: Tensor, tuned: Tensor, r: int) -> None:
+    for what, tensor in (("base", base), ("tuned", tuned)):
+        if (why := unusable(tensor)) is not None:
+            draft.problems.append(f"{join(place.name, 'weight')!r} of the {what} checkpoint {why}")
+            return
+    dtype = accumulation_dtype(base.dtype, tuned.dtype)
+    change = to_matrix(tuned.to(dtype) - base.to(dtype), place.base().layout)
+    fit = draft.fit(place, base.device, truncated, change, r)
+    if fit is not None:
+        draft.add(place, fit, accumulation_dtype(base.dtype))

@@ -1,0 +1,243 @@
+"""Merge adapters into a checkpoint on the disk, tensor after tensor, without building a model."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_plus.errors import Problems
+from lora_plus.files.atomic import flush, is_free
+from lora_plus.files.read import is_finite
+from lora_plus.files.regular import PathLike, stated
+from lora_plus.files.rename import Names
+from lora_plus.files.streaming import DTYPES as STORED
+from lora_plus.files.streaming import StoredTensor, TensorFile, write_stream
+from lora_plus.layers.adapter_tensors import BaseParameters
+from lora_plus.layers.kinds import DTYPES
+from lora_plus.layers.parameter import LoRAParameter
+from lora_plus.model.merge import MergeReport, as_finite_as, merged_state
+from lora_plus.tensors.matrix import matrix_shape
+from lora_plus.text import counted, printable
+
+from .folder import Checkpoint, appearing, copy_file, side_files
+from .plan import Change, Plan, planned
+
+Progress = Callable[[int, int], None]
+"""Is told how many things are done, and how many there are."""
+
+
+@dataclass(frozen=True)
+class CheckpointReport:
+    """What `merge_checkpoint` did. ``str()`` of it is one line for each thing worth knowing."""
+
+    merged: list[str]
+    """Names of the tensors with adapters merged into them."""
+    lost: dict[str, float]
+    """As in `MergeReport`, by the names of tensors."""
+    replaced: list[str]
+    """Tensors of modules that were trained in full."""
+    copied: list[str]
+    """All other tensors."""
+    left_out: list[str]
+    """Files and folders that were not copied: those that hold weights without the adapters, an adapter, hidden ones,
+    and links that lead out of the folder, to a folder or to nothing."""
+
+    def __str__(self) -> str:
+        lines = [str(MergeReport(self.merged, self.lost, []))]
+        if self.replaced:
+            lines.append(f"replaced {counted(len(self.replaced), 'tensor')} of modules trained in full")
+        lines.append(f"copied {counted(len(self.copied), 'tensor')}")
+        if self.left_out:
+            left_out = printable(", ".join(self.left_out))
+            lines.append(f"left out {left_out}: weights that are not merged, hidden, or links")
+        return "\n".join(lines)
+
+
+def merge_checkpoint(
+    base: PathLike,
+    adapter: PathLike | Sequence[PathLike],
+    out: PathLike,
+    *,
+    dtype: torch.dtype | None = None,
+    weights: Sequence[float] | None = None,
+    names: Names | None = None,
+    progress: Progress | None = None,
+) -> CheckpointReport:
+    """Write a checkpoint whose weights contain the adapters, as merging in the model and saving it would.
+
+    A tensor that an adapter changes is computed in float32, or float64 where it or the adapter is, and rounded once.
+    All others are copied byte for byte. A few times the largest tensor is in memory. ``out`` appears whole or not at
+    all; what a killed run left beside it is cleared by the next one. Same input, same bytes.
+
+    Of a folder, shards, index, other files and subfolders are taken over. The report names what is not: hidden files
+    and folders, other files that hold weights or an adapter, because they would not be merged, and links that lead out
+    of the folder (those into the ``blobs`` of a model cache are followed) or to a folder. A module whose own forward
+    uses its weight in a way of its own cannot be known here; `merge_lora` finds out.
+
+    Args:
+        base: a ``.safetensors`` file, or a folder with ``model.safetensors`` or with shards and their
+            index, such as ``model.safetensors.index.json``.
+        adapter: a file or folder that `load_adapter` reads, or several, whose updates are added up.
+        out: the new file or folder; a folder may be there if it is empty.
+        dtype: of the new checkpoint's tensors, those in float16, bfloat16, float32 and float64; None to keep each
+            one's. Other files, such as config.json, are not changed.
+        weights: a factor for each adapter; 1 each if not given.
+        names: from the names of tensors in the adapter's model to those in the checkpoint: a mapping of prefixes, such
+            as ``{"model": ""}`` for ``model.layers.0.q.weight`` that is ``layers.0.q.weight`` here, or a function. None
+            for a new name leaves something out. In a file of kohya's the names are those of modules, with underscores.
+        progress: called with the number of tensors that have been taken on, and of all.
+
+    Returns:
+        A report: which tensors, and how much of the update rounding to half precision lost.
+
+    Raises:
+        ValueError: one error with everything that is wrong with the files, or does not fit. Nothing is written then.
+            Also if a new weight would not be finite, found while writing; then nothing stays.
+        FileNotFoundError, FileExistsError: if base or an adapter is not there, or ``out`` is, or appears
+            meanwhile.
+        OSError: if a file of base is replaced or written to meanwhile, or ``out`` cannot be written; nothing stays.
+    """
+    base, out = stated(base), Path(os.path.abspath(stated(out)))
+    paths = [stated(path) for path in ([adapter] if isinstance(adapter, (str, os.PathLike)) else adapter)]
+    factors = [1.0] * len(paths) if weights is None else [float(factor) for factor in weights]
+    _check_arguments(base, paths, out, dtype, factors)
+    checkpoint = Checkpoint(base)
+    plan = planned(checkpoint, paths, factors, names)
+    if plan.problems:
+        what = f"adapter {str(paths[0])!r} was not" if len(paths) == 1 else "nothing was"
+        raise Problems(f"{what} merged into {str(base)!r}", plan.problems)
+    for doubt in plan.doubts:
+        warnings.warn(doubt, stacklevel=2)
+    writer = _Writer(checkpoint, plan, dtype, progress)
+    with appearing(out, checkpoint.single) as folder:
+        writer.write(folder)
+    return writer.report
+
+
+def _check_arguments(base: Path, paths: list[Path], out: Path, dtype: Any, factors: list[float]) -> None:
+    if not paths:
+        raise ValueError("no adapter given")
+    if len(factors) != len(paths):
+        raise ValueError(f"weights has {len(factors)} factors for {len(paths)} adapters")
+    wrong = [factor for factor in factors if not math.isfinite(factor) or not factor]
+    if wrong:
+        raise ValueError(f"weights must be finite and not zero (leave such an adapter out), got {wrong[0]}")
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {DTYPES} or None, got {dtype!r}")
+    if not base.exists():
+        raise FileNotFoundError(f"there is no checkpoint at {str(base)!r}")
+    if base.is_file() and out.suffix != ".safetensors":
+        raise ValueError(f"out must end in '.safetensors' where base is a file, got {str(out)!r}")
+    if not is_free(out) or (base.is_file() and out.is_dir()):
+        raise FileExistsError(f"{str(out)!r} exists already; give another name, or remove it first")
+    if base.is_dir() and base.resolve() in out.resolve().parents:
+        raise ValueError(f"out lies inside of base, {str(base)!r}; give a name outside")
+
+
+# ---- writing ---------------------------------------------------------------------------------------------------------
+
+
+class _StoredWeight(LoRAParameter):
+    """A tensor of a checkpoint with adapters, to be merged as a model's are."""
+
+    def __init__(self, tensor: Tensor, change: Change, dtype: torch.dtype) -> None:
+        base = BaseParameters()
+        base.register_parameter("weight", nn.Parameter(tensor, requires_grad=False))
+        super().__init__(base, "weight", change.layout, "weight")
+        self.merged_dtype = dtype
+        total = matrix_shape(change.layout, tuple(tensor.shape))[0]
+        for adapter, rows, spec, tensors in change.updates:
+            site = self if rows is None else self.row_block("{}:{}".format(*rows), *rows, total)
+            site.add_adapter(adapter, spec, tensors, trainable=False)
+
+    def dense_weight(self) -> tuple[Tensor, torch.dtype]:
+        return self.weight, self.merged_dtype
+
+
+class _Writer:
+    """Writes a checkpoint with its changes into a folder, and keeps the report."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, plan: Plan, dtype: torch.dtype | None, progress: Progress | None
+    ) -> None:
+        self.checkpoint, self.changes, self.dtype, self.progress = checkpoint, plan.changes, dtype, progress
+        self.nothing = f"nothing was merged into {str(checkpoint.base)!r}"
+        self.done = 0
+        self.report = CheckpointReport([], {}, [], [], [])
+
+    def write(self, folder: Path) -> None:
+        """Write all files, the small ones first: one that cannot be read fails before the work."""
+        stored = {
+            name: {tensor: self._stored(entry) for tensor, entry in file.tensors.items()}
+            for name, file in self.checkpoint.files.items()
+        }
+        if not self.checkpoint.single:
+            self._write_others(folder, sum(entry.size for tensors in stored.values() for entry in tensors.values()))
+        for name, file in self.checkpoint.files.items():
+            tensors = stored[name]
+            if tensors == file.tensors and not self.changes.keys() & tensors.keys():
+                copy_file(file.path, folder / name)
+                file.check()
+                self.report.copied.extend(tensors)
+                self._advance(len(tensors))
+            else:
+                write_stream(folder / name, file, tensors, partial(self._changed, file, tensors))
+
+    def _advance(self, count: int) -> None:
+        self.done += count
+        if self.progress is not None:
+            self.progress(self.done, len(self.checkpoint.tensors))
+
+    def _stored(self, entry: StoredTensor) -> StoredTensor:
+        return entry.in_dtype(self.dtype) if self.dtype and STORED.get(entry.dtype) in DTYPES else entry
+
+    @torch.no_grad()
+    def _changed(self, file: TensorFile, tensors: Mapping[str, StoredTensor], name: str) -> Tensor | None:
+        """The new values of a tensor; None if it stays as it is."""
+        self._advance(1)
+        change = self.changes.get(name)
+        if change is None and tensors[name] == file.tensors[name]:
+            self.report.copied.append(name)
+            return None
+        dtype = STORED[tensors[name].dtype]
+        if change is None or change.replacement is not None:
+            (self.report.copied if change is None else self.report.replaced).append(name)
+            old = file.read(name) if change is None or change.replacement is None else change.replacement
+            new = old.to(dtype).contiguous()
+            if dtype in DTYPES and not is_finite(new) and not as_finite_as(new, old):
+                raise ValueError(f"{name!r} is not finite in {dtype}; {self.nothing}")
+            return new
+        weight = _StoredWeight(file.read(name), change, dtype)
+        made = merged_state(weight, weight.in_order(weight.lora_adapters()))
+        if isinstance(made, str):
+            raise ValueError(f"{name!r}: {made}; {self.nothing}")
+        self.report.merged.append(name)
+        if made.lost is not None:
+            self.report.lost[name] = made.lost
+        return made.bound.detach()
+
+    def _write_others(self, folder: Path, size: int) -> None:
+        done, index = set(self.checkpoint.files), self.checkpoint.index
+        if index:
+            text, metadata = self.checkpoint.index_text, index.get("metadata")
+            if self.dtype is not None and isinstance(metadata, dict) and "total_size" in metadata:
+                text = json.dumps({**index, "metadata": {**metadata, "total_size": size}}, indent=2) + "\n"
+            (folder / self.checkpoint.index_name).write_text(text, encoding="utf-8", newline="")
+            flush(folder / self.checkpoint.index_name)
+            done.add(self.checkpoint.index_name)
+        found, others = side_files(self.checkpoint.folder)
+        self.report.left_out.extend(name for name in others if name not in done)
+        for name in found:
+            if name not in done:
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                copy_file(self.checkpoint.folder / name, folder / name)

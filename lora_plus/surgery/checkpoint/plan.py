@@ -1,0 +1,207 @@
+"""What adapters do to each tensor of a checkpoint, and everything that does not fit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import Tensor
+
+from lora_plus.files.read import base_problem, is_finite, read_adapter, shape_problems, value_problems
+from lora_plus.files.rename import Names, Renaming
+from lora_plus.files.saved_adapter import SavedLayer
+from lora_plus.files.streaming import DTYPES as STORED
+from lora_plus.files.streaming import StoredTensor
+from lora_plus.files.unread_tensors import read, read_all
+from lora_plus.layers.base import BaseLayer
+from lora_plus.layers.kinds import DTYPES
+from lora_plus.tensors.variant import VARIANTS, AdapterSpec, only_adds
+from lora_plus.text import join, near_misses
+
+from .folder import Checkpoint
+from .shapes import Shape
+from .target import CheckpointTarget
+
+
+@dataclass
+class Change:
+    """What adapters do to one tensor."""
+
+    layout: str = ""
+    updates: list[tuple[str, tuple[int, int] | None, AdapterSpec, dict[str, Tensor]]] = field(default_factory=list)
+    """The name of the adapter, the rows that it changes or None for all, its settings and its tensors."""
+    replacement: Tensor | None = None
+
+
+def planned(checkpoint: Checkpoint, paths: Sequence[Path], factors: Sequence[float], names: Names | None) -> Plan:
+    """What adapters, each multiplied by its factor, do to a checkpoint; with all problems."""
+    plan = Plan(checkpoint, Renaming(names))
+    for index, (path, factor) in enumerate(zip(paths, factors, strict=True)):
+        plan.add(f"adapter {str(path)!r}: " if len(paths) > 1 else "", str(index), path, factor)
+    plan.check()
+    for change in () if plan.problems else plan.changes.values():
+        read_all(tensors for _, _, _, tensors in change.updates)
+        change.replacement = read(change.replacement)
+    return plan
+
+
+class Plan:
+    """What becomes of each tensor of a checkpoint; what is wrong is collected in ``problems``."""
+
+    def __init__(self, checkpoint: Checkpoint, rename: Renaming) -> None:
+        self.checkpoint, self.target = checkpoint, CheckpointTarget(checkpoint, rename)
+        self.changes: dict[str, Change] = {}
+        self.problems: list[str] = []
+        self.doubts: list[str] = []
+        """What to warn of."""
+        self.missing: list[tuple[str, str, Shape | None]] = []
+
+    def add(self, where: str, adapter: str, path: Path, factor: float) -> None:
+        """Enter an adapter, multiplied by a factor; ``where`` comes before its problems."""
+        problems: list[str] = []
+        data = read_adapter(path, self.target, problems)
+        rename = str if data.resolved else self.target.rename
+        tensors = {
+            name: rename(layer.base.facts.get("parameter", join(name, "weight"))) for name, layer in data.layers.items()
+        }
+        if not problems and not any(tensors.values()):
+            problems.append("it has no adapted layer")
+        for name, layer in data.layers.items():
+            target = tensors[name]
+            if target is not None:
+                wrong = [f"{name!r}: {line}" for line in self._enter(where, adapter, target, layer, factor)]
+                # the values of what has no place in the checkpoint can be of any size
+                problems += wrong or (value_problems(name, layer) if target in self.checkpoint.tensors else ())
+        if data.trained and factor != 1:
+            problems.append(f"weight {factor:g} does not apply to {sorted(data.trained)}, which it trains in full")
+        for name, trained in data.trained.items():
+            problems += self._replace(where, name, trained)
+        self.problems += [where + line for line in problems]
+
+    def check(self) -> None:
+        """What only shows when all adapters are known."""
+        if not self.problems:  # else what was not read may have had the names
+            self.problems += self.target.rename.unused()
+        by_shape: dict[Shape, list[str]] = {}
+        for other, stored in self.checkpoint.tensors.items() if self.missing else ():
+            by_shape.setdefault(stored.shape, []).append(other)
+        for number, (where, name, shape) in enumerate(self.missing):
+            alike = [] if shape is None else by_shape.get(shape, [])
+            # looking for near misses is slow, and a few of them show what is wrong
+            hint = near_misses(name, self.checkpoint.tensors) if number < 3 else ""
+            self.problems.append(f"{where}the checkpoint has no tensor {name!r}{self._tie(name, alike, hint)}")
+        for name, change in self.changes.items():
+            if len(change.updates) > 1 and any(VARIANTS[spec.variant].rescales for _, _, spec, _ in change.updates):
+                self.problems.append(f"{name!r}: {_NO_SUM}")
+            if change.updates and change.replacement is not None:
+                self.problems.append(f"{name!r} is both adapted and trained in full")
+
+    def _enter(self, where: str, adapter: str, target: str, layer: SavedLayer, factor: float) -> Iterator[str]:
+        base = layer.base
+        stored = self.checkpoint.tensors.get(target)
+        if stored is None:
+            self.missing.append((where, target, base.shape or _implied_shape(layer)))
+            return
+        wrong = self._misfit(target, stored, base)
+        lines = shape_problems(layer) if wrong is None else [wrong]
+        if lines:
+            yield from lines
+            return
+        spec = AdapterSpec(**{**layer.settings, "alpha": layer.settings["alpha"] * factor})
+        rows = tuple(base.facts["rows"]) if "rows" in base.facts else None
+        change = self.changes.setdefault(target, Change(base.layout))
+        change.layout = change.layout or base.layout
+        if change.layout != base.layout:
+            yield f"layout {base.layout!r}, and another adapter says {change.layout!r} of {target!r}"
+        if any(adapter == other and _overlap(rows, theirs) for other, theirs, _, _ in change.updates):
+            yield f"it changes rows of {target!r} that another layer of the same adapter changes too"
+        if VARIANTS[spec.variant].rescales and factor != 1:
+            yield f"weight {factor:g}: {_NO_SUM}"
+        if VARIANTS[spec.variant].rescales and rows is not None:
+            yield f"variant {spec.variant!r} rescales whole weights and cannot act on some rows of one"
+        elif not only_adds(spec.variant) and rows is not None:
+            yield f"variant {spec.variant!r} is no plain sum and cannot act on some rows of a weight"
+        change.updates.append((adapter, rows, spec, layer.tensors))
+
+    def _misfit(self, target: str, stored: StoredTensor, base: BaseLayer) -> str | None:
+        """Why a tensor of the checkpoint is not the weight that an adapter belongs to."""
+        if STORED.get(stored.dtype) not in DTYPES:
+            return (
+                f"{target!r} is stored as {stored.dtype}, to which an update cannot be added (it may be quantized); "
+                "merge into the checkpoint in floating point that it was made from"
+            )
+        if not base.kind:  # the file's format says nothing of it
+            return f"{target!r} has shape {stored.shape}, which is no layer that the file's format has adapters of"
+        wrong = base_problem(base)
+        if wrong is not None:
+            return wrong
+        if base.shape != stored.shape:
+            return f"its weight has shape {base.shape} in the adapter, {stored.shape} in the checkpoint"
+        tied = [repr(other) for other, kept in self.checkpoint.metadata.items() if kept == target]
+        if tied:
+            return f"{target!r} is also {' and '.join(tied)}, which its update would change too; {_UNTIE}"
+        if base.kind == "Embedding":
+            self._doubt_head(target, stored)
+        return None
+
+    def _doubt_head(self, target: str, stored: StoredTensor) -> None:
+        """Note where a head is likely to have the weight of an embedding."""
+        alone = sum(stored.shape == other.shape for other in self.checkpoint.tensors.values()) == 1
+        config = self.checkpoint.config()
+        if alone and config.get("tie_word_embeddings", "model_type" in config):  # transformers' default
+            self.doubts.append(
+                f"{target!r} may be the weight of the head too (tie_word_embeddings), which the embedding's update "
+                f"then changes as well; if so, {_UNTIE}"
+            )
+
+    def _replace(self, where: str, name: str, tensors: Mapping[str, Tensor]) -> Iterator[str]:
+        renamed = {part: self.target.rename(join(name, part)) for part in tensors}
+        names = {target: part for part, target in renamed.items() if target is not None}
+        module = {target.removesuffix(part) for target, part in names.items() if target.endswith(part)}
+        lacking = [other for other in self.checkpoint.tensors if other.startswith(tuple(module)) and other not in names]
+        yield from (f"{name!r} is trained in full, but {other!r} of the checkpoint is not in it" for other in lacking)
+        for target, part in names.items():
+            tensor, stored = tensors[part], self.checkpoint.tensors.get(target)
+            if stored is None:
+                self.missing.append((where, target, tuple(tensor.shape)))
+                continue
+            dtype = STORED.get(stored.dtype)
+            if tuple(tensor.shape) != stored.shape:
+                yield f"{target!r} has shape {tuple(tensor.shape)} in the adapter, {stored.shape} in the checkpoint"
+            elif dtype != tensor.dtype and not (dtype in DTYPES and tensor.dtype in DTYPES):
+                yield f"{target!r} is {tensor.dtype} in the adapter, {stored.dtype} in the checkpoint"
+            elif not is_finite(tensor):
+                yield f"{target!r} has values that are not finite"
+            change = self.changes.setdefault(target, Change())
+            if change.replacement is not None:
+                yield f"{target!r} is trained in full by another adapter too"
+            change.replacement = tensor
+
+    def _tie(self, name: str, alike: Sequence[str], hint: str) -> str:
+        """Why a tensor may be absent: it has another name, or another one, which is ``alike``, stands for it."""
+        kept = self.checkpoint.metadata.get(name)
+        if kept in self.checkpoint.tensors:
+            return f": it is tied to {kept!r}, and the checkpoint has one tensor for both; {_UNTIE}"
+        if len(alike) != 1:
+            return hint
+        return (
+            f"{hint}; if it is tied to {alike[0]!r}, which has the same shape, there is one tensor for both: {_UNTIE}"
+        )
+
+
+_UNTIE = "save the base with the two untied first"
+_NO_SUM = (
+    "DoRA divides by the norm of the weight with its own update alone, so neither a factor nor a sum with another "
+    "adapter has an agreed meaning; merge it alone, with weight 1"
+)
+
+
+def _implied_shape(layer: SavedLayer) -> Shape | None:
+    """The shape of a linear layer's weight that A and B fit."""
+    A, B = layer.tensors["lora_A"], layer.tensors["lora_B"]
+    return (B.shape[0], A.shape[1]) if A.ndim == B.ndim == 2 else None
+
+
+def _overlap(one: tuple[int, ...] | None, other: tuple[int, ...] | None) -> bool:
+    return one is None or other is None or (one[0] < other[1] and other[0] < one[1])

@@ -1,0 +1,147 @@
+"""What PEFT's format leaves to the model, told from the shapes of the weights that an adapter belongs to."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from lora_plus.files.peft.names import OUT_PROJECTION, PREFIX, Outline, around, split_key
+from lora_plus.layers.base import BaseLayer
+from lora_plus.layers.kinds import LoRAConv1d, LoRAConv2d, LoRAConv3d, LoRAEmbedding, LoRALinear, LoRATransposedLinear
+from lora_plus.layers.layer import LoRALayer
+from lora_plus.tensors.matrix import matrix_shape
+
+Shape = tuple[int, ...]
+
+_CONVOLUTIONS: dict[int, type[LoRALayer]] = {3: LoRAConv1d, 4: LoRAConv2d, 5: LoRAConv3d}
+
+_INSTEAD = "load the adapter into its model and save it as a .safetensors file, which says all that is needed"
+
+
+def surroundings(
+    tensors: Mapping[str, Tensor], config: Any, shape_of: Callable[[str], Shape | None], problems: list[str]
+) -> tuple[dict[str, BaseLayer | None], Outline]:
+    """The base layers of a PEFT folder's adapters, and the modules that it names, as `formats.peft.read` takes them.
+
+    Which way round a matrix is stored shows where it is not square. Square ones follow the config's fan_in_fan_out,
+    which is the setting of PEFT's last layer, so the others have to agree with it. Where it says that they are stored
+    as (in, out), and no layer called alike shows it, there is a warning: a model with such layers has linear ones too.
+
+    Args:
+        tensors: all tensors of the folder.
+        config: its config, parsed and not yet checked.
+        shape_of: the shape of the tensor of this full name in the adapter's model; None if there is none.
+        problems: what cannot be told is added.
+    """
+    config = config if isinstance(config, dict) else {}
+    found: dict[str, dict[str, Shape]] = {}
+    names: dict[str, None] = {"": None}
+    for key, tensor in tensors.items():
+        name = key.removeprefix(PREFIX)
+        split = split_key(name)
+        if split is not None:
+            found.setdefault(split[0], {})[name.removeprefix(f"{split[0]}.")] = tuple(tensor.shape)
+        inside = [split[0], *around(split[0])] if split is not None else [*around(name)]
+        names |= dict.fromkeys(path for path in inside[::-1] if "base_layer" not in path.split("."))
+    if config.get("target_parameters"):
+        problems.append(f"how target_parameters are stored cannot be told without the model; {_INSTEAD}")
+    else:
+        problems += [
+            f"{path!r} is an attention module, whose parts cannot be told without the model; {_INSTEAD}"
+            for path in found
+            if shape_of(f"{path}.weight") is None and shape_of(f"{path}.in_proj_weight") is not None
+        ]
+    shapes = {path: shape for path in found if (shape := shape_of(f"{path}.weight")) is not None}
+    bases: dict[str, BaseLayer | None] = {path: _base(shape, found[path]) for path, shape in shapes.items()}
+    linear = {path: shapes[path] for path in shapes if len(shapes[path]) == 2 and bases[path] is None}
+    fitting = {path: _ways_round(shape, found[path]) for path, shape in linear.items()}
+    certain = {kind for kinds in fitting.values() if len(kinds) == 1 for kind in kinds}
+    usual: type[LoRALayer] = LoRATransposedLinear if config.get("fan_in_fan_out") else LoRALinear
+    for path, kinds in fitting.items():
+        if len(kinds) == 2 and certain - {usual}:
+            problems.append(
+                f"{path!r}: whether its square weight is stored as (out, in) or as (in, out) cannot be told, because "
+                f"other layers differ from fan_in_fan_out, {bool(config.get('fan_in_fan_out'))}; {_INSTEAD}"
+            )
+        bases[path] = _of_kind(kinds[0] if len(kinds) == 1 else usual, linear[path])
+    _warn_of_squares(fitting, usual)
+    return bases, Outline({}, names, (), (), (), whole=False)
+
+
+def _warn_of_squares(fitting: Mapping[str, Sequence[type[LoRALayer]]], usual: type[LoRALayer]) -> None:
+    """Name the square weights that are taken for transposed ones, and are not sure to be."""
+    if usual is not LoRATransposedLinear:
+        return
+    sure = {path.rpartition(".")[2] for path, kinds in fitting.items() if len(kinds) == 1}
+    doubtful = [path for path, kinds in fitting.items() if len(kinds) == 2 and path.rpartition(".")[2] not in sure]
+    if doubtful and sure:
+        warnings.warn(
+            f"the square weights of {', '.join(map(repr, doubtful[:3]))}{' and more' * (len(doubtful) > 3)} are taken "
+            f"as stored (in, out), as fan_in_fan_out says; if they are of nn.Linear layers, {_INSTEAD}",
+            stacklevel=2,
+        )
+
+
+def implied_shapes(tensors: Mapping[str, Tensor], config: Any) -> Callable[[str], Shape | None]:
+    """The shapes of the weights that a PEFT folder's adapters belong to, told from A and B alone.
+
+    Convolutions and embeddings show in their tensors. What else there is counts as linear, stored as the config's
+    fan_in_fan_out says, which is the setting of PEFT's last layer.
+
+    Args:
+        tensors: all tensors of the folder.
+        config: its config, parsed and not yet checked.
+
+    Returns:
+        The shape of the tensor of this full name; None where there is none, or A and B do not fit each other.
+    """
+    transposed = isinstance(config, dict) and bool(config.get("fan_in_fan_out"))
+    parts: dict[str, dict[str, Shape]] = {}
+    for key, tensor in tensors.items():
+        split = split_key(key.removeprefix(PREFIX))
+        if split is not None:
+            parts.setdefault(split[0], {})[split[1]] = tuple(tensor.shape)
+    embeddings = {key.removeprefix(PREFIX).removesuffix(".lora_embedding_A") for key in tensors} & parts.keys()
+
+    def shape_of(name: str) -> Shape | None:
+        path, _, weight = name.rpartition(".")
+        A, B = (parts.get(path, {}).get(part, ()) for part in ("lora_A", "lora_B"))
+        is_attention = f"{path}{OUT_PROJECTION}" in parts
+        if weight != ("in_proj_weight" if is_attention else "weight") or len(A) != len(B) or len(A) < 2:
+            return None
+        if path in embeddings or (len(A) == 2 and transposed):
+            return A[1], B[0]
+        groups = A[0] // max(1, B[1])  # A sees the channels of all groups, B the rank of its own
+        return B[0], A[1] // max(1, groups if len(A) > 2 else 1), *A[2:]
+
+    return shape_of
+
+
+def usual_base(shape: Shape) -> BaseLayer | None:
+    """The linear layer or convolution that has a weight of this shape; None if there is none."""
+    kind = LoRALinear if len(shape) == 2 else _CONVOLUTIONS.get(len(shape))
+    return None if kind is None else _of_kind(kind, shape)
+
+
+def _of_kind(kind: type[LoRALayer], shape: Shape, **facts: Any) -> BaseLayer:
+    return BaseLayer(kind.kind_name(), kind.layout, shape, facts)
+
+
+def _base(shape: Shape, parts: Mapping[str, Shape]) -> BaseLayer | None:
+    """The base layer, unless it is a linear one, or nothing that PEFT adapts."""
+    if len(shape) == 2 and "lora_embedding_A" in parts:
+        return _of_kind(LoRAEmbedding, shape)
+    if len(shape) not in _CONVOLUTIONS:
+        return None
+    channels = parts.get("lora_A.weight", shape)[1:2]  # of all groups
+    groups = channels[0] // shape[1] if channels and shape[1] else 1
+    return _of_kind(_CONVOLUTIONS[len(shape)], shape, **({"groups": groups} if groups > 1 else {}))
+
+
+def _ways_round(shape: Shape, parts: Mapping[str, Shape]) -> list[type[LoRALayer]]:
+    """The kinds of linear layer that the adapter fits, of a weight of this shape."""
+    ends = parts.get("lora_B.weight", ())[:1] + parts.get("lora_A.weight", ())[1:]
+    return [kind for kind in (LoRALinear, LoRATransposedLinear) if matrix_shape(kind.layout, shape) == ends]

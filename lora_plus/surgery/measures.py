@@ -1,0 +1,153 @@
+"""What adapters amount to: the size and the spectrum of each update, and how far two adapters are apart.
+
+All of it is told from the factors: no matrix of a layer's size is made.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_plus.files.saved_adapter import SavedAdapter, SavedLayer
+from lora_plus.tensors.low_rank import singular_values
+from lora_plus.tensors.variant import FACTORS
+from lora_plus.text import join
+
+
+@dataclass(frozen=True)
+class LayerFigures:
+    """The adapter of one layer. Norms are Frobenius norms, over the whole stack if there is one."""
+
+    name: str
+    kind: str
+    """Class of the plain layer, or ``"Parameter"``."""
+    shape: tuple[int, ...]
+    """Of the stored weight."""
+    r: int
+    alpha: float
+    scaling: str
+    variant: str
+    dropout: float
+    scale: float
+    dtype: str
+    norm: float
+    """||s B A||, for DoRA before the rows are rescaled."""
+    largest_share: float | None
+    """The largest singular value's part of the sum of squares, mean over a stack; None for an update of zero."""
+    effective_rank: float | None
+    """exp of the entropy of those parts, mean over a stack: r if all are equal, 1 if one is all; None as above."""
+
+
+def layer_figures(name: str, layer: SavedLayer) -> LayerFigures:
+    """The figures of one layer's adapter, computed in float64."""
+    A, B = layer.tensors["lora_A"], layer.tensors["lora_B"]
+    squares = singular_values(A.double(), layer.scale * B.double()).square()
+    total = squares.sum(-1, keepdim=True)
+    live = (total > 0).flatten()
+    shares = (squares / total).reshape(-1, squares.shape[-1])[live]
+    ranks = torch.special.entr(shares).sum(-1).exp()
+    return LayerFigures(
+        name,
+        layer.base.kind,
+        layer.base.shape,
+        **layer.settings,
+        scale=layer.scale,
+        dtype=str(A.dtype).removeprefix("torch."),
+        norm=float(total.sum().sqrt()),
+        largest_share=float(shares.amax(-1).mean()) if len(shares) else None,
+        effective_rank=float(ranks.mean()) if len(shares) else None,
+    )
+
+
+@dataclass(frozen=True)
+class LayerDifference:
+    """How one layer's adapter in B differs from that in A."""
+
+    name: str
+    settings: dict[str, tuple[Any, Any]]
+    """Settings that differ, with both values."""
+    relative: float | None
+    """||dA - dB|| / ||dA||: infinite where only dA is zero, None where the two belong to different layers."""
+    magnitude: float | None
+    """The same of DoRA's magnitudes, or of what else a variant has besides A and B; None where not both have some."""
+
+
+@dataclass(frozen=True)
+class AdapterDifference:
+    """How two adapters differ."""
+
+    layers: list[LayerDifference]
+    """The layers that both have."""
+    only_a: list[str]
+    only_b: list[str]
+    trained: dict[str, float | None]
+    """Tensors of modules trained in full that differ, with ||a - b|| / ||a||; None where one lacks it or the shapes
+    differ."""
+
+    @property
+    def equal(self) -> bool:
+        """Whether nothing differs, to the bit."""
+        same = all(not (layer.settings or layer.relative or layer.magnitude) for layer in self.layers)
+        known = all(layer.relative is not None for layer in self.layers)
+        return same and known and not (self.only_a or self.only_b or self.trained)
+
+
+def difference(a: SavedAdapter, b: SavedAdapter) -> AdapterDifference:
+    """How two adapters differ: in settings, and in the updates themselves, whatever their ranks.
+
+    ``s_a B_a A_a - s_b B_b A_b`` is itself a product, of the factors side by side, so its norm takes matrices of
+    rank by rank only.
+    """
+    both = [name for name in a.layers if name in b.layers]
+    ours, theirs = _trained(a), _trained(b)
+    apart = {name: _relative_or_none(ours.get(name), theirs.get(name)) for name in {**ours, **theirs}}
+    return AdapterDifference(
+        [_layer_difference(name, a.layers[name], b.layers[name]) for name in both],
+        [name for name in a.layers if name not in b.layers],
+        [name for name in b.layers if name not in a.layers],
+        {name: value for name, value in apart.items() if value != 0},
+    )
+
+
+def _layer_difference(name: str, a: SavedLayer, b: SavedLayer) -> LayerDifference:
+    settings = {key: (a.settings[key], b.settings[key]) for key in a.settings if a.settings[key] != b.settings[key]}
+    if a.base != b.base:
+        return LayerDifference(name, settings, None, None)
+    (A, B), (C, D) = (_scaled(layer) for layer in (a, b))
+    magnitudes = [_besides(layer) for layer in (a, b)]
+    if A.shape == C.shape and torch.equal(A, C) and torch.equal(B, D):  # a decomposition would leave rounding errors
+        return LayerDifference(name, settings, 0.0, _relative_or_none(*magnitudes))
+    apart = singular_values(torch.cat([A, C], dim=-2), torch.cat([B, -D], dim=-1)).norm()
+    return LayerDifference(name, settings, _ratio(apart, singular_values(A, B).norm()), _relative_or_none(*magnitudes))
+
+
+def _scaled(layer: SavedLayer) -> tuple[Tensor, Tensor]:
+    return layer.tensors["lora_A"].double(), layer.scale * layer.tensors["lora_B"].double()
+
+
+def _besides(layer: SavedLayer) -> Tensor | None:
+    """The tensors besides A and B, one after the other; None if there are none."""
+    factors = {tensor.name for tensor in FACTORS}
+    others = [layer.tensors[name].flatten() for name in sorted(layer.tensors.keys() - factors)]
+    return torch.cat(others) if others else None
+
+
+def _trained(adapter: SavedAdapter) -> dict[str, Tensor]:
+    return {join(path, name): value for path, found in adapter.trained.items() for name, value in found.items()}
+
+
+def _relative_or_none(a: Tensor | None, b: Tensor | None) -> float | None:
+    if a is None or b is None or a.shape != b.shape:
+        return None
+    if a.dtype == b.dtype and torch.equal(*(each.contiguous().flatten().view(torch.uint8) for each in (a, b))):
+        return 0.0  # also where a value is no number
+    wide = torch.complex128 if a.is_complex() or b.is_complex() else torch.float64
+    return _ratio((a.to(wide) - b.to(wide)).norm(), a.to(wide).norm())
+
+
+def _ratio(apart: Tensor, size: Tensor) -> float:
+    return 0.0 if not apart else math.inf if not size else float(apart / size)

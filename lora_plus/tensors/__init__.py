@@ -1,0 +1,1 @@
+"""Arithmetic on tensors, without modules: the matrix view, inits, variants, fused products."""

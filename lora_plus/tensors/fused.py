@@ -1,0 +1,168 @@
+"""A linear layer and the updates of its adapters, computed together: one autograd function instead of many.
+
+What LoRA costs over the frozen layer is memory traffic, not arithmetic. So the updates are added into the layer's
+output and into its input gradient where these lie, and each product with a factor is taken the way round in which the
+rank is the leading dimension of the result, which matrix libraries are up to several times faster at
+(``benchmarks/products.py``). For backward only the input and the rank-r activations are kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+from .matrix import autocast_is_on
+
+
+class Update(NamedTuple):
+    """One adapter's part in a layer: ``scale * B A u``."""
+
+    u: Tensor | None
+    """What it acts on, ``(..., in)``, where that is not the layer's own input (under dropout)."""
+    A: Tensor
+    """``(r, in)``."""
+    B: Tensor
+    """``(out, r)``."""
+    scale: float
+
+
+_LEAST_WORK = 2**15
+"""Elements of input and output together. For less, an autograd function in Python costs more time than it saves; on one
+CPU the turning point was between 2**14 and 2**16."""
+
+
+def can_fuse(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether `fused_linear` can take these, plain tensors that are differentiated backwards if at all, and pays.
+
+    Tensor subclasses (sharded, quantized) have their own rules for each operation. ``torch.compile`` fails on an
+    autograd function that is given a scale it holds for variable (torch 2.13, two layers, ``dynamic=True``). Tracing,
+    function transforms and forward-mode differentiation cannot look into one.
+    """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return False
+    plain = all(
+        t is None or (type(t) in (Tensor, nn.Parameter) and not (t.is_nested or t.is_mkldnn)) for t in (x, weight, bias)
+    )
+    if not plain or x.shape[-1:] != weight.shape[1:] or x.device != weight.device:  # where torch's own error tells more
+        return False
+    return x.shape[:-1].numel() * sum(weight.shape) >= _LEAST_WORK or not torch.is_grad_enabled()
+
+
+def fused_linear(x: Tensor, weight: Tensor, bias: Tensor | None, updates: Sequence[Update]) -> Tensor:
+    """``W x + b + sum_i scale_i * B_i A_i u_i``: ``(..., in) -> (..., out)``, in the dtype of ``F.linear(x, W, b)``.
+
+    The factors are cast to the dtype of the arithmetic, here and again in the backward. Every input can have a
+    gradient, and gradients of gradients are right.
+
+    Args:
+        x: ``(..., in)``, of the weight's dtype unless autocast says otherwise.
+        weight: ``(out, in)``.
+        bias: ``(out,)`` or None.
+        updates: the adapters' parts.
+    """
+    if autocast_is_on(x.device):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight, bias = (
+            _autocast(x, dtype),
+            _autocast(weight, dtype),
+            None if bias is None else _autocast(bias, dtype),
+        )
+        updates = [update._replace(u=None if update.u is None else _autocast(update.u, dtype)) for update in updates]
+    if not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
+        return _compute(x, weight, bias, updates)[0]
+    scales = [update.scale for update in updates]
+    y: Tensor = _FusedLinear.apply(x, weight, bias, scales, *[part for update in updates for part in update[:3]])[0]
+    return y
+
+
+def _autocast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor if tensor.dtype is torch.float64 else tensor.to(dtype)  # as torch's own autocast does
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    return tensor if tensor.ndim == 2 else tensor.reshape(-1, tensor.shape[-1])
+
+
+def _as(factor: Tensor, dtype: torch.dtype) -> Tensor:
+    return factor if factor.dtype is dtype else factor.to(dtype)
+
+
+def _hidden(A: Tensor, u: Tensor) -> Tensor:
+    """``A u`` as ``(r, rows)``."""
+    return torch.mm(_as(A, u.dtype), _rows(u).t())
+
+
+def _compute(x: Tensor, weight: Tensor, bias: Tensor | None, updates: Sequence[Update]) -> tuple[Tensor, list[Tensor]]:
+    """The output, and ``A u`` of each update."""
+    # products with the factors come before those with the weight: what they read is then still in the cache
+    hidden = [_hidden(A, x if u is None else u) for u, A, _, _ in updates]
+    y = F.linear(x, weight, bias).contiguous()
+    rows = y.view(-1, y.shape[-1])
+    for h, (_, _, B, scale) in zip(hidden, updates, strict=True):
+        rows.addmm_(h.t(), _as(B, h.dtype).t(), alpha=scale)
+    return y.detach(), hidden  # not a view any more: the output of an autograd function could not be changed in place
+
+
+class _FusedLinear(torch.autograd.Function):
+    """The output, and each ``A u`` that is kept for the gradient of a B: an output can be differentiated again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, scales: list[float], *parts: Any
+    ) -> tuple[Tensor, ...]:
+        updates = [Update(*parts[3 * n : 3 * n + 3], scale) for n, scale in enumerate(scales)]  # type: ignore[call-arg]
+        y, hidden = _compute(x, weight, bias, updates)
+        of_weight, _, _, *needed = ctx.needs_input_grad[1:]
+        kept: list[Tensor | None] = [weight, x if of_weight else None]
+        for n, (h, (u, A, B, _)) in enumerate(zip(hidden, updates, strict=True)):
+            _, of_A, of_B = needed[3 * n : 3 * n + 3]
+            kept += [A, B, (x if u is None else u) if of_A else None, h if of_B else None]
+        ctx.save_for_backward(*kept)
+        ctx.set_materialize_grads(False)
+        ctx.scales, ctx.on_x, ctx.shape = scales, [update.u is None for update in updates], x.shape
+        return y, *(h for n, h in enumerate(hidden) if needed[3 * n + 2])
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, *of_hidden: Tensor | None) -> tuple[Tensor | None, ...]:
+        weight, x, *kept = ctx.saved_tensors
+        of_x, of_weight, of_bias, _, *needed = ctx.needs_input_grad
+        d = None if dy is None else _rows(dy)
+        further = iter(of_hidden)  # gradients of what was kept, where gradients are differentiated
+        grads: list[Tensor | None] = []
+        into_dx = []
+        for n, (scale, on_x) in enumerate(zip(ctx.scales, ctx.on_x, strict=True)):
+            A, B, u, h = kept[4 * n : 4 * n + 4]
+            of_u, of_A, of_B = needed[3 * n : 3 * n + 3]
+            dh = next(further) if of_B else None
+            du = dA = dB = None
+            if of_B and d is not None:
+                dB = _as(torch.mm(h, d).mul_(scale).t(), B.dtype)
+            if d is not None and (of_u or of_A or (of_x and on_x)):
+                of_y = torch.mm(_as(B, d.dtype).t(), d.t()).mul_(scale)  # (r, rows)
+                dh = of_y if dh is None else of_y + dh
+            if dh is not None:
+                dA = _as(torch.mm(dh, _rows(u)), A.dtype) if of_A else None
+                du = torch.mm(dh.t(), _as(A, dh.dtype)).view(*ctx.shape) if of_u else None
+                into_dx += [(dh.t(), _as(A, dh.dtype))] if on_x else []
+            grads += [du, dA, dB]
+        dx = None
+        if of_x:
+            products = into_dx if d is None else [(d, weight), *into_dx]
+            dx = _sum_of_products(products).view(ctx.shape) if products else None
+        dweight = torch.mm(d.t(), _rows(x)) if of_weight and d is not None else None
+        dbias = d.sum(0) if of_bias and d is not None else None
+        return dx, dweight, dbias, None, *grads
+
+
+def _sum_of_products(pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
+    total = torch.mm(*pairs[0])
+    for factors in pairs[1:]:
+        total.addmm_(*factors)
+    return total

@@ -1,0 +1,208 @@
+"""How the low-rank term joins the layer: the scaling rules and the variants, one table entry each."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor
+
+from . import matrix as functional
+
+if TYPE_CHECKING:
+    from lora_plus.layers.layer import LoRALayer
+
+
+STARTS = ("lora_A0", "lora_B0")
+"""The containers of what is taken out of the update again, by inits that start from a part of the weight."""
+
+HELD_DIVIDED = ("lora_B", STARTS[1])
+"""The containers whose tensors `fold_lr_ratio` divides."""
+
+SCALINGS: dict[str, Callable[[float, int], float]] = {
+    "standard": lambda alpha, r: alpha / r,  # Hu et al. 2021, arXiv:2106.09685
+    "rslora": lambda alpha, r: alpha / math.sqrt(r),  # Kalajdzievski 2023, arXiv:2312.03732
+}
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One of the tensors of an adapter, for all that enumerate, check, save, cut or train them."""
+
+    name: str
+    """Its name in the layer and in files: ``lora_`` and something."""
+    axes: tuple[str, ...]
+    """What each dimension lies along: ``"out"``, ``"in"`` or ``"r"``. That of a stack of matrices comes before them."""
+    role: str
+    """What it is to the optimizer."""
+    group: str
+    """Its parameter group: that of ``"A"`` or ``"B"``, at their rates, or another one, ``lora_<group>``, at ``lr``."""
+    decays: bool
+    """Whether it gets weight decay where the user has no rule for that."""
+
+    def shape(self, matrix: Sequence[int], r: int) -> tuple[int, ...]:
+        """Its shape for a weight with a matrix view of this shape, ``(..., out, in)``, at rank r."""
+        *stack, out_features, in_features = matrix
+        extent = {"out": out_features, "in": in_features, "r": r}
+        return (*stack, *(extent[axis] for axis in self.axes))
+
+
+FACTORS = (
+    TensorSpec("lora_A", ("r", "in"), "A", "A", decays=True),
+    TensorSpec("lora_B", ("out", "r"), "B", "B", decays=True),
+)
+"""The tensors of every adapter."""
+
+_TAKEN_OUT = (
+    TensorSpec(STARTS[0], ("r", "in"), "start", "other", decays=True),
+    TensorSpec(STARTS[1], ("out", "r"), "start", "other", decays=True),
+)
+"""Those of an adapter that started from a part of the weight; they are not trained."""
+
+
+class Variant(Protocol):
+    """What a variant states; all matrices in the matrix view, float32 or better."""
+
+    tensors: tuple[TensorSpec, ...]
+    """The tensors that it has besides A and B."""
+
+    rescales: bool
+    """Whether it rescales the weight: it needs the weight's numbers, all its rows, and to be the only one that does."""
+
+    frozen: tuple[str, ...]
+    """The containers whose tensors are not trained."""
+
+    def extra(self, weight: Tensor, A: Tensor, B: Tensor, scale: float) -> dict[str, Tensor]:
+        """The tensors that it has besides A and B, by their names, at their initial values."""
+        ...
+
+    def join(self, layer: LoRALayer, adapter: str, x: Tensor, y: Tensor, update: Tensor) -> Tensor:
+        """The layer's output from its input ``x``, the base's output ``y`` and the low-rank ``update`` of x."""
+        ...
+
+    def merge(self, weight: Tensor, A: Tensor, B: Tensor, scale: float, tensors: Mapping[str, Tensor]) -> Tensor:
+        """The weight that computes what `join` computes, with the same gradients; ``tensors`` has the extra ones.
+
+        Each row of the result depends on the same row of the weight, of B and of the extra tensors that lie along
+        ``"out"`` only. The extra tensors may change what is made of ``scale * B A``, but not ask for A or B alone:
+        `resize_adapter` finds others with the same product.
+        """
+        ...
+
+
+class LoRA:
+    """``W + s B A`` (Hu et al. 2021, arXiv:2106.09685, eq. 3)."""
+
+    tensors: tuple[TensorSpec, ...] = ()
+    rescales = False
+    frozen: tuple[str, ...] = ()
+
+    def extra(self, weight: Tensor, A: Tensor, B: Tensor, scale: float) -> dict[str, Tensor]:
+        return {}
+
+    def join(self, layer: LoRALayer, adapter: str, x: Tensor, y: Tensor, update: Tensor) -> Tensor:
+        return y + update.to(y.dtype)
+
+    def merge(self, weight: Tensor, A: Tensor, B: Tensor, scale: float, tensors: Mapping[str, Tensor]) -> Tensor:
+        return functional.add_delta(weight, A, B, scale)
+
+
+class LoRAFA(LoRA):
+    """LoRA with A frozen at its start (Zhang et al. 2023, arXiv:2308.03303); the input is not kept for backward."""
+
+    frozen: tuple[str, ...] = ("lora_A",)
+
+
+class DoRA:
+    """``m (W + s B A) / ||W + s B A||``, norm by row and detached (Liu et al. 2024, arXiv:2402.09353, eq. 5 and 11)."""
+
+    tensors: tuple[TensorSpec, ...] = (TensorSpec("lora_magnitude", ("out",), "magnitude", "magnitude", decays=False),)
+    rescales = True
+    frozen: tuple[str, ...] = ()
+
+    def extra(self, weight: Tensor, A: Tensor, B: Tensor, scale: float) -> dict[str, Tensor]:
+        if weight.is_meta:
+            raise ValueError(
+                "DoRA starts from the norm of the weight, which has no values on the meta device; load it first"
+            )
+        norm = functional.sum_row_norm(weight, A, B, scale)
+        if not bool((norm > 0).all()):
+            raise ValueError("DoRA divides by the norm of each row of the weight, and this weight has rows of zeros")
+        return {"lora_magnitude": norm}
+
+    def join(self, layer: LoRALayer, adapter: str, x: Tensor, y: Tensor, update: Tensor) -> Tensor:
+        magnitude = layer.adapter_tensors(adapter)["lora_magnitude"]
+        with torch.no_grad():
+            norm = functional.sum_row_norm(layer.weight_matrix(), *layer.lora_factors(adapter))
+        ratio = layer.per_channel(magnitude / norm)
+        # y + (ratio - 1) * Wx, not ratio * Wx + bias: at the start ratio is 1 and y comes out bit for bit
+        return y + (ratio - 1).to(y.dtype) * layer.weight_part(x, y) + ratio.to(y.dtype) * update.to(y.dtype)
+
+    def merge(self, weight: Tensor, A: Tensor, B: Tensor, scale: float, tensors: Mapping[str, Tensor]) -> Tensor:
+        moved = functional.add_delta(weight, A, B, scale)
+        ratio = tensors["lora_magnitude"] / functional.row_norm(moved.detach())
+        return ratio.unsqueeze(-1) * moved
+
+
+VARIANTS: dict[str, Variant] = {"lora": LoRA(), "lora_fa": LoRAFA(), "dora": DoRA()}
+
+
+def only_adds(variant: str) -> bool:
+    """Whether ``s B A`` is added as it is, so that updates can be computed, summed and written together."""
+    stated = VARIANTS[variant]
+    steps = ((stated.join, LoRA.join), (stated.merge, LoRA.merge))
+    return all(getattr(step, "__func__", None) is plain for step, plain in steps)
+
+
+def adapter_tensor_specs(variant: str) -> dict[str, TensorSpec]:
+    """The tensors that an adapter of a variant can have, by their names."""
+    return {tensor.name: tensor for tensor in (*FACTORS, *VARIANTS[variant].tensors, *_TAKEN_OUT)}
+
+
+def known_tensors() -> dict[str, TensorSpec]:
+    """The tensors that adapters of any variant can have, by their names."""
+    return {name: tensor for variant in VARIANTS for name, tensor in adapter_tensor_specs(variant).items()}
+
+
+@dataclass(frozen=True)
+class AdapterSpec:
+    """What one layer needs to know of one adapter besides its tensors."""
+
+    r: int
+    """Rank: the rows of A and the columns of B."""
+    alpha: float
+    """Numerator of the scaling rule."""
+    scaling: str = "standard"
+    """Name of the scaling rule in `SCALINGS`."""
+    variant: str = "lora"
+    """Name of the variant in `VARIANTS`."""
+    dropout: float = 0.0
+    """Probability that an entry of the adapter's input is dropped in training."""
+    fold: float = 1.0
+    """B is held divided by this, which the scale makes up for (`fold_lr_ratio`). Files hold B as it is at 1."""
+    scale: float = field(init=False, compare=False)
+    """The factor of B A that follows from alpha, r, the scaling rule and the fold."""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.r, int) or isinstance(self.r, bool):
+            raise TypeError(f"r must be an int, got {self.r!r}")
+        if self.r <= 0:
+            raise ValueError(f"r must be positive, got {self.r}")
+        if not isinstance(self.alpha, (int, float)) or isinstance(self.alpha, bool):
+            raise TypeError(f"alpha must be a number, got {self.alpha!r}")
+        if not math.isfinite(self.alpha) or self.alpha == 0:
+            raise ValueError(f"alpha must be finite and not zero (zero would switch the adapter off), got {self.alpha}")
+        if not isinstance(self.dropout, (int, float)) or isinstance(self.dropout, bool):
+            raise TypeError(f"dropout must be a number, got {self.dropout!r}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
+        for setting, name, table in (("scaling", self.scaling, SCALINGS), ("variant", self.variant, VARIANTS)):
+            if name not in table:
+                raise ValueError(f"unknown {setting} {name!r}; choose one of {sorted(table)}")
+        scale = SCALINGS[self.scaling](self.alpha, self.r) * self.fold
+        if not abs(scale) <= torch.finfo(torch.float32).max:
+            raise ValueError(f"alpha {self.alpha} and r {self.r} give a scale of {scale:g}, which float32 cannot hold")
+        object.__setattr__(self, "scale", scale)

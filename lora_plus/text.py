@@ -1,0 +1,51 @@
+"""Text for a terminal: rows in aligned columns, and texts of other people without what acts on a terminal."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+
+def printable(text: object) -> str:
+    """The text in one line, with an escape such as ``\\x1b`` for each character that does not show as itself.
+
+    Those are control characters, line separators, marks that turn the direction of text, and lone surrogates: what
+    ``repr`` escapes, too.
+    """
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in str(text))
+
+
+def counted(number: int, what: str) -> str:
+    """A number of things: ``1 layer``, ``2 layers``."""
+    return f"{number:,} {what}{'s' * (number != 1)}"
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """One line a row, each column as wide as its longest cell."""
+    cells = [[printable(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
+
+
+def join(path: str, name: str) -> str:
+    """The dotted name of something inside the module at ``path``; either is empty for the module itself."""
+    return f"{path}.{name}" if path and name else path or name
+
+
+def near_misses(wanted: Any, names: Iterable[str]) -> str:
+    """`` (did you mean 'a' or 'b'?)`` with the names closest to a mistyped one, or nothing."""
+    if not isinstance(wanted, str):
+        return ""
+    tails = {name if "." in wanted else name.rpartition(".")[2] for name in names} - {""}
+    close = difflib.get_close_matches(wanted, sorted(tails), n=3)
+    return f" (did you mean {' or '.join(map(repr, close))}?)" if close else ""
+
+
+_SHOWN = 3
+
+
+def some(names: Sequence[str]) -> str:
+    """The first of the names, and how many more there are."""
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(map(repr, names[:_SHOWN])) + more

@@ -1,0 +1,1 @@
+"""LoRA+ learning rates, and what guards a run."""

@@ -1,0 +1,139 @@
+"""An adapter that starts along the gradient of the loss: the directions that full fine-tuning would move in first."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_plus.errors import Problems
+from lora_plus.layers.adapter import AdapterSite
+from lora_plus.model.adapters import check_adapter, check_unmerged
+from lora_plus.model.dry_run import left_as_it_was
+from lora_plus.model.inject import check_whole
+from lora_plus.model.places import Place, adapted_places
+from lora_plus.model.tree import adapted_weights, replica_group, unwrap
+from lora_plus.tensors import matrix as functional
+from lora_plus.tensors.low_rank import truncated
+
+
+def init_from_gradients(
+    model: nn.Module, loss: Callable[[Any], Tensor], batches: Iterable[Any], *, adapter: str = "default"
+) -> None:
+    """Start an adapter's A from the gradient of a loss; B stays zero, so the model computes what it computed before.
+
+    With G the gradient of the loss by a layer's weight (its matrix view), summed over the batches, the rows of A become
+    the top r right singular vectors of G, of norm ``1/sqrt(3)``, about that of the default init's rows. The first step
+    of B then moves the layer along the best approximation of G of rank r, as the inits of LoRA-GA (arXiv:2407.05000)
+    and LoRA-One (arXiv:2502.01235) do, but neither is the weight changed nor are learning rate and scale tied to it.
+
+    While it runs, it holds a gradient of the size of each adapted weight. The model's mode is used as it is (dropout
+    included). Gradients, buffers and random states are as before afterwards.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> _ = inject_lora(model, "all-linear", r=2)
+        >>> batches = [torch.randn(16, 8) for _ in range(2)]
+        >>> init_from_gradients(model, lambda x: model(x).square().mean(), batches)
+
+    Args:
+        model: a model with an adapter as it was injected; not merged.
+        loss: from a batch to the loss, a tensor with one element, computed by this model.
+        batches: a few batches.
+        adapter: the adapter's name.
+
+    Raises:
+        KeyError: if the model holds no adapter of this name.
+        ValueError: naming the layers whose B is not zero, whose weight has no gradient (quantized, sharded, on the meta
+            device or not used by the loss), or whose gradient is not finite; if the model is merged, disabled or
+            wrapped in DistributedDataParallel, or there is no batch. The adapter is then as it was.
+    """
+    if replica_group(model) is not None:
+        raise ValueError(
+            "the model is wrapped for several processes, and the gradients of each one's batches would start "
+            "its adapter elsewhere; start the adapter from gradients before the model is wrapped"
+        )
+    model = unwrap(model)
+    check_adapter(model, adapter)
+    check_whole(model, "starting an adapter from gradients")
+    for path, weight in adapted_weights(model):
+        weight.check_enabled()
+        check_unmerged(path, weight, "starting an adapter from gradients")
+    sites = [(place, site) for place, site in adapted_places(model) if adapter in site.lora_specs]
+    failure = f"adapter {adapter!r} cannot start from gradients; it is unchanged"
+    _check(failure, sites, lambda place, site: _unsuitable(place, site, adapter))
+    weights = {id(place.stored()): place.stored() for place, _ in sites}
+    count = 0
+    with left_as_it_was(model), _differentiable(weights.values()), torch.enable_grad():
+        for batch in batches:
+            loss(batch).backward()  # type: ignore[no-untyped-call]
+            count += 1
+        # looked at inside: afterwards they are gone
+        gradients = {key: weight.grad for key, weight in weights.items()}
+    if not count:
+        raise ValueError("no batch given; pass at least one")
+    _check(failure, sites, lambda place, _: _useless(gradients[id(place.stored())]))
+    with torch.no_grad():
+        for place, site in sites:
+            gradient = gradients[id(place.stored())]
+            assert gradient is not None
+            A = site.adapter_tensors(adapter)["lora_A"]
+            rows = _top_directions(_matrix(gradient, place, site), A.shape[-2])
+            A[..., : rows.shape[-2], :] = rows / math.sqrt(3)
+
+
+def _top_directions(gradient: Tensor, r: int) -> Tensor:
+    """The top right singular vectors ``(..., r, in)``, fewer where there are no more."""
+    with functional.full_precision(gradient.device):
+        return truncated(gradient.to(functional.accumulation_dtype(gradient.dtype)), r).A
+
+
+def _matrix(gradient: Tensor, place: Place, site: AdapterSite) -> Tensor:
+    matrix = functional.to_matrix(gradient, place.base().layout)
+    return matrix if place.rows is None else matrix[place.rows[0] : place.rows[1]]
+
+
+def _unsuitable(place: Place, site: AdapterSite, adapter: str) -> str | None:
+    """Why the gradient by this weight cannot be had, or not be used; None if it can."""
+    weight, B = place.stored(), site.adapter_tensors(adapter)["lora_B"]
+    reasons = {
+        "its weight has no values (meta device); load them first": weight.is_meta,
+        "it is sharded; do this before the model is sharded": hasattr(weight, "full_tensor"),
+        "its weight is quantized, and has no gradient": not weight.is_floating_point(),
+        "its weight is computed by another tool, and is no parameter": not weight.is_leaf,
+    }
+    reason = next((reason for reason, holds in reasons.items() if holds), None)
+    if reason is None and bool(B.any()):
+        return "its B is not zero; start from an untrained adapter, injected with an init that leaves B zero"
+    return reason
+
+
+def _useless(gradient: Tensor | None) -> str | None:
+    if gradient is None or not bool(gradient.any()):
+        return "the loss does not depend on it"
+    return None if bool(gradient.isfinite().all()) else "its gradient is not finite"
+
+
+def _check(
+    failure: str, sites: list[tuple[Place, AdapterSite]], wrong: Callable[[Place, AdapterSite], str | None]
+) -> None:
+    problems = [f"{place.name!r}: {why}" for place, site in sites if (why := wrong(place, site)) is not None]
+    if problems:
+        raise Problems(failure, problems)
+
+
+@contextmanager
+def _differentiable(weights: Iterable[Tensor]) -> Iterator[None]:
+    """These frozen weights take gradients for the length of a ``with`` block."""
+    changed = [weight for weight in weights if not weight.requires_grad]
+    for weight in changed:
+        weight.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for weight in changed:
+            weight.requires_grad_(False)

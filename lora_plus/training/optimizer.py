@@ -1,0 +1,288 @@
+"""Whether an optimizer trains a model's adapters, all of them, as LoRA+ and alike on all ranks."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from lora_plus.engines.ranks import replicas, told_by_all, unreduced
+from lora_plus.layers.adapter import AdapterSite
+from lora_plus.layers.weight import AdaptedWeight
+from lora_plus.model.storage import reshard
+from lora_plus.model.tree import adapter_sites
+from lora_plus.model.unsaved import Unsaved, unsaved
+from lora_plus.text import some
+
+from .groups import LR_RATIO, Roles, check_number, group_names, kind_of_role, known_roles
+from .schedule import TOLERANCE
+
+
+def check_optimizer(
+    optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
+    model: nn.Module,
+    *,
+    lr_ratio: float | None = None,
+    roles: Roles = (),
+) -> None:
+    """Raise where training with this optimizer would silently do something else than LoRA+ on this model.
+
+    To be called once before training, after the model is wrapped or sharded and the optimizer is built or its state
+    loaded. What is looked at:
+
+    - each trainable parameter is in one group, and each member of a group is a parameter of the model: an optimizer
+      built before ``fully_shard``, ``parallelize_module`` or ``to_empty`` holds parameters that the model has no more;
+    - each trainable adapter takes part in the forward: it is active, not merged and not disabled;
+    - the rates of A and B of each adapted weight are in the ratio that their groups note (``lr_ratio`` of
+      `loraplus_param_groups`), and the groups hold what their names say: a state loaded into groups in another order
+      changes both;
+    - what adapters are defined by stays fixed: no base weight under an adapter is trainable, nor what a variant
+      (LoRA-FA) or an init (PiSSA) holds fixed;
+    - the engine (DDP, ``fully_shard``, FSDP1) reduces the gradients of all trainable parameters: of adapters that
+      came later, or were made trainable later, it does not know;
+    - under DDP, and over the ranks on which a DTensor is replicated, trainable parameters are equal.
+
+    A warning names the trainable parameters that will be saved with no adapter: unfrozen by hand, and in no module of
+    ``train_also``.
+
+    Where the model is in DDP or has DTensors this is a collective: all ranks must call it, and all raise alike.
+    Parameters that ``fully_shard`` left whole after a forward are sharded again; nothing else is touched. Engines that
+    give the optimizer flat copies of the parameters need a check of their own, as
+    ``lora_plus.engines.deepspeed.check_engine`` is.
+
+    Example:
+        >>> optimizer = create_loraplus_optimizer(model, torch.optim.AdamW, lr=1e-3, lr_ratio=4)
+        >>> check_optimizer(optimizer, model, lr_ratio=4)
+
+    Args:
+        optimizer: the one, or all, that train the model.
+        model: the model as it is trained: wrapped in DDP, sharded, compiled or plain.
+        lr_ratio: the ratio that the rates of A and B must have, whatever the groups note; 1 for plain LoRA. With None
+            groups that note no ratio may have any rates.
+        roles: of adapters that are not this library's, as in `loraplus_param_groups`.
+
+    Raises:
+        ValueError: with all findings, and for each what to do.
+        TypeError: if an optimizer is not a torch optimizer, so that its groups cannot be compared with the model.
+    """
+    optimizers = [*optimizer] if isinstance(optimizer, Sequence) else [optimizer]
+    for each in optimizers:
+        _check_kind(each)
+    if lr_ratio is not None:
+        check_number("lr_ratio", lr_ratio)
+    reshard(model)
+    training = _Training.of(model, [group for each in optimizers for group in each.param_groups], lr_ratio, roles)
+    findings = [finding for check in _CHECKS for finding in check(training)]
+    different: list[str] = []
+    for group, tensors in replicas(model).items():
+        findings, names = told_by_all(group, findings, tensors)
+        different += names
+    if different:
+        findings.append(
+            f"{some(different)} differ between ranks, which would train replicas of their own: load or draw the same "
+            "values on all ranks, before wrapping or sharding; DistributedDataParallel makes them equal when it wraps"
+        )
+    if findings:
+        raise ValueError("\n  ".join(["training would not do what the optimizer is set up for:", *findings]))
+    training.beside.warn(stacklevel=2)
+
+
+def _check_kind(optimizer: Any) -> None:
+    """Raise unless it is a torch optimizer, or a wrapper of one."""
+    while isinstance(optimizer, torch.optim.Optimizer) and hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(
+            f"{type(optimizer).__name__} is not a torch optimizer over the model's parameters, and cannot be checked; "
+            "for DeepSpeed call lora_plus.engines.deepspeed.check_engine(engine)"
+        )
+
+
+_Group = Mapping[str, Any]
+
+
+class _Tensor(NamedTuple):
+    """A tensor of an adapter."""
+
+    adapter: str
+    role: str
+    key: int
+    """The id of the parameter."""
+    fold: float
+    """The ratio that is folded into the adapter."""
+
+
+@dataclass(frozen=True)
+class _Training:
+    """What is to be trained, and in which groups it is. Parameters go by their ids."""
+
+    model: nn.Module
+    groups: list[_Group]
+    lr_ratio: float | None
+    labels: list[str]
+    """What messages call the groups."""
+    position: dict[int, int]
+    """The position of its group for each parameter that is in one, the last of them."""
+    names: dict[int, str]
+    """The name of each of the model's parameters."""
+    trainable: set[int]
+    """The parameters that are to be trained."""
+    sites: list[tuple[str, AdapterSite, AdaptedWeight]]
+    tensors: list[_Tensor]
+    """The adapters' tensors; those of a place from A to B."""
+    beside: Unsaved
+    """What is trainable beside them."""
+
+    @classmethod
+    def of(cls, model: nn.Module, groups: list[_Group], lr_ratio: float | None, roles: Roles) -> _Training:
+        sites = list(adapter_sites(model))
+        own = [
+            _Tensor(adapter, role, id(parameter), site.lora_specs[adapter].fold)
+            for _, site, _ in sites
+            for adapter, role, parameter in site.lora_parameters()
+        ]
+        others = [_Tensor(adapter, role, id(parameter), 1.0) for adapter, role, parameter in known_roles(roles)]
+        return cls(
+            model,
+            groups,
+            lr_ratio,
+            labels=[f"group {group.get('name', position)!r}" for position, group in enumerate(groups)],
+            position={id(p): position for position, group in enumerate(groups) for p in group["params"]},
+            names={id(parameter): name for name, parameter in model.named_parameters()},
+            trainable={id(parameter) for parameter in model.parameters() if parameter.requires_grad},
+            sites=sites,
+            tensors=own + others,
+            beside=unsaved(model, {tensor.key for tensor in others}),
+        )
+
+
+def _stale(training: _Training) -> Iterator[str]:
+    counts = [sum(id(p) not in training.names for p in group["params"]) for group in training.groups]
+    rows = zip(counts, training.groups, training.labels, strict=True)
+    strangers = [f"{count} of {len(group['params'])} in {label}" for count, group, label in rows if count]
+    if strangers:
+        yield (
+            "the optimizer holds parameters that are not the model's, and would train them instead "
+            f"({', '.join(strangers)}): build it after fully_shard, parallelize_module, to_empty or whatever gave "
+            "the model other parameters, or do that inside `with rebind_optimizer(optimizer, model):`; DeepSpeed's "
+            "flat copies are checked by lora_plus.engines.deepspeed.check_engine(engine)"
+        )
+
+
+def _left_out(training: _Training) -> Iterator[str]:
+    names = [training.names[key] for key in training.names if key in training.trainable - training.position.keys()]
+    if names:
+        yield (
+            f"{some(names)} would not be trained, being in no group of the optimizer: build its groups with "
+            "loraplus_param_groups(model, ...), or set requires_grad=False"
+        )
+
+
+def _twice(training: _Training) -> Iterator[str]:
+    counts = Counter(id(p) for group in training.groups for p in group["params"])
+    names = [training.names[key] for key, count in counts.items() if count > 1 and key in training.names]
+    if names:
+        yield f"{some(names)} would be trained twice a step: leave each parameter in one group of one optimizer"
+
+
+def _untrained(training: _Training) -> Iterator[str]:
+    if not training.tensors:
+        yield "the model has no LoRA adapter: call inject_lora(model, ...) before building the optimizer"
+    elif not training.trainable & {tensor.key for tensor in training.tensors}:
+        yield "every adapter of the model is frozen: choose one with set_adapter(model, name, trainable=True)"
+
+
+_IDLE: dict[str, tuple[Callable[[AdaptedWeight, str], bool], str]] = {
+    "not active": (
+        lambda weight, adapter: adapter not in weight.lora_active and weight.lora_samples is None,
+        "activate it with set_adapter(model, [...]), or freeze it with set_adapter(model, others, trainable=True), "
+        "under DistributedDataParallel before it wraps the model: its second step fails where a gradient is missing",
+    ),
+    "merged": (lambda weight, _: weight.lora_merge is not None, "call unmerge_lora(model)"),
+    "disabled": (lambda weight, _: weight.lora_disabled > 0, "leave the disabled(model) block"),
+}
+"""Why a trainable adapter may get no gradient: how to see it, and what to do."""
+
+
+def _idle(training: _Training) -> Iterator[str]:
+    trained = [
+        (adapter, weight)
+        for _, site, weight in training.sites
+        for adapter, _, parameter in site.lora_parameters()
+        if parameter.requires_grad
+    ]
+    for state, (holds, advice) in _IDLE.items():
+        for name in dict.fromkeys(adapter for adapter, weight in trained if holds(weight, adapter)):
+            yield f"the adapter {name!r} is trainable but {state}, and would get no gradient: {advice}"
+
+
+def _unfit(training: _Training) -> Iterator[str]:
+    for line in training.beside.wrong():
+        yield f"{line} (what is trainable has to stay as it is, or no file of the adapter is right)"
+
+
+def _misnamed(training: _Training) -> Iterator[str]:
+    of_role = kind_of_role()
+    kinds = {tensor.key: of_role[tensor.role][0] for tensor in training.tensors if tensor.role in of_role}
+    of_group = {name: kind for (kind, _), name in group_names().items()}
+    for group in training.groups:
+        named = of_group.get(str(group.get("name")))
+        own = [id(p) for p in group["params"] if id(p) in training.names]
+        strange = [training.names[key] for key in own if named not in (None, kinds.get(key, "other"))]
+        if strange:
+            yield (
+                f"group {group['name']!r} holds {some(strange)}, which the name does not fit: load only the state of "
+                "an optimizer with the same groups in the same order, for it is matched by position"
+            )
+
+
+def _off_ratio(training: _Training) -> Iterator[str]:
+    noted = {group[LR_RATIO] for group in training.groups if LR_RATIO in group}
+    wanted = {training.lr_ratio} if training.lr_ratio is not None else noted - {1.0} or noted
+    pairs: dict[tuple[int, int, float], list[str]] = defaultdict(list)
+    position_A: dict[str, int | None] = {}
+    for adapter, role, key, fold in training.tensors:
+        position = training.position.get(key) if key in training.trainable else None
+        if role == "A":
+            position_A[adapter] = position
+        elif role == "B" and position is not None and (partner := position_A.get(adapter)) is not None:
+            pairs[partner, position, fold].append(training.names[key])
+    for (of_A, of_B, fold), names in pairs.items():
+        rate_A, rate_B = (float(training.groups[position]["lr"]) for position in (of_A, of_B))
+        rate_B *= fold
+        if wanted and all(abs(rate_B - each * rate_A) > TOLERANCE * max(rate_B, each * rate_A) for each in wanted):
+            found = f"{rate_B / rate_A:.4g}" if rate_A else "infinite"
+            folded = f" (with {fold:g} folded into the adapter)" if fold != 1 else ""
+            yield (
+                f"{some(names)} learns at {rate_B:.4g}{folded} in {training.labels[of_B]}, and the A beside it at "
+                f"{rate_A:.4g} in {training.labels[of_A]}: a ratio of {found}, where {_numbers(wanted)} is expected; "
+                "make the groups with loraplus_param_groups, load the state of such groups only, and look for a "
+                "schedule that changes the ratio with check_lr_ratio(optimizer, scheduler)"
+            )
+
+
+def _not_reduced(training: _Training) -> Iterator[str]:
+    names, advice = unreduced(training.model)
+    if names:
+        yield f"{some(names)} would drift apart between ranks, for their gradients are not reduced: {advice}"
+
+
+_CHECKS: tuple[Callable[[_Training], Iterator[str]], ...] = (
+    _stale,
+    _left_out,
+    _twice,
+    _untrained,
+    _idle,
+    _unfit,
+    _misnamed,
+    _off_ratio,
+    _not_reduced,
+)
+
+
+def _numbers(values: set[float]) -> str:
+    return " or ".join(f"{value:.4g}" for value in sorted(values))

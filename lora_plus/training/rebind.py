@@ -1,0 +1,83 @@
+"""Keeping an optimizer bound to a model whose parameters are exchanged for others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from lora_plus.model.storage import reshard
+
+
+@contextmanager
+def rebind_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> Iterator[torch.optim.Optimizer]:
+    """Give the optimizer the parameters that stand in the places of its own after a ``with`` block.
+
+    ``fully_shard``, ``parallelize_module``, ``to_empty`` and ``load_state_dict(assign=True)`` put other parameters into
+    a model; an optimizer that was built before goes on with the old ones and trains nothing. A parameter's place is the
+    module that holds it and its name there, so it does not matter if names in the model get other prefixes.
+
+    Groups, their settings and schedulers that were made with the optimizer stay. Where the block raises, nothing is
+    rebound.
+
+    Example:
+        >>> optimizer = create_loraplus_optimizer(model, torch.optim.AdamW, lr=1e-3)
+        >>> with rebind_optimizer(optimizer, model):
+        ...     for block in model.blocks:
+        ...         fully_shard(block)
+        ...     fully_shard(model)
+
+    Args:
+        optimizer: a torch optimizer that has no state yet; for one with state, build it anew and load the state.
+        model: the model of all its parameters, which is changed in place.
+
+    Raises:
+        ValueError: before the block, if the optimizer has state, wraps another, or holds a parameter that is not the
+            model's; after it, if a place is gone. The groups are then as they were.
+    """
+    _check_fresh(optimizer)
+    reshard(model)
+    places = {id(p): (module, key) for module in model.modules() for key, p in module._parameters.items()}
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    groups = [[*group["params"]] for group in optimizer.param_groups]
+    strange = sum(id(parameter) not in places for parameters in groups for parameter in parameters)
+    if strange:
+        raise ValueError(
+            f"the optimizer holds {strange} parameters that are not the model's; build it from the model's parameters"
+        )
+    yield optimizer
+    reshard(model)
+    there = {id(module) for module in model.modules()}
+    bound: list[list[nn.Parameter]] = []
+    gone: list[str] = []
+    for parameters in groups:
+        bound.append([])
+        for old in parameters:
+            module, key = places[id(old)]
+            found = module._parameters.get(key) if id(module) in there else None
+            if found is None:
+                gone.append(names[id(old)])
+            else:
+                bound[-1].append(found)
+    if gone:
+        raise ValueError(
+            f"the model holds no parameter any more in the places of {gone}, so the optimizer cannot be rebound; build "
+            "it after the model is changed"
+        )
+    for group, live in zip(optimizer.param_groups, bound, strict=True):
+        group["params"] = live
+
+
+def _check_fresh(optimizer: torch.optim.Optimizer) -> None:
+    """Raise if the optimizer has more that goes with its parameters than its groups."""
+    kind = type(optimizer).__name__
+    if optimizer.state:
+        raise ValueError(
+            f"the {kind} has state, which cannot be moved to other parameters; build a new one after the model is "
+            "changed, and load the state with torch.distributed.checkpoint.state_dict.set_optimizer_state_dict"
+        )
+    inner = [type(value).__name__ for value in vars(optimizer).values() if isinstance(value, torch.optim.Optimizer)]
+    if inner:
+        raise ValueError(f"the {kind} wraps the {inner[0]}, which has groups of its own; rebind before it is wrapped")

@@ -1,0 +1,306 @@
+"""Adapters of one frozen model trained side by side, each with its own optimizer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim.lr_scheduler import LambdaLR
+
+from lora_plus.layers.adapter_tensors import check_adapter_name
+from lora_plus.model.adapters import adapter_names, delete_adapter, rename_adapter, set_adapter
+from lora_plus.model.dry_run import left_as_it_was, repeat_samples
+from lora_plus.model.inject import inject_lora, remove_lora
+from lora_plus.model.per_sample import adapter_per_sample
+from lora_plus.model.settings import Pattern
+from lora_plus.model.tree import named_modules
+
+from .candidates import Candidate, SweepResult, SweepRow
+from .groups import create_loraplus_optimizer
+
+Loss = Callable[[nn.Module, Any], Tensor]
+"""``(model, batch) -> (samples,)``."""
+
+
+class Sweep:
+    """Candidates that are trained side by side, one step at a time.
+
+    All see the same batch: its samples are repeated for each candidate and go through the frozen model together, each
+    with its candidate's adapter (`adapter_per_sample`). Every candidate has an optimizer of its own and its loss is the
+    mean over its own samples, so its adapter gets the gradients of a run of its own. Random numbers drawn in the
+    forward (dropout) differ between candidates.
+
+    A candidate whose loss or gradient is not finite is stopped before the update, and the others go on without it.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 4))
+        >>> squares = lambda model, x: model(x).square().mean(1)
+        >>> running = Sweep(model, ["0"], [Candidate(lr=1e-3, name="low"), Candidate(lr=1e-2, name="high")], squares)
+        >>> for _ in range(3):
+        ...     losses = running.step(torch.randn(8, 4))
+        >>> list(losses), adapter_names(model)
+        (['low', 'high'], ['low', 'high'])
+        >>> result = running.finish()
+
+    Args:
+        model: a model without adapters; it gets one for each candidate. Its mode stays as it is.
+        targets: as in `inject_lora`.
+        candidates: what is compared.
+        loss: ``(model, batch) -> (samples,)``: the loss of each sample, which must depend on that sample alone; so
+            contrastive losses and others over a whole batch cannot be had. For a mean over tokens, multiply each
+            sample's sum by the number of samples over the number of tokens in the batch: both are repeated.
+        optimizer: an optimizer's class, or a function ``(groups, lr=...)``, such as a ``functools.partial`` of one.
+        lr_mode, weight_decay, embedding_lr: as in `loraplus_param_groups`.
+        schedule: ``step -> factor`` of all rates, from step 0, as in ``LambdaLR``.
+        max_norm: what each candidate's gradient is clipped to.
+        together: how many candidates are computed at once; None for all. Fewer take less memory for activations.
+        settings: the other keywords of `inject_lora`, but ``train_also``.
+
+    Raises:
+        TypeError: if a setting is unknown.
+        ValueError: if there are no candidates or two of one name, the model has adapters, modules are to be trained in
+            full, a target is adapted in the weight, or a number is out of range. The model is then as it was.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        targets: Pattern | Sequence[Pattern],
+        candidates: Sequence[Candidate],
+        loss: Loss,
+        *,
+        optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW,
+        lr_mode: str = "A",
+        weight_decay: float = 0.0,
+        embedding_lr: float | None = 1e-6,
+        schedule: Callable[[int], float] | None = None,
+        max_norm: float | None = None,
+        together: int | None = None,
+        **settings: Any,
+    ) -> None:
+        named = [replace(each, name=each.name or f"candidate_{n}") for n, each in enumerate(candidates)]
+        _check(model, [each.name for each in named], together, settings)
+        self.model = model
+        self._loss, self._max_norm, self._together = loss, max_norm, together or len(named)
+        self._runs: dict[str, _Run] = {}
+        try:
+            for candidate in named:
+                inject_lora(
+                    model, targets, r=candidate.r, alpha=candidate.alpha, adapter=candidate.name,
+                    generator=torch.Generator().manual_seed(candidate.seed), **settings,
+                )  # fmt: skip
+                # the one just injected is the only trainable one
+                made = create_loraplus_optimizer(
+                    model, optimizer, lr=candidate.lr, lr_ratio=candidate.lr_ratio, lr_mode=lr_mode,
+                    weight_decay=weight_decay, embedding_lr=embedding_lr,
+                )  # fmt: skip
+                parameters = [parameter for group in made.param_groups for parameter in group["params"]]
+                rates = None if schedule is None else LambdaLR(made, schedule)
+                self._runs[candidate.name] = _Run(candidate, parameters, made, rates)
+            with adapter_per_sample(model, self.names):
+                pass  # refuses what a batch has only one of
+        except BaseException:
+            remove_lora(model)
+            raise
+        for run in self._runs.values():
+            for parameter in run.parameters:
+                parameter.requires_grad_()
+
+    @property
+    def names(self) -> list[str]:
+        """The candidates that are in training."""
+        return [name for name, run in self._runs.items() if run.optimizer is not None]
+
+    def step(self, batch: Any) -> dict[str, float]:
+        """Train each candidate on a batch.
+
+        Args:
+            batch: tensors, which all have the samples as their first dimension (or no dimension), inside any mappings,
+                sequences and dataclasses. What is not a tensor is given to the loss function as it is.
+
+        Returns:
+            The losses before the update, by the name of the candidate.
+
+        Raises:
+            ValueError: if no candidate is in training, tensors have different numbers of samples, the loss function
+                does not return a loss for each sample, or a batch norm takes statistics of the batch.
+        """
+        if not self.names:
+            raise ValueError("no candidate is in training: all diverged or were stopped")
+        for name in self.names:
+            self._runs[name].clear()
+        losses, _ = self._losses(batch, train=True)
+        bound = math.inf if self._max_norm is None else self._max_norm
+        for name, loss in losses.items():
+            run = self._runs[name]
+            norm = nn.utils.clip_grad_norm_(run.parameters, bound)
+            run.losses.append(loss)
+            run.evaluated = None
+            if math.isfinite(loss) and bool(norm.isfinite()):
+                run.update()
+            else:
+                run.stop("diverged")
+        return losses
+
+    def evaluate(self, batches: Iterable[Any]) -> dict[str, float]:
+        """The mean loss over the samples of these batches, by the name of the candidate, in evaluation mode.
+
+        Until the next step the candidates in training are ranked by it.
+        """
+        sums, size = dict.fromkeys(self.names, 0.0), 0
+        with left_as_it_was(self.model), torch.no_grad():
+            self.model.eval()
+            for batch in batches:
+                means, samples = self._losses(batch, train=False)
+                sums = {name: total + samples * means[name] for name, total in sums.items()}
+                size += samples
+        if sums and not size:
+            raise ValueError("there are no batches to evaluate on; an iterator may have been used up before")
+        losses = {name: total / size for name, total in sums.items()}
+        for name, loss in losses.items():
+            self._runs[name].evaluated = loss
+        return losses
+
+    def keep_best(self, fraction: float) -> None:
+        """Train only the best of the candidates on: this fraction of those in training, rounded up.
+
+        Raises:
+            ValueError: if the fraction is not above 0 and at most 1.
+        """
+        if not 0 < fraction <= 1:
+            raise ValueError(f"the fraction of candidates to keep must be above 0 and at most 1, got {fraction}")
+        ranked = sorted(self.names, key=lambda name: self._runs[name].row().rank)
+        for name in ranked[math.ceil(fraction * len(ranked)) :]:
+            self._runs[name].stop("halved")
+
+    def result(self) -> SweepResult:
+        """What came of the candidates up to here."""
+        return SweepResult(sorted((run.row() for run in self._runs.values()), key=lambda row: row.rank))
+
+    def finish(self, adapter: str | None = "default") -> SweepResult:
+        """End the training with the best adapter as the active and trainable one.
+
+        Args:
+            adapter: the name that it gets, the others being deleted; None keeps all, under their own names.
+
+        Returns:
+            `result`. If all candidates diverged and none is to be kept as it is, the model is left without adapters.
+        """
+        if adapter is not None:
+            check_adapter_name(adapter)
+        result = self.result()
+        best = result.rows[0]
+        if adapter is None:
+            set_adapter(self.model, best.candidate.name, trainable=True)
+        elif best.stopped == "diverged":
+            remove_lora(self.model)
+        else:
+            for row in result.rows[1:]:
+                delete_adapter(self.model, row.candidate.name)
+            if best.candidate.name != adapter:
+                rename_adapter(self.model, best.candidate.name, adapter)
+            set_adapter(self.model, adapter, trainable=True)
+        for run in self._runs.values():
+            run.clear()
+            run.optimizer = None
+        return result
+
+    def _losses(self, batch: Any, *, train: bool) -> tuple[dict[str, float], int]:
+        """The mean losses of the candidates in training, after their backward if so, and the batch's size."""
+        _check_statistics(self.model)
+        found: dict[str, float] = {}
+        names, size = self.names, 0
+        for start in range(0, len(names), self._together):
+            part = names[start : start + self._together]
+            size, repeated = repeat_samples(batch, len(part))
+            with adapter_per_sample(self.model, [name for name in part for _ in range(size)]):
+                losses = self._loss(self.model, repeated)
+                _check_losses(losses, len(part) * size)
+                means = losses.reshape(len(part), size).mean(1)
+                if train:  # a loss that is not finite has no part in the gradients of the others
+                    means.sum().backward()
+            found |= zip(part, means.tolist(), strict=True)
+        return found, size
+
+
+@dataclass
+class _Run:
+    """One candidate in training."""
+
+    candidate: Candidate
+    parameters: list[nn.Parameter]
+    optimizer: torch.optim.Optimizer | None
+    """None once it is trained no further."""
+    schedule: LambdaLR | None
+    losses: list[float] = field(default_factory=list)
+    evaluated: float | None = None
+    """The mean loss of an evaluation after the last step."""
+    stopped: str = ""
+
+    def update(self) -> None:
+        assert self.optimizer is not None
+        self.optimizer.step()
+        if self.schedule is not None:
+            self.schedule.step()
+
+    def clear(self) -> None:
+        """Drop the gradients."""
+        for parameter in self.parameters:
+            parameter.grad = None
+
+    def stop(self, why: str) -> None:
+        """Leave the adapter as it is from here on."""
+        self.stopped, self.optimizer, self.schedule = why, None, None
+        self.clear()
+        for parameter in self.parameters:
+            parameter.requires_grad_(False)
+
+    def row(self) -> SweepRow:
+        last = self.losses[-max(1, len(self.losses) // 5) :]
+        mean = sum(last) / len(last) if last else math.nan
+        loss = mean if self.evaluated is None else self.evaluated
+        return SweepRow(self.candidate, loss, tuple(self.losses), self.stopped)
+
+
+def _check(model: nn.Module, names: Sequence[str], together: int | None, settings: Mapping[str, Any]) -> None:
+    if not names:
+        raise ValueError("there are no candidates; give a list of Candidate, or a grid(...)")
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"candidates must have different names, got {twice} more than once")
+    if adapter_names(model):
+        raise ValueError(
+            f"a sweep starts from a model without adapters, and this one has {adapter_names(model)}; call "
+            "merge_and_unload(model) to train on top of them, or remove_lora(model)"
+        )
+    if settings.get("train_also"):
+        raise ValueError(
+            "train_also: a module trained in full would be one for all candidates; make it a target instead, or train "
+            "the candidates one by one"
+        )
+    if together is not None and together < 1:
+        raise ValueError(f"together must be at least 1, got {together}")
+
+
+def _check_losses(losses: Any, samples: int) -> None:
+    if not isinstance(losses, Tensor) or losses.shape != (samples,):
+        got = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
+        raise ValueError(
+            f"the loss function must return a loss for each of the {samples} samples, of shape ({samples},), got "
+            f"{got}; with torch's losses say reduction='none' and take the mean over all dimensions but the first"
+        )
+
+
+def _check_statistics(model: nn.Module) -> None:
+    """Raise if a sample's output depends on the other samples of its batch."""
+    for name, module in named_modules(model):
+        if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
+            raise ValueError(
+                f"{name!r} ({type(module).__name__}) takes the statistics of the whole batch, which has the samples of "
+                "several candidates; put it in evaluation mode with .eval()"
+            )

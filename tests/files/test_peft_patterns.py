@@ -1,0 +1,202 @@
+"""The keys of PEFT's patterns match what they match in PEFT, and none of them takes long."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import lora_plus
+from lora_plus.files import native
+from lora_plus.files.model_target import ModelTarget
+from lora_plus.files.peft import write as peft
+from lora_plus.files.peft.patterns import LONGEST, Patterns
+from lora_plus.files.rename import Renaming
+
+NAMES = [
+    "q", "xq", "a.q", "a.xq", "a.q.b", "layers.0.q", "layers.1.q", "layers.10.q", "model.layers.1.q", "qq", "q-1",
+    "a..q", "v+(x|y)[0]$", "blocks.0.v+(x|y)[0]$", "layers.1.q_proj", "Q", "a_1.b_2", "",
+]  # fmt: skip
+KEYS = [
+    "q", "^q", "q$", "^q$", r"layers\.1\.q", "layers.1.q", r"^model\.layers\.1\.q", ".*q", ".*.q", "q|xq", "(q|xq)",
+    ".+",
+    r"layers\.(0|1)\.q", r"layers\.\d+\.q", r"layers\.\d\.q", r"layers\.[0-9]+\.q", r".*\.(q|v)_proj", "[a-z]*",
+    "[^.]+",
+    r"(?:model\.)?layers\.1\.q", r"layers\.1\d?\.q", r"layers\.\d{2}\.q", r"layers\.\d{1,2}\.q", r"\w{2,}", "a{1}.q",
+    "",
+    re.escape("v+(x|y)[0]$"), f"^{re.escape('blocks.0.v+(x|y)[0]$')}", "^a|q$", ".*?q", "(a|b|)q", r"[\d.]+", "[]q]",
+    r"q\-1",
+    "((a)?.)?q", "x?q", r"\S*1.q", "(^a.)?q", "q()",
+]  # fmt: skip
+
+
+def in_peft(key: str, name: str) -> bool:
+    """PEFT's rule, ``peft.utils.other.get_pattern_key``."""
+    return re.match(rf"(.*\.)?({key})$", name) is not None
+
+
+def here(key: str, name: str) -> bool:
+    problems: list[str] = []
+    found = Patterns({key: 5}, problems).first(name, None)
+    assert not problems
+    return found == 5
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_a_key_matches_the_names_that_it_matches_in_peft(key: str) -> None:
+    assert {name for name in NAMES if here(key, name)} == {name for name in NAMES if in_peft(key, name)}
+
+
+ONES = st.sampled_from(["a", "b", r"\.", ".", "[ab]", "[^a]", r"\w"])
+COUNTS = st.sampled_from(["", "", "", "*", "+", "?", "{2}", "{1,2}", "{1,}"])
+EXPRESSIONS = st.recursive(
+    st.builds(str.__add__, ONES, COUNTS),
+    lambda inner: (
+        st.lists(inner, max_size=3).map("".join)
+        | st.lists(inner, min_size=1, max_size=3).map(lambda options: f"({'|'.join(options)})")
+        | inner.map(lambda one: f"(?:{one})?")
+        | inner.map(lambda one: f"^{one}")
+    ),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=300, deadline=None, database=None)
+@given(key=EXPRESSIONS, name=st.text("ab.", max_size=8))
+def test_any_expression_of_the_grammar_means_what_it_means_in_python(key: str, name: str) -> None:
+    # a name with dots that are not escaped is taken as it stands
+    if re.fullmatch(r"\^?[ab.]*", key) is None:
+        assert here(key, name) == in_peft(key, name)
+
+
+def test_the_first_key_counts_whatever_kind_it_is() -> None:
+    problems: list[str] = []
+    pattern = {".*0.q": 1, "layers.0.q": 2, "^layers.1.q": 3, "q": 4, "^layers.2.q": 5, "[a-z]": 6}
+    found = Patterns(pattern, problems)
+    names = ["layers.0.q", "layers.1.q", "layers.2.q", "v", "xy"]
+    assert not problems
+    assert [found.first(name, 0) for name in names] == [1, 3, 4, 6, 0]
+    assert [found.ambiguous(name) for name in names] == [True, True, True, False, False]
+    assert not Patterns({"q": 1, "^q": 1, ".*q": 1}, problems).ambiguous("q")
+
+
+REFUSED = (
+    "is a pattern that is not read: only characters, classes, |, groups and repetitions of one character are; "
+    "write out the names"
+)
+
+
+@pytest.mark.parametrize(
+    ("key", "reason"),
+    [
+        *((key, REFUSED) for key in ("(a+)+b", "(a|a)*b", r"(a)\1", "(?=a)a", "(?!a)q", "a**", "(?i)q", r"\bq")),
+        *((key, REFUSED) for key in ("(ab){2}", "a{100}", "(?P<n>a)", "(?#x)a", "*", "(" * 30 + "a" + ")" * 30, r"\n")),
+        *((key, "is not a regular expression") for key in ("q(", "q)", "(a|", "a|)", "[b-a]")),
+    ],
+)  # fmt: skip
+def test_what_may_take_long_is_refused(key: str, reason: str) -> None:
+    problems: list[str] = []
+    Patterns({"q": 1, key: 2}, problems)
+    assert problems == [f"{key!r} {reason}"]
+
+
+def test_keys_that_are_no_names_have_a_length_together() -> None:
+    problems: list[str] = []
+    Patterns({f".*{number:03}": number for number in range(LONGEST // 5)}, problems)
+    assert not problems
+    Patterns({f".*{number:03}": number for number in range(LONGEST // 5 + 1)}, problems)
+    assert problems == ["its keys that are no names have more than 1000 characters; write out the names"]
+
+
+SCRIPT = """
+import sys, time, torch, lora_plus
+from torch import nn
+for path in sys.argv[2:]:
+    started = time.process_time()
+    try:
+        lora_plus.load_adapter(nn.ModuleDict({sys.argv[1]: nn.Linear(2, 2)}), path)
+        refused = False
+    except ValueError as error:
+        refused = "is not read" in str(error)
+    print(refused, time.process_time() - started < 2)
+"""
+
+QUICK = {
+    "(a|a)*b": "True", "(a+)+b": "True", "(([a-z])+.)+[A-Z]": "True", "(a|a)" * 40 + "b": "False",
+    ".*" * 200 + "b": "False",
+}  # fmt: skip
+"""Expressions that take Python's engine years, and whether they are refused."""
+
+
+def test_no_expression_of_a_file_hangs_the_reader(tmp_path: Path) -> None:
+    name = "a" * 40
+    model = lora_plus.inject_lora(nn.ModuleDict({name: nn.Linear(2, 2)}), [name], r=2)
+    cases = [(field, key) for field in ("rank_pattern", "alpha_pattern") for key in QUICK]
+    for number, (field, key) in enumerate(cases):
+        lora_plus.save_adapter(model, tmp_path / str(number))
+        config = tmp_path / str(number) / "adapter_config.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | {field: {key: 2}}))
+    paths = [str(tmp_path / str(number)) for number in range(len(cases))]
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, name, *paths], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout.splitlines() == [f"{QUICK[key]} True" for _, key in cases]
+
+
+def cost(keys: int, layers: int) -> float:
+    """CPU time of asking for each layer among so many keys, the shortest of three."""
+    pattern: dict[str, Any] = {f"model.layers.{number}.self_attn.q_proj": number for number in range(keys)}
+    best = float("inf")
+    for _ in range(3):
+        started = time.process_time()
+        patterns = Patterns(pattern, [])
+        for number in range(layers):
+            assert patterns.first(f"base.model.layers.{number}.self_attn.q_proj", -1) == number
+            assert not patterns.ambiguous(f"base.model.layers.{number}.self_attn.q_proj")
+        best = min(best, time.process_time() - started)
+    return best
+
+
+def test_the_time_is_linear_in_the_keys() -> None:
+    assert cost(20_000, 20_000) < 30 * cost(2_000, 2_000)
+
+
+def test_entries_are_looked_up_and_not_searched(tmp_path: Path) -> None:
+    def seconds(count: int, field: str) -> float:
+        model = nn.ModuleDict({f"m{number}": nn.Linear(1, 1) for number in range(count)})
+        config = {"peft_type": "LORA", field: [f"absent{number}.weight" for number in range(count)]}
+        bases, around = ModelTarget(model, Renaming(None)).peft({}, config, [])
+        problems: list[str] = []
+        started = time.process_time()
+        peft.read({}, config, bases, around, lambda name, tensor: None, lambda settings: 1.0, problems)
+        spent = time.process_time() - started
+        assert len(problems) == count
+        return spent
+
+    for field in ("target_parameters", "modules_to_save"):
+        assert seconds(8_000, field) < 40 * min(seconds(800, field) for _ in range(3))
+
+
+def test_many_names_trained_in_full_are_counted_once() -> None:
+    def seconds(count: int) -> float:
+        names = [f"w{number}" for number in range(count)]
+        document = {"format_version": 1, "r": 1, "alpha": 1, "scaling": "standard", "variant": "lora", "dropout": 0.0}
+        text = json.dumps(
+            {**document, "layers": {}, "train_also": {"head": names, **{f"bad{n}": 0 for n in range(count)}}}
+        )
+        tensors = {f"head.{name}": torch.ones(1) for name in names} | {f"left{n}": torch.ones(1) for n in range(count)}
+        started = time.process_time()
+        native.read(tensors, {"lora_plus": text}, None, lambda settings: 1.0, [])  # type: ignore[arg-type]
+        return time.process_time() - started
+
+    assert seconds(10_000) < 40 * seconds(1_000)

@@ -1,0 +1,107 @@
+"""Arguments that users mix up: the error is the library's own, names what was passed and what to write instead."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import SGD, AdamW
+
+import lora_plus as lp
+from lora_plus.errors import _OTHER_WORDS
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+        self.parts = nn.ModuleDict({"one": nn.Linear(4, 4)})
+        self.head = nn.Linear(4, 2)
+
+
+def adapted() -> nn.Module:
+    return lp.inject_lora(Net(), ["body.0"], r=2)
+
+
+def optimizer(made: Any = AdamW, **settings: Any) -> Any:
+    return lp.create_loraplus_optimizer(adapted(), made, lr=1e-3, **settings)
+
+
+CLASS = "the model must be an nn.Module, got the class Net; make one"
+PATTERN = "a pattern must be a name, a glob, a compiled regular expression, a module type or a function, got "
+AN_OPTIMIZER = "optimizer_cls must be an optimizer's class, such as torch.optim.AdamW, got "
+WHO = "unexpected keyword argument of "
+MIXED_UP: dict[str, tuple[Callable[[], Any], str]] = {
+    "a class": (lambda: lp.inject_lora(Net, ["body.0"]), CLASS),
+    "a class to load into": (lambda: lp.load_adapter(Net, "a.safetensors"), CLASS),
+    "a class to save": (lambda: lp.save_adapter(Net, "a.safetensors"), CLASS),
+    "a class to merge": (lambda: lp.merge_lora(Net), CLASS),
+    "a class to report on": (lambda: lp.lora_summary(Net), CLASS),
+    "a class to train": (lambda: lp.create_loraplus_optimizer(Net, AdamW, lr=1e-3), CLASS),
+    "parameters": (lambda: lp.loraplus_param_groups(Net().parameters(), lr=1e-3),
+                   "the model must be an nn.Module, got a generator"),
+    "a module as target": (lambda: lp.inject_lora(Net(), [nn.Linear(4, 4)]), f"{PATTERN}a Linear; give its name"),
+    "the module alone": (lambda: lp.inject_lora(Net(), nn.Linear(4, 4)), f"{PATTERN}a Linear; give its name"),
+    "a list of modules": (lambda: lp.inject_lora(Net(), Net().body), f"{PATTERN}a Sequential; give its name"),
+    "a dict of modules": (lambda: lp.inject_lora(Net(), Net().parts), f"{PATTERN}a ModuleDict; give its name"),
+    "a module to train": (lambda: lp.inject_lora(Net(), ["body.0"], train_also=[Net().head]),
+                          f"{PATTERN}a Linear; give its name"),
+    "a name of an optimizer": (lambda: optimizer("adamw"), f"{AN_OPTIMIZER}'adamw'"),
+    "an optimizer": (lambda: optimizer(AdamW(Net().parameters())), f"{AN_OPTIMIZER}an instance of AdamW"),
+    "ratio": (lambda: optimizer(ratio=4),
+              f"{WHO}create_loraplus_optimizer and AdamW: 'ratio' (did you mean lr_ratio?)"),
+    "PEFT's ratio": (lambda: optimizer(SGD, loraplus_lr_ratio=4, momentum=0.9),
+                     f"{WHO}create_loraplus_optimizer and SGD: 'loraplus_lr_ratio' (did you mean lr_ratio?)"),
+    "the optimizer's word": (lambda: optimizer(partial(AdamW, eps=1e-6), beta=0.9),
+                             f"{WHO}create_loraplus_optimizer and partial: 'beta' (did you mean 'betas'?)"),
+    "ratio of groups": (lambda: lp.loraplus_param_groups(adapted(), lr=1e-3, ratio=4),
+                        f"{WHO}loraplus_param_groups: 'ratio' (did you mean lr_ratio?)"),
+    "PEFT's words": (lambda: lp.inject_lora(Net(), ["body.0"], lora_alpha=8, rank=2, use_dora=True),
+                     f"{WHO}inject_lora: 'lora_alpha' (did you mean alpha?), 'rank' (did you mean r?), "
+                     "'use_dora' (did you mean variant=\"dora\"?)"),
+    "a slip": (lambda: lp.inject_lora(Net(), ["body.0"], train_all=["head"]),
+               f"{WHO}inject_lora: 'train_all' (did you mean 'train_also'?)"),
+    "no such word": (lambda: lp.inject_lora(Net(), ["body.0"], zzz=1), f"{WHO}inject_lora: 'zzz'"),
+    "a word of the optimizer": (lambda: lp.inject_lora(Net(), ["body.0"], loraplus_lr_ratio=4),
+                                f"{WHO}inject_lora: 'loraplus_lr_ratio'"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("call", "message"), MIXED_UP.values(), ids=MIXED_UP.keys())
+def test_what_was_meant_is_named(call: Callable[[], Any], message: str) -> None:
+    with pytest.raises(TypeError) as caught:
+        call()
+    assert str(caught.value) == message
+
+
+def test_a_refused_call_changes_nothing() -> None:
+    model, state = Net(), torch.get_rng_state()
+    for settings in ({"targets": [model.head]}, {"targets": ["head"], "rank": 4}):
+        with pytest.raises(TypeError):
+            lp.inject_lora(model, **settings)
+    assert type(model.head) is nn.Linear and all(p.requires_grad for p in model.parameters())
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_every_word_of_others_has_one_here() -> None:
+    functions = (lp.inject_lora, lp.loraplus_param_groups, lp.create_loraplus_optimizer)
+    known = {name: parameter for each in functions for name, parameter in inspect.signature(each).parameters.items()}
+    assert {word.partition("=")[0] for word in _OTHER_WORDS.values()} <= known.keys()
+    assert not _OTHER_WORDS.keys() & known.keys()
+
+
+def test_optimizers_that_take_anything_get_it() -> None:
+    given: dict[str, Any] = {}
+
+    def make(groups: Any, **settings: Any) -> Any:
+        given.update(settings)
+        return SGD(groups, settings["lr"])
+
+    optimizer(make, ratio=4)
+    assert given == {"lr": 1e-3, "ratio": 4}
+    assert isinstance(optimizer(partial(SGD, momentum=0.9), nesterov=True), SGD)
