@@ -10,8 +10,8 @@ TEST_ARGS ?=
 
 .PHONY: demo test slow engines recipes vision bench paper finetune lint docs clean
 
-demo: $(VENV)/.demo  ## fine-tune a real language model with LoRA+ (two to four minutes)
-	$(BIN)/lora-plus demo $(DEMO_ARGS)
+demo: $(VENV)/.examples  ## fine-tune a real language model with LoRA+ (two to four minutes)
+	$(BIN)/python -m examples.demo $(DEMO_ARGS)
 
 test: $(VENV)/.test  ## the default tests
 	$(BIN)/python -m pytest $(TEST_ARGS)

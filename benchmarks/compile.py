@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from workloads import SMOLLM2_TARGETS, add_options
 
 import lora_plus
-from lora_plus.demo import smollm2
+from examples.demo import smollm2
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from torch import nn
 from workloads import SMOLLM2_TARGETS
 
 import lora_plus
-from lora_plus.demo.smollm2 import Config, SmolLM2
+from examples.demo.smollm2 import Config, SmolLM2
 
 SHAPES = {
     "smollm2": Config(vocab=49152, width=576, hidden=1536, layers=30, heads=9, kv_heads=3),

@@ -44,8 +44,8 @@ SMOLLM2_TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
 
 def smollm2(options: argparse.Namespace) -> Workload:
     """SmolLM2-135M with vocabulary and head, and the cross-entropy of all positions, or of the last ones."""
-    from lora_plus.demo import assets
-    from lora_plus.demo import smollm2 as demo
+    from examples.demo import assets
+    from examples.demo import smollm2 as demo
 
     config = demo.Config(vocab=49152, width=576, hidden=1536, layers=30, heads=9, kv_heads=3)
 
@@ -73,7 +73,7 @@ def smollm2(options: argparse.Namespace) -> Workload:
 
 def llama(options: argparse.Namespace) -> Workload:
     """A Llama of 9M parameters, random, without other packages."""
-    from lora_plus.demo import smollm2 as demo
+    from examples.demo import smollm2 as demo
 
     config = demo.Config(vocab=256, width=384, hidden=1024, layers=6, heads=6, kv_heads=2)
 
@@ -115,7 +115,7 @@ def vit(options: argparse.Namespace) -> Workload:
 
 def block(options: argparse.Namespace) -> Workload:
     """One layer of a Llama of 7B parameters, random."""
-    from lora_plus.demo import smollm2 as demo
+    from examples.demo import smollm2 as demo
 
     config = demo.Config(vocab=1, width=4096, hidden=11008, layers=1, heads=32, kv_heads=32)
 

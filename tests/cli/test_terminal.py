@@ -276,8 +276,6 @@ def test_a_defect_says_that_it_is_one(failing: Callable[[BaseException], Any], m
         (ValueError("v"), 1, "error: v\n"),
         (KeyboardInterrupt(), 130, ""),
         (BrokenPipeError(errno.EPIPE, "gone"), 1, ""),
-        (ModuleNotFoundError(name="gguf"), 1,
-         'lora-plus needs gguf, which is not installed: pip install "lora-plus[demo]"\n'),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",
 )  # fmt: skip

@@ -15,7 +15,7 @@ from engine_model import distance
 from processes import Processes
 
 import lora_plus as lp
-from lora_plus.demo.assets import AssetError
+from examples.demo.assets import AssetError
 
 transformers = pytest.importorskip("transformers")
 state = pytest.importorskip("accelerate.state")

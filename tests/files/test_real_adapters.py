@@ -15,8 +15,8 @@ import lora_plus
 
 gguf = pytest.importorskip("gguf")
 transformers = pytest.importorskip("transformers")
-assets = pytest.importorskip("lora_plus.demo.assets")
-smollm2 = pytest.importorskip("lora_plus.demo.smollm2")
+assets = pytest.importorskip("examples.demo.assets")
+smollm2 = pytest.importorskip("examples.demo.smollm2")
 
 pytestmark = [
     pytest.mark.slow,

