@@ -34,15 +34,11 @@ bench: $(VENV)/.bench  ## a short run of every benchmark, under ten minutes; BEN
 	$(BIN)/python benchmarks/step.py $(BENCH_ARGS) --layer 1024 1024
 	$(BIN)/python benchmarks/memory.py $(BENCH_ARGS)
 	$(BIN)/python benchmarks/memory.py $(BENCH_ARGS) --model bert --dtype float32
-	$(BIN)/python benchmarks/products.py $(BENCH_ARGS)
 	$(BIN)/python benchmarks/merge.py $(BENCH_ARGS) --dtype float32 bfloat16
 	$(BIN)/python benchmarks/files.py $(BENCH_ARGS)
 	$(BIN)/python benchmarks/compile.py $(BENCH_ARGS)
 	$(BIN)/python benchmarks/tree.py $(BENCH_ARGS)
 	$(BIN)/python benchmarks/mixed_batch.py $(BENCH_ARGS)
-	$(BIN)/python benchmarks/mixed_products.py $(BENCH_ARGS)
-	$(BIN)/python benchmarks/dora_norm.py $(BENCH_ARGS)
-	$(BIN)/python benchmarks/gauge_cost.py $(BENCH_ARGS) --random-weights --tokens 1x128
 	$(BIN)/python benchmarks/import_time.py $(BENCH_ARGS)
 
 paper: $(VENV)/.bench  ## the LoRA+ paper's experiments on toys, under ten minutes; writes benchmarks/results/paper.md

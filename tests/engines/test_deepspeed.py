@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import deepspeed_configs
+import deepspeed_trainer
 import pytest
 import torch
 from engine_model import (
@@ -524,12 +524,11 @@ def under_the_trainer() -> dict[str, tuple[list[str], float, float]]:
     """Per section: the groups, how far ratio 64 ends from ratio 1 there, and from plain LoRA without the section."""
     prepare()
     warnings.simplefilter("ignore")  # the Trainer's own
-    plain = deepspeed_configs.trained({}, 1.0).weights
+    _, plain = deepspeed_trainer.trained({}, 1.0)
     found = {}
-    for name in ("no section", "section optimizer (AdamW, torch_adam, adam_w_mode)"):
-        high, one = (deepspeed_configs.trained(deepspeed_configs.TRAINED[name], ratio) for ratio in (64.0, 1.0))
-        far = distance(high.weights, one.weights)
-        found[name] = high.groups, far, distance(high.weights, plain)
+    for name, sections in {"no section": {}, "section optimizer": {"optimizer": deepspeed_trainer.ADVICE}}.items():
+        (groups, high), (_, one) = (deepspeed_trainer.trained(sections, ratio) for ratio in (64.0, 1.0))
+        found[name] = groups, distance(high, one), distance(high, plain)
     return found
 
 
@@ -541,4 +540,4 @@ def test_an_optimizer_section_switches_lora_plus_off_under_the_trainer(two_proce
         assert without[0] == ["lora_A", "lora_B"] and without[1] > 1e-2 and without[2] > 1e-2
         assert section == (["unnamed"], 0.0, 0.0)
     with pytest.raises(ValueError, match="'optimizer'"):
-        check_config({"optimizer": deepspeed_configs.ADVICE})
+        check_config({"optimizer": deepspeed_trainer.ADVICE})
