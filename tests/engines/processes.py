@@ -9,10 +9,12 @@ import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from typing import Any
+
+import pytest
 
 QUIET = [
     r".*NCCL.*",
@@ -82,6 +84,14 @@ class Processes:
             process.start()
             theirs.close()
             self._ranks.append((process, ours))
+
+
+@pytest.fixture(scope="module")
+def two_processes() -> Iterator[Processes]:
+    """Two ranks; everything that a function returns to the test must pickle."""
+    processes = Processes(2)
+    yield processes
+    processes.close()
 
 
 def _serve(rank: int, size: int, folder: str, timeout: float, connection: Connection) -> None:

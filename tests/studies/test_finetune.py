@@ -29,7 +29,7 @@ from torch import nn
 
 from examples.demo.assets import AssetError
 
-RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 
 
 def drawn(*shape: int, seed: int = 0) -> torch.Tensor:

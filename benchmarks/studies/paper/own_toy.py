@@ -3,7 +3,7 @@
 Appendix C.1.1 of Hayou et al. 2024 (arXiv:2402.12354): ``f = w_out . relu(B A relu(W_in x))`` with 5 inputs, width 100
 and rank 4, targets ``sin`` of the inputs' mean, gradient descent on A and B alone.
 
-    python benchmarks/paper/own_toy.py
+    python benchmarks/studies/paper/own_toy.py
 """
 
 from __future__ import annotations

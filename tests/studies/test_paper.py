@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 import lora_plus as lp
 
-RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 
 
 def exact_problem(head: str, r: int, n: int = 24) -> tuple[toy.Problem, toy.Frozen]:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from training import Outcome, Score
 
-sys.path.append(str(Path(__file__).parent.parent))  # where the other benchmarks are
+sys.path.append(str(Path(__file__).parents[2]))  # where the other benchmarks are
 from report import processor
 
 SWEEP, REPORT = "sweep", "report"

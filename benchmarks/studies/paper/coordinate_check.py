@@ -4,7 +4,7 @@ Theorem 1 of Hayou et al. 2024 (arXiv:2402.12354), for Adam: ``eta_A = Theta(1/n
 do not. The change of B A x in a step is the sum of delta1 (A moves), delta2 (B moves) and delta3 (both); Z_A = A x.
 Printed are the exponents of the width with which their root mean squares grow.
 
-    python benchmarks/paper/coordinate_check.py
+    python benchmarks/studies/paper/coordinate_check.py
 """
 
 from __future__ import annotations

@@ -3,16 +3,17 @@
 After github.com/mst272/simple-lora-plus and the program of github.com/deepseek-ai/DeepSeek-Coder that it builds on:
 their arguments, prompts and settings are the defaults. With a hub and GPUs:
 
-    deepspeed benchmarks/recipes/finetune_deepseekcoder.py \\
+    deepspeed benchmarks/studies/recipes/finetune_deepseekcoder.py \\
         --model_name_or_path deepseek-ai/deepseek-coder-6.7b-instruct --data_path data.json --output_dir output/coder \\
-        --deepspeed benchmarks/recipes/ds_config_zero3.json --bf16 True --model_max_length 1024 \\
+        --deepspeed benchmarks/studies/recipes/ds_config_zero3.json --bf16 True --model_max_length 1024 \\
         --gradient_checkpointing True --learning_rate 2e-4 --lr_scheduler_type cosine --warmup_steps 10
 
 Without, on what ``prepare_recipes.py`` has written (README.md has it in several processes):
 
-    python benchmarks/recipes/finetune_deepseekcoder.py --model_name_or_path recipe-data/smollm2 --system_prompt "" \\
+    python benchmarks/studies/recipes/finetune_deepseekcoder.py --model_name_or_path recipe-data/smollm2 \\
         --data_path recipe-data/phonemes/train.json --eval_data_path recipe-data/phonemes/validation.json \\
-        --output_dir output/phonemes --learning_rate 1e-3 --loraplus_lr_ratio 4 --lora_dropout 0 --max_steps 60
+        --system_prompt "" --output_dir output/phonemes --learning_rate 1e-3 --loraplus_lr_ratio 4 --lora_dropout 0 \\
+        --max_steps 60
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Two ways to switch are shown: raising B's rate alone, and keeping the geometric mean of both rates.
 
-    python benchmarks/paper/curves.py
+    python benchmarks/studies/paper/curves.py
 """
 
 from __future__ import annotations

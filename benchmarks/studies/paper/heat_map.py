@@ -4,7 +4,7 @@ The question of figure 2 of Hayou et al. 2024 (arXiv:2402.12354), on a teacher-s
 swept in octaves; the diagonal (equal rates, plain LoRA) also in quarter octaves, because all cells against the few that
 lie on it would favour the plane.
 
-    python benchmarks/paper/heat_map.py
+    python benchmarks/studies/paper/heat_map.py
 """
 
 from __future__ import annotations

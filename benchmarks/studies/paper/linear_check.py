@@ -4,7 +4,7 @@ Propositions 1 and 2 of Hayou et al. 2024 (arXiv:2402.12354): ``f(x) = b (a . x)
 ``(f - y)^2 / 2`` on one sample, gradient descent. The change of f in a step is the sum of three parts: by a alone
 (delta1), by b alone (delta2), by both (delta3). Printed are the exponents of the width with which they grow.
 
-    python benchmarks/paper/linear_check.py
+    python benchmarks/studies/paper/linear_check.py
 """
 
 from __future__ import annotations

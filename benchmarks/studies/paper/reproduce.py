@@ -2,7 +2,7 @@
 
 Each script beside this one answers one question and runs alone.
 
-    python benchmarks/paper/reproduce.py
+    python benchmarks/studies/paper/reproduce.py
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from page import Section, lines_of_table, markdown, save_pictures
 
 import lora_plus
 
-sys.path.append(str(Path(__file__).parent.parent))  # where the other benchmarks are
+sys.path.append(str(Path(__file__).parents[2]))  # where the other benchmarks are
 from report import processor
 
 EXPERIMENTS = (linear_check, coordinate_check, heat_map, curves, lr_transfer, own_toy)
 """In the order of the page."""
 
 
-RESULTS = Path(__file__).parent.parent / "results"
+RESULTS = Path(__file__).parents[2] / "results"
 
 
 def page(done: list[tuple[Section, float]], folder: str) -> str:
@@ -46,7 +46,7 @@ def page(done: list[tuple[Section, float]], folder: str) -> str:
         "",
         "Hayou, Ghosh and Yu 2024, *LoRA+: Efficient Low Rank Adaptation of Large Models* (arXiv:2402.12354). Each",
         "part sets what the paper says beside what came out here.",
-        "`python benchmarks/paper/reproduce.py` (`make paper`) writes this page from what it measures.",
+        "`python benchmarks/studies/paper/reproduce.py` (`make paper`) writes this page from what it measures.",
         "",
         f"torch {torch.__version__}, lora_plus {lora_plus.__version__}, Python {platform.python_version()}; "
         f"{processor('cpu')}, {torch.get_num_threads()} thread, {total:.0f} CPU seconds. All are toys of one adapted "

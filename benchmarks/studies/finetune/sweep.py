@@ -4,9 +4,9 @@ For each method the rate is chosen among the same number of rates, by the mean v
 sweep. The methods are then trained at their rates with fresh seeds and scored on test examples. Every run is kept in a
 file of JSON lines and is not repeated; the results page is written from that file.
 
-    python benchmarks/finetune/sweep.py            # runs what is missing, writes benchmarks/results/finetune.md
-    python benchmarks/finetune/sweep.py --page     # only writes the page
-    python benchmarks/finetune/sweep.py --short    # a quick look in under two minutes, which keeps nothing
+    python benchmarks/studies/finetune/sweep.py            # runs what is missing, writes benchmarks/results/finetune.md
+    python benchmarks/studies/finetune/sweep.py --page     # only writes the page
+    python benchmarks/studies/finetune/sweep.py --short    # a quick look in under two minutes, which keeps nothing
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from results_page import page
 from tasks import TASKS, Setting, Task
 from training import Outcome, run, score
 
-RESULTS = Path(__file__).parent.parent / "results"
+RESULTS = Path(__file__).parents[2] / "results"
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 Twelve settings of the teacher-student task. Plain LoRA's rate is tuned in half octaves; then the ratio is raised while
 one rate is kept, by the rules of `lora_plus.training.groups.LR_MODES`; and the ratio's own best rate is looked for.
 
-    python benchmarks/paper/lr_transfer.py
+    python benchmarks/studies/paper/lr_transfer.py
 """
 
 from __future__ import annotations

@@ -18,8 +18,8 @@ T95 = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 
 HEAD = """\
 # Fine-tuning pretrained models: LoRA, LoRA+, DoRA and an init from gradients
 
-`python benchmarks/finetune/sweep.py` (`make finetune`) does the runs, keeps each in `finetune.jsonl`, and writes this
-page from them. Models and data come from package registries and are checked by their SHA-256.
+`python benchmarks/studies/finetune/sweep.py` (`make finetune`) does the runs, keeps each in `finetune.jsonl`, and
+writes this page from them. Models and data come from package registries and are checked by their SHA-256.
 
 {total} runs, {minutes:.0f} CPU minutes, on one thread each; {machines}.
 

@@ -6,8 +6,8 @@ tried, each at all rates. Rates and the best ratio are chosen on a few seeds, an
 taken on four times as many others, so that choosing the best of many does not count as a benefit. A larger ratio
 "helps" where it is above 0.1.
 
-    python benchmarks/gauge.py --out benchmarks/results/gauge.md
-    python benchmarks/gauge.py --short
+    python benchmarks/studies/gauge/gauge.py --out benchmarks/results/gauge.md
+    python benchmarks/studies/gauge/gauge.py --short
 """
 
 from __future__ import annotations
@@ -27,10 +27,12 @@ from typing import Any
 
 import torch
 from gauge_tasks import Outcome, Task, matrix, pretrained, toy, train
-from report import versions
 from torch import Tensor, nn
 
 from lora_plus import LoRAPlusGauge, create_loraplus_optimizer, inject_lora
+
+sys.path.append(str(Path(__file__).parents[2]))  # where the other benchmarks are
+from report import versions
 
 HELPS = 0.1
 """log2 of the loss: 7 percent."""
@@ -285,9 +287,9 @@ def page(results: Sequence[Result], agreement: tuple[float, float], seconds: flo
         f"The library's gauge, on layers and an optimizer, reads w = {agreement[0]:.12f} where the batched products of "
         f"this benchmark give {agreement[1]:.12f} (float64, the first seed of toy()).",
         "## Every setting",
-        "The tasks are in `benchmarks/gauge_tasks.py`. Benefit: log2 of the loss at the start ratio over that at "
-        "the best larger one, each at its tuned rate, with its standard error over fresh seeds; then the same with the "
-        "start ratio's rate kept. A question mark: not clear. Edge: a chosen rate is at the end of the grid.",
+        "The tasks are in `benchmarks/studies/gauge/gauge_tasks.py`. Benefit: log2 of the loss at the start ratio over "
+        "that at the best larger one, each at its tuned rate, with its standard error over fresh seeds; then the same "
+        "with the start ratio's rate kept. A question mark: not clear. Edge: a chosen rate is at the end of the grid.",
         table(list(COLUMNS), [[show(r) for show in COLUMNS.values()] for r in results]),
     ]
     return "\n\n".join(paragraphs) + "\n"

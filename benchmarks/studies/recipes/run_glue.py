@@ -3,13 +3,13 @@
 After ``glue/src/run_glue.py`` of github.com/nikhil-ghosh-berkeley/loraplus, the code of the LoRA+ paper: its arguments
 and settings are the defaults. Its run with RoBERTa, where there is a hub:
 
-    python benchmarks/recipes/run_glue.py --model_name_or_path roberta-base --task_name mnli \\
+    python benchmarks/studies/recipes/run_glue.py --model_name_or_path roberta-base --task_name mnli \\
         --target_modules "query, value" --learning_rate 5e-5 --loraplus_lr_ratio 80 --lora_rank 8 --lora_alpha 8 \\
         --per_device_train_batch_size 32 --num_train_epochs 3 --adam_beta2 0.99 --output_dir output/mnli
 
 Without, on what ``prepare_recipes.py`` has written:
 
-    python benchmarks/recipes/run_glue.py --model_name_or_path recipe-data/minilm \\
+    python benchmarks/studies/recipes/run_glue.py --model_name_or_path recipe-data/minilm \\
         --train_file recipe-data/glosses/train.json --validation_file recipe-data/glosses/validation.json \\
         --target_modules "query, key, value, dense" --learning_rate 1e-3 --loraplus_lr_ratio 4 \\
         --lora_use_original_init --no_pad_to_max_length --max_train_samples 3200 --num_train_epochs 1 \\

@@ -1,0 +1,14 @@
+"""What the tests of the studies share: two processes, and a mark by which they are run apart."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from processes import two_processes as two_processes
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.studies)
