@@ -3,7 +3,7 @@
 What LoRA costs over the frozen layer is memory traffic, not arithmetic. So the updates are added into the layer's
 output and into its input gradient where these lie, and each product with a factor is taken the way round in which the
 rank is the leading dimension of the result, which matrix libraries are up to several times faster at
-(``benchmarks/products.py``). For backward only the input and the rank-r activations are kept.
+(``benchmarks/results/2026-11-22.md``). For backward only the input and the rank-r activations are kept.
 """
 
 from __future__ import annotations

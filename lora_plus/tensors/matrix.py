@@ -96,7 +96,7 @@ def sum_row_norm(weight: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
     """`row_norm` of ``W + scale * B @ A``: ``(..., out, in) -> (..., out)``, float32 or better.
 
     In blocks of rows, so that no matrix of the weight's size is made; of a large weight they stay in a CPU's cache
-    (``benchmarks/dora_norm.py``).
+    (``benchmarks/results/2026-11-22.md``: up to three times as fast as making the sum, in float32).
     """
     # a compiler would unroll the blocks, and taking rows of a weight whose rows are on several ranks would gather it
     if torch.compiler.is_compiling() or type(weight) is not Tensor:
