@@ -62,7 +62,6 @@ def read(
     tensors: Mapping[str, Tensor],
     metadata: Mapping[str, str],
     target: Target,
-    scale: Callable[[dict[str, Any]], float],
     problems: list[str],
 ) -> SavedAdapter:
     """The adapter that a file describes; what is wrong with it is added to ``problems``.
@@ -71,7 +70,6 @@ def read(
         tensors: all tensors of the file.
         metadata: the metadata of its header.
         target: what the adapter is loaded into.
-        scale: the factor of B A that follows from a layer's settings; raises on settings that are not valid.
         problems: list to add to.
     """
     spelled = {_spelled_out(name): tensor for name, tensor in tensors.items()}
@@ -100,7 +98,7 @@ def read(
         problems.extend(lines)
         return None if lines else said
 
-    return assemble(pairs, DIALECT, settings, target, scale, problems)
+    return assemble(pairs, DIALECT, settings, target, problems)
 
 
 def _spelled_out(name: str) -> str:

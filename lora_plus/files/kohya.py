@@ -16,7 +16,7 @@ LyCORIS divides by the norm of the columns, which is another method.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -54,7 +54,6 @@ def read(
     tensors: Mapping[str, Tensor],
     metadata: Mapping[str, str],
     target: Target,
-    scale: Callable[[dict[str, Any]], float],
     problems: list[str],
 ) -> SavedAdapter:
     """The adapter that a file describes; what is wrong with it is added to ``problems``.
@@ -63,7 +62,6 @@ def read(
         tensors: all tensors of the file.
         metadata: the metadata of its header, which says nothing that counts here.
         target: what the adapter is loaded into.
-        scale: the factor of B A that follows from a layer's settings; raises on settings that are not valid.
         problems: list to add to.
     """
     pairs = find_pairs(tensors, DIALECT, problems)
@@ -82,7 +80,7 @@ def read(
             pair.tensors["lora_magnitude"] = magnitude.transpose(0, 1) if convolution else magnitude.flatten()
         return pair.settings()
 
-    return assemble(pairs, DIALECT, settings, target, scale, problems)
+    return assemble(pairs, DIALECT, settings, target, problems)
 
 
 def write(adapter: SavedAdapter, names: Collection[str]) -> dict[str, Tensor]:
@@ -111,7 +109,7 @@ def write(adapter: SavedAdapter, names: Collection[str]) -> dict[str, Tensor]:
     for name, layer in sorted(adapter.layers.items()):
         problems += [
             f"{name!r}: {reason}" for what, reason in reasons.items()
-            if what in (layer.settings["variant"], *layer.base.facts)
+            if what in (layer.spec.variant, *layer.base.facts)
         ]  # fmt: skip
         alike = [repr(other) for other in spelled.get(name.replace(".", "_"), []) if other != name]
         if alike:

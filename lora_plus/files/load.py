@@ -220,9 +220,8 @@ def describe(model: nn.Module, adapter: str, metadata: Mapping[str, str] | None 
         if adapter in site.lora_specs:
             spec, tensors = site.plain(adapter, shards.whole(site.adapter_tensors(adapter)))
             tensors = unfolded(tensors, spec.fold)
-            spec = replace(spec, fold=1.0)
-            settings = {name: getattr(spec, name) for name in native.SETTINGS}
-            layers[place.name] = SavedLayer(_base(place, shards), settings, spec.scale, tensors)
+            plain = spec if spec.fold == 1 else replace(spec, fold=1.0)
+            layers[place.name] = SavedLayer(_base(place, shards), plain, tensors)
     found = list(trained_modules(model, adapter))
     if any(record.exchanged for _, _, record in found):
         raise ValueError("the modules trained in full show their original values; save outside of disabled(model)")
@@ -298,8 +297,7 @@ def _choose_places(
         if place is None:
             missing.append(name)
             continue
-        spec = AdapterSpec(**layer.settings)
-        chosen[name] = place, spec
+        chosen[name] = place, layer.spec
         reason = place.refusal() or place.overlapped()
         if reason is not None:
             problems.append(f"{name!r} cannot be adapted: it is {reason}")
@@ -307,7 +305,7 @@ def _choose_places(
         first = seen.setdefault(place.key, name)
         if first != name:
             problems.append(f"{name!r} and {first!r} are one module in this model")
-        unfit = place.misfits(spec)
+        unfit = place.misfits(layer.spec)
         misfits = [f"{name!r}: {line}" for line in _misfits(layer, place.base())]
         # the values of what does not fit the model can be of any size
         problems += [*(misfits or value_problems(name, layer)), *([f"{name!r}: {unfit}"] if unfit else [])]

@@ -22,7 +22,7 @@ stack of them.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -33,12 +33,11 @@ from lora_plus.text import join
 
 from .json_text import parsed
 from .peft.names import around
-from .saved_adapter import SavedAdapter, SavedLayer, most_common
+from .saved_adapter import SETTINGS, SavedAdapter, SavedLayer, checked_spec, most_common, settings_of
 from .target import Target
 
 KEY = "lora_plus"
 VERSION = 1
-SETTINGS = ("r", "alpha", "scaling", "variant", "dropout")
 FACTS = ("groups", "max_norm", "parameter", "rows", "of")
 _ENTRIES = {"kind", "layout", "shape", *FACTS, *SETTINGS}
 
@@ -46,7 +45,7 @@ _ENTRIES = {"kind", "layout", "shape", *FACTS, *SETTINGS}
 def write(adapter: SavedAdapter, library_version: str) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors and the metadata of a file; equal adapters give equal files."""
     layers = dict(sorted(adapter.layers.items()))
-    common = {name: most_common([layer.settings[name] for layer in layers.values()]) for name in SETTINGS}
+    common = {name: most_common([getattr(layer.spec, name) for layer in layers.values()]) for name in SETTINGS}
     document = {
         "format_version": VERSION,
         "library_version": library_version,
@@ -63,7 +62,7 @@ def write(adapter: SavedAdapter, library_version: str) -> tuple[dict[str, Tensor
 
 def _entry(layer: SavedLayer, common: dict[str, Any]) -> dict[str, Any]:
     base = {"kind": layer.base.kind, "layout": layer.base.layout, "shape": list(layer.base.shape), **layer.base.facts}
-    return base | {name: value for name, value in layer.settings.items() if value != common[name]}
+    return base | {name: value for name, value in settings_of(layer.spec).items() if value != common[name]}
 
 
 def recognises(tensors: Collection[str], metadata: Mapping[str, str]) -> bool:
@@ -75,7 +74,6 @@ def read(
     tensors: Mapping[str, Tensor],
     metadata: Mapping[str, str],
     target: Target,
-    scale: Callable[[dict[str, Any]], float],
     problems: list[str],
 ) -> SavedAdapter:
     """The adapter that a file's tensors and metadata describe; what is wrong with them is added to ``problems``.
@@ -84,14 +82,13 @@ def read(
         tensors: all tensors of the file.
         metadata: the metadata of its header, which has the entry ``lora_plus``.
         target: what the adapter is loaded into, of which this format needs to know nothing.
-        scale: the factor of B A that follows from a layer's settings; raises on settings that are not valid.
         problems: list to add to.
     """
     document = _document(metadata[KEY], problems)
     adapter = SavedAdapter({}, {}, dict(document.get("metadata", {})))
     left, unread = dict(tensors), set[str]()
     for path, entry in document.get("layers", {}).items():
-        layer = _layer(path, entry, document, left, scale, problems)
+        layer = _layer(path, entry, document, left, problems)
         if layer is None:
             unread.add(path)
         else:
@@ -143,7 +140,6 @@ def _layer(
     entry: Any,
     document: dict[str, Any],
     left: dict[str, Tensor],
-    scale: Callable[[dict[str, Any]], float],
     problems: list[str],
 ) -> SavedLayer | None:
     """One layer of the document with its tensors, which are taken out of ``left``."""
@@ -158,12 +154,10 @@ def _layer(
         problems.append(f"layer {path!r}: kind, layout and shape must be there, got {kind!r}, {layout!r}, {shape!r}")
         return None
     settings = {name: entry.get(name, document.get(name)) for name in SETTINGS}
-    try:
-        factor = scale(settings)
-    except (TypeError, ValueError, OverflowError) as error:
-        problems.append(f"layer {path!r}: {error}")
+    spec = checked_spec(f"layer {path!r}", settings, problems)
+    if spec is None:
         return None
-    wanted = [tensor.name for tensor in (*FACTORS, *VARIANTS[str(settings["variant"])].tensors)]
+    wanted = [tensor.name for tensor in (*FACTORS, *VARIANTS[spec.variant].tensors)]
     missing = [name for name in wanted if join(path, name) not in left]
     problems += [f"tensor {join(path, name)!r} is missing" for name in missing]
     found = {name: left.pop(join(path, name)) for name in wanted if name not in missing}
@@ -179,4 +173,4 @@ def _layer(
     if not isinstance(parameter, str):
         problems.append(f"layer {path!r}: parameter must be a name, got {parameter!r}")
         return None
-    return SavedLayer(BaseLayer(kind, layout, tuple(shape or ()), facts), settings, factor, found)
+    return SavedLayer(BaseLayer(kind, layout, tuple(shape or ()), facts), spec, found)

@@ -20,7 +20,7 @@ from lora_plus.tensors.variant import only_adds
 from lora_plus.text import near_misses
 
 from .peft.tensors import convolution_from_peft
-from .saved_adapter import SavedAdapter, SavedLayer
+from .saved_adapter import SavedAdapter, SavedLayer, checked_spec
 from .target import Target
 
 KINDS = ("Linear", "Conv1d", "Conv2d", "Conv3d")
@@ -155,7 +155,6 @@ def assemble(
     dialect: Dialect,
     settings_of: Callable[[str, Pair], dict[str, Any] | None],
     target: Target,
-    scale: Callable[[dict[str, Any]], float],
     problems: list[str],
 ) -> SavedAdapter:
     """The adapter that the pairs of a file are, under the names of the target; what is wrong is added to the problems.
@@ -165,7 +164,6 @@ def assemble(
         dialect: the format.
         settings_of: the settings of a module's adapter; None if they are wrong, which it has reported.
         target: what the adapter is loaded into.
-        scale: the factor of B A that follows from the settings; raises on settings that are not valid.
         problems: list to add to.
     """
     names = target.names()
@@ -178,19 +176,15 @@ def assemble(
     layers = {}
     for module, name in _resolve(pairs, names, dialect, target, problems).items():
         settings = settings_of(module, pairs[module])
-        if settings is None:
-            continue
-        try:
-            factor = scale(settings)
-        except (TypeError, ValueError, OverflowError) as error:
-            problems.append(f"{module!r}: {error}")
+        spec = None if settings is None else checked_spec(repr(module), settings, problems)
+        if spec is None:
             continue
         base = target.base(name)
         if base is not None and base.kind not in KINDS:
             problems.append(f"{name!r}: {base.kind}; {dialect.only}")
             continue
         # whoever asks for the adapter reports modules that cannot be adapted
-        layer = SavedLayer(base or BaseLayer("", "", ()), settings, factor, pairs[module].tensors)
+        layer = SavedLayer(base or BaseLayer("", "", ()), spec, pairs[module].tensors)
         whole = layer if len(layer.base.shape) < 3 else convolution_from_peft(name, layer, problems)
         if whole is not None:
             layers[name] = whole
@@ -266,9 +260,9 @@ def inexpressible(adapter: SavedAdapter, dialect: Dialect) -> list[str]:
         if layer.base.kind not in KINDS or "rows" in layer.base.facts
     ]
     lines += [
-        f"{name!r}: {dialect.name} files have no variant {layer.settings['variant']!r}; save a native file, or merge it"
+        f"{name!r}: {dialect.name} files have no variant {layer.spec.variant!r}; save a native file, or merge it"
         for name, layer in adapter.layers.items()
-        if layer.settings["variant"] != "dora" and not only_adds(layer.settings["variant"])
+        if layer.spec.variant != "dora" and not only_adds(layer.spec.variant)
     ]
     lines += [f"{name!r}: the model itself is adapted, and it has no name" for name in adapter.layers if not name]
     lines += [f"train_also {name!r}: {dialect.only}" for name in adapter.trained]

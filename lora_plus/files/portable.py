@@ -30,7 +30,7 @@ def portable(adapter: SavedAdapter, dtype: torch.dtype | None = None) -> SavedAd
     """
     layers = _whole_weights({name: _at_scale_one(layer) for name, layer in adapter.layers.items()})
     groups = {name: layer.base.facts.get("groups", 1) for name, layer in layers.items()}
-    largest = max(layer.settings["r"] * groups[name] for name, layer in layers.items())
+    largest = max(layer.spec.r * groups[name] for name, layer in layers.items())
     step = math.lcm(*groups.values())
     r = math.ceil(largest / step) * step
     padded = {name: _padded(layer, r // groups[name], dtype) for name, layer in layers.items()}
@@ -40,14 +40,14 @@ def portable(adapter: SavedAdapter, dtype: torch.dtype | None = None) -> SavedAd
 def rank(adapter: SavedAdapter) -> int:
     """The one rank, as PEFT counts it, of a portable adapter."""
     layer = next(iter(adapter.layers.values()))
-    return layer.settings["r"] * layer.base.facts.get("groups", 1)
+    return layer.spec.r * layer.base.facts.get("groups", 1)
 
 
 def _at_scale_one(layer: SavedLayer) -> SavedLayer:
-    settings = {**layer.settings, "alpha": layer.settings["r"], "scaling": "standard", "dropout": 0.0}
-    if only_adds(layer.settings["variant"]):
-        settings["variant"] = "lora"  # how it was trained makes no difference to who reads it
-    return SavedLayer(layer.base, settings, 1.0, {**layer.tensors, "lora_B": rescaled(layer, 1.0)})
+    spec = layer.spec
+    variant = "lora" if only_adds(spec.variant) else spec.variant  # how it was trained makes no difference to readers
+    at_one = replace(spec, alpha=spec.r, scaling="standard", variant=variant, dropout=0.0)
+    return SavedLayer(layer.base, at_one, {**layer.tensors, "lora_B": rescaled(layer, 1.0)})
 
 
 def _whole_weights(layers: dict[str, SavedLayer]) -> dict[str, SavedLayer]:
@@ -69,10 +69,10 @@ def _joined(blocks: Sequence[SavedLayer]) -> SavedLayer:
 
 def _padded(layer: SavedLayer, r: int, dtype: torch.dtype | None) -> SavedLayer:
     """The layer at rank r, with its tensors in one dtype."""
-    more = r - layer.settings["r"]
+    more = r - layer.spec.r
     tensors = dict(layer.tensors)
     tensors["lora_A"] = F.pad(tensors["lora_A"], (0, 0, 0, more))  # (..., r, in)
     tensors["lora_B"] = F.pad(tensors["lora_B"], (0, more))  # (..., out, r)
     dtype = dtype or accumulation_dtype(*(tensor.dtype for tensor in tensors.values()))
     cast = {name: tensor.to(dtype) for name, tensor in tensors.items()}
-    return SavedLayer(layer.base, {**layer.settings, "r": r, "alpha": r}, layer.scale, cast)
+    return SavedLayer(layer.base, replace(layer.spec, r=r, alpha=r), cast)

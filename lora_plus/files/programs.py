@@ -62,7 +62,7 @@ def limits(reader: Reader, adapter: SavedAdapter, tied: Mapping[str, str]) -> It
         if not reader.unties and name in tied:
             yield f"{name!r}: its weight is also {tied[name]!r}, and {reader.name} has one tensor for both"
     if reader.plain:
-        variants = sorted({layer.settings["variant"] for layer in adapter.layers.values()} - {"lora"})
+        variants = sorted({layer.spec.variant for layer in adapter.layers.values()} - {"lora"})
         yield from (f"{reader.name} has no {variant}, which layers of the adapter are" for variant in variants)
         yield from (f"train_also {path!r}: {reader.name} takes no modules trained in full" for path in adapter.trained)
     r = rank(adapter)

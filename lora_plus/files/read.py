@@ -16,7 +16,7 @@ from lora_plus.layers.kinds import DTYPES, KINDS, LOOKALIKES
 from lora_plus.model.parts import PARTS
 from lora_plus.model.settings import LAYOUTS
 from lora_plus.tensors import matrix as functional
-from lora_plus.tensors.variant import AdapterSpec, adapter_tensor_specs
+from lora_plus.tensors.variant import adapter_tensor_specs
 from lora_plus.text import join
 
 from . import diffusers, kohya, native
@@ -35,10 +35,8 @@ class Format:
 
     recognises: Callable[[Collection[str], Mapping[str, str]], bool]
     """Whether a file is in it, from the names of its tensors and the metadata of its header."""
-    read: Callable[
-        [dict[str, Tensor], Mapping[str, str], Target, Callable[[dict[str, Any]], float], list[str]], SavedAdapter
-    ]
-    """The adapter, from tensors, metadata, what it is loaded into, the rule for scales, and the list of problems."""
+    read: Callable[[dict[str, Tensor], Mapping[str, str], Target, list[str]], SavedAdapter]
+    """The adapter, from tensors, metadata, what it is loaded into, and the list of problems."""
 
 
 FORMATS = {
@@ -70,7 +68,7 @@ def read_adapter(path: Path, target: Target, problems: list[str]) -> SavedAdapte
         hint = f"; give the folder {str(path.parent)!r}" if (path.parent / peft.CONFIG).exists() else ""
         problems.append(f"it is a safetensors file, but its header does not describe an adapter{hint}")
         return SavedAdapter({}, {})
-    return fitting.read(tensors, metadata, target, _scale, problems)
+    return fitting.read(tensors, metadata, target, problems)
 
 
 def _read_peft(path: Path, target: Target, problems: list[str]) -> SavedAdapter:
@@ -103,11 +101,7 @@ def _read_peft(path: Path, target: Target, problems: list[str]) -> SavedAdapter:
         return SavedAdapter({}, {})
     tensors, config = without_left_out(tensors, config, target.rename)
     bases, outline = target.peft(tensors, config, problems)
-    return (
-        SavedAdapter({}, {})
-        if problems
-        else peft.read(tensors, config, bases, outline, target.repeats, _scale, problems)
-    )
+    return SavedAdapter({}, {}) if problems else peft.read(tensors, config, bases, outline, target.repeats, problems)
 
 
 def _still_says(path: Path, text: str | None) -> bool:
@@ -116,10 +110,6 @@ def _still_says(path: Path, text: str | None) -> bool:
         return read_text(path) == text
     except (ValueError, OSError):
         return False
-
-
-def _scale(settings: dict[str, Any]) -> float:
-    return AdapterSpec(**settings).scale
 
 
 def _read_safetensors(path: Path, problems: list[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -204,8 +194,8 @@ def shape_problems(layer: SavedLayer) -> list[str]:
     *stack, out_features, in_features = functional.matrix_shape(base.layout, base.shape)
     if "rows" in base.facts:
         out_features = base.facts["rows"][1] - base.facts["rows"][0]
-    specs, matrix = adapter_tensor_specs(layer.settings["variant"]), (*stack, out_features, in_features)
-    expected = {part: specs[part].shape(matrix, layer.settings["r"]) for part in layer.tensors}
+    specs, matrix = adapter_tensor_specs(layer.spec.variant), (*stack, out_features, in_features)
+    expected = {part: specs[part].shape(matrix, layer.spec.r) for part in layer.tensors}
     return [
         f"{part} has shape {tuple(tensor.shape)}, expected {expected[part]}"
         for part, tensor in layer.tensors.items()

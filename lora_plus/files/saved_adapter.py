@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
 from lora_plus.layers.base import BaseLayer
+from lora_plus.tensors.variant import AdapterSpec
+
+SETTINGS = ("r", "alpha", "scaling", "variant", "dropout")
+"""What files say of an adapter besides its tensors. They hold B as it is without a fold."""
 
 
 @dataclass
@@ -17,10 +21,7 @@ class SavedLayer:
     """An adapter on one layer."""
 
     base: BaseLayer
-    settings: dict[str, Any]
-    """r, alpha, scaling, variant, dropout."""
-    scale: float
-    """The factor of B A that follows from the settings."""
+    spec: AdapterSpec
     tensors: dict[str, Tensor]
     """``lora_A (r, in)``, ``lora_B (out, r)``, and ``lora_magnitude (out,)`` for DoRA; of a stack, one of each."""
 
@@ -38,11 +39,24 @@ class SavedAdapter:
     """Whether the names are those of what it is loaded into, not those of the file."""
 
 
+def settings_of(spec: AdapterSpec) -> dict[str, Any]:
+    """The settings of an adapter by their names."""
+    return {name: getattr(spec, name) for name in SETTINGS}
+
+
+def checked_spec(where: str, settings: Mapping[str, Any], problems: list[str]) -> AdapterSpec | None:
+    """An adapter's settings as a file states them; None if they are not valid, which is added to the problems."""
+    try:
+        return AdapterSpec(**settings)
+    except (TypeError, ValueError, OverflowError) as error:
+        problems.append(f"{where}: {error}")
+        return None
+
+
 def alpha_under(layer: SavedLayer, scaling: str) -> float:
     """The alpha that gives a layer's scale under a file's scaling rule, which is the layer's own or alpha / r."""
-    alpha = float(
-        layer.settings["alpha"] if layer.settings["scaling"] == scaling else layer.scale * layer.settings["r"]
-    )
+    spec = layer.spec
+    alpha = float(spec.alpha if spec.scaling == scaling else spec.scale * spec.r)
     return int(alpha) if alpha.is_integer() else alpha
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_plus.files.saved_adapter import SavedAdapter, SavedLayer
+from lora_plus.files.saved_adapter import SavedAdapter, SavedLayer, settings_of
 from lora_plus.tensors.low_rank import singular_values
 from lora_plus.tensors.variant import FACTORS
 from lora_plus.text import join
@@ -45,7 +45,7 @@ class LayerFigures:
 def layer_figures(name: str, layer: SavedLayer) -> LayerFigures:
     """The figures of one layer's adapter, computed in float64."""
     A, B = layer.tensors["lora_A"], layer.tensors["lora_B"]
-    squares = singular_values(A.double(), layer.scale * B.double()).square()
+    squares = singular_values(A.double(), layer.spec.scale * B.double()).square()
     total = squares.sum(-1, keepdim=True)
     live = (total > 0).flatten()
     shares = (squares / total).reshape(-1, squares.shape[-1])[live]
@@ -54,8 +54,8 @@ def layer_figures(name: str, layer: SavedLayer) -> LayerFigures:
         name,
         layer.base.kind,
         layer.base.shape,
-        **layer.settings,
-        scale=layer.scale,
+        **settings_of(layer.spec),
+        scale=layer.spec.scale,
         dtype=str(A.dtype).removeprefix("torch."),
         norm=float(total.sum().sqrt()),
         largest_share=float(shares.amax(-1).mean()) if len(shares) else None,
@@ -114,7 +114,8 @@ def difference(a: SavedAdapter, b: SavedAdapter) -> AdapterDifference:
 
 
 def _layer_difference(name: str, a: SavedLayer, b: SavedLayer) -> LayerDifference:
-    settings = {key: (a.settings[key], b.settings[key]) for key in a.settings if a.settings[key] != b.settings[key]}
+    ours, theirs = settings_of(a.spec), settings_of(b.spec)
+    settings = {key: (ours[key], theirs[key]) for key in ours if ours[key] != theirs[key]}
     if a.base != b.base:
         return LayerDifference(name, settings, None, None)
     (A, B), (C, D) = (_scaled(layer) for layer in (a, b))
@@ -126,7 +127,7 @@ def _layer_difference(name: str, a: SavedLayer, b: SavedLayer) -> LayerDifferenc
 
 
 def _scaled(layer: SavedLayer) -> tuple[Tensor, Tensor]:
-    return layer.tensors["lora_A"].double(), layer.scale * layer.tensors["lora_B"].double()
+    return layer.tensors["lora_A"].double(), layer.spec.scale * layer.tensors["lora_B"].double()
 
 
 def _besides(layer: SavedLayer) -> Tensor | None:

@@ -178,7 +178,7 @@ def test_entries_are_looked_up_and_not_searched(tmp_path: Path) -> None:
         bases, around = ModelTarget(model, Renaming(None)).peft({}, config, [])
         problems: list[str] = []
         started = time.process_time()
-        peft.read({}, config, bases, around, lambda name, tensor: None, lambda settings: 1.0, problems)
+        peft.read({}, config, bases, around, lambda name, tensor: None, problems)
         spent = time.process_time() - started
         assert len(problems) == count
         return spent
@@ -196,7 +196,7 @@ def test_many_names_trained_in_full_are_counted_once() -> None:
         )
         tensors = {f"head.{name}": torch.ones(1) for name in names} | {f"left{n}": torch.ones(1) for n in range(count)}
         started = time.process_time()
-        native.read(tensors, {"lora_plus": text}, None, lambda settings: 1.0, [])  # type: ignore[arg-type]
+        native.read(tensors, {"lora_plus": text}, None, [])  # type: ignore[arg-type]
         return time.process_time() - started
 
     assert seconds(10_000) < 40 * seconds(1_000)

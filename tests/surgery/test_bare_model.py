@@ -88,8 +88,8 @@ def test_modules_trained_in_full_and_settings_come_along(form: str, tmp_path: Pa
     bare = bare_model(tmp_path / PATHS[form])
     assert_same_tensors(dict(sorted(adapter_state_dict(bare).items())), dict(sorted(adapter_state_dict(model).items())))
     wanted = describe(model, "default").layers
-    assert {name: (layer.base, layer.scale) for name, layer in describe(bare, "default").layers.items()} == {
-        name: (layer.base, layer.scale) for name, layer in wanted.items()
+    assert {name: (layer.base, layer.spec.scale) for name, layer in describe(bare, "default").layers.items()} == {
+        name: (layer.base, layer.spec.scale) for name, layer in wanted.items()
     }
     assert all(parameter.is_meta for name, parameter in bare.named_parameters() if name.endswith("proj.weight"))
 

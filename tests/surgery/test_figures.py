@@ -17,17 +17,18 @@ from lora_plus.files.saved_adapter import SavedAdapter, SavedLayer
 from lora_plus.layers.base import BaseLayer
 from lora_plus.surgery.measures import difference, layer_figures
 from lora_plus.tensors.low_rank import singular_values
+from lora_plus.tensors.variant import AdapterSpec
 
 
 def layer(A: Tensor, B: Tensor, scale: float = 1.0, **settings: Any) -> SavedLayer:
     r = A.shape[-2]
     given = {"r": r, "alpha": r * scale, "scaling": "standard", "variant": "lora", "dropout": 0.0, **settings}
     base = BaseLayer("Linear", "o i -> o i", (B.shape[-2], A.shape[-1]))
-    return SavedLayer(base, given, scale, {"lora_A": A, "lora_B": B})
+    return SavedLayer(base, AdapterSpec(**given), {"lora_A": A, "lora_B": B})
 
 
 def dense(each: SavedLayer) -> Tensor:
-    return each.scale * torch.einsum("...or,...ri->...oi", each.tensors["lora_B"], each.tensors["lora_A"])
+    return each.spec.scale * torch.einsum("...or,...ri->...oi", each.tensors["lora_B"], each.tensors["lora_A"])
 
 
 @pytest.mark.parametrize("case", [*CASES, *PARAMETER_CASES], ids=lambda case: case.name)
@@ -40,7 +41,7 @@ def test_equal_those_of_the_dense_update(case: Case | ParameterCase) -> None:
         assert figures.norm == pytest.approx(float(dense(each).norm()), rel=1e-12)
         assert figures.largest_share == pytest.approx(float(shares.amax(-1).mean()), rel=1e-10)
         assert figures.effective_rank == pytest.approx(float(entropy.exp().mean()), rel=1e-10)
-        assert (figures.r, figures.scale, figures.kind) == (each.settings["r"], each.scale, each.base.kind)
+        assert (figures.r, figures.scale, figures.kind) == (each.spec.r, each.spec.scale, each.base.kind)
 
 
 def test_singular_values_of_a_diagonal_are_its_entries() -> None:

@@ -58,9 +58,9 @@ def inexpressible(adapter: SavedAdapter, found: Units, outline: Outline) -> list
     heard = [layer for part in (found.modules, found.parameters) for group in part.values() for layer in group.values()]
     if "" in modules or "" in adapter.trained:
         problems.append("the model itself is adapted, and PEFT names only modules inside a model")
-    if len({layer.settings["variant"] == "dora" for layer in layers}) > 1:
+    if len({layer.spec.variant == "dora" for layer in layers}) > 1:
         problems.append("some layers are DoRA and some are not, and PEFT has one setting for all")
-    if len({layer.settings["dropout"] for layer in heard}) > 1:
+    if len({layer.spec.dropout for layer in heard}) > 1:
         problems.append("layers differ in dropout, and PEFT has one setting for all")
     reasons = [
         *((name, reason) for name, layer in adapter.layers.items() for reason in _of_layer(layer)),
@@ -88,7 +88,7 @@ def _owners(found: Units) -> list[str]:
 
 
 def _of_layer(layer: SavedLayer) -> Iterator[str]:
-    base, variant = layer.base, layer.settings["variant"]
+    base, variant = layer.base, layer.spec.variant
     dora = variant == "dora"
     if not (dora or only_adds(variant)):
         yield f"PEFT has no variant {variant!r}; save a .safetensors file, or merge it"

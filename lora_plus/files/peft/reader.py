@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from lora_plus.errors import Problems, shortened
-from lora_plus.files.saved_adapter import SavedAdapter, SavedLayer
+from lora_plus.files.saved_adapter import SavedAdapter, SavedLayer, checked_spec
 from lora_plus.layers.base import PARAMETER, BaseLayer
 
 from .config import USER_FIELDS, fan_in_fan_out, settings_of, warn_of_ambiguous_patterns
@@ -43,7 +43,6 @@ class Reader:
         bases: every module and every place for an adapter by name, with its base layer if it can be adapted.
         outline: the names of the model's parts.
         repeats: whether a tensor equals the base model's own of this name; None if that cannot be told.
-        scale: the factor of B A that follows from a layer's settings; raises on settings that are not valid.
         problems: list of what is wrong, to add to.
     """
 
@@ -53,10 +52,9 @@ class Reader:
         bases: Mapping[str, BaseLayer | None],
         outline: Outline,
         repeats: Callable[[str, Tensor], bool | None],
-        scale: Callable[[dict[str, Any]], float],
         problems: list[str],
     ) -> None:
-        self.config, self.bases, self.outline, self.scale, self.problems = config, bases, outline, scale, problems
+        self.config, self.bases, self.outline, self.problems = config, bases, outline, problems
         self.repeats = repeats
         entries = config.get("target_parameters") or []
         self.parameters = dict.fromkeys(named_parameters(entries, outline))
@@ -189,7 +187,7 @@ class Reader:
         if base.kind.startswith("ConvTranspose"):
             self.problems.append(f"{name!r}: PEFT has no adapter for {base.kind}")
             return None
-        if "groups" in base.facts and layer.settings["variant"] == "dora":
+        if "groups" in base.facts and layer.spec.variant == "dora":
             self.problems.append(f"{name!r}: {GROUPED_DORA}")
             return None
         if name in self.parameters:
@@ -241,12 +239,8 @@ class Reader:
                 self.problems.append(f"{name!r}: PEFT has no DoRA for parameters and attention modules")
                 return None
             settings["dropout"] = 0.0  # PEFT has none there, whatever the config says
-        try:
-            factor = self.scale(settings)
-        except (TypeError, ValueError, OverflowError) as error:
-            self.problems.append(f"{name!r}: {error}")
-            return None
-        return SavedLayer(BaseLayer("", "", ()), settings, factor, found)
+        spec = checked_spec(repr(name), settings, self.problems)
+        return None if spec is None else SavedLayer(BaseLayer("", "", ()), spec, found)
 
     def _warn_of_doubling(self, parts: Mapping[str, SavedLayer]) -> None:
         """Warn of output projections that were trained with twice their update."""

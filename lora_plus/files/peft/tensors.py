@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import reduce
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,7 @@ from torch import Tensor
 from lora_plus.files.saved_adapter import SavedLayer, most_common
 from lora_plus.layers.base import BaseLayer
 from lora_plus.tensors.matrix import accumulation_dtype, matrix_shape
+from lora_plus.tensors.variant import AdapterSpec
 
 from .names import OUT_PROJECTION
 
@@ -34,18 +35,17 @@ _EMBEDDING = _WEIGHTS | {"lora_A": "lora_embedding_A", "lora_B": "lora_embedding
 # ---- to PEFT ---------------------------------------------------------------------------------------------------------
 
 
-def at_rank(settings: Mapping[str, Any], r: int) -> dict[str, Any]:
+def at_rank(spec: AdapterSpec, r: int) -> AdapterSpec:
     """The settings that give an adapter of another rank the same scale."""
-    ratio = r / settings["r"]
-    alpha = settings["alpha"] * (math.sqrt(ratio) if settings["scaling"] == "rslora" else ratio)
-    return {**settings, "r": r, "alpha": alpha}
+    ratio = r / spec.r
+    return replace(spec, r=r, alpha=spec.alpha * (math.sqrt(ratio) if spec.scaling == "rslora" else ratio))
 
 
 def layer_to_peft(layer: SavedLayer) -> SavedLayer:
     """An adapter of a linear layer, an embedding or a convolution."""
     shape, groups = layer.base.shape, layer.base.facts.get("groups", 1)
     names = _EMBEDDING if layer.base.kind == "Embedding" else _WEIGHTS
-    tensors, settings = dict(layer.tensors), layer.settings
+    tensors, spec = dict(layer.tensors), layer.spec
     if len(shape) > 2:
         A, B = tensors["lora_A"].reshape(-1, *shape[1:]), tensors["lora_B"]  # (r, in / groups, *kernel), (out, r)
         r, per_group = A.shape[:2]
@@ -55,23 +55,31 @@ def layer_to_peft(layer: SavedLayer) -> SavedLayer:
             for group in range(groups):
                 blocks[group, :, group] = A
             A = blocks.reshape(groups * r, groups * per_group, *shape[2:])
-            settings = settings | {"r": groups * r, "alpha": layer.scale * groups * r, "scaling": "standard"}
+            spec = replace(spec, r=groups * r, alpha=spec.scale * groups * r, scaling="standard")
         pointwise = [1] * (len(shape) - 2)
         tensors |= {"lora_A": A, "lora_B": B.reshape(*B.shape, *pointwise)}
         if "lora_magnitude" in tensors:
             tensors["lora_magnitude"] = tensors["lora_magnitude"].reshape(1, -1, *pointwise)
-    return SavedLayer(layer.base, settings, layer.scale, {names[name]: tensor for name, tensor in tensors.items()})
+    return SavedLayer(layer.base, spec, {names[name]: tensor for name, tensor in tensors.items()})
 
 
 def join_rows(blocks: Sequence[SavedLayer]) -> SavedLayer:
-    """Adapters of rows of one weight as one adapter of the whole; blocks that have the same A share it there."""
-    base, reference = blocks[0].base, _reference(blocks)
+    """Adapters of rows of one weight as one adapter of the whole."""
+    base, spec = blocks[0].base, _reference(blocks)
+    A, B = _joined_factors(blocks, spec.scale)
+    whole = BaseLayer(base.kind, base.layout, base.shape, {k: v for k, v in base.facts.items() if k != "rows"})
+    return SavedLayer(whole, at_rank(spec, len(A)), {"lora_A": A, "lora_B": B})
+
+
+def _joined_factors(blocks: Sequence[SavedLayer], scale: float) -> tuple[Tensor, Tensor]:
+    """A and B of the whole weight under a scale; blocks that have the same A share it there."""
+    base = blocks[0].base
     distinct: list[Tensor] = []
     for block in blocks:
         if not any(_same(block.tensors["lora_A"], A) for A in distinct):
             distinct.append(block.tensors["lora_A"])
     starts = [sum(len(A) for A in distinct[:index]) for index in range(len(distinct))]
-    scaled = [rescaled(block, reference.scale) for block in blocks]
+    scaled = [rescaled(block, scale) for block in blocks]
     dtype = reduce(torch.promote_types, (B.dtype for B in scaled))
     rank, out_features = sum(map(len, distinct)), matrix_shape(base.layout, base.shape)[0]
     joined = torch.zeros(out_features, rank, dtype=dtype, device=scaled[0].device)
@@ -79,9 +87,7 @@ def join_rows(blocks: Sequence[SavedLayer]) -> SavedLayer:
         first = next(start for start, A in zip(starts, distinct, strict=True) if _same(block.tensors["lora_A"], A))
         rows = slice(*block.base.facts["rows"])
         joined[rows, first : first + B.shape[1]] = B.to(dtype)
-    whole = BaseLayer(base.kind, base.layout, base.shape, {k: v for k, v in base.facts.items() if k != "rows"})
-    settings = at_rank(reference.settings, rank)
-    return SavedLayer(whole, settings, reference.scale, {"lora_A": torch.cat(distinct), "lora_B": joined})
+    return torch.cat(distinct), joined
 
 
 def attention_to_peft(parts: Sequence[SavedLayer]) -> SavedLayer:
@@ -89,7 +95,7 @@ def attention_to_peft(parts: Sequence[SavedLayer]) -> SavedLayer:
 
     The weight of lower rank is filled up with zeros, also if it has no adapter at all.
     """
-    reference = _reference(parts)
+    spec = _reference(parts)
     blocks = [part for part in parts if "rows" in part.base.facts]
     last = next((part for part in parts if "rows" not in part.base.facts), None)
     width = parts[0].base.shape[1]
@@ -97,10 +103,9 @@ def attention_to_peft(parts: Sequence[SavedLayer]) -> SavedLayer:
     A = C = like.new_zeros(0, width)  # (r, d)
     B, D = like.new_zeros(3 * width, 0), like.new_zeros(width, 0)  # (3 d, r), (d, r)
     if blocks:
-        joined = join_rows(blocks)
-        A, B = joined.tensors["lora_A"], rescaled(joined, reference.scale)
+        A, B = _joined_factors(blocks, spec.scale)
     if last is not None:
-        C, D = last.tensors["lora_A"], rescaled(last, reference.scale)
+        C, D = last.tensors["lora_A"], rescaled(last, spec.scale)
     r = max(len(A), len(C))
     tensors = {
         "lora_A.weight": F.pad(A, (0, 0, 0, r - len(A))),
@@ -109,7 +114,7 @@ def attention_to_peft(parts: Sequence[SavedLayer]) -> SavedLayer:
         f"{OUT_PROJECTION[1:]}.lora_B.weight": F.pad(D, (0, r - D.shape[1])),
     }
     base = BaseLayer(ATTENTION, parts[0].base.layout, (3 * width, width))
-    return SavedLayer(base, at_rank(reference.settings, r), reference.scale, tensors)
+    return SavedLayer(base, at_rank(spec, r), tensors)
 
 
 def parameter_to_peft(layer: SavedLayer, transposed: bool) -> SavedLayer:
@@ -126,7 +131,7 @@ def parameter_to_peft(layer: SavedLayer, transposed: bool) -> SavedLayer:
         A, B = B.mT, A.mT
     tensors = {"lora_A.weight": A.flatten(0, 1), "lora_B.weight": B.permute(1, 2, 0).flatten(1)}
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    return SavedLayer(layer.base, layer.settings, layer.scale, contiguous)
+    return SavedLayer(layer.base, layer.spec, contiguous)
 
 
 def is_read_transposed(base: BaseLayer, transposed: bool) -> bool:
@@ -136,16 +141,16 @@ def is_read_transposed(base: BaseLayer, transposed: bool) -> bool:
     return stored.index(viewed[-2]) != out_axis
 
 
-def _reference(layers: Sequence[SavedLayer]) -> SavedLayer:
-    """One of the layers that have the most common scale."""
-    scale = most_common([layer.scale for layer in layers])
-    return next(layer for layer in layers if layer.scale == scale)
+def _reference(layers: Sequence[SavedLayer]) -> AdapterSpec:
+    """The settings of one of the layers that have the most common scale."""
+    scale = most_common([layer.spec.scale for layer in layers])
+    return next(layer.spec for layer in layers if layer.spec.scale == scale)
 
 
 def rescaled(layer: SavedLayer, scale: float) -> Tensor:
     """The B that gives the layer's update under another scale."""
-    B = layer.tensors["lora_B"]
-    return B if layer.scale == scale else B.to(accumulation_dtype(B.dtype)) * (layer.scale / scale)
+    B, own = layer.tensors["lora_B"], layer.spec.scale
+    return B if own == scale else B.to(accumulation_dtype(B.dtype)) * (own / scale)
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
@@ -158,7 +163,7 @@ def _same(one: Tensor, other: Tensor) -> bool:
 def convolution_from_peft(path: str, layer: SavedLayer, problems: list[str]) -> SavedLayer | None:
     """An adapter of a convolution with tensors in our shapes."""
     shape, groups = layer.base.shape, layer.base.facts.get("groups", 1)
-    A, B, r = layer.tensors["lora_A"], layer.tensors["lora_B"], layer.settings["r"]
+    A, B, r = layer.tensors["lora_A"], layer.tensors["lora_B"], layer.spec.r
     pointwise = [1] * (len(shape) - 2)
     expected = {
         "lora_A": (r, shape[1] * groups, *shape[2:]),
@@ -169,7 +174,7 @@ def convolution_from_peft(path: str, layer: SavedLayer, problems: list[str]) -> 
     if wrong or r % groups:
         problems += wrong or [f"{path!r}: rank {r} is not a multiple of its {groups} groups"]
         return None
-    settings = layer.settings
+    spec = layer.spec
     rows, B = A.flatten(1), B.flatten(1)
     if groups > 1:
         blocks = A.reshape(groups, r // groups, groups, -1)  # (block of rows, row, group of channels, channel)
@@ -183,11 +188,11 @@ def convolution_from_peft(path: str, layer: SavedLayer, problems: list[str]) -> 
             # our groups share one A: it holds the rows of all groups, and B picks each group's own
             rows, small = own.flatten(0, 1), B.reshape(groups, -1, r // groups)
             B = torch.block_diag(*small)
-        settings = settings | {"r": len(rows), "alpha": layer.scale * len(rows), "scaling": "standard"}
+        spec = replace(spec, r=len(rows), alpha=spec.scale * len(rows), scaling="standard")
     tensors = {"lora_A": rows.contiguous(), "lora_B": B.contiguous()}
     if "lora_magnitude" in layer.tensors:
         tensors["lora_magnitude"] = layer.tensors["lora_magnitude"].flatten()
-    return SavedLayer(layer.base, settings, layer.scale, tensors)
+    return SavedLayer(layer.base, spec, tensors)
 
 
 def attention_from_peft(
@@ -206,7 +211,7 @@ def attention_from_peft(
         last: the tensors of the output projection.
         problems: list to add to.
     """
-    r, width = whole.settings["r"], next(iter(parts.values())).shape[1]
+    r, width = whole.spec.r, next(iter(parts.values())).shape[1]
     wrong = _wrong_shapes(path, whole.tensors, {"lora_A": (r, width), "lora_B": (3 * width, r)})
     wrong += _wrong_shapes(path, last, {"lora_A": (r, width), "lora_B": (width, r)}, f"{OUT_PROJECTION[1:]}.")
     if wrong:
@@ -222,13 +227,13 @@ def attention_from_peft(
         source = last if is_last else whole.tensors
         rows = slice(None) if is_last else slice(*base.facts["rows"])
         tensors = {"lora_A": source["lora_A"].clone(), "lora_B": source["lora_B"][rows].clone()}
-        layers[name] = SavedLayer(base, dict(whole.settings), whole.scale, tensors)
+        layers[name] = SavedLayer(base, whole.spec, tensors)
     return layers
 
 
 def parameter_from_peft(path: str, layer: SavedLayer, transposed: bool, problems: list[str]) -> SavedLayer | None:
     """An adapter of a parameter with tensors in our shapes."""
-    r, shape = layer.settings["r"], layer.base.shape
+    r, shape = layer.spec.r, layer.base.shape
     reason = stack_refusal(layer.base, transposed)
     if reason is not None:
         problems.append(f"{path!r}: {reason}")
@@ -247,7 +252,7 @@ def parameter_from_peft(path: str, layer: SavedLayer, transposed: bool, problems
     if len(shape) == 2:
         A, B = A[0], B[0]
     tensors = {"lora_A": A.contiguous(), "lora_B": B.contiguous()}
-    return SavedLayer(layer.base, layer.settings, layer.scale, tensors)
+    return SavedLayer(layer.base, layer.spec, tensors)
 
 
 def stack_refusal(base: BaseLayer, transposed: bool) -> str | None:

@@ -44,9 +44,9 @@ def write(adapter: SavedAdapter, outline: Outline) -> tuple[dict[str, Tensor], d
         for name, layers in found.parameters.items()
     }
     layers = dict(sorted({**modules, **parameters}.items()))
-    rslora = all(layer.settings["scaling"] == "rslora" for layer in layers.values())
+    rslora = all(layer.spec.scaling == "rslora" for layer in layers.values())
     scaling = "rslora" if rslora else "standard"
-    ranks = {name: layer.settings["r"] for name, layer in layers.items()}
+    ranks = {name: layer.spec.r for name, layer in layers.items()}
     alphas = {name: alpha_under(layer, scaling) for name, layer in layers.items()}
     # PEFT says of a pattern that only a parameter matches that nothing does, so it is parameters that need none
     usual = parameters or layers
@@ -64,9 +64,9 @@ def write(adapter: SavedAdapter, outline: Outline) -> tuple[dict[str, Tensor], d
         "rank_pattern": {anchored(name): rank for name, rank in ranks.items() if rank != r},
         "alpha_pattern": {anchored(name): value for name, value in alphas.items() if value != alpha},
         "modules_to_save": sorted(adapter.trained) or None,
-        "lora_dropout": max(layer.settings["dropout"] for layer in layers.values()),  # attention has none in PEFT
+        "lora_dropout": max(layer.spec.dropout for layer in layers.values()),  # attention has none in PEFT
         "use_rslora": rslora,
-        "use_dora": any(layer.settings["variant"] == "dora" for layer in layers.values()),
+        "use_dora": any(layer.spec.variant == "dora" for layer in layers.values()),
         "fan_in_fan_out": starts_transposed(found),
         "init_lora_weights": True,
         "bias": "none",
@@ -105,7 +105,6 @@ def read(
     bases: Mapping[str, BaseLayer | None],
     outline: Outline,
     repeats: Callable[[str, Tensor], bool | None],
-    scale: Callable[[dict[str, Any]], float],
     problems: list[str],
 ) -> SavedAdapter:
     """The adapter that a PEFT folder describes; what is wrong with it is added to ``problems``.
@@ -116,10 +115,9 @@ def read(
         bases: every module and every place for an adapter by name, with its base layer if it can be adapted.
         outline: the names of the model's parts.
         repeats: whether a tensor equals the base model's own of this name; None if that cannot be told.
-        scale: the factor of B A that follows from a layer's settings; raises on settings that are not valid.
         problems: list to add to.
     """
     checked = checked_config(config, problems)
     if checked is None:
         return SavedAdapter({}, {})
-    return Reader(checked, bases, outline, repeats, scale, problems).read(tensors)
+    return Reader(checked, bases, outline, repeats, problems).read(tensors)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from torch import Tensor
@@ -108,7 +108,7 @@ class Plan:
         if lines:
             yield from lines
             return
-        spec = AdapterSpec(**{**layer.settings, "alpha": layer.settings["alpha"] * factor})
+        spec = replace(layer.spec, alpha=layer.spec.alpha * factor)
         rows = tuple(base.facts["rows"]) if "rows" in base.facts else None
         change = self.changes.setdefault(target, Change(base.layout))
         change.layout = change.layout or base.layout
