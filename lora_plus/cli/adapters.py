@@ -131,7 +131,7 @@ def combine(
     from lora_plus.files.load import save_adapter
     from lora_plus.surgery.bare_model import bare_model
     from lora_plus.surgery.combine import combine_adapters
-    from lora_plus.tensors.low_rank import METHODS
+    from lora_plus.surgery.methods import METHODS
 
     if len(files) < 2:
         raise typer.BadParameter("name two adapters or more, and then OUT")

@@ -17,11 +17,13 @@ from lora_plus.model.adapters import check_adapter
 from lora_plus.model.inject import attach, check_injectable, check_whole
 from lora_plus.model.places import Place, adapted_places
 from lora_plus.model.train_also import trained_modules
-from lora_plus.tensors.low_rank import METHODS, Factors, Method, Options, Update, truncated_product
+from lora_plus.tensors.low_rank import Factors, truncated_product
 from lora_plus.tensors.matrix import accumulation_dtype, full_precision
 from lora_plus.tensors.random_state import draws
 from lora_plus.tensors.variant import SCALINGS, VARIANTS, AdapterSpec, only_adds
 from lora_plus.text import counted, printable
+
+from .methods import METHODS, Method, Options, Update
 
 
 @dataclass(frozen=True)

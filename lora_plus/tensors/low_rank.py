@@ -1,20 +1,13 @@
-"""Updates as low-rank factors: the nearest ones of a given rank, and the ways of combining several.
-
-All of it is arithmetic on updates, the matrices ``s B A``. A and B on their own have no sum: ``(B1 + B2) (A1 + A2)`` is
-not ``B1 A1 + B2 A2``.
-"""
+"""Updates as low-rank factors: the nearest ones of a given rank, and the singular values of a product."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import matrix as functional
-from .init import uniform
 
 
 class Factors(NamedTuple):
@@ -85,97 +78,3 @@ def _randomized_svd(matrix: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
         basis = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.mT @ basis).Q).Q
     U, S, Vh = torch.linalg.svd(basis.mT @ matrix, full_matrices=False)
     return basis @ U, S, Vh
-
-
-# ---- the methods -----------------------------------------------------------------------------------------------------
-
-
-class Update(NamedTuple):
-    """One adapter's update of one place, ``factor * B A``; the factor is its scale and its weight."""
-
-    A: Tensor
-    B: Tensor
-    factor: float
-
-    def dense(self) -> Tensor:
-        """``(..., out, in)``."""
-        return (self.factor * self.B) @ self.A
-
-
-class Options(NamedTuple):
-    """What a method can be told."""
-
-    r: int = 0
-    density: float = 1.0
-    generator: torch.Generator | None = None
-
-
-def _sum(updates: Sequence[Update], options: Options) -> Factors:
-    A = torch.cat([update.A for update in updates], dim=-2)
-    return Factors(A, torch.cat([update.factor * update.B for update in updates], dim=-1), 0.0)
-
-
-def _svd(updates: Sequence[Update], options: Options) -> Factors:
-    A, B, _ = _sum(updates, options)
-    return truncated_product(A, B, options.r)
-
-
-def _trimmed(update: Tensor, options: Options) -> Tensor:
-    """The given part of the entries, those of the largest size, in this layer; the rest is zero."""
-    kept = max(1, round(options.density * update.numel()))
-    # not kthvalue, which raises on a GPU when torch is told to use deterministic algorithms only
-    least = update.abs().flatten().topk(kept, sorted=False).values.min()
-    return update.where(update.abs() >= least, 0)
-
-
-def _dropped(update: Tensor, options: Options) -> Tensor:
-    """Each entry with the given probability, divided by it; zero otherwise."""
-    keep = uniform(tuple(update.shape), 0.5, update, options.generator) < options.density - 0.5
-    return update.where(keep, 0) / options.density
-
-
-def _added(updates: Sequence[Tensor]) -> Tensor:
-    return sum(updates[1:], updates[0])
-
-
-def _elected(updates: Sequence[Tensor]) -> Tensor:
-    """By entry, the mean of those that have the sign of the sum; entries of zero have none."""
-    sign = _added(updates).sign()
-    agreeing = [update.sign() == sign for update in updates]
-    total = _added([update.where(agrees, 0) for update, agrees in zip(updates, agreeing, strict=True)])
-    return total / _added([agrees.to(total.dtype) for agrees in agreeing]).clamp(min=1)
-
-
-def _dense(
-    thin: Callable[[Tensor, Options], Tensor], join_up: Callable[[Sequence[Tensor]], Tensor]
-) -> Callable[[Sequence[Update], Options], Factors]:
-    """A method on the matrices themselves: each made sparse, joined, and cut to rank r."""
-
-    def combine(updates: Sequence[Update], options: Options) -> Factors:
-        return truncated(join_up([thin(update.dense(), options) for update in updates]), options.r)
-
-    return combine
-
-
-@dataclass(frozen=True)
-class Method:
-    """A way of combining."""
-
-    combine: Callable[[Sequence[Update], Options], Factors]
-    """From the updates of one place, of those adapters that have one, to the combined one."""
-    options: tuple[str, ...] = ()
-    """What it can be told; all but the generator must be."""
-
-
-METHODS: dict[str, Method] = {
-    # sum_i w_i s_i B_i A_i, the task arithmetic of Ilharco et al. 2022 (arXiv:2212.04089), as it is
-    "sum": Method(_sum),
-    # the same, cut to rank r
-    "svd": Method(_svd, ("r",)),
-    # Yadav et al. 2023 (arXiv:2306.01708), layer by layer
-    "ties": Method(_dense(_trimmed, _elected), ("r", "density")),
-    # Yu et al. 2023 (arXiv:2311.03099), layer by layer
-    "dare": Method(_dense(_dropped, _added), ("r", "density", "generator")),
-    # the dropping of DARE in the place of TIES's trimming
-    "dare_ties": Method(_dense(_dropped, _elected), ("r", "density", "generator")),
-}

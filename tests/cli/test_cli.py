@@ -24,7 +24,7 @@ from lora_plus.cli import app as cli
 from lora_plus.cli import arguments
 from lora_plus.files import atomic as atomic_files
 from lora_plus.files.load import FORMATS
-from lora_plus.tensors import low_rank
+from lora_plus.surgery import methods
 
 COMMANDS = ["inspect", "convert", "diff", "combine", "resize", "merge", "extract", "verify"]
 
@@ -414,7 +414,7 @@ def test_the_version_is_told() -> None:
 
 def test_choices_are_those_of_the_library() -> None:
     assert get_args(arguments.Format) == FORMATS
-    assert get_args(arguments.Method) == tuple(low_rank.METHODS)
+    assert get_args(arguments.Method) == tuple(methods.METHODS)
 
 
 def test_no_model_is_asked_for_where_none_would_help(tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ from lora_plus.files.read import is_finite
 from lora_plus.files.streaming import DTYPES as STORED
 from lora_plus.surgery.checkpoint.folder import Checkpoint
 from lora_plus.surgery.measures import difference
-from lora_plus.tensors.low_rank import METHODS
+from lora_plus.surgery.methods import METHODS
 from lora_plus.text import printable
 
 resource = pytest.importorskip("resource")

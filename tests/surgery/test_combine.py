@@ -27,6 +27,7 @@ from update_cases import (
 )
 
 import lora_plus
+from lora_plus.surgery import methods
 from lora_plus.tensors import low_rank
 
 WEIGHTS = [0.5, -2.0]
@@ -244,17 +245,17 @@ def test_dare_is_the_literal_algorithm(subject: Subject, method: str) -> None:
 
 def test_dare_keeps_the_expected_update() -> None:
     matrix = torch.ones(300, 300, dtype=torch.float64)
-    options = low_rank.Options(density=0.3, generator=torch.Generator().manual_seed(0))
-    dropped = low_rank._dropped(matrix, options)
+    options = methods.Options(density=0.3, generator=torch.Generator().manual_seed(0))
+    dropped = methods._dropped(matrix, options)
     assert set(dropped.flatten().tolist()) == {0.0, 1 / 0.3}
     assert abs(float(dropped.mean()) - 1) < 5 * (0.7 / 0.3 / matrix.numel()) ** 0.5
 
 
 def test_ties_of_two_signs_by_hand() -> None:
     one, other = torch.tensor([[4.0, -3.0, 0.5, 2.0]]), torch.tensor([[2.0, 1.0, -5.0, -2.0]])
-    half = low_rank.Options(density=0.5)
-    assert low_rank._trimmed(one, half).tolist() == [[4.0, -3.0, 0.0, 0.0]]
-    assert low_rank._elected([one, other]).tolist() == [[3.0, -3.0, -5.0, 0.0]]
+    half = methods.Options(density=0.5)
+    assert methods._trimmed(one, half).tolist() == [[4.0, -3.0, 0.0, 0.0]]
+    assert methods._elected([one, other]).tolist() == [[3.0, -3.0, -5.0, 0.0]]
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------
@@ -264,7 +265,7 @@ METHODS: dict[str, Any] = {"sum": {}, "svd": {"r": 2}, "ties": SPARSE, "dare": S
 
 
 def test_every_method_is_tested() -> None:
-    assert METHODS.keys() == low_rank.METHODS.keys()
+    assert METHODS.keys() == methods.METHODS.keys()
 
 
 @pytest.mark.parametrize("subject", SUBJECTS, ids=repr)
