@@ -17,10 +17,6 @@ OUTSIDE = {"version", "public", "", "__main__"}
 
 BACK = {
     "files.model_target <- surgery.bare_tree",
-    "layers.adapter <- model.storage",
-    "layers.layer <- model.storage",
-    "layers.merged <- model.storage",
-    "layers.sample_adapters <- model.storage",
     "tensors.variant <- layers.layer",
     "training.optimizer <- engines.ranks",
 }

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from lora_plus.errors import Problems
 from lora_plus.files.atomic import write_safetensors
-from lora_plus.model.storage import Shards, fill, shards_of
+from lora_plus.model.storage import Shards, shards_of
 from lora_plus.model.tree import adapter_sites, named_modules, named_parameters
+from lora_plus.tensors.distributed import fill
 from lora_plus.text import join
 
 

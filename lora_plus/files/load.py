@@ -20,10 +20,11 @@ from lora_plus.model.collector import collector_paused
 from lora_plus.model.inject import attach, check_injectable, check_selection, check_unsharded
 from lora_plus.model.places import Found, Place, adapted_places, find_modules, overlaps
 from lora_plus.model.settings import LAYOUTS
-from lora_plus.model.storage import Shards, fill, shards_of
+from lora_plus.model.storage import Shards, shards_of
 from lora_plus.model.train_also import trained_modules
 from lora_plus.model.tree import is_spare_replica, submodule
 from lora_plus.model.unsaved import check_saved
+from lora_plus.tensors.distributed import fill
 from lora_plus.tensors.variant import AdapterSpec
 from lora_plus.text import join, near_misses
 from lora_plus.version import __version__

@@ -12,9 +12,9 @@ from lora_plus.layers.adapter import AdapterSite
 from lora_plus.layers.freezing import set_requires_grad
 from lora_plus.model.adapters import check_unmerged, set_adapter
 from lora_plus.model.places import Place, adapted_places
-from lora_plus.model.storage import fill
 from lora_plus.model.train_also import trained_modules
 from lora_plus.model.tree import adapted_weights, named_modules
+from lora_plus.tensors.distributed import fill
 from lora_plus.tensors.variant import AdapterSpec
 from lora_plus.text import join
 

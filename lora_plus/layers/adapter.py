@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from lora_plus.model.storage import fill
+from lora_plus.tensors.distributed import fill
 from lora_plus.tensors.variant import SCALINGS, STARTS, VARIANTS, AdapterSpec, adapter_tensor_specs
 
 from .adapter_tensors import AdapterTensors, rename_held

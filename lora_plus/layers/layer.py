@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_plus.model.storage import whole, without_values
 from lora_plus.tensors import matrix as functional
+from lora_plus.tensors.distributed import whole, without_values
 from lora_plus.tensors.init import PRINCIPAL, Init
 from lora_plus.tensors.new_adapter import new_tensors
 from lora_plus.tensors.random_state import draws

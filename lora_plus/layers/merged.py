@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lora_plus.model.storage import is_dtensor
+from lora_plus.tensors.distributed import is_dtensor
 
 if TYPE_CHECKING:
     from .weight import AdaptedWeight

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_plus.model.storage import is_dtensor
+from lora_plus.tensors.distributed import is_dtensor
 from lora_plus.tensors.matrix import accumulation_dtype, linear_update_each
 from lora_plus.tensors.variant import only_adds
 

@@ -16,12 +16,13 @@ from lora_plus.layers.layer import LoRALayer
 from lora_plus.layers.merged import BoundMerge, Merge, MergeInShards, versions
 from lora_plus.layers.quantized import make_dense, store_of
 from lora_plus.layers.weight import AdaptedWeight
+from lora_plus.tensors.distributed import distributed_like, is_dtensor
 from lora_plus.text import counted, join, printable
 
 from .adapters import check_adapter
 from .dry_run import left_as_it_was
 from .inject import check_restorable, make_plain
-from .storage import distributed_like, is_dtensor, reshard, shards_of, whole_parameters
+from .storage import reshard, shards_of, whole_parameters
 from .train_also import trained_modules, unmark_trained
 from .tree import adapted_weights, named_modules, named_parameters, owner_path
 

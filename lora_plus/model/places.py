@@ -27,13 +27,14 @@ from lora_plus.layers.parameter import (
 from lora_plus.layers.quantized import store_of_weight
 from lora_plus.layers.weight import BLOCKS, AdaptedWeight
 from lora_plus.tensors import matrix as functional
+from lora_plus.tensors.distributed import whole, without_values
 from lora_plus.tensors.init import Init
 from lora_plus.tensors.new_adapter import new_tensors
 from lora_plus.tensors.variant import VARIANTS, AdapterSpec, only_adds
 from lora_plus.text import join
 
 from .parts import PARTS, Part, parts_of
-from .storage import shards_of, whole, without_values
+from .storage import shards_of
 from .tree import named_modules, owner_path
 
 

@@ -12,25 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from lora_plus.errors import check_model
+from lora_plus.tensors.distributed import fill, is_dtensor, whole
 
 Result = TypeVar("Result")
-
-
-def is_dtensor(tensor: Tensor) -> bool:
-    """Whether a tensor is this rank's part of one that is distributed over a mesh."""
-    return hasattr(tensor, "device_mesh")  # importing the class takes longer than importing this library
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """The tensor, detached; a DTensor is gathered from its shards, for which every rank must call this."""
-    return (tensor.full_tensor() if is_dtensor(tensor) else tensor).detach()  # type: ignore[attr-defined]
-
-
-def without_values(tensor: Tensor) -> Tensor:
-    """Something plain with the shape, dtype and device of a tensor, for those who do not ask for its numbers."""
-    return (
-        torch.empty(1, dtype=tensor.dtype, device=tensor.device).expand(tensor.shape) if is_dtensor(tensor) else tensor
-    )
 
 
 @contextmanager
@@ -49,25 +33,6 @@ def whole_parameters(modules: Iterable[nn.Module]) -> Iterator[None]:
     finally:
         for held, name, parameter in sharded:
             held[name] = parameter
-
-
-def distributed_like(values: Tensor, tensor: Tensor) -> Tensor:
-    """Whole values on the device and in the dtype of a tensor; where that is a DTensor, distributed as it is.
-
-    Every rank must call it, and gets its part of the first one's values.
-    """
-    values = values.detach().to(tensor.device, tensor.dtype)
-    if not is_dtensor(tensor):
-        return values
-    from torch.distributed.tensor import distribute_tensor  # which takes long to import where nothing is sharded
-
-    return distribute_tensor(values, tensor.device_mesh, tensor.placements)  # type: ignore[attr-defined]
-
-
-@torch.no_grad()
-def fill(tensor: Tensor, values: Tensor) -> None:
-    """Write whole values into a tensor, which may be a DTensor."""
-    tensor.copy_(distributed_like(values, tensor))
 
 
 def show_copy(tensor: Tensor, values: Tensor, spare: Tensor | None = None) -> Tensor:

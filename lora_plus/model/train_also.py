@@ -9,7 +9,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .storage import fill, is_dtensor, shards_of, show_again, show_copy
+from lora_plus.tensors.distributed import fill, is_dtensor
+
+from .storage import shards_of, show_again, show_copy
 from .tree import named_modules
 
 

@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.nn.parallel import DistributedDataParallel
 
 import lora_plus as lp
-from lora_plus.model.storage import fill, whole
+from lora_plus.tensors.distributed import fill, whole
 
 STEPS = 3
 ALONE = "torch.distributed is disabled, unavailable or uninitialized"

@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 import lora_plus as lp
 from lora_plus.engines import trained_state
 from lora_plus.files import load as io
-from lora_plus.model.storage import whole
+from lora_plus.tensors.distributed import whole
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "lora": {"embedding": True},

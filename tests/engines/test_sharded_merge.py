@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 import lora_plus as lp
-from lora_plus.model.storage import reshard, whole
+from lora_plus.model.storage import reshard
 from lora_plus.model.tree import adapted_weights
+from lora_plus.tensors.distributed import whole
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "lora": {"embedding": True},

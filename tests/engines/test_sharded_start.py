@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_
 from torch.distributed.device_mesh import init_device_mesh
 
 import lora_plus as lp
-from lora_plus.model.storage import whole
+from lora_plus.tensors.distributed import whole
 
 
 def seeded(seed: int = 1) -> torch.Generator:
