@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lora_plus.layers.base import PARAMETER, BaseLayer
-from lora_plus.layers.kinds import DTYPES, KINDS, LOOKALIKES
+from lora_plus.layers.kinds import DTYPES, kinds_by_name
 from lora_plus.model.parts import PARTS
 from lora_plus.model.settings import LAYOUTS
 from lora_plus.tensors import matrix as functional
@@ -175,7 +175,8 @@ def _layouts(kind: str) -> tuple[str, ...]:
     """How a layer of this kind can store its weight; empty for a kind that is not known."""
     if kind == PARAMETER:
         return (*LAYOUTS, "n d -> d n", "o i j -> o (i j)")  # those of nn.EmbeddingBag and nn.Bilinear too
-    return tuple(known.layout for known in (*KINDS.values(), *LOOKALIKES) if known.kind_name() == kind)
+    known = kinds_by_name().get(kind)
+    return () if known is None else (known.layout,)
 
 
 def value_problems(name: str, layer: SavedLayer) -> Iterator[str]:

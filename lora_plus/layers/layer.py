@@ -66,10 +66,13 @@ class LoRALayer(AssignedForward, AdaptedWeight):
         """
         raise NotImplementedError
 
+    computed_by: ClassVar[tuple[str, ...]] = ("forward",)
+    """The methods of the base layer that compute ``W x`` and the bias."""
+
     @classmethod
-    def known_forward(cls) -> Any:
-        """The forward that computes ``W x`` and the bias, and nothing else."""
-        return cls.base_class.forward
+    def plain_classes(cls) -> tuple[Any, ...]:
+        """The layer classes that compute ``W x`` and the bias, and nothing else."""
+        return (cls.base_class,)
 
     def trial_input(self) -> Tensor | None:
         """A small input for trying out a forward that is not torch's; None if the kind has no idea of one."""
@@ -327,8 +330,13 @@ class LoRALayer(AssignedForward, AdaptedWeight):
     @classmethod
     def overrides(cls) -> bool:
         """Whether the layer's class is a user's with a forward of its own."""
-        kind = cls._derived_from
-        return kind is not None and cls.base_class.forward is not kind.known_forward()
+        own, kind = cls.base_class, cls._derived_from
+        if kind is None:
+            return False
+        return not any(
+            all(getattr(own, name, None) is getattr(plain, name, None) for name in cls.computed_by)
+            for plain in kind.plain_classes()
+        )
 
     def __copy__(self) -> Self:
         copied = shallow_copy(self, self.own_children())

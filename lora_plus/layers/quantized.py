@@ -8,10 +8,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+
+from .kinds import REFUSALS, adapts
+from .linear import LoRALinear
 
 
 @dataclass(frozen=True)
@@ -79,11 +82,6 @@ STORES: dict[str, Store] = {
 }
 
 
-def store_of(module: nn.Module) -> str | None:
-    """The name in `STORES` of the way in which the module's weight is stored; None for plain numbers."""
-    return store_of_weight(getattr(module, "weight", None))
-
-
 def store_of_weight(weight: object) -> str | None:
     """The name in `STORES` of the way in which a weight is stored; None for plain numbers, and what is no weight."""
     if type(weight) is nn.Parameter or not isinstance(weight, Tensor):
@@ -91,22 +89,83 @@ def store_of_weight(weight: object) -> str | None:
     return next((name for name, store in STORES.items() if store.holds(weight)), None)
 
 
-def dense_weight(layer: nn.Module) -> Tensor:
+def _store_of(layer: nn.Module) -> Store | None:
+    name = store_of_weight(getattr(layer, "weight", None))
+    return None if name is None else STORES[name]
+
+
+def _why_no_numbers(weight: Tensor) -> str | None:
+    store = store_of_weight(weight)
+    return None if store is None else f"quantized ({store})"
+
+
+REFUSALS.append(_why_no_numbers)
+
+
+@adapts(nn.Linear)
+class LoRAQuantizedLinear(LoRALinear):
+    """A linear layer of another package whose weight is quantized; it is merged only into a plain layer."""
+
+    stored_quantized = True
+
+    @classmethod
+    def fits(cls, module: nn.Module) -> bool:
+        return isinstance(module, nn.Linear) and _store_of(module) is not None
+
+    @classmethod
+    def unfit(cls, layer: nn.Module) -> str | None:
+        store = _store_of(layer)
+        if store is not None and not store.is_ready(layer):
+            return f"{type(layer).__name__} whose weight is not quantized yet; move the model to its device first"
+        return super().unfit(layer)
+
+    @classmethod
+    def matrix_of(cls, layer: nn.Module, *, values: bool = True) -> Tensor:
+        if values:
+            return _dense_weight(layer)
+        assert isinstance(layer.weight, Tensor)
+        return torch.empty(1, device=layer.weight.device).expand(cls.stored_shape(layer))
+
+    @classmethod
+    def stored_shape(cls, layer: nn.Module) -> tuple[int, ...]:
+        assert isinstance(layer, nn.Linear)
+        return layer.out_features, layer.in_features
+
+    def trial_input(self) -> None:  # type: ignore[override]
+        """None: the packages' forwards are known."""
+
+    def dense_weight(self) -> tuple[Tensor, torch.dtype]:
+        store, dense = _store_of(self), _dense_weight(self)
+        assert store is not None
+        return dense, store.dtype(self, dense)
+
+    def base_forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        y = super().base_forward(*args, **kwargs)
+        x = self.input_of(args, kwargs)
+        if torch.is_grad_enabled() and x.requires_grad and not y.requires_grad:
+            # kernels that quantize activations drop the gradient without a word
+            y = _StraightThrough.apply(x, y, self)
+        return y
+
+    def restore(self) -> nn.Module:
+        """As for other layers; with a merged weight, which is plain numbers, it becomes an ``nn.Linear``."""
+        merge: Any = self.lora_merge
+        store = store_of_weight(merge.weight) if merge is not None and merge.adapters else None
+        plain = super().restore()
+        if store is not None:
+            _make_dense(cast(nn.Linear, plain), store)
+        return plain
+
+
+def _dense_weight(layer: nn.Module) -> Tensor:
     """The weight ``(out, in)`` that a quantized linear layer computes with, detached."""
-    store = store_of(layer)
+    store = _store_of(layer)
     assert store is not None
     with torch.no_grad():
-        return STORES[store].dense(layer).detach()
+        return store.dense(layer).detach()
 
 
-def dense_dtype(layer: nn.Module, dense: Tensor) -> torch.dtype:
-    """The dtype of the plain layer that a quantized one is to become."""
-    store = store_of(layer)
-    assert store is not None
-    return STORES[store].dtype(layer, dense)
-
-
-def make_dense(layer: nn.Linear, store: str) -> None:
+def _make_dense(layer: nn.Linear, store: str) -> None:
     """Turn a linear layer of another package, whose weight is plain numbers by now, into an ``nn.Linear`` in place."""
     for name in STORES[store].leftovers:
         layer.__dict__.pop(name, None)
@@ -119,7 +178,7 @@ def make_dense(layer: nn.Linear, store: str) -> None:
         layer.bias.data = layer.bias.data.to(layer.weight.dtype)  # which a forward in another dtype has changed
 
 
-class StraightThrough(torch.autograd.Function):
+class _StraightThrough(torch.autograd.Function):
     """The output of a kernel that has no gradient, with the gradient of the linear map ``x W^T`` that it stands for."""
 
     @staticmethod
@@ -130,4 +189,4 @@ class StraightThrough(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         (gradient,) = gradients
-        return (gradient @ dense_weight(ctx.layer).to(gradient.dtype)).to(ctx.dtype), None, None
+        return (gradient @ _dense_weight(ctx.layer).to(gradient.dtype)).to(ctx.dtype), None, None

@@ -16,9 +16,9 @@ from lora_plus.layers.adapter_tensors import check_adapter_name
 from lora_plus.layers.class_swap import check_top_class
 from lora_plus.layers.freezing import restore_requires_grad, set_requires_grad
 from lora_plus.layers.fused_kernels import keep_out_of_fused_kernels, resume_nesting, stop_nesting
+from lora_plus.layers.kinds import why_no_numbers
 from lora_plus.layers.layer import LoRALayer
 from lora_plus.layers.parameter import LoRAOwner, restore_owner
-from lora_plus.layers.quantized import store_of
 from lora_plus.layers.weight import AdaptedWeight
 from lora_plus.tensors.init import Init
 from lora_plus.tensors.random_state import draws
@@ -330,7 +330,7 @@ def check_selection(model: nn.Module, places: Sequence[Place], train_also: Seque
             raise ValueError(f"{found.name!r} is already trained in full with the adapter {record.adapter!r}")
         if not any(parameter.is_floating_point() for parameter in found.module.parameters()):
             raise ValueError(f"train_also: {found.name!r} ({type(found.module).__name__}) has no parameter to train")
-        if any(store_of(child) is not None for child in found.module.modules()):
+        if any(why_no_numbers(getattr(child, "weight", None)) for child in found.module.modules()):
             raise ValueError(f"train_also: {found.name!r} has a quantized weight, which cannot be trained")
         if not all(isinstance(value, Tensor) for value in found.module.state_dict(keep_vars=True).values()):
             raise ValueError(f"train_also: {found.name!r} has state that is not a tensor and could not be restored")

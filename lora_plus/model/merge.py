@@ -7,14 +7,12 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from lora_plus.layers.layer import LoRALayer
 from lora_plus.layers.merged import BoundMerge, Merge, MergeInShards, versions
-from lora_plus.layers.quantized import make_dense, store_of
 from lora_plus.layers.weight import AdaptedWeight
 from lora_plus.tensors.distributed import distributed_like, is_dtensor
 from lora_plus.text import counted, join, printable
@@ -132,17 +130,13 @@ def merge_and_unload(model: nn.Module, *, adapters: Sequence[str] | None = None,
         KeyError, ValueError: as `merge_lora`; a model that is merged already keeps its merged weights.
     """
     check_restorable(model)
-    quantized = [(weight, store) for _, weight in adapted_weights(model) if (store := store_of(weight)) is not None]
     if not _is_merged(model, adapters):
         _, merges = _compute(model, adapters, dequantize=dequantize)
         for weight, merge in merges:
             weight.bind_merged(merge)
     for _, module, _ in list(trained_modules(model)):
         unmark_trained(module, restore=False)
-    dense = [(weight, store) for weight, store in quantized if weight.lora_merge and weight.lora_merge.adapters]
     make_plain(model)
-    for weight, store in dense:
-        make_dense(cast(nn.Linear, weight), store)
     return model
 
 

@@ -273,6 +273,6 @@ def _show(pattern: Pattern) -> str:
 
 
 def _supported() -> str:
-    layers = ", ".join(base.__name__ for base in KINDS)
+    layers = ", ".join(sorted(base.__name__ for base in KINDS if base is not nn.Module))
     parts = ", ".join(module.__name__ for module in PARTS)
     return f"supported are {layers}, GPT-2's Conv1D, the weights of {parts}, and parameters of two or three dimensions"

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lora_plus.layers.adapter import AdapterSite, RowBlock
 from lora_plus.layers.base import PARAMETER, BaseLayer
-from lora_plus.layers.kinds import DTYPES, lora_class, why_unsupported
+from lora_plus.layers.kinds import DTYPES, lora_class, why_no_numbers, why_unsupported
 from lora_plus.layers.layer import LoRALayer, needs_values
 from lora_plus.layers.parameter import (
     HOLDERS,
@@ -24,7 +24,6 @@ from lora_plus.layers.parameter import (
     parameter_holders,
     raw_parameters,
 )
-from lora_plus.layers.quantized import store_of_weight
 from lora_plus.layers.weight import BLOCKS, AdaptedWeight
 from lora_plus.tensors import matrix as functional
 from lora_plus.tensors.distributed import whole, without_values
@@ -112,7 +111,7 @@ class Place:
             return self._parameter_refusal(self.parameter, raw_parameters(self.owner).get(self.parameter))
         if parameter_holders(self.owner):
             return f"{type(self.owner).__name__} whose parameters {sorted(parameter_holders(self.owner))} have adapters"
-        return why_unsupported(self.owner)
+        return why_unsupported(self.owner, self._kind)
 
     def _parameter_refusal(self, name: str, parameter: nn.Parameter | None) -> str | None:
         what = f"parameter {name!r}"
@@ -127,8 +126,8 @@ class Place:
         there = parameter_holders(self.owner).get(name)
         if there is not None and there.layout != self.layout:
             return f"{what} that has adapters with the layout {there.layout!r}, not {self.layout!r}"
-        if store_of_weight(parameter) is not None:
-            return f"{what} that is quantized ({store_of_weight(parameter)})"
+        if (stored := why_no_numbers(parameter)) is not None:
+            return f"{what} that is {stored}"
         if isinstance(parameter, nn.UninitializedParameter):
             return f"{what} that is not initialised; run a forward pass first"
         if parameter.dtype not in DTYPES:

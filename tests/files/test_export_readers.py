@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import lora_plus
 from lora_plus import export_adapter, inject_lora, load_adapter
-from lora_plus.layers.kinds import LoRALinear
+from lora_plus.layers import LoRALinear
 
 gguf = pytest.importorskip("gguf")
 transformers = pytest.importorskip("transformers")

@@ -28,7 +28,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import lora_plus
-from lora_plus.layers.kinds import LoRALinear
+from lora_plus.layers import LoRALinear
 from lora_plus.model.tree import adapted_weights
 
 pytestmark = pytest.mark.peers

@@ -134,7 +134,7 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
      "target 'blocks.0.w' matches no module or parameter (did you mean 'blocks.0.v' or 'blocks.0.q' or 'blocks.0'?)"),
     ({"targets": ["norm"]}, ValueError,
      "target 'norm' matches nothing that can be adapted: blocks.0.norm (LayerNorm), blocks.1.norm (LayerNorm); "
-     "supported are Linear, Embedding, Conv1d, Conv2d, Conv3d, ConvTranspose1d, ConvTranspose2d, ConvTranspose3d, "
+     "supported are Conv1d, Conv2d, Conv3d, ConvTranspose1d, ConvTranspose2d, ConvTranspose3d, Embedding, Linear, "
      "GPT-2's Conv1D, the weights of MultiheadAttention, RNNBase, RNNCellBase, EmbeddingBag, Bilinear, and "
      "parameters of two or three dimensions"),
     ({"targets": []}, ValueError, "no target"),

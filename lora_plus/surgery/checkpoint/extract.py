@@ -15,7 +15,7 @@ from lora_plus.files.read import base_problem
 from lora_plus.files.regular import PathLike, stated
 from lora_plus.files.streaming import DTYPES as STORED
 from lora_plus.layers.base import BaseLayer
-from lora_plus.layers.kinds import DTYPES, KINDS, LOOKALIKES
+from lora_plus.layers.kinds import DTYPES, kinds_by_name
 from lora_plus.model.inject import attach
 from lora_plus.model.patterns import matcher, near_misses
 from lora_plus.model.places import Place, find_modules, find_places
@@ -96,7 +96,7 @@ def extract_checkpoint(
     return draft.report("default", ignored)
 
 
-_KINDS = {kind.kind_name(): kind for kind in (*KINDS.values(), *LOOKALIKES)}
+_KINDS = kinds_by_name()
 
 _USUAL_KINDS = dict.fromkeys(
     ("embed_tokens", "tok_embeddings", "token_type_embeddings", "word_embeddings", "wpe", "wte"), "Embedding"

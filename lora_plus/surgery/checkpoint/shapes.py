@@ -9,9 +9,10 @@ from typing import Any
 from torch import Tensor
 
 from lora_plus.files.peft.names import OUT_PROJECTION, PREFIX, Outline, around, split_key
+from lora_plus.layers import LoRAConv1d, LoRAConv2d, LoRAConv3d, LoRAEmbedding, LoRALinear
 from lora_plus.layers.base import BaseLayer
-from lora_plus.layers.kinds import LoRAConv1d, LoRAConv2d, LoRAConv3d, LoRAEmbedding, LoRALinear, LoRATransposedLinear
 from lora_plus.layers.layer import LoRALayer
+from lora_plus.layers.linear import LoRATransposedLinear
 from lora_plus.tensors.matrix import matrix_shape
 
 Shape = tuple[int, ...]

@@ -1,0 +1,89 @@
+"""Linear layers with adapters: ``nn.Linear``, and those that store their weight the other way round."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lora_plus.tensors.fused import Update, can_fuse, fused_linear
+from lora_plus.tensors.matrix import linear_update
+from lora_plus.tensors.variant import only_adds
+
+from .kinds import adapts, numbers_like
+from .layer import LoRALayer
+
+_LINEAR_FORWARD = nn.Linear.forward
+
+
+@adapts(nn.Linear)
+class LoRALinear(LoRALayer, nn.Linear):
+    """``y = W x + b + s B A x`` (Hu et al. 2021, arXiv:2106.09685): ``(..., in_features) -> (..., out_features)``."""
+
+    layout = "o i -> o i"
+    linear_low_rank = True
+
+    @classmethod
+    def unfit(cls, layer: nn.Module) -> str | None:
+        if isinstance(layer, nn.modules.linear.NonDynamicallyQuantizableLinear):
+            what = "the output projection of an nn.MultiheadAttention"
+            return f"{what}, which never calls it; inject into the attention itself"
+        return None
+
+    def adapted_forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        if len(args) == 1 and not kwargs and self._only_sums():
+            x, weight, bias = args[0], self._parameters["weight"], self._parameters["bias"]
+            if weight is not None and can_fuse(x, weight, bias):
+                return fused_linear(x, weight, bias, list(self._updates(x)))
+        return super().adapted_forward(*args, **kwargs)
+
+    def _only_sums(self) -> bool:
+        """Whether the layer computes ``W x + b`` with parameters that it holds, and active adapters add to that."""
+        if self.lora_base_forward is not None or self.base_class.forward is not _LINEAR_FORWARD:
+            return False
+        adapters = self.in_force()
+        if not adapters or not {"weight", "bias"} <= self._parameters.keys():
+            return False
+        return all(only_adds(self.lora_spec(name).variant) for name in adapters)
+
+    def _updates(self, x: Tensor) -> Iterator[Update]:
+        for name in self.lora_active:
+            dropout = self.dropout_of(self.lora_spec(name))
+            yield Update(F.dropout(x, dropout) if dropout else None, *self.lora_factors(name))
+
+    def trial_input(self) -> Tensor:
+        return numbers_like(self.weight, 2, self.weight.shape[1])
+
+    def low_rank(self, x: Tensor, A: Tensor, B: Tensor, scale: float, dropout: float, y: Tensor) -> Tensor:
+        return linear_update(x, A, B, scale, dropout)
+
+
+PLAIN_CONV1D = [("transformers.pytorch_utils", "Conv1D")]
+"""Module and name of the classes that store a linear layer as ``(in, out)`` and compute nothing else."""
+
+
+@adapts(nn.Module)
+class LoRATransposedLinear(LoRALayer):
+    """A linear layer that stores its weight as ``(in, out)``, as GPT-2's ``Conv1D`` does: ``y = x W + b + s B A x``."""
+
+    layout = "i o -> o i"
+    linear_low_rank = True
+
+    @classmethod
+    def fits(cls, module: nn.Module) -> bool:
+        width, weight = getattr(module, "nf", None), getattr(module, "weight", None)
+        return isinstance(width, int) and isinstance(weight, Tensor) and weight.ndim == 2 and weight.shape[1] == width
+
+    @classmethod
+    def plain_classes(cls) -> tuple[Any, ...]:
+        found = (getattr(sys.modules.get(module), name, None) for module, name in PLAIN_CONV1D)
+        return tuple(layer_class for layer_class in found if layer_class is not None)
+
+    def trial_input(self) -> Tensor:
+        return numbers_like(self.weight, 2, self.weight.shape[0])
+
+    def low_rank(self, x: Tensor, A: Tensor, B: Tensor, scale: float, dropout: float, y: Tensor) -> Tensor:
+        return linear_update(x, A, B, scale, dropout)
