@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from lora_plus.tensors import matrix as functional
-from lora_plus.tensors.matrix import Index, accumulation_dtype
-from lora_plus.tensors.variant import STARTS, VARIANTS, AdapterSpec, Variant
+from lora_plus.tensors.merged import Summand, joined
+from lora_plus.tensors.variant import VARIANTS, AdapterSpec
 from lora_plus.text import join
 
 from .adapter import AdapterSite, RowBlock
@@ -109,10 +109,8 @@ class AdaptedWeight(AdapterSite):
         if spec is not None:
             return *self.factors(adapter), spec.scale * strength
         blocks = [block for block in self.row_blocks() if adapter in block.lora_specs]
-        factors = [block.factors(adapter) for block in blocks]
-        A = torch.cat([A for A, _ in factors], dim=-2)
-        scaled = [B * block.lora_specs[adapter].scale for block, (_, B) in zip(blocks, factors, strict=True)]
-        return A, functional.block_rows(scaled, [block.start for block in blocks], blocks[0].total), strength
+        parts = [(block.start, *block.factors(adapter), block.lora_specs[adapter].scale) for block in blocks]
+        return *functional.joined_rows(parts, blocks[0].total), strength
 
     def delete_adapter(self, name: str) -> None:
         """Drop an adapter of this weight, and the blocks that have none left."""
@@ -179,21 +177,14 @@ class AdaptedWeight(AdapterSite):
         ``base`` is what they are added to, if it is not the stored weight.
         """
         matrix = self.weight_matrix() if base is None else functional.to_matrix(base, self.layout)
-        return functional.from_matrix(_joined(matrix, self._summands(adapters), ()), self.layout, self.weight.shape)
+        return functional.from_matrix(joined(matrix, self.summands(adapters)), self.layout, self.weight.shape)
 
-    def effective_blocks(self, adapters: tuple[str, ...], base: Tensor) -> Iterator[tuple[Index, Tensor]]:
-        """The same in blocks, with the index of each in the stored weight, so that no second weight is held."""
-        summands = self._summands(adapters)
-        for stored, rows in functional.blocks(self.layout, base.shape, functional.block_elements(base.device)):
-            part = base[stored]
-            matrix = _joined(functional.to_matrix(part, self.layout), summands, rows)
-            yield stored, functional.from_matrix(matrix, self.layout, part.shape)
-
-    def _summands(self, adapters: tuple[str, ...]) -> list[_Summand]:
+    def summands(self, adapters: tuple[str, ...]) -> list[Summand]:
+        """These adapters, as merging takes them."""
         summands = []
         for name in adapters:
-            extra = {key: tensor for key, tensor in self.adapter_tensors(name).items() if key not in _FACTORS}
-            summands.append(_Summand(VARIANTS[self.lora_spec(name).variant], *self.lora_factors(name), extra))
+            variant = VARIANTS[self.lora_spec(name).variant]
+            summands.append(Summand(variant, *self.lora_factors(name), self.adapter_tensors(name)))
         return summands
 
     def bind_weight(self, weight: Tensor) -> None:
@@ -358,30 +349,3 @@ class AdaptedWeight(AdapterSite):
             if self.lora_disabled:
                 self.lora_merge.show(self)
         self.__dict__.update(lora_disabled=0, lora_samples=None)  # no block that was open is the copy's
-
-
-_FACTORS = ("lora_A", "lora_B", *STARTS)
-
-
-class _Summand(NamedTuple):
-    """One adapter, as its variant takes it."""
-
-    variant: Variant
-    A: Tensor
-    B: Tensor
-    scale: float
-    extra: dict[str, nn.Parameter]
-
-
-def _joined(matrix: Tensor, summands: list[_Summand], rows: Index) -> Tensor:
-    """These rows of the matrix view with the adapters in them, float32 or better."""
-    matrix = matrix.to(accumulation_dtype(matrix.dtype))
-    for variant, A, B, scale, extra in summands:
-        own = {spec.name: extra[spec.name][_rows_of(spec.axes, rows)] for spec in variant.tensors}
-        matrix = variant.merge(matrix, A[rows[:-1]], B[rows], scale, own)
-    return matrix
-
-
-def _rows_of(axes: Sequence[str], rows: Index) -> Index:
-    """The index, in a tensor with these axes, of what belongs to these rows of the matrix view."""
-    return (*rows[:-1], *(rows[-1] if axis == "out" else slice(None) for axis in axes)) if rows else ()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from lora_plus.layers.layer import LoRALayer
 from lora_plus.layers.merged import BoundMerge, Merge, MergeInShards, versions
 from lora_plus.layers.weight import AdaptedWeight
 from lora_plus.tensors.distributed import distributed_like, is_dtensor
+from lora_plus.tensors.merged import merged_weight
 from lora_plus.text import counted, join, printable
 
 from .adapters import check_adapter
@@ -227,23 +227,14 @@ def merged_state(weight: AdaptedWeight, names: tuple[str, ...]) -> BoundMerge | 
 def _merged_values(weight: AdaptedWeight, names: tuple[str, ...]) -> tuple[Tensor, float | None] | str:
     """What to bind in place of a whole weight, and how much rounding lost; or why it cannot be merged."""
     base, dtype = weight.dense_weight()
-    merged_weight = torch.empty_like(base, dtype=dtype)
-    total, lost, size = 0.0, [], []
-    for index, exact in weight.effective_blocks(names, base):
-        merged_weight[index] = exact
-        rounded = merged_weight[index].to(exact.dtype)
-        total += float(rounded.sum())  # finite only if all values are, and cheaper than asking each
-        if merged_weight.element_size() < 4:
-            lost.append(torch.linalg.vector_norm(rounded - exact))
-            size.append(torch.linalg.vector_norm(exact - base[index].to(exact.dtype)))
-    if not math.isfinite(total) and not as_finite_as(merged_weight, base):
-        return f"the merged weight is not finite in {merged_weight.dtype}"
+    try:
+        values, lost = merged_weight(base, weight.layout, weight.summands(names), dtype)
+    except ValueError as error:
+        return str(error)
     own = weight.weight
-    bound = (
-        nn.Parameter(merged_weight, requires_grad=own.requires_grad) if isinstance(own, nn.Parameter) else merged_weight
-    )
+    bound = nn.Parameter(values, requires_grad=own.requires_grad) if isinstance(own, nn.Parameter) else values
     differs = _trial(weight, names, bound) if isinstance(weight, LoRALayer) else None
-    return (bound, _ratio(lost, size)) if differs is None else differs
+    return (bound, lost) if differs is None else differs
 
 
 def _refusal(weight: AdaptedWeight, others: list[str], dequantize: bool) -> str | None:
@@ -271,7 +262,7 @@ def _refusal(weight: AdaptedWeight, others: list[str], dequantize: bool) -> str 
 
 
 @torch.no_grad()
-def _trial(layer: LoRALayer, names: tuple[str, ...], merged_weight: Tensor) -> str | None:
+def _trial(layer: LoRALayer, names: tuple[str, ...], bound: Tensor) -> str | None:
     """Why the merged weight does not compute what the adapters do, where the layer's forward is a user's own.
 
     Such a forward may mask, scale or normalise its weight; then ``W + s B A`` in its place is something else.
@@ -286,29 +277,17 @@ def _trial(layer: LoRALayer, names: tuple[str, ...], merged_weight: Tensor) -> s
             base = layer.base_forward(x)
             layer.lora_active = names
             unmerged = layer.forward(x)
-            layer.bind_weight(merged_weight)
+            layer.bind_weight(bound)
             merged_output = layer.base_forward(x)
         except Exception as error:
             return f"its own forward could not be tried out on one input ({type(error).__name__}: {error})"
         finally:
             layer.bind_weight(original)
             layer.lora_active = active
-    rounding = 32 * torch.finfo(merged_weight.dtype).eps * unmerged.abs().max()
+    rounding = 32 * torch.finfo(bound.dtype).eps * unmerged.abs().max()
     if (merged_output - unmerged).abs().max() > 0.01 * (unmerged - base).abs().max() + rounding:
         return "its own forward does not use its weight as it is, so merging would change what it computes"
     return None
-
-
-def as_finite_as(merged_weight: Tensor, base: Tensor) -> bool:
-    return bool((torch.isfinite(merged_weight) | ~torch.isfinite(base)).all())
-
-
-def _ratio(lost: list[Tensor], size: list[Tensor]) -> float | None:
-    """How far the applied update is from the exact one, relative to its size; None where nothing was rounded."""
-    if not size:
-        return None
-    total = float(torch.linalg.vector_norm(torch.stack(size)))
-    return float(torch.linalg.vector_norm(torch.stack(lost))) / (total or 1.0)
 
 
 def _ties(model: nn.Module, adapters: Sequence[str] | None) -> dict[str, list[str]]:

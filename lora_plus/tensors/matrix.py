@@ -112,24 +112,23 @@ def block_elements(device: torch.device) -> int:
     return 2**19 if device.type == "cpu" else 2**24
 
 
-def block_rows(blocks: Sequence[Tensor], starts: Sequence[int], rows: int) -> Tensor:
-    """The matrix ``(rows, R)`` that has block i at row ``starts[i]``, each in columns of its own, and zeros elsewhere.
+def joined_rows(blocks: Sequence[tuple[int, Tensor, Tensor, float]], rows: int) -> tuple[Tensor, Tensor]:
+    """A and B of the common update, at scale 1, of adapters that have some rows each: ``(R, in)`` and ``(rows, R)``.
 
-    With the A's of several updates stacked to ``(R, in)``, it is the B of their common update.
+    The A's are stacked. B has block i in rows and columns of its own, and zeros elsewhere.
 
     Args:
-        blocks: ``(rows_i, r_i)`` each, in the order of their rows; R is the sum of the r_i.
-        starts: the first row of each.
+        blocks: ``(first row, A, B, scale)`` of each, from the top: A is ``(r_i, in)`` and B ``(rows_i, r_i)``.
         rows: the number of all rows.
     """
-    width = sum(block.shape[1] for block in blocks)
+    width = sum(B.shape[1] for _, _, B, _ in blocks)
     pieces, row, column = [], 0, 0
-    for block, start in zip(blocks, starts, strict=True):
-        pieces.append(block.new_zeros(start - row, width))
-        pieces.append(F.pad(block, (column, width - column - block.shape[1])))
-        row, column = start + block.shape[0], column + block.shape[1]
-    pieces.append(blocks[0].new_zeros(rows - row, width))
-    return torch.cat(pieces)
+    for start, _, B, scale in blocks:
+        pieces.append(B.new_zeros(start - row, width))
+        pieces.append(F.pad(B * scale, (column, width - column - B.shape[1])))
+        row, column = start + B.shape[0], column + B.shape[1]
+    pieces.append(pieces[0].new_zeros(rows - row, width))
+    return torch.cat([A for _, A, _, _ in blocks], dim=-2), torch.cat(pieces)
 
 
 def blocks(layout: str, shape: Sequence[int], elements: int) -> Iterator[tuple[Index, Index]]:

@@ -895,14 +895,14 @@ def test_a_full_disk_leaves_nothing(files: Path) -> None:
 KILLED = """
 import os, pathlib, signal, sys, lora_plus
 from lora_plus.surgery.checkpoint import merge as checkpoint
-folder, written, merge = pathlib.Path(sys.argv[1]), 0, checkpoint.merged_state
+folder, written, merge = pathlib.Path(sys.argv[1]), 0, checkpoint.merged_weight
 def killed(*arguments):
     global written
     written += 1
     if written == 2:
         os.kill(os.getpid(), signal.SIGKILL)
     return merge(*arguments)
-checkpoint.merged_state = killed
+checkpoint.merged_weight = killed
 for base, out in (("base", "out"), ("base.safetensors", "out.safetensors")):
     child = os.fork()
     if not child:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lora_plus.errors import Problems
 from lora_plus.files.atomic import flush, is_free
@@ -22,15 +22,13 @@ from lora_plus.files.regular import PathLike, stated
 from lora_plus.files.rename import Names
 from lora_plus.files.streaming import DTYPES as STORED
 from lora_plus.files.streaming import StoredTensor, TensorFile, write_stream
-from lora_plus.layers.adapter_tensors import BaseParameters
 from lora_plus.layers.kinds import DTYPES
-from lora_plus.layers.parameter import LoRAParameter
-from lora_plus.model.merge import MergeReport, as_finite_as, merged_state
-from lora_plus.tensors.matrix import matrix_shape
+from lora_plus.model.merge import MergeReport
+from lora_plus.tensors.merged import as_finite_as, merged_weight
 from lora_plus.text import counted, printable
 
 from .folder import Checkpoint, appearing, copy_file, side_files
-from .plan import Change, Plan, planned
+from .plan import Plan, planned
 
 Progress = Callable[[int, int], None]
 """Is told how many things are done, and how many there are."""
@@ -147,23 +145,6 @@ def _check_arguments(base: Path, paths: list[Path], out: Path, dtype: Any, facto
 # ---- writing ---------------------------------------------------------------------------------------------------------
 
 
-class _StoredWeight(LoRAParameter):
-    """A tensor of a checkpoint with adapters, to be merged as a model's are."""
-
-    def __init__(self, tensor: Tensor, change: Change, dtype: torch.dtype) -> None:
-        base = BaseParameters()
-        base.register_parameter("weight", nn.Parameter(tensor, requires_grad=False))
-        super().__init__(base, "weight", change.layout, "weight")
-        self.merged_dtype = dtype
-        total = matrix_shape(change.layout, tuple(tensor.shape))[0]
-        for adapter, rows, spec, tensors in change.updates:
-            site = self if rows is None else self.row_block("{}:{}".format(*rows), *rows, total)
-            site.add_adapter(adapter, spec, tensors, trainable=False)
-
-    def dense_weight(self) -> tuple[Tensor, torch.dtype]:
-        return self.weight, self.merged_dtype
-
-
 class _Writer:
     """Writes a checkpoint with its changes into a folder, and keeps the report."""
 
@@ -217,14 +198,15 @@ class _Writer:
             if dtype in DTYPES and not is_finite(new) and not as_finite_as(new, old):
                 raise ValueError(f"{name!r} is not finite in {dtype}; {self.nothing}")
             return new
-        weight = _StoredWeight(file.read(name), change, dtype)
-        made = merged_state(weight, weight.in_order(weight.lora_adapters()))
-        if isinstance(made, str):
-            raise ValueError(f"{name!r}: {made}; {self.nothing}")
+        old = file.read(name)
+        try:
+            values, lost = merged_weight(old, change.layout, change.summands(old.shape), dtype)
+        except ValueError as error:
+            raise ValueError(f"{name!r}: {error}; {self.nothing}") from None
         self.report.merged.append(name)
-        if made.lost is not None:
-            self.report.lost[name] = made.lost
-        return made.bound.detach()
+        if lost is not None:
+            self.report.lost[name] = lost
+        return values
 
     def _write_others(self, folder: Path, size: int) -> None:
         done, index = set(self.checkpoint.files), self.checkpoint.index

@@ -16,6 +16,8 @@ from lora_plus.files.streaming import StoredTensor
 from lora_plus.files.unread_tensors import read, read_all
 from lora_plus.layers.base import BaseLayer
 from lora_plus.layers.kinds import DTYPES
+from lora_plus.tensors.matrix import joined_rows, matrix_shape
+from lora_plus.tensors.merged import Summand
 from lora_plus.tensors.variant import VARIANTS, AdapterSpec, only_adds
 from lora_plus.text import join, near_misses
 
@@ -32,6 +34,21 @@ class Change:
     updates: list[tuple[str, tuple[int, int] | None, AdapterSpec, dict[str, Tensor]]] = field(default_factory=list)
     """The name of the adapter, the rows that it changes or None for all, its settings and its tensors."""
     replacement: Tensor | None = None
+
+    def summands(self, shape: Sequence[int]) -> list[Summand]:
+        """The adapters as merging into a weight of this shape takes them, the blocks of rows of each as one."""
+        found = []
+        for adapter in dict.fromkeys(adapter for adapter, _, _, _ in self.updates):
+            own = [(rows, spec, tensors) for name, rows, spec, tensors in self.updates if name == adapter]
+            rows, spec, tensors = own[0]
+            A, B, scale = tensors["lora_A"], tensors["lora_B"], spec.scale
+            if rows is not None:
+                blocks = [(each[0], part["lora_A"], part["lora_B"], spec.scale) for each, spec, part in own if each]
+                blocks.sort(key=lambda block: block[0])
+                A, B = joined_rows(blocks, matrix_shape(self.layout, tuple(shape))[0])
+                scale = 1.0
+            found.append(Summand(VARIANTS[spec.variant], A, B, scale, tensors))
+        return found
 
 
 def planned(checkpoint: Checkpoint, paths: Sequence[Path], factors: Sequence[float], names: Names | None) -> Plan:
