@@ -74,7 +74,6 @@ __all__ = [
     "set_adapter",
     "split_loraplus_groups",
     "sweep",
-    "unfold_lr_ratio",
     "unmerge_lora",
     "watch_lr_ratio",
 ]

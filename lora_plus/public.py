@@ -45,7 +45,6 @@ from .training.candidates import SweepResult as SweepResult
 from .training.candidates import SweepRow as SweepRow
 from .training.candidates import grid as grid
 from .training.fold import fold_lr_ratio as fold_lr_ratio
-from .training.fold import unfold_lr_ratio as unfold_lr_ratio
 from .training.gauge import GaugeReport as GaugeReport
 from .training.gauge import GaugeRow as GaugeRow
 from .training.gauge import LoRAPlusGauge as LoRAPlusGauge

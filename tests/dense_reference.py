@@ -142,12 +142,11 @@ class Forest(nn.Module):
 
 @dataclass
 class Factors:
-    """An adapter on one spot; the scale is that of B as files hold it."""
+    """An adapter on one spot."""
 
     scale: float
     variant: str
     tensors: dict[str, Tensor]
-    fold: float = 1.0
 
     def trained(self) -> list[str]:
         frozen = {"lora_A0", "lora_B0"} | ({"lora_A"} if self.variant == "lora_fa" else set())

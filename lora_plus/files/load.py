@@ -15,7 +15,7 @@ from lora_plus.errors import Problems
 from lora_plus.layers.adapter_tensors import check_adapter_name
 from lora_plus.layers.base import PARAMETER, BaseLayer
 from lora_plus.layers.kinds import DTYPES
-from lora_plus.model.adapters import adapter_names, check_adapter, unfolded
+from lora_plus.model.adapters import adapter_names, check_adapter
 from lora_plus.model.collector import collector_paused
 from lora_plus.model.inject import attach, check_injectable, check_selection, check_unsharded
 from lora_plus.model.places import Found, Place, adapted_places, find_modules, overlaps
@@ -220,9 +220,7 @@ def describe(model: nn.Module, adapter: str, metadata: Mapping[str, str] | None 
     for place, site in adapted_places(model):
         if adapter in site.lora_specs:
             spec, tensors = site.plain(adapter, shards.whole(site.adapter_tensors(adapter)))
-            tensors = unfolded(tensors, spec.fold)
-            plain = spec if spec.fold == 1 else replace(spec, fold=1.0)
-            layers[place.name] = SavedLayer(_base(place, shards), plain, tensors)
+            layers[place.name] = SavedLayer(_base(place, shards), spec, tensors)
     found = list(trained_modules(model, adapter))
     if any(record.exchanged for _, _, record in found):
         raise ValueError("the modules trained in full show their original values; save outside of disabled(model)")

@@ -13,7 +13,7 @@ from lora_plus.layers.base import BaseLayer
 from lora_plus.tensors.variant import AdapterSpec
 
 SETTINGS = ("r", "alpha", "scaling", "variant", "dropout")
-"""What files say of an adapter besides its tensors. They hold B as it is without a fold."""
+"""What files say of an adapter besides its tensors."""
 
 
 @dataclass

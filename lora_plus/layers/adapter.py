@@ -110,7 +110,7 @@ class AdapterSite(nn.Module):
         A, B = whole_factors(tensors)
         rest = {name: tensor for name, tensor in tensors.items() if name not in STARTS}
         r = A.shape[-2]
-        alpha = spec.scale / (spec.fold * SCALINGS[spec.scaling](1.0, r))
+        alpha = spec.scale / SCALINGS[spec.scaling](1.0, r)
         return replace(spec, r=r, alpha=alpha), {**rest, "lora_A": A, "lora_B": B}
 
     def forget_start(self, adapter: str) -> None:

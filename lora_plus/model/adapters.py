@@ -15,7 +15,7 @@ from lora_plus.layers.fused_kernels import resume_nesting
 from lora_plus.layers.layer import LoRALayer
 from lora_plus.layers.parameter import LoRAOwner, parameter_holders, restore_parameter
 from lora_plus.layers.weight import AdaptedWeight
-from lora_plus.tensors.variant import HELD_DIVIDED, VARIANTS, AdapterSpec
+from lora_plus.tensors.variant import VARIANTS, AdapterSpec
 from lora_plus.text import aligned, join
 
 from .inject import check_exchangeable, check_restorable, check_unsharded
@@ -201,8 +201,7 @@ def adapter_state_dict(model: nn.Module, *, adapter: str = "default") -> dict[st
     state: dict[str, Tensor] = {}
     for path, site, _ in adapter_sites(model):
         if adapter in site.lora_specs:
-            held = shards.whole(site.adapter_tensors(adapter))
-            tensors = unfolded(held, site.lora_specs[adapter].fold)
+            tensors = shards.whole(site.adapter_tensors(adapter))
             state |= {join(path, container): tensor for container, tensor in tensors.items()}
     for path, module, record in trained_modules(model, adapter):
         if record.exchanged:
@@ -210,11 +209,6 @@ def adapter_state_dict(model: nn.Module, *, adapter: str = "default") -> dict[st
         tensors = shards.whole(module.state_dict(keep_vars=True))
         state |= {join(path, name): tensor for name, tensor in tensors.items()}
     return state
-
-
-def unfolded(tensors: Mapping[str, Tensor], fold: float) -> dict[str, Tensor]:
-    """An adapter's tensors as files hold them: B multiplied by what `fold_lr_ratio` divided it by."""
-    return {name: tensor * fold if fold != 1 and name in HELD_DIVIDED else tensor for name, tensor in tensors.items()}
 
 
 def check_any_adapter(model: nn.Module, block: str) -> None:
@@ -314,7 +308,6 @@ def _notes(adapter: str, spec: AdapterSpec, shapes: Mapping[str, Sequence[int]],
     notes = {
         f"variant {spec.variant}": spec.variant != "lora",
         f"r exceeds the weight's full rank {full_rank}": spec.r > full_rank,
-        f"B divided by {spec.fold:g}, which is in the scale": spec.fold != 1,
         "inactive": adapter not in weight.lora_active,
         f"scale times {strength:g}": strength != 1,
         "merged": merge is not None and adapter in merge.adapters,

@@ -39,8 +39,8 @@ def add_adapter(
     """Add another adapter on the same layers and with the same settings as one that the model has.
 
     Its tensors are drawn anew. As after `inject_lora`, it is the active and trainable one, and the others are frozen.
-    Modules that are trained in full with the other one (``train_also``) are not shared: this one has none. A ratio that
-    is folded into the other one (`fold_lr_ratio`) is not folded into this one.
+    Modules that are trained in full with the other one (``train_also``) are not shared: this one has none. It has
+    the other one's alpha, and with it a ratio that `fold_lr_ratio` has moved there.
 
     Example:
         >>> from lora_plus import adapter_names, inject_lora
@@ -71,7 +71,7 @@ def add_adapter(
     given = {"r": r, "alpha": alpha, "dropout": dropout, "scaling": scaling, "variant": variant}
     changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     chosen = [
-        (place, site, replace(site.lora_specs[like], fold=1.0, **changes))
+        (place, site, replace(site.lora_specs[like], **changes))
         for place, site in adapted_places(model)
         if like in site.lora_specs
     ]

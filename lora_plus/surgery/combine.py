@@ -292,7 +292,7 @@ def _resize(
         new_B = torch.cat([new_B, fresh["lora_B"].to(new_B)], dim=-1)
     draft.note(place, r, error)
     tensors = {"lora_A": new_A, "lora_B": new_B}
-    return replace(spec, r=r, alpha=spec.scale / (spec.fold * SCALINGS[spec.scaling](1.0, r))), {
+    return replace(spec, r=r, alpha=spec.scale / SCALINGS[spec.scaling](1.0, r)), {
         name: nn.Parameter(new.to(own[name].dtype).contiguous(), own[name].requires_grad)
         for name, new in tensors.items()
     }

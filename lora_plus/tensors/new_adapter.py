@@ -35,7 +35,6 @@ def new_tensors(
         raise ValueError(
             f"variant {spec.variant!r} freezes A, and init {init!r} makes it zero: nothing would be learnt"
         )
-    B = B / spec.fold
     if no_update is not None:
         A[..., no_update] = 0
     from_weight = isinstance(init, str) and init in PRINCIPAL
@@ -82,4 +81,4 @@ def _of_weight(matrix: Tensor, spec: AdapterSpec, init: str) -> tuple[Tensor, Te
     if spec.r > min(matrix.shape):
         raise ValueError(f"init {init!r} takes r={spec.r} directions of a weight that has {min(matrix.shape)}")
     with full_precision(matrix.device):
-        return PRINCIPAL[init](matrix.to(accumulation_dtype(matrix.dtype)), spec.r, spec.scale / spec.fold)
+        return PRINCIPAL[init](matrix.to(accumulation_dtype(matrix.dtype)), spec.r, spec.scale)

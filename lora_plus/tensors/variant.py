@@ -19,9 +19,6 @@ if TYPE_CHECKING:
 STARTS = ("lora_A0", "lora_B0")
 """The containers of what is taken out of the update again, by inits that start from a part of the weight."""
 
-HELD_DIVIDED = ("lora_B", STARTS[1])
-"""The containers whose tensors `fold_lr_ratio` divides."""
-
 SCALINGS: dict[str, Callable[[float, int], float]] = {
     "standard": lambda alpha, r: alpha / r,  # Hu et al. 2021, arXiv:2106.09685
     "rslora": lambda alpha, r: alpha / math.sqrt(r),  # Kalajdzievski 2023, arXiv:2312.03732
@@ -181,10 +178,8 @@ class AdapterSpec:
     """Name of the variant in `VARIANTS`."""
     dropout: float = 0.0
     """Probability that an entry of the adapter's input is dropped in training."""
-    fold: float = 1.0
-    """B is held divided by this, which the scale makes up for (`fold_lr_ratio`). Files hold B as it is at 1."""
     scale: float = field(init=False, compare=False)
-    """The factor of B A that follows from alpha, r, the scaling rule and the fold."""
+    """The factor of B A that follows from alpha, r and the scaling rule."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.r, int) or isinstance(self.r, bool):
@@ -202,7 +197,7 @@ class AdapterSpec:
         for setting, name, table in (("scaling", self.scaling, SCALINGS), ("variant", self.variant, VARIANTS)):
             if name not in table:
                 raise ValueError(f"unknown {setting} {name!r}; choose one of {sorted(table)}")
-        scale = SCALINGS[self.scaling](self.alpha, self.r) * self.fold
+        scale = SCALINGS[self.scaling](self.alpha, self.r)
         if not abs(scale) <= torch.finfo(torch.float32).max:
             raise ValueError(f"alpha {self.alpha} and r {self.r} give a scale of {scale:g}, which float32 cannot hold")
         object.__setattr__(self, "scale", scale)

@@ -108,8 +108,8 @@ def loraplus_param_groups(
 
     Raises:
         ValueError: if the model has no adapter, or none that is trainable, or a number is out of range, or a role is
-            not one of those above, or a ratio is folded into the adapter already (`fold_lr_ratio`),
-            or a base weight under an adapter is trainable, or what a variant or an init holds fixed.
+            not one of those above, or a base weight under an adapter is trainable, or what a variant or an init holds
+            fixed.
     """
     rate_A, rate_B = _rates(lr, lr_ratio, lr_mode)
     check_number("weight_decay", weight_decay, least=0.0)
@@ -123,7 +123,6 @@ def loraplus_param_groups(
     shape = shards_of(model).shape  # from here on parameters are the ones that are trained, and not gathered copies
     sites = list(adapter_sites(model))
     _check_active(sites)
-    _check_unfolded(sites, lr_ratio)
     unsaved(model).check("the groups were not made")
     names = group_names()
     members: dict[tuple[str, bool], list[nn.Parameter]] = {key: [] for key in names}
@@ -237,12 +236,10 @@ def split_loraplus_groups(
         group held both, the parts with A and B note their ratio as ``"loraplus_ratio"``.
 
     Raises:
-        ValueError: if a group has no ``"lr"``, or no group holds a B matrix of the model, or a ratio is folded into the
-            adapter already (`fold_lr_ratio`).
+        ValueError: if a group has no ``"lr"``, or no group holds a B matrix of the model.
     """
     factor_A, factor_B = _rates(1.0, lr_ratio, lr_mode)
     sites = list(adapter_sites(model))
-    _check_unfolded(sites, lr_ratio)
     unsaved(model).check("the groups were not split")
     role_of = {id(parameter): role for _, site, _ in sites for _, role, parameter in site.lora_parameters()}
     factors = {"A": factor_A, "B": factor_B}
@@ -290,17 +287,6 @@ def _check_active(sites: Sequence[tuple[str, AdapterSite, AdaptedWeight]]) -> No
             f"the trainable adapters {names} are not active and would get no gradient; call "
             f"set_adapter(model, {names}), or set requires_grad on the parameters of the active one and not on theirs"
         )
-
-
-def _check_unfolded(sites: Sequence[tuple[str, AdapterSite, AdaptedWeight]], lr_ratio: float) -> None:
-    """Raise where a ratio would act twice: on the rates, and in the scale of an adapter that is trained."""
-    for path, site, _ in sites:
-        for adapter, _, parameter in site.lora_parameters():
-            if lr_ratio != 1 and parameter.requires_grad and site.lora_specs[adapter].fold != 1:
-                raise ValueError(
-                    f"a ratio is folded into the adapter {adapter!r} ({path!r}) already, and lr_ratio={lr_ratio} would "
-                    "come on top of it; pass lr_ratio=1, or call unfold_lr_ratio(model) first"
-                )
 
 
 def _roles(sites: Sequence[tuple[str, AdapterSite, AdaptedWeight]], given: Roles) -> dict[int, str]:

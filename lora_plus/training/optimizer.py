@@ -112,8 +112,6 @@ class _Tensor(NamedTuple):
     role: str
     key: int
     """The id of the parameter."""
-    fold: float
-    """The ratio that is folded into the adapter."""
 
 
 @dataclass(frozen=True)
@@ -141,11 +139,11 @@ class _Training:
     def of(cls, model: nn.Module, groups: list[_Group], lr_ratio: float | None, roles: Roles) -> _Training:
         sites = list(adapter_sites(model))
         own = [
-            _Tensor(adapter, role, id(parameter), site.lora_specs[adapter].fold)
+            _Tensor(adapter, role, id(parameter))
             for _, site, _ in sites
             for adapter, role, parameter in site.lora_parameters()
         ]
-        others = [_Tensor(adapter, role, id(parameter), 1.0) for adapter, role, parameter in known_roles(roles)]
+        others = [_Tensor(adapter, role, id(parameter)) for adapter, role, parameter in known_roles(roles)]
         return cls(
             model,
             groups,
@@ -243,22 +241,20 @@ def _misnamed(training: _Training) -> Iterator[str]:
 def _off_ratio(training: _Training) -> Iterator[str]:
     noted = {group[LR_RATIO] for group in training.groups if LR_RATIO in group}
     wanted = {training.lr_ratio} if training.lr_ratio is not None else noted - {1.0} or noted
-    pairs: dict[tuple[int, int, float], list[str]] = defaultdict(list)
+    pairs: dict[tuple[int, int], list[str]] = defaultdict(list)
     position_A: dict[str, int | None] = {}
-    for adapter, role, key, fold in training.tensors:
+    for adapter, role, key in training.tensors:
         position = training.position.get(key) if key in training.trainable else None
         if role == "A":
             position_A[adapter] = position
         elif role == "B" and position is not None and (partner := position_A.get(adapter)) is not None:
-            pairs[partner, position, fold].append(training.names[key])
-    for (of_A, of_B, fold), names in pairs.items():
+            pairs[partner, position].append(training.names[key])
+    for (of_A, of_B), names in pairs.items():
         rate_A, rate_B = (float(training.groups[position]["lr"]) for position in (of_A, of_B))
-        rate_B *= fold
         if wanted and all(abs(rate_B - each * rate_A) > TOLERANCE * max(rate_B, each * rate_A) for each in wanted):
             found = f"{rate_B / rate_A:.4g}" if rate_A else "infinite"
-            folded = f" (with {fold:g} folded into the adapter)" if fold != 1 else ""
             yield (
-                f"{some(names)} learns at {rate_B:.4g}{folded} in {training.labels[of_B]}, and the A beside it at "
+                f"{some(names)} learns at {rate_B:.4g} in {training.labels[of_B]}, and the A beside it at "
                 f"{rate_A:.4g} in {training.labels[of_A]}: a ratio of {found}, where {_numbers(wanted)} is expected; "
                 "make the groups with loraplus_param_groups, load the state of such groups only, and look for a "
                 "schedule that changes the ratio with check_lr_ratio(optimizer, scheduler)"

@@ -35,7 +35,7 @@ from hypothesis.stateful import (
 from torch import Tensor, nn
 
 import lora_plus
-from lora_plus.model.tree import adapted_weights, adapter_sites
+from lora_plus.model.tree import adapted_weights
 
 REFUSED = (ValueError, KeyError, TypeError)
 TOLERANCE = {"rtol": 1e-9, "atol": 1e-10}
@@ -221,7 +221,7 @@ class Machine(RuleBasedStateMachine):
         assert expected is not False, "it should have been refused"
         return True if result is None else result
 
-    def read(self, name: str, fold: Mapping[str, float] | None = None) -> Adapter:
+    def read(self, name: str) -> Adapter:
         """An adapter as the model holds it now."""
         spots: dict[str, Factors] = {}
         state = lora_plus.adapter_state_dict(self.model, adapter=name)
@@ -229,8 +229,7 @@ class Machine(RuleBasedStateMachine):
         for spot, row in variants.items():
             tensors = {k.rpartition(".")[2]: v.clone() for k, v in state.items() if k.rpartition(".")[0] == spot}
             variant = next((v for v in ("dora", "lora_fa") if f"variant {v}" in row.note), "lora")
-            folded = (fold or {}).get(spot, 1.0)
-            spots[spot] = Factors(row.scale / folded, variant, tensors, folded)
+            spots[spot] = Factors(row.scale, variant, tensors)
         return Adapter(spots)
 
     def known(self, pick: int) -> str:
@@ -304,7 +303,6 @@ class Machine(RuleBasedStateMachine):
     def add(self, name: str, like: int, r: int | None, variant: str | None) -> None:
         dense, like = self.dense, self.known(like)
         other = dense.adapters.get(like)
-        assume(other is None or all(held.fold == 1 for held in other.spots.values()))
         expected = (
             self.changeable
             and other is not None
@@ -367,8 +365,7 @@ class Machine(RuleBasedStateMachine):
     def train(self, ratio: float, mode: str) -> None:
         dense = self.dense
         trainable = {name: a for name, a in dense.adapters.items() if a.trainable and a.spots}
-        folded = any(held.fold != 1 for a in trainable.values() for held in a.spots.values())
-        expected = bool(trainable) and (ratio == 1 or not folded) and bool(trainable.keys() & dense.active.keys())
+        expected = bool(trainable) and bool(trainable.keys() & dense.active.keys())
         optimizer = self.call(
             expected,
             lambda: lora_plus.create_loraplus_optimizer(
@@ -385,7 +382,7 @@ class Machine(RuleBasedStateMachine):
                 for key in held.trained():
                     lr = EMBEDDING_LR if dense.spots[spot].embedding and key in rates else rates.get(key, LR)
                     leaf = held.tensors[key] = held.tensors[key].detach().clone().requires_grad_()
-                    leaves[id(leaf)] = leaf, lr * (held.fold**2 if key == "lora_B" else 1)
+                    leaves[id(leaf)] = leaf, lr
         state = dict(dense.state)
         for name, flag in dense.flags_now().items():
             if flag:
@@ -424,19 +421,9 @@ class Machine(RuleBasedStateMachine):
                 if f"{spot}.{key}" not in noise:
                     continue
                 held.tensors[key] = held.tensors[key] + noise[f"{spot}.{key}"]
-                if held.fold == 1 or key != "lora_B":
-                    with torch.no_grad():
-                        state[f"{spot}.{key}"].add_(noise[f"{spot}.{key}"])
-                else:
-                    self.parameter(spot, key, name).data.add_(noise[f"{spot}.{key}"] / held.fold)
+                with torch.no_grad():
+                    state[f"{spot}.{key}"].add_(noise[f"{spot}.{key}"])
         self.stale |= self.merged is not None and name in self.merged and bool(noise)
-
-    def parameter(self, spot: str, key: str, name: str) -> nn.Parameter:
-        (found,) = [
-            p for path, site, _ in adapter_sites(self.model) if path == spot
-            for container, p in site.adapter_tensors(name).items() if container == key
-        ]  # fmt: skip
-        return found
 
     # ---- merging ----------------------------------------------------------------------------------------------------
 
@@ -650,8 +637,7 @@ class Machine(RuleBasedStateMachine):
             self.call(expected, lambda: lora_plus.reset_lora_parameters(self.model, adapter=name, init=init))
             is not None
         ):
-            fold = {spot: held.fold for spot, held in adapter.spots.items()}
-            self.dense.adapters[name] = replace(adapter, spots=self.read(name, fold).spots)
+            self.dense.adapters[name] = replace(adapter, spots=self.read(name).spots)
 
     @precondition(lambda self: self.worth_trying)
     @rule(name=ANY, ratio=st.sampled_from([4.0, 2.0, 0.25]), rule_=st.sampled_from(["adam", "sgd"]))
@@ -660,23 +646,14 @@ class Machine(RuleBasedStateMachine):
         dense = self.dense
         adapter = dense.adapters.get(name)
         spots = [] if adapter is None else [spot for spot in adapter.spots if not dense.spots[spot].embedding]
-        expected = bool(spots) and self.changeable and all(adapter.spots[spot].fold == 1 for spot in spots)
+        factor = ratio if rule_ == "adam" else ratio**0.5
+        assume(all(0.1 < abs(adapter.spots[spot].scale) * factor < 10 for spot in spots))  # training stays stable
+        expected = bool(spots) and self.changeable
         done = self.call(expected, lambda: lora_plus.fold_lr_ratio(self.model, ratio, rule=rule_, adapter=name))
-        for spot in spots if done is not None else ():
-            adapter.spots[spot].fold = ratio if rule_ == "adam" else ratio**0.5
-
-    @precondition(lambda self: self.worth_trying)
-    @rule(name=ANY)
-    def unfold(self, name: int) -> None:
-        name = self.known(name)
-        adapter = self.dense.adapters.get(name)
-        folded = adapter is not None and any(held.fold != 1 for held in adapter.spots.values())
-        if (
-            self.call(folded and self.changeable, lambda: lora_plus.unfold_lr_ratio(self.model, adapter=name))
-            is not None
-        ):
-            for held in adapter.spots.values():
-                held.fold = 1.0
+        for held in (adapter.spots[spot] for spot in (spots if done is not None else ())):
+            held.scale *= factor
+            divided = {key: held.tensors[key] / factor for key in ("lora_B", "lora_B0") if key in held.tensors}
+            held.tensors |= divided
 
     @precondition(lambda self: self.worth_trying)
     @rule(name=ANY, r=st.integers(1, 6))
@@ -688,12 +665,11 @@ class Machine(RuleBasedStateMachine):
         flags = None if adapter is None else adapter.trainable
         expected = adapter is not None and self.changeable
         if self.call(expected, lambda: lora_plus.resize_adapter(self.model, r=r, adapter=name)) is not None:
-            fold = {spot: held.fold for spot, held in adapter.spots.items()}
             ranks = [
                 held.tensors["lora_B"].shape[-1] * (2 if "lora_A0" in held.tensors else 1)
                 for held in adapter.spots.values()
             ]
-            dense.adapters[name] = replace(adapter, spots=self.read(name, fold).spots)
+            dense.adapters[name] = replace(adapter, spots=self.read(name).spots)
             assert dense.adapters[name].trainable == flags
             if r >= max(ranks):
                 self.same_update(name, before)

@@ -16,7 +16,6 @@ from lora_plus import (
     check_optimizer,
     create_loraplus_optimizer,
     disabled,
-    fold_lr_ratio,
     inject_lora,
     loraplus_param_groups,
     merged,
@@ -120,18 +119,6 @@ def test_the_ratio_that_is_expected(build: str, ratio: float) -> None:
 def test_a_frozen_A_has_no_rate_to_compare() -> None:
     model = inject_lora(Net(), ["up", "gate"], r=2, variant="lora_fa")
     check_optimizer(AdamW(model.parameters()), model, lr_ratio=8)
-
-
-def test_a_folded_ratio_counts() -> None:
-    model = inject_lora(Net(), ["up", "gate"], r=2)
-    fold_lr_ratio(model, lr_ratio=8)
-    optimizer = AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
-    check_optimizer(optimizer, model, lr_ratio=8)
-    model = inject_lora(Net(), ["up", "gate"], r=2)
-    twice = plus(model)
-    fold_lr_ratio(model, lr_ratio=8)
-    with pytest.raises(ValueError, match=r"\(with 8 folded into the adapter\) .* a ratio of 64, where 8 is expected"):
-        check_optimizer(twice, model)
 
 
 def test_adapters_that_samples_choose_take_part() -> None:

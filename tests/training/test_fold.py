@@ -1,4 +1,4 @@
-"""A ratio folded into the scale: the same function, the same training as with two rates, the same files."""
+"""A ratio folded into alpha: the same function, the same training as with two rates."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 from conftest import CASES, Case, randomise
-from files_support import assert_same_tensors, bits, contents, snapshot
+from files_support import assert_same_tensors, bits, snapshot
 from torch import Tensor, nn
 
 import lora_plus
-from lora_plus import create_loraplus_optimizer, fold_lr_ratio, inject_lora, unfold_lr_ratio
+from lora_plus import create_loraplus_optimizer, fold_lr_ratio, inject_lora
 from lora_plus.model.tree import adapter_sites
 
 FOLDABLE = [case for case in CASES if not isinstance(case.layer(), nn.Embedding)]
@@ -36,15 +36,15 @@ def test_a_fold_by_a_power_of_two_changes_no_bit(foldable: Case, rule: str, fact
     fold_lr_ratio(folded, 16, rule=rule)
     B, kept = plain.layer.lora_B["default"], folded.layer.lora_B["default"]
     assert torch.equal(kept * factor, B) and not torch.equal(kept, B)
-    assert folded.layer.lora_specs["default"].scale == factor * plain.layer.lora_specs["default"].scale
+    spec, wanted = folded.layer.lora_specs["default"], plain.layer.lora_specs["default"]
+    assert (spec.alpha, spec.scale) == (factor * wanted.alpha, factor * wanted.scale)
     assert torch.equal(folded(x), plain(x))
     with lora_plus.merged(plain), lora_plus.merged(folded):
         assert torch.equal(folded.layer.weight, plain.layer.weight)
-    assert_same_tensors(lora_plus.adapter_state_dict(folded), lora_plus.adapter_state_dict(plain))
-    for name, model in (("plain", plain), ("folded", folded)):
-        lora_plus.save_adapter(model, tmp_path / f"{name}.safetensors")
-    assert (tmp_path / "plain.safetensors").read_bytes() == (tmp_path / "folded.safetensors").read_bytes()
-    unfold_lr_ratio(folded)
+    lora_plus.save_adapter(folded, tmp_path / "folded.safetensors")
+    loaded = lora_plus.load_adapter(foldable.model(torch.float32), tmp_path / "folded.safetensors")
+    assert torch.equal(loaded(x), plain(x)) and loaded.layer.lora_specs["default"] == spec
+    fold_lr_ratio(folded, 1 / 16, rule=rule)
     assert torch.equal(kept, B) and folded.layer.lora_specs == plain.layer.lora_specs
 
 
@@ -54,6 +54,9 @@ def test_any_other_fold_is_the_same_up_to_rounding(foldable: Case, ratio: float)
     x = foldable.input()
     fold_lr_ratio(folded, ratio)
     torch.testing.assert_close(folded(x), plain(x), rtol=1e-12, atol=1e-12)
+    with lora_plus.merged(plain), lora_plus.merged(folded):
+        torch.testing.assert_close(folded.layer.weight, plain.layer.weight, rtol=1e-12, atol=1e-12)
+    fold_lr_ratio(folded, 1 / ratio)
     one, other = lora_plus.adapter_state_dict(folded), lora_plus.adapter_state_dict(plain)
     torch.testing.assert_close(one, other, rtol=1e-15, atol=0)
 
@@ -63,7 +66,7 @@ def test_the_whole_state_comes_back() -> None:
     before = snapshot(model)
     fold_lr_ratio(model, 8)
     assert snapshot(model) != before
-    unfold_lr_ratio(model)
+    fold_lr_ratio(model, 1 / 8)
     assert snapshot(model) == before
 
 
@@ -138,16 +141,16 @@ RULES = {"adam": adam, "sgd": sgd}
 
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("start", MODELS.values(), ids=MODELS.keys())
-def test_one_rate_on_a_folded_adapter_is_two_rates(start: Callable[..., nn.Module], rule: str, tmp_path: Path) -> None:
+def test_one_rate_on_a_folded_adapter_is_two_rates(start: Callable[..., nn.Module], rule: str) -> None:
     plus, folded, plain = start(), start(), start()
     train(plus, two_rates(plus, RULES[rule]))
     fold_lr_ratio(folded, 16, rule=rule)
     train(folded, one_rate(folded, RULES[rule]))
     train(plain, one_rate(plain, RULES[rule]))
-    for name, model in (("plus", plus), ("folded", folded), ("plain", plain)):
-        lora_plus.save_adapter(model, tmp_path / f"{name}.safetensors")
-    wanted, got, other = ((tmp_path / f"{name}.safetensors").read_bytes() for name in ("plus", "folded", "plain"))
-    assert got == wanted != other
+    fold_lr_ratio(folded, 1 / 16, rule=rule)
+    wanted, got, other = (lora_plus.adapter_state_dict(model) for model in (plus, folded, plain))
+    assert_same_tensors(got, wanted)
+    assert any(not torch.equal(other[name], wanted[name]) for name in wanted)
 
 
 def test_training_goes_on_from_a_file_as_if_it_had_not_stopped(tmp_path: Path) -> None:
@@ -158,7 +161,6 @@ def test_training_goes_on_from_a_file_as_if_it_had_not_stopped(tmp_path: Path) -
     lora_plus.save_adapter(stopped, tmp_path / "a.safetensors")
     lora_plus.remove_lora(stopped)
     lora_plus.load_adapter(stopped, tmp_path / "a.safetensors", trainable=True)
-    fold_lr_ratio(stopped, 4, rule="sgd")
     for model in (through, stopped):
         train(model, one_rate(model, torch.optim.SGD), seed=2)
     assert_same_tensors(lora_plus.adapter_state_dict(stopped), lora_plus.adapter_state_dict(through))
@@ -170,6 +172,7 @@ def difference(clip: float = 0.0, **settings: float) -> float:
     train(plus, two_rates(plus, adam, **settings), clip=clip)
     fold_lr_ratio(folded, 16)
     train(folded, one_rate(folded, adam, **settings), clip=clip)
+    fold_lr_ratio(folded, 1 / 16)
     tensors = [
         torch.cat([t.flatten() for t in lora_plus.adapter_state_dict(m).values()]) for m in (start, plus, folded)
     ]
@@ -186,13 +189,14 @@ def test_epsilon_decay_and_clipping_break_the_identity(settings: dict[str, float
 
 
 @pytest.mark.parametrize("name", ["linear", "linear-rslora", "linear-dora", "conv1d-gpt2", "conv2d-groups"])
-def test_a_folder_for_peft_is_that_of_the_plain_adapter(name: str, tmp_path: Path) -> None:
+def test_a_folder_for_peft_holds_the_folded_adapter(name: str, tmp_path: Path) -> None:
     case = next(case for case in CASES if case.name == name)
     plain, folded = case.adapted(), case.adapted()
     fold_lr_ratio(folded, 4)
-    for folder, model in (("plain", plain), ("folded", folded)):
-        lora_plus.save_adapter(model, tmp_path / folder)
-    assert contents(tmp_path / "folded") == contents(tmp_path / "plain") != {}
+    lora_plus.save_adapter(folded, tmp_path / "folded")
+    loaded = lora_plus.load_adapter(case.model(), tmp_path / "folded")
+    assert torch.equal(loaded(case.input()), plain(case.input()))
+    assert loaded.layer.lora_specs["default"].alpha == 4 * plain.layer.lora_specs["default"].alpha
 
 
 # ---- other operations on a folded adapter ----------------------------------------------------------------------------
@@ -212,33 +216,16 @@ def test_adapters_made_of_a_folded_one_are_those_made_of_the_plain_one() -> None
 
 @pytest.mark.parametrize("r", [1, 2, 3])
 @pytest.mark.parametrize("scaling", ["standard", "rslora"])
-def test_a_resized_adapter_stays_folded(r: int, scaling: str) -> None:
+def test_a_resized_adapter_keeps_its_scale(r: int, scaling: str) -> None:
     plain = randomise(inject_lora(nn.Linear(5, 4).double(), "", r=2, alpha=3, scaling=scaling))
     folded = copy.deepcopy(plain)
     fold_lr_ratio(folded, 8)
     for model in (plain, folded):
         lora_plus.resize_adapter(model, r=r, generator=torch.Generator().manual_seed(0))
     spec, wanted = folded.lora_specs["default"], plain.lora_specs["default"]
-    assert spec.fold == 8
-    assert (spec.scale, spec.alpha) == pytest.approx((8 * wanted.scale, wanted.alpha))
+    assert (spec.scale, spec.alpha) == pytest.approx((8 * wanted.scale, 8 * wanted.alpha))
     x = torch.eye(5, dtype=torch.float64)
     torch.testing.assert_close(folded(x), plain(x), rtol=1e-12, atol=1e-12)
-
-
-def ones(weight: Tensor, r: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
-    return weight.new_ones(r, weight.shape[1]), weight.new_ones(weight.shape[0], r)
-
-
-@pytest.mark.parametrize("variant", ["lora", "dora"])
-def test_an_adapter_drawn_anew_stays_folded(variant: str) -> None:
-    plain = inject_lora(nn.Linear(5, 4).double(), "", r=2, alpha=3, variant=variant)
-    folded = copy.deepcopy(plain)
-    fold_lr_ratio(folded, 8)
-    for model in (plain, folded):
-        model.reset_lora_parameters(init=ones)
-    x = torch.eye(5, dtype=torch.float64)
-    assert torch.equal(folded(x), plain(x))
-    assert_same_tensors(lora_plus.adapter_state_dict(folded), lora_plus.adapter_state_dict(plain))
 
 
 def test_copies_stay_folded_and_other_adapters_are_left_alone() -> None:
@@ -246,42 +233,28 @@ def test_copies_stay_folded_and_other_adapters_are_left_alone() -> None:
     inject_lora(model, ["c_attn.k"], r=1, adapter="other", fused={"c_attn": ["q", "k", "v"]})
     fold_lr_ratio(model, 4)
     for same in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        folds = {name: spec.fold for _, site, _ in adapter_sites(same) for name, spec in site.lora_specs.items()}
-        assert folds == {"default": 4.0, "other": 1.0}
-        unfold_lr_ratio(same)
-
-
-def test_the_summary_notes_it() -> None:
-    model = inject_lora(nn.Linear(4, 4), "", r=2, alpha=4)
-    fold_lr_ratio(model, 8)
-    (row,) = lora_plus.lora_summary(model).rows
-    assert (row.alpha, row.scale, row.note) == (4, 16, "B divided by 8, which is in the scale")
+        alphas = {name: spec.alpha for _, site, _ in adapter_sites(same) for name, spec in site.lora_specs.items()}
+        assert alphas == {"default": 12, "other": 16}
 
 
 # ---- what is refused -------------------------------------------------------------------------------------------------
 
 
 def refusals() -> dict[str, tuple[nn.Module, dict[str, Any], type[Exception], str]]:
-    folded, merged, embedding = mixed(), mixed(), mixed(targets=["embed"])
-    fold_lr_ratio(folded, 4)
+    merged, embedding = mixed(), mixed(targets=["embed"])
     lora_plus.merge_lora(merged)
     return {
         "ratio": (mixed(), {"lr_ratio": 0}, ValueError, "lr_ratio must be finite and positive, got 0"),
         "text": (mixed(), {"lr_ratio": "4"}, TypeError, "lr_ratio must be a number, got '4'"),
         "rule": (mixed(), {"rule": "lbfgs"}, ValueError, r"unknown rule 'lbfgs'; choose one of \['adam', 'sgd'\]"),
         "name": (mixed(), {"adapter": "x"}, KeyError, "the model has no adapter 'x'"),
-        "twice": (
-            folded,
-            {},
-            ValueError,
-            r"folded into adapter 'default' already; call unfold_lr_ratio",
-        ),
+        "large": (mixed(), {"lr_ratio": 1e39}, ValueError, "give a scale of 1.5e[+]39, which float32 cannot hold"),
         "merged": (merged, {}, ValueError, r"the model is merged .* before folding a ratio"),
         "embedding": (embedding, {}, ValueError, "adapter 'default' is on embeddings only, whose factors learn at one"),
     }
 
 
-@pytest.mark.parametrize("name", ["ratio", "text", "rule", "name", "twice", "merged", "embedding"])
+@pytest.mark.parametrize("name", ["ratio", "text", "rule", "name", "large", "merged", "embedding"])
 def test_what_cannot_be_folded_is_refused_and_changes_nothing(name: str) -> None:
     model, settings, error, text = refusals()[name]
     before = snapshot(model)
@@ -290,28 +263,10 @@ def test_what_cannot_be_folded_is_refused_and_changes_nothing(name: str) -> None
     assert snapshot(model) == before
 
 
-def test_disabled_and_unfolded_models_are_refused() -> None:
+def test_disabled_models_are_refused() -> None:
     model = mixed()
-    with pytest.raises(ValueError, match="no ratio is folded into adapter 'default'"):
-        unfold_lr_ratio(model)
     with lora_plus.disabled(model), pytest.raises(ValueError, match="the adapters are disabled"):
         fold_lr_ratio(model, 4)
-
-
-def test_a_ratio_does_not_act_twice() -> None:
-    model = mixed()
-    fold_lr_ratio(model, 4)
-    for make in (
-        lambda ratio: lora_plus.loraplus_param_groups(model, lr=1e-3, lr_ratio=ratio),
-        lambda ratio: lora_plus.split_loraplus_groups(
-            [{"params": model.parameters(), "lr": 1e-3}], model, lr_ratio=ratio
-        ),
-    ):
-        with pytest.raises(ValueError, match=r"folded into the adapter 'default' \('c_attn.q'\) already, and lr_"):
-            make(2.0)
-        assert {group["lr"] for group in make(1.0)} == {1e-3}
-    inject_lora(model, ["dora"], adapter="other")  # which freezes the folded one
-    assert lora_plus.loraplus_param_groups(model, lr=1e-3, lr_ratio=2)
 
 
 def test_a_fold_by_a_power_of_two_is_exact_in_half_precision_too() -> None:
@@ -319,5 +274,5 @@ def test_a_fold_by_a_power_of_two_is_exact_in_half_precision_too() -> None:
     before = bits(model.lora_B["default"])
     fold_lr_ratio(model, 4)
     assert bits(model.lora_B["default"]) != before
-    unfold_lr_ratio(model)
+    fold_lr_ratio(model, 1 / 4)
     assert bits(model.lora_B["default"]) == before
