@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
+import warnings
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, ParamSpec, TypeVar
 
@@ -118,3 +120,14 @@ def shortened(text: str, length: int) -> str:
     note = f"... ({len(text) - length} characters) ..."
     kept = length // 2
     return f"{text[:kept]}{note}{text[len(text) - kept :]}"
+
+
+def warn_user(text: str) -> None:
+    """Warn, at the line outside of this package from which it was called."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and str(frame.f_globals.get("__name__")).partition(".")[0] in (
+        "lora_plus",
+        "contextlib",
+    ):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(text, stacklevel=level)

@@ -3,7 +3,7 @@
 from .files.export import ExportReport as ExportReport
 from .files.export import export_adapter as export_adapter
 from .files.load import load_adapter as load_adapter
-from .files.load import save_adapter as save_adapter
+from .files.save import save_adapter as save_adapter
 from .layers import LoRAConv1d as LoRAConv1d
 from .layers import LoRAConv2d as LoRAConv2d
 from .layers import LoRAConv3d as LoRAConv3d

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 
@@ -49,3 +49,17 @@ def some(names: Sequence[str]) -> str:
     """The first of the names, and how many more there are."""
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     return ", ".join(map(repr, names[:_SHOWN])) + more
+
+
+def parents(name: str) -> Iterator[str]:
+    """The dotted names of what is around something, from the next one outwards: ``a.b`` and ``a`` around ``a.b.c``."""
+    while "." in name:
+        name = name.rpartition(".")[0]
+        yield name
+
+
+def endings(name: str) -> Iterator[str]:
+    """What a dotted name ends in, the name itself left out: ``a.b.c`` in ``b.c`` and ``c``."""
+    while "." in name:
+        name = name.partition(".")[2]
+        yield name

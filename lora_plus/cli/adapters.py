@@ -30,7 +30,7 @@ def inspect(
     - `lora-plus inspect peft-folder --layers`
     - `lora-plus inspect adapter.safetensors --json`
     """
-    from lora_plus.files.load import describe
+    from lora_plus.files.save import describe
     from lora_plus.surgery.bare_model import open_adapters
     from lora_plus.surgery.measures import layer_figures
 
@@ -69,7 +69,7 @@ def convert(
     - `lora-plus convert peft-folder adapter.safetensors`
     - `lora-plus convert adapter.safetensors peft-folder --to peft`
     """
-    from lora_plus.files.load import save_adapter
+    from lora_plus.files.save import save_adapter
     from lora_plus.surgery.bare_model import open_adapters
 
     check_free(out, force)
@@ -86,7 +86,7 @@ def diff(first: In, second: In, as_json: Json = False) -> None:
 
     - `lora-plus diff before.safetensors after.safetensors`
     """
-    from lora_plus.files.load import describe
+    from lora_plus.files.save import describe
     from lora_plus.surgery.bare_model import bare_model
     from lora_plus.surgery.measures import difference
 
@@ -128,7 +128,7 @@ def combine(
     """
     import torch
 
-    from lora_plus.files.load import save_adapter
+    from lora_plus.files.save import save_adapter
     from lora_plus.surgery.bare_model import bare_model
     from lora_plus.surgery.combine import combine_adapters
     from lora_plus.surgery.methods import METHODS
@@ -157,7 +157,7 @@ def resize(
     import torch
 
     from lora_plus.errors import Problems
-    from lora_plus.files.load import save_adapter
+    from lora_plus.files.save import save_adapter
     from lora_plus.surgery.bare_model import open_adapters
     from lora_plus.surgery.combine import resize_adapter
 

@@ -17,9 +17,8 @@ from transformers.trainer import SCHEDULER_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_optimizer import is_optimizer_factory
 
 import lora_plus
-from lora_plus.files.load import save_adapter
-from lora_plus.files.peft import write as peft
-from lora_plus.files.peft.folder import Inexpressible
+from lora_plus.files.formats import FORMATS, Inexpressible
+from lora_plus.files.save import save_adapter
 from lora_plus.model.storage import shards_of
 from lora_plus.model.tree import adapter_sites
 from lora_plus.model.unsaved import unsaved
@@ -301,7 +300,7 @@ def _save_adapter(model: nn.Module, folder: Path, adapter: str) -> None:
         save_adapter(model, peft_folder, adapter=adapter, metadata=metadata)
     except Inexpressible:
         save_adapter(model, native, adapter=adapter, metadata=metadata)
-        stale = [peft_folder / peft.CONFIG, peft_folder / peft.WEIGHTS]
+        stale = [peft_folder / name for name in FORMATS["peft"].folder]
 
     def remove() -> None:  # an earlier one of this name is another adapter
         for path in stale:

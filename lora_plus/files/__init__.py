@@ -1,1 +1,21 @@
 """Adapters on the disk: formats, saving, loading."""
+
+from . import native as native
+
+from .peft import folder as folder  # isort: skip
+from . import kohya as kohya  # isort: skip
+from . import diffusers as diffusers  # isort: skip
+from .export import ExportReport as ExportReport
+from .export import export_adapter as export_adapter
+from .formats import FORMATS as FORMATS
+from .formats import Contents as Contents
+from .formats import Files as Files
+from .formats import Format as Format
+from .load import load_adapter as load_adapter
+from .read import read_adapter as read_adapter
+from .save import save_adapter as save_adapter
+from .save import write_adapter as write_adapter
+from .saved_adapter import SavedAdapter as SavedAdapter
+from .saved_adapter import SavedLayer as SavedLayer
+from .target import Outline as Outline
+from .target import Target as Target

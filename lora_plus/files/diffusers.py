@@ -11,20 +11,19 @@ with PEFT's config of each component, under keys such as ``unet.lora_alpha``; in
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
-from lora_plus.errors import Problems
-
+from .formats import FORMATS, Contents, Files, Format
 from .json_text import parsed
 from .pairs import Dialect, Pair, assemble, find_pairs, inexpressible, is_tensor_of
-from .peft import write as peft
+from .peft import folder as peft
 from .peft.config import checked_config, settings_of
-from .peft.names import PREFIX, Outline
+from .peft.names import PREFIX
 from .saved_adapter import SavedAdapter
-from .target import Target
+from .target import SavedTarget, Target
 
 KEY = "lora_adapter_metadata"
 
@@ -51,27 +50,16 @@ _ATTENTION = {
 """How the oldest files call the adapters of attention layers, in a U-Net and in a text encoder, and what they mean."""
 
 
-def recognises(tensors: Collection[str], metadata: Mapping[str, str]) -> bool:
+def recognises(file: Contents) -> bool:
     """Whether a file is in this format; the tensors of a PEFT folder are not."""
-    return not any(name.startswith(PREFIX) for name in tensors) and any(
-        is_tensor_of(_spelled_out(name), DIALECT) for name in tensors
+    return not any(name.startswith(PREFIX) for name in file.tensors) and any(
+        is_tensor_of(_spelled_out(name), DIALECT) for name in file.tensors
     )
 
 
-def read(
-    tensors: Mapping[str, Tensor],
-    metadata: Mapping[str, str],
-    target: Target,
-    problems: list[str],
-) -> SavedAdapter:
-    """The adapter that a file describes; what is wrong with it is added to ``problems``.
-
-    Args:
-        tensors: all tensors of the file.
-        metadata: the metadata of its header.
-        target: what the adapter is loaded into.
-        problems: list to add to.
-    """
+def read(files: Files, target: Target, problems: list[str]) -> SavedAdapter:
+    """The adapter that a file describes."""
+    tensors, metadata = files[""]
     spelled = {_spelled_out(name): tensor for name, tensor in tensors.items()}
     problems += [
         f"tensor {name!r}: {_spelled_out(name)!r} is there too, which is another name of it"
@@ -128,40 +116,28 @@ def _configs(metadata: Mapping[str, str], problems: list[str]) -> dict[str, dict
     return {name: config for name, config in checked.items() if config is not None}
 
 
-def write(adapter: SavedAdapter, outlines: Callable[[str], Outline]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors and the metadata of a file; equal adapters give equal files.
-
-    Args:
-        adapter: the adapter.
-        outlines: the names of the parts of the model's child of this name; of the model itself for an empty one.
-
-    Raises:
-        Problems: naming all that the format cannot express exactly.
-    """
-    problems = inexpressible(adapter, DIALECT)
+def write(adapter: SavedAdapter, target: Target, problems: list[str]) -> Files:
+    """The file; equal adapters give equal files."""
+    wrong = inexpressible(adapter, DIALECT)
     parts: dict[str, SavedAdapter] = {}
     for name, layer in adapter.layers.items():
         component = DIALECT.component(name)
         parts.setdefault(component, SavedAdapter({}, {})).layers[name.removeprefix(f"{component}.")] = layer
     if len(parts) > 1 and "" in parts:
-        problems += [f"{name!r} is in none of {COMPONENTS}, and others are" for name in parts[""].layers]
-    if problems:
-        raise Problems(_REFUSAL, problems)
+        wrong += [f"{name!r} is in none of {COMPONENTS}, and others are" for name in parts[""].layers]
     tensors: dict[str, Tensor] = {}
     document: dict[str, Any] = {}
-    for component, part in parts.items():
+    for component, part in () if wrong else parts.items():
         start = f"{component}." if component else ""
-        outline = outlines(component)
-        refusals = peft.refusals(part, outline)
-        if refusals:
-            problems += [f"{component or 'the model'}: {line}" for line in refusals]
-            continue
-        own, config = peft.write(part, outline)
+        lines: list[str] = []
+        own, config = peft.contents(part, target.outline(component) or SavedTarget(part).outline(), lines)
+        wrong += [f"{component or 'the model'}: {line}" for line in lines]
         tensors |= {start + name.removeprefix(PREFIX): tensor for name, tensor in own.items()}
         document |= {start + key: value for key, value in config.items()}
-    if problems:
-        raise Problems(_REFUSAL, problems)
-    return tensors, {KEY: json.dumps(document, sort_keys=True, allow_nan=False)}
+    problems += wrong
+    return {"": Contents(tensors, {KEY: json.dumps(document, sort_keys=True, allow_nan=False)})}
 
 
-_REFUSAL = "the adapter cannot be written in diffusers' format"
+FORMATS["diffusers"] = Format(
+    "diffusers' format", "one file, `unet....lora_A.weight` or the older `lora.down.weight`", read, write, recognises
+)

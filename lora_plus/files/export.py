@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from lora_plus.errors import Problems
 from lora_plus.layers.kinds import DTYPES
 from lora_plus.model.adapters import check_adapter
 from lora_plus.model.storage import shards_of
@@ -16,12 +17,13 @@ from lora_plus.model.tree import adapted_weights, is_spare_replica, named_parame
 from lora_plus.model.unsaved import check_saved
 from lora_plus.text import join
 
-from .load import describe, not_finite
-from .peft.folder import write_folder
+from .formats import FORMATS, Inexpressible
 from .portable import portable, rank
 from .programs import READERS, limits, options
 from .regular import stated
+from .save import describe, not_finite, write_files
 from .saved_adapter import SavedAdapter
+from .target import ModelTarget
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,11 @@ def export_adapter(
             problems += [f"{line} with its scale in B; choose a wider dtype" for line in not_finite(data, model)]
         problems += limits(reader, data, _tied(model, data))
         head = f"adapter {adapter!r} was not exported for {reader.name}; merge_and_unload gives a plain model instead"
-        write_folder(real, data, model, head, problems)
+        broken = len(problems)
+        files = FORMATS["peft"].write(data, ModelTarget(model), problems)
+        if problems:
+            raise (Problems if broken else Inexpressible)(head, problems)
+        write_files(real, files)
 
     if not spare:
         shards_of(model).on_one_rank(write)

@@ -16,15 +16,15 @@ LyCORIS divides by the norm of the columns, which is another method.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lora_plus.errors import Problems
 from lora_plus.tensors.matrix import accumulation_dtype
 
+from .formats import FORMATS, Contents, Files, Format
 from .pairs import Dialect, Pair, assemble, find_pairs, inexpressible, is_tensor_of
 from .saved_adapter import SavedAdapter, alpha_under, most_common
 from .target import Target
@@ -45,25 +45,14 @@ DIALECT = Dialect(
 )
 
 
-def recognises(tensors: Collection[str], metadata: Mapping[str, str]) -> bool:
+def recognises(file: Contents) -> bool:
     """Whether a file is in this format, or in that of a relative of it."""
-    return any(is_tensor_of(name, DIALECT) or DIALECT.component(name) for name in tensors)
+    return any(is_tensor_of(name, DIALECT) or DIALECT.component(name) for name in file.tensors)
 
 
-def read(
-    tensors: Mapping[str, Tensor],
-    metadata: Mapping[str, str],
-    target: Target,
-    problems: list[str],
-) -> SavedAdapter:
-    """The adapter that a file describes; what is wrong with it is added to ``problems``.
-
-    Args:
-        tensors: all tensors of the file.
-        metadata: the metadata of its header, which says nothing that counts here.
-        target: what the adapter is loaded into.
-        problems: list to add to.
-    """
+def read(files: Files, target: Target, problems: list[str]) -> SavedAdapter:
+    """The adapter that a file describes; its metadata says nothing that counts here."""
+    tensors, _ = files[""]
     pairs = find_pairs(tensors, DIALECT, problems)
 
     def settings(module: str, pair: Pair) -> dict[str, Any] | None:
@@ -83,18 +72,14 @@ def read(
     return assemble(pairs, DIALECT, settings, target, problems)
 
 
-def write(adapter: SavedAdapter, names: Collection[str]) -> dict[str, Tensor]:
-    """The tensors of a file. Dropout is not in it.
+def write(adapter: SavedAdapter, target: Target, problems: list[str]) -> Files:
+    """The file, without dropout.
 
-    Args:
-        adapter: the adapter.
-        names: the names of all modules of the model. Its children ``unet``, ``transformer``, ``text_encoder`` and
-            ``text_encoder_2`` get their prefixes; a model that has none of them is taken for a U-Net.
-
-    Raises:
-        Problems: naming all that the format cannot express exactly.
+    The target's children ``unet``, ``transformer``, ``text_encoder`` and ``text_encoder_2`` get their prefixes; a
+    target that has none of them is taken for a U-Net.
     """
-    problems = inexpressible(adapter, DIALECT)
+    problems += inexpressible(adapter, DIALECT)
+    names = target.names() or ()
     reasons = {
         "dora": "DoRA's magnitude is read in several ways there",
         "groups": "there is no agreement on the shapes of a grouped convolution",
@@ -126,9 +111,7 @@ def write(adapter: SavedAdapter, names: Collection[str]) -> dict[str, Tensor]:
         tensors[f"{module}.lora_down.weight"] = A.reshape(len(A), -1, *kernel)
         tensors[f"{module}.lora_up.weight"] = B.reshape(*B.shape, *[1] * len(kernel))
         tensors[f"{module}.alpha"] = _number(alpha)
-    if problems:
-        raise Problems("the adapter cannot be written in kohya's format", problems)
-    return tensors
+    return {"": Contents(tensors, {})}
 
 
 def _prefixes(children: Collection[str]) -> dict[str, str]:
@@ -148,3 +131,9 @@ def _number(value: float) -> Tensor:
     """A number in float32, or in float64 if that rounds it."""
     usual = torch.tensor(value, dtype=torch.float32)
     return usual if usual.item() == value else torch.tensor(value, dtype=torch.float64)
+
+
+FORMATS["kohya"] = Format(
+    "kohya's format", "one file of kohya's sd-scripts, `lora_unet_....lora_down.weight`, `.lora_up.weight`, `.alpha`",
+    read, write, recognises,
+)  # fmt: skip

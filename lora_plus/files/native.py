@@ -22,17 +22,17 @@ stack of them.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
 from typing import Any
 
 from torch import Tensor
 
 from lora_plus.layers.base import BaseLayer
 from lora_plus.tensors.variant import FACTORS, VARIANTS
-from lora_plus.text import join
+from lora_plus.text import join, parents
+from lora_plus.version import __version__
 
+from .formats import FORMATS, Contents, Files, Format
 from .json_text import parsed
-from .peft.names import around
 from .saved_adapter import SETTINGS, SavedAdapter, SavedLayer, checked_spec, most_common, settings_of
 from .target import Target
 
@@ -42,13 +42,13 @@ FACTS = ("groups", "max_norm", "parameter", "rows", "of")
 _ENTRIES = {"kind", "layout", "shape", *FACTS, *SETTINGS}
 
 
-def write(adapter: SavedAdapter, library_version: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors and the metadata of a file; equal adapters give equal files."""
+def write(adapter: SavedAdapter, target: Target, problems: list[str]) -> Files:
+    """The file; equal adapters give equal files."""
     layers = dict(sorted(adapter.layers.items()))
     common = {name: most_common([getattr(layer.spec, name) for layer in layers.values()]) for name in SETTINGS}
     document = {
         "format_version": VERSION,
-        "library_version": library_version,
+        "library_version": __version__,
         **common,
         "layers": {name: _entry(layer, common) for name, layer in layers.items()},
         "train_also": {name: sorted(tensors) for name, tensors in sorted(adapter.trained.items())},
@@ -57,7 +57,7 @@ def write(adapter: SavedAdapter, library_version: str) -> tuple[dict[str, Tensor
     tensors = {join(path, name): tensor for path, layer in layers.items() for name, tensor in layer.tensors.items()}
     for path, trained in adapter.trained.items():
         tensors |= {join(path, name): tensor for name, tensor in trained.items()}
-    return tensors, {KEY: json.dumps(document, allow_nan=False, separators=(",", ":"))}
+    return {"": Contents(tensors, {KEY: json.dumps(document, allow_nan=False, separators=(",", ":"))})}
 
 
 def _entry(layer: SavedLayer, common: dict[str, Any]) -> dict[str, Any]:
@@ -65,25 +65,9 @@ def _entry(layer: SavedLayer, common: dict[str, Any]) -> dict[str, Any]:
     return base | {name: value for name, value in settings_of(layer.spec).items() if value != common[name]}
 
 
-def recognises(tensors: Collection[str], metadata: Mapping[str, str]) -> bool:
-    """Whether a file is in this format."""
-    return KEY in metadata
-
-
-def read(
-    tensors: Mapping[str, Tensor],
-    metadata: Mapping[str, str],
-    target: Target,
-    problems: list[str],
-) -> SavedAdapter:
-    """The adapter that a file's tensors and metadata describe; what is wrong with them is added to ``problems``.
-
-    Args:
-        tensors: all tensors of the file.
-        metadata: the metadata of its header, which has the entry ``lora_plus``.
-        target: what the adapter is loaded into, of which this format needs to know nothing.
-        problems: list to add to.
-    """
+def read(files: Files, target: Target, problems: list[str]) -> SavedAdapter:
+    """The adapter that a file describes; this format needs to know nothing of the target."""
+    tensors, metadata = files[""]
     document = _document(metadata[KEY], problems)
     adapter = SavedAdapter({}, {}, dict(document.get("metadata", {})))
     left, unread = dict(tensors), set[str]()
@@ -104,7 +88,7 @@ def read(
         if len(found) == len(names):
             adapter.trained[path] = found
     if document:
-        extra = [name for name in sorted(left) if "" not in unread and unread.isdisjoint(around(name))]
+        extra = [name for name in sorted(left) if "" not in unread and unread.isdisjoint(parents(name))]
         problems += [f"tensor {name!r} belongs to no layer that the file describes" for name in extra]
     return adapter
 
@@ -174,3 +158,8 @@ def _layer(
         problems.append(f"layer {path!r}: parameter must be a name, got {parameter!r}")
         return None
     return SavedLayer(BaseLayer(kind, layout, tuple(shape or ()), facts), spec, found)
+
+
+FORMATS["native"] = Format(
+    "the native format", "one safetensors file that describes itself", read, write, lambda file: KEY in file.metadata
+)

@@ -24,7 +24,7 @@ class Renaming:
         TypeError: if a name is neither a text nor None; for a function, when it is called.
     """
 
-    def __init__(self, names: Names | None) -> None:
+    def __init__(self, names: Names | None = None) -> None:
         self.given = names is not None
         self._function = names if callable(names) else None
         self._prefixes = {} if names is None or callable(names) else dict(names)

@@ -7,22 +7,21 @@ trained in full have their values.
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from torch import Tensor, nn
+from torch import nn
 
 from lora_plus.errors import Problems
+from lora_plus.files.checks import base_problem
 from lora_plus.files.load import load_adapter
-from lora_plus.files.peft.names import Outline
-from lora_plus.files.read import base_problem, read_adapter
-from lora_plus.files.rename import Renaming
+from lora_plus.files.read import described
 from lora_plus.files.saved_adapter import SavedAdapter, SavedLayer
+from lora_plus.files.target import Target
 from lora_plus.layers.base import BaseLayer
 
 from .bare_tree import bare_tree
-from .checkpoint.shapes import implied_shapes, surroundings
 
 PathLike = str | os.PathLike[str]
 
@@ -90,37 +89,13 @@ def open_adapters(paths: Mapping[str, PathLike]) -> Opened:
 def _read(path: Path) -> SavedAdapter:
     """The adapter that a file describes, as far as that can be told without its model."""
     problems: list[str] = []
-    data = read_adapter(path, _Alone(), problems)
+    data = described(path, Target(), problems)
     if not problems and not data.layers:
         problems.append("it has no adapted layer")
     problems += [f"{name!r}: {why}" for name, layer in data.layers.items() if (why := _untold(layer)) is not None]
     if problems:
         raise Problems(f"adapter {str(path)!r} cannot be read", problems)
     return data
-
-
-class _Alone:
-    """No model and no checkpoint, as `formats.target.Target` has it: what a file says of itself is all there is."""
-
-    rename = Renaming(None)
-
-    def names(self) -> Collection[str] | None:
-        """None: they are not known."""
-        return None
-
-    def base(self, name: str) -> BaseLayer | None:
-        """None: a file whose format needs this is not read without its model."""
-        return None
-
-    def repeats(self, name: str, tensor: Tensor) -> bool | None:
-        """None: there is nothing to compare it with."""
-        return None
-
-    def peft(
-        self, tensors: Mapping[str, Tensor], config: Any, problems: list[str]
-    ) -> tuple[Mapping[str, BaseLayer | None], Outline]:
-        """The base layers of a folder's adapters, and the modules that it names."""
-        return surroundings(tensors, config, implied_shapes(tensors, config), problems)
 
 
 def _told(base: BaseLayer) -> str:

@@ -20,6 +20,8 @@ Shape = tuple[int, ...]
 class BareModel(nn.Module):
     """The root of a tree that has just those parts of a model which files name."""
 
+    is_outline = True
+
 
 def bare_tree(bases: Mapping[str, BaseLayer], trained: Mapping[str, Mapping[str, Tensor]], where: str) -> nn.Module:
     """A tree with these layers and parameters, on the meta device, and these modules trained in full.

@@ -23,7 +23,7 @@ from lora_plus import bare_model, load_adapter, save_adapter
 from lora_plus.cli import app as cli
 from lora_plus.cli import arguments
 from lora_plus.files import atomic as atomic_files
-from lora_plus.files.load import FORMATS
+from lora_plus.files.formats import FORMATS
 from lora_plus.surgery import methods
 
 COMMANDS = ["inspect", "convert", "diff", "combine", "resize", "merge", "extract", "verify"]
@@ -413,7 +413,7 @@ def test_the_version_is_told() -> None:
 
 
 def test_choices_are_those_of_the_library() -> None:
-    assert get_args(arguments.Format) == FORMATS
+    assert get_args(arguments.Format) == tuple(FORMATS)
     assert get_args(arguments.Method) == tuple(methods.METHODS)
 
 

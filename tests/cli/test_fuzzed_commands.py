@@ -34,8 +34,9 @@ from typer.testing import CliRunner
 import lora_plus
 from lora_plus.cli import app as cli
 from lora_plus.errors import Problems
-from lora_plus.files.load import FORMATS, describe
-from lora_plus.files.read import is_finite
+from lora_plus.files.checks import is_finite
+from lora_plus.files.formats import FORMATS
+from lora_plus.files.save import describe
 from lora_plus.files.streaming import DTYPES as STORED
 from lora_plus.surgery.checkpoint.folder import Checkpoint
 from lora_plus.surgery.measures import difference
@@ -171,7 +172,9 @@ DENSE = sorted(name for name, method in METHODS.items() if "density" in method.o
 
 COMMANDS: dict[str, Any] = {
     "inspect": lambda case: [case.adapter, *_options(case, ["--layers"], ["--json"])],
-    "convert": lambda case: [case.adapter, case.out, *_options(case, ["--to", case.rng.choice(FORMATS)], ["--json"])],
+    "convert": lambda case: [
+        case.adapter, case.out, *_options(case, ["--to", case.rng.choice(list(FORMATS))], ["--json"])
+    ],
     "diff": lambda case: [*case.rng.sample([case.adapter, case.other], 2), *_options(case, ["--json"])],
     "combine": lambda case: [case.adapter, case.other, case.out, "--r", case.rng.randint(1, 4), "--method",
                              *case.rng.choice([["svd"], *([each, "--density", 0.5] for each in DENSE)])]

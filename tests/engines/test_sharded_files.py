@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import lora_plus as lp
 from lora_plus.engines import trained_state
-from lora_plus.files import load as io
+from lora_plus.files.formats import FORMATS
 from lora_plus.tensors.distributed import whole
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -70,10 +71,16 @@ def writers(folder: str) -> list[bool]:
     """Whether this rank wrote: sharded over both, in DDP, and a plain model of its own."""
     written = []
     for model in (by_fully_shard(lora_model()), DistributedDataParallel(lora_model()), lora_model()):
-        calls: list[Path] = []
-        native, io._WRITERS["native"] = io._WRITERS["native"], lambda path, *rest, calls=calls: calls.append(path)
+        calls: list[Any] = []
+        native = FORMATS["native"]
+
+        def write(*given: Any, write: Any = native.write, calls: list[Any] = calls) -> Any:
+            calls.append(given)
+            return write(*given)
+
+        FORMATS["native"] = replace(native, write=write)
         lp.save_adapter(model, Path(folder) / "a.safetensors")
-        io._WRITERS["native"] = native
+        FORMATS["native"] = native
         written.append(bool(calls))
     model = DistributedDataParallel(lora_model())
     if torch.distributed.get_rank() == 0:  # as loops of DDP have it
@@ -108,11 +115,11 @@ def failing_saves(folder: str) -> list[tuple[str, str]]:
     def local(*args: Any) -> None:
         raise Local("of this function")
 
-    native, found = io._WRITERS["native"], []
+    native, found = FORMATS["native"], []
     for writer in (full, local):
-        io._WRITERS["native"] = writer
+        FORMATS["native"] = replace(native, write=writer)
         found.append(errors_of(lambda: lp.save_adapter(model, path)))
-    io._WRITERS["native"] = native
+    FORMATS["native"] = native
     bad = lora_model()
     with torch.no_grad():
         bad.blocks[1].q.lora_A["default"][0, 0] = torch.nan  # on the first rank's shard

@@ -18,10 +18,11 @@ from torch import nn
 
 import lora_plus
 from lora_plus.files import native
-from lora_plus.files.model_target import ModelTarget
-from lora_plus.files.peft import write as peft
+from lora_plus.files.formats import Contents
+from lora_plus.files.peft.folder import CONFIG, WEIGHTS
+from lora_plus.files.peft.folder import read as read_folder
 from lora_plus.files.peft.patterns import LONGEST, Patterns
-from lora_plus.files.rename import Renaming
+from lora_plus.files.target import ModelTarget, Target
 
 NAMES = [
     "q", "xq", "a.q", "a.xq", "a.q.b", "layers.0.q", "layers.1.q", "layers.10.q", "model.layers.1.q", "qq", "q-1",
@@ -175,10 +176,10 @@ def test_entries_are_looked_up_and_not_searched(tmp_path: Path) -> None:
     def seconds(count: int, field: str) -> float:
         model = nn.ModuleDict({f"m{number}": nn.Linear(1, 1) for number in range(count)})
         config = {"peft_type": "LORA", field: [f"absent{number}.weight" for number in range(count)]}
-        bases, around = ModelTarget(model, Renaming(None)).peft({}, config, [])
-        problems: list[str] = []
+        target, problems = ModelTarget(model), list[str]()
+        target.outline()
         started = time.process_time()
-        peft.read({}, config, bases, around, lambda name, tensor: None, problems)
+        read_folder({WEIGHTS: Contents({}, {}), CONFIG: config}, target, problems)
         spent = time.process_time() - started
         assert len(problems) == count
         return spent
@@ -196,7 +197,7 @@ def test_many_names_trained_in_full_are_counted_once() -> None:
         )
         tensors = {f"head.{name}": torch.ones(1) for name in names} | {f"left{n}": torch.ones(1) for n in range(count)}
         started = time.process_time()
-        native.read(tensors, {"lora_plus": text}, None, [])  # type: ignore[arg-type]
+        native.read({"": Contents(tensors, {"lora_plus": text})}, Target(), [])
         return time.process_time() - started
 
     assert seconds(10_000) < 40 * seconds(1_000)

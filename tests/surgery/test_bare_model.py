@@ -26,7 +26,7 @@ from torch import nn
 
 import lora_plus
 from lora_plus import adapter_state_dict, bare_model, inject_lora, save_adapter
-from lora_plus.files.load import describe
+from lora_plus.files.save import describe
 
 ALL = [*CASES, *PARAMETER_CASES]
 

@@ -12,7 +12,7 @@ from parameter_cases import PARAMETER_CASES, ParameterCase
 from torch import Tensor, nn
 
 import lora_plus
-from lora_plus.files.load import describe
+from lora_plus.files.save import describe
 from lora_plus.files.saved_adapter import SavedAdapter, SavedLayer
 from lora_plus.layers.base import BaseLayer
 from lora_plus.surgery.measures import difference, layer_figures

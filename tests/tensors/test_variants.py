@@ -259,7 +259,7 @@ def test_it_keeps_its_update_at_another_rank(x: Tensor) -> None:
 
 
 def test_a_difference_in_its_tensor_is_a_difference(tmp_path: Path) -> None:
-    from lora_plus.files.load import describe
+    from lora_plus.files.save import describe
     from lora_plus.surgery.measures import difference
 
     model = randomise(net())

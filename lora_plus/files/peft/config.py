@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 import re
-import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from lora_plus.errors import shortened
+from lora_plus.errors import shortened, warn_user
 from lora_plus.text import printable
 
 from .patterns import Patterns
@@ -94,10 +93,9 @@ def checked_config(config: Any, problems: list[str], where: str = CONFIG) -> dic
     if unknown and len(problems) == count:
         told = shortened(", ".join(f"{name} is {others[name]!r}" for name in unknown), 300)
         version = printable(shortened(config["peft_version"], 30))
-        warnings.warn(
+        warn_user(
             f"{where} was written by peft {version}, and {printable(told)}: fields that peft "
-            f"{'.'.join(map(str, _KNOWN))} has not and that are passed over; compare with an output of that peft",
-            stacklevel=2,
+            f"{'.'.join(map(str, _KNOWN))} has not and that are passed over; compare with an output of that peft"
         )
     return config if len(problems) == count else None
 
@@ -124,10 +122,9 @@ def warn_of_ambiguous_patterns(names: Iterable[str], config: Mapping[str, Any]) 
     ambiguous = [name for name in names if config["alpha_pattern"].ambiguous(name)]
     if ambiguous:
         told = f"{', '.join(map(repr, ambiguous[:3]))}{f' and {len(ambiguous) - 3} more' * (len(ambiguous) > 3)}"
-        warnings.warn(
+        warn_user(
             f"alpha_pattern gives several values for {told}; the first key counts, but PEFT sorts the keys when it "
-            "saves, so the order in this file may not be the one the adapter was trained with; check their scale",
-            stacklevel=2,
+            "saves, so the order in this file may not be the one the adapter was trained with; check their scale"
         )
 
 

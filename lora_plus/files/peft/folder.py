@@ -1,69 +1,135 @@
-"""Writes an adapter as a folder in PEFT's format."""
+"""PEFT's checkpoint format: ``adapter_config.json`` and ``adapter_model.safetensors`` in one folder.
+
+Written and read as peft 0.21 does. Of the config, only what decides the result is written; module names are written in
+full, and pattern keys are anchored, so that nothing depends on their order. PEFT adapts whole linear layers, embeddings
+and convolutions, attention modules as one, and parameters, the latter while the module that has them is called.
+"""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Collection, Sequence
-from pathlib import Path
+import re
+from collections.abc import Mapping
+from typing import Any
 
-from torch import nn
+from torch import Tensor
 
-from lora_plus.errors import Problems
-from lora_plus.files.atomic import replacing, serialize
-from lora_plus.files.model_target import outline
-from lora_plus.files.saved_adapter import SavedAdapter
-from lora_plus.model.places import find_modules
-from lora_plus.model.tree import named_parameters
+from lora_plus.errors import warn_user
+from lora_plus.files.formats import FORMATS, Contents, Files, Format
+from lora_plus.files.saved_adapter import SavedAdapter, SavedLayer, alpha_under, most_common
+from lora_plus.files.target import Outline, SavedTarget, Target
+from lora_plus.text import endings
 
-from . import write as peft
+from .config import CONFIG, USER_FIELDS, checked_config
+from .limits import inexpressible, starts_transposed, tied_to_others, units
+from .names import PREFIX, anchored, nesting
+from .reader import DOUBLED, Reader
+from .renaming import in_file_names, without_left_out
+from .shapes import implied_target
+from .tensors import attention_to_peft, join_rows, layer_to_peft, parameter_to_peft
+
+WEIGHTS = "adapter_model.safetensors"
 
 
-class Inexpressible(Problems):
-    """Why PEFT's format cannot hold an adapter exactly."""
-
-
-def write_folder(
-    path: Path,
-    data: SavedAdapter,
-    model: nn.Module,
-    head: str = "the adapter cannot be written in PEFT's format",
-    problems: Sequence[str] = (),
-) -> None:
-    """Write a PEFT folder, whole or not at all.
-
-    Args:
-        path: the folder; it is made if it is missing.
-        data: the adapter.
-        model: the model that it belongs to.
-        head: what the error says before the problems.
-        problems: why it cannot be written, as far as that is known already.
-
-    Raises:
-        Problems: with those, and with every layer or setting that PEFT's format cannot express exactly; an
-            `Inexpressible` where there are only such.
-    """
-    around = outline(find_modules(model))
-    limits = [
-        f"train_also {name!r} is tied to {other!r}, and PEFT would untie them; train both, or save a file"
-        for name, other in tied_to_others(model, data.trained)
-    ]
-    limits += peft.refusals(data, around)
+def read(files: Files, target: Target, problems: list[str]) -> SavedAdapter:
+    """The adapter that a folder describes, under its own names."""
+    tensors, config = without_left_out(files[WEIGHTS].tensors, files[CONFIG], target.rename)
+    checked = checked_config(config, problems)
+    if checked is None:
+        return SavedAdapter({}, {})
+    outline = target.outline()
+    if outline is None:
+        target = implied_target(target, tensors, checked, problems)
+    elif target.rename.given:
+        target = in_file_names(target, outline, tensors)
     if problems:
-        raise Problems(head, [*problems, *limits])
-    if limits:
-        raise Inexpressible(head, limits)
-    tensors, config = peft.write(data, around)
-    text = json.dumps(config, indent=2, sort_keys=True, allow_nan=False) + "\n"
-    with replacing(path / peft.WEIGHTS, path / peft.CONFIG) as (weights, config_file):
-        serialize(weights, tensors, peft.METADATA)
-        config_file.write_text(text, encoding="utf-8", newline="")
+        return SavedAdapter({}, {})
+    adapter = Reader(checked, target, problems).read(tensors)
+    trained = [target.rename(path) or "" for path in adapter.trained]
+    problems += [
+        f"{name!r} is trained in full and tied to {other!r}, which PEFT unties; untie them in the model first"
+        for name, other in (tied_to_others(target.ties(), trained) if trained else ())
+    ]
+    return adapter
 
 
-def tied_to_others(model: nn.Module, trained: Collection[str]) -> list[tuple[str, str]]:
-    """Parameters of modules trained in full that modules outside share, with their names there: PEFT unties them."""
-    inside: dict[int, str] = {}
-    outside: dict[int, str] = {}
-    for name, parameter in named_parameters(model):
-        owned = any(not path or name.startswith(f"{path}.") for path in trained)
-        (inside if owned else outside).setdefault(id(parameter), name)
-    return [(name, outside[key]) for key, name in inside.items() if key in outside]
+def write(adapter: SavedAdapter, target: Target, problems: list[str]) -> Files:
+    """The files of a folder."""
+    ties = target.ties() if adapter.trained else []
+    outline = target.outline() or SavedTarget(adapter).outline()
+    tensors, config = contents(adapter, outline, problems, ties)
+    return {WEIGHTS: Contents(tensors, {"format": "pt"}), CONFIG: config}
+
+
+def contents(
+    adapter: SavedAdapter, outline: Outline, problems: list[str], ties: list[list[str]] | None = None
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors and the config of a folder; what PEFT's format cannot express exactly is added to the problems."""
+    found = units(adapter)
+    wrong = inexpressible(adapter, found, outline, ties or [])
+    if wrong:
+        problems += wrong
+        return {}, {}
+    modules = {name: layer_to_peft(_joined(layers)) for name, layers in found.modules.items()}
+    modules |= {name: attention_to_peft(list(parts.values())) for name, parts in found.attentions.items()}
+    parameters = {
+        name: parameter_to_peft(_joined(layers), name.rpartition(".")[0] in outline.transposed)
+        for name, layers in found.parameters.items()
+    }
+    layers = dict(sorted({**modules, **parameters}.items()))
+    rslora = all(layer.spec.scaling == "rslora" for layer in layers.values())
+    scaling = "rslora" if rslora else "standard"
+    ranks = {name: layer.spec.r for name, layer in layers.items()}
+    alphas = {name: alpha_under(layer, scaling) for name, layer in layers.items()}
+    # PEFT says of a pattern that only a parameter matches that nothing does, so it is parameters that need none
+    usual = parameters or layers
+    r, alpha = (most_common([values[name] for name in layers if name in usual]) for values in (ranks, alphas))
+    targets = sorted(modules)
+    others = (ending for name in outline.names if name not in modules for ending in endings(name))
+    accidents = not outline.whole or any(ending in modules for ending in others)
+    config = {
+        "peft_type": "LORA",
+        "r": r,
+        "lora_alpha": alpha,
+        # PEFT also adapts modules whose name ends in a listed one; a regular expression matches whole names only
+        "target_modules": "|".join(map(re.escape, targets)) if accidents else targets,
+        "target_parameters": sorted(parameters) or None,
+        "rank_pattern": {anchored(name): rank for name, rank in ranks.items() if rank != r},
+        "alpha_pattern": {anchored(name): value for name, value in alphas.items() if value != alpha},
+        "modules_to_save": sorted(adapter.trained) or None,
+        "lora_dropout": max(layer.spec.dropout for layer in layers.values()),  # attention has none in PEFT
+        "use_rslora": rslora,
+        "use_dora": any(layer.spec.variant == "dora" for layer in layers.values()),
+        "fan_in_fan_out": starts_transposed(found),
+        "init_lora_weights": True,
+        "bias": "none",
+        "inference_mode": True,
+        **{name: adapter.metadata.get(name) for name in USER_FIELDS},
+    }
+    nested = nesting(parameters, outline)
+    paths = {name: path for path, name in nested.paths().items()} | {name: nested.wrapped(name) for name in modules}
+    tensors = {
+        f"{PREFIX}{paths[name]}.{end}": tensor
+        for name, layer in layers.items()
+        for end, tensor in layer.tensors.items()
+    }
+    for path, trained in adapter.trained.items():
+        tensors |= {f"{PREFIX}{path}.{name}": tensor for name, tensor in trained.items()}
+    parts = {name: part.base.facts for group in found.attentions.values() for name, part in group.items()}
+    doubled = [name for name, facts in parts.items() if "rows" not in facts]
+    if doubled:
+        warn_user(
+            f"the file says W + s B A of {', '.join(map(repr, sorted(doubled)))}, but {DOUBLED}; where that peft shall "
+            "compute the same, halve their lora_B after loading there"
+        )
+    return tensors, config
+
+
+def _joined(layers: Mapping[str, SavedLayer]) -> SavedLayer:
+    """The adapter of a whole weight."""
+    several = list(layers.values())
+    return join_rows(several) if "rows" in several[0].base.facts else several[0]
+
+
+FORMATS["peft"] = Format(
+    "PEFT's format", f"a folder with `{CONFIG}` and `{WEIGHTS}`", read, write, folder=(WEIGHTS, CONFIG)
+)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from lora_plus.files.saved_adapter import SavedAdapter, SavedLayer
+from lora_plus.files.target import Outline
 from lora_plus.layers.base import PARAMETER
 from lora_plus.tensors.variant import only_adds
+from lora_plus.text import endings, parents
 
 from .config import USER_FIELDS, fan_in_fan_out
-from .names import Outline, around, endings
 from .tensors import ATTENTION, GROUPED_DORA, stack_refusal
 
 
@@ -49,9 +50,12 @@ def units(adapter: SavedAdapter) -> Units:
     return found
 
 
-def inexpressible(adapter: SavedAdapter, found: Units, outline: Outline) -> list[str]:
+def inexpressible(adapter: SavedAdapter, found: Units, outline: Outline, ties: Iterable[Sequence[str]]) -> list[str]:
     """Every reason why an adapter cannot be written in PEFT's format."""
-    problems = []
+    problems = [
+        f"train_also {name!r} is tied to {other!r}, and PEFT would untie them; train both, or save a file"
+        for name, other in tied_to_others(ties, adapter.trained)
+    ]
     modules = {**found.modules, **found.attentions}
     layers = adapter.layers.values()
     # PEFT has no dropout where it adapts attention, whatever the config says
@@ -75,7 +79,7 @@ def inexpressible(adapter: SavedAdapter, found: Units, outline: Outline) -> list
         trained_reasons = _of_trained(path, adapter, sorted(modules), outline)
         if path in outline.containers:
             trained_reasons.append("PEFT trains only modules with a forward of their own in full")
-        inside = [outer for outer in around(path) if outer in owners]
+        inside = [outer for outer in parents(path) if outer in owners]
         trained_reasons += [f"PEFT does not find it inside {owner!r}, whose parameters it adapts" for owner in inside]
         problems += [f"train_also {path!r}: {reason}" for reason in trained_reasons]
     unknown = sorted(set(adapter.metadata) - set(USER_FIELDS))
@@ -112,7 +116,7 @@ def _of_attentions(found: Units, outline: Outline) -> Iterator[tuple[str, str]]:
 def _of_parameters(found: Units, outline: Outline) -> Iterator[tuple[str, str]]:
     owners, adapted = set(_owners(found)), {**found.modules, **found.attentions}
     # PEFT looks among the parameters of its own adapters too
-    others = [*outline.parameters(), *(f"{name}.lora_{part}.default.weight" for name in adapted for part in "AB")]
+    others = [*outline.parameters, *(f"{name}.lora_{part}.default.weight" for name in adapted for part in "AB")]
     alike: dict[str, list[str]] = {}
     for other in others:
         for ending in endings(other):
@@ -130,7 +134,7 @@ def _of_parameters(found: Units, outline: Outline) -> Iterator[tuple[str, str]]:
             reasons.append("PEFT takes 'base_layer' in a name for its own")
         if owner in adapted:
             reasons.append(f"PEFT adapts either {owner!r} or its parameters")
-        outer = [other for other in around(owner) if other in owners]
+        outer = [other for other in parents(owner) if other in owners]
         reasons += [
             f"PEFT cannot adapt it together with parameters of {other!r}, which is around it" for other in outer
         ]
@@ -182,3 +186,17 @@ def _of_trained(path: str, adapter: SavedAdapter, modules: Sequence[str], outlin
         return [*reasons, "PEFT reads the name as a regular expression, and it is not a valid one"]
     hits = [name for name in modules if name not in wrapped and kept_out.match(name)]
     return reasons + [f"PEFT reads the name as a regular expression, and {name!r} matches it" for name in hits]
+
+
+def tied_to_others(ties: Iterable[Sequence[str]], trained: Collection[str]) -> Iterator[tuple[str, str]]:
+    """Parameters of modules trained in full that modules outside share, with their names there: PEFT unties them.
+
+    Args:
+        ties: the names of each parameter that has several.
+        trained: the modules.
+    """
+    for names in ties:
+        inside = [name for name in names if any(not path or name.startswith(f"{path}.") for path in trained)]
+        outside = [name for name in names if name not in inside]
+        if inside and outside:
+            yield inside[0], outside[0]

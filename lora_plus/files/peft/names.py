@@ -7,8 +7,11 @@ last one outermost. Inside a wrapper, what is wrapped is called ``base_layer``, 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+
+from lora_plus.files.target import Outline
+from lora_plus.text import endings, parents
 
 PREFIX = "base_model.model."
 
@@ -23,28 +26,6 @@ SUFFIXES = {
 
 OUT_PROJECTION = ".base_layer.out_proj"
 """Where PEFT has the adapter of an attention module's second weight, from the module on."""
-
-
-@dataclass(frozen=True)
-class Outline:
-    """What decides how PEFT names and reads the parts of a model."""
-
-    modules: Mapping[str, Sequence[str]]
-    """Every module under its first name, in the order of the model, with its own parameters in their order."""
-    names: Mapping[str, None]
-    """All names of all modules, in the same order."""
-    containers: Collection[str]
-    """The modules that PEFT calls containers, such as an ``nn.ModuleList``."""
-    uncalled: Collection[str]
-    """The modules that have no forward of their own."""
-    transposed: Collection[str]
-    """The modules that say of themselves that they store experts as (stack, in, out)."""
-    whole: bool = True
-    """Whether these are all parts of the model; if not, they are those that an adapter names."""
-
-    def parameters(self) -> list[str]:
-        """The full names of all parameters."""
-        return [f"{module}.{name}" if module else name for module, own in self.modules.items() for name in own]
 
 
 @dataclass(frozen=True)
@@ -75,7 +56,7 @@ class Nesting:
         return f"{owner}{path.removeprefix(self._inside(owner))}"
 
     def _owner_around(self, path: str) -> str | None:
-        return next((outer for outer in around(path) if outer in self.owners), None)
+        return next((outer for outer in parents(path) if outer in self.owners), None)
 
     def _inside(self, owner: str) -> str:
         return owner + ".base_layer" * len(self.owners[owner])
@@ -84,7 +65,7 @@ class Nesting:
 def nesting(parameters: Collection[str], outline: Outline) -> Nesting:
     """The wrappers for these parameters, which are given by their full names."""
     wanted, owners = set(parameters), dict[str, list[str]]()
-    for full in outline.parameters():
+    for full in outline.parameters:
         if full in wanted:
             owner, _, name = full.rpartition(".")
             owners.setdefault(owner, []).append(name)
@@ -96,23 +77,9 @@ def named_parameters(entries: Collection[str], outline: Outline) -> list[str]:
     wanted = set(entries)
     return [
         full
-        for full in outline.parameters()
+        for full in outline.parameters
         if "." in full and (full in wanted or any(ending in wanted for ending in endings(full)))
     ]
-
-
-def endings(name: str) -> Iterator[str]:
-    """What a dotted name ends in, the name itself left out: ``a.b.c`` in ``b.c`` and ``c``."""
-    while "." in name:
-        name = name.partition(".")[2]
-        yield name
-
-
-def around(name: str) -> Iterator[str]:
-    """The modules around something, from the next one outwards: ``a.b`` and ``a`` around ``a.b.c``."""
-    while "." in name:
-        name = name.rpartition(".")[0]
-        yield name
 
 
 def split_key(name: str) -> tuple[str, str] | None:

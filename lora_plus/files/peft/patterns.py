@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from .names import endings
+from lora_plus.text import endings
 
 _NAME = re.compile(r"(\^?)((?:[^\\^$*+?{}\[\]|()]|\\[^a-zA-Z0-9])*)\$?", re.DOTALL)
 """A dotted name, anchored or not, in which characters may be escaped."""

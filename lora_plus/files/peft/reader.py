@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
 
-from lora_plus.errors import Problems, shortened
+from lora_plus.errors import Problems, shortened, warn_user
 from lora_plus.files.saved_adapter import SavedAdapter, SavedLayer, checked_spec
-from lora_plus.layers.base import PARAMETER, BaseLayer
+from lora_plus.files.target import Target
+from lora_plus.layers.base import BaseLayer
+from lora_plus.text import endings, parents
 
 from .config import USER_FIELDS, fan_in_fan_out, settings_of, warn_of_ambiguous_patterns
-from .names import OUT_PROJECTION, PREFIX, Outline, around, endings, named_parameters, nesting, split_key
+from .names import OUT_PROJECTION, PREFIX, named_parameters, nesting, split_key
 from .tensors import (
     ATTENTION,
     GROUPED_DORA,
@@ -40,22 +41,14 @@ class Reader:
 
     Args:
         config: the config, checked.
-        bases: every module and every place for an adapter by name, with its base layer if it can be adapted.
-        outline: the names of the model's parts.
-        repeats: whether a tensor equals the base model's own of this name; None if that cannot be told.
+        target: what the adapter is read for, under the names of the folder.
         problems: list of what is wrong, to add to.
     """
 
-    def __init__(
-        self,
-        config: dict[str, Any],
-        bases: Mapping[str, BaseLayer | None],
-        outline: Outline,
-        repeats: Callable[[str, Tensor], bool | None],
-        problems: list[str],
-    ) -> None:
-        self.config, self.bases, self.outline, self.problems = config, bases, outline, problems
-        self.repeats = repeats
+    def __init__(self, config: dict[str, Any], target: Target, problems: list[str]) -> None:
+        outline = target.outline()
+        assert outline is not None
+        self.config, self.target, self.outline, self.problems = config, target, outline, problems
         entries = config.get("target_parameters") or []
         self.parameters = dict.fromkeys(named_parameters(entries, outline))
         named = {end for full in self.parameters for end in (full, *endings(full))}
@@ -69,11 +62,12 @@ class Reader:
         self.unsure: list[str] = []
         """Weights of the base model that cannot be compared with its own."""
         self.attentions: dict[str, dict[str, BaseLayer]] = {}
-        for name, base in bases.items():
-            if base is not None and base.kind == PARAMETER and base.facts.get("of") == ATTENTION:
-                self.attentions.setdefault(name.rpartition(".")[0], {})[name] = base
+        for module, names in outline.readers.items():
+            bases = {name: base for name in names if (base := target.base(name)) is not None}
+            if any(base.facts.get("of") == ATTENTION for base in bases.values()):
+                self.attentions[module] = bases
 
-    def read(self, tensors: dict[str, Tensor]) -> SavedAdapter:
+    def read(self, tensors: Mapping[str, Tensor]) -> SavedAdapter:
         """The adapter; it is not whole if there are problems."""
         metadata = {name: self.config[name] for name in USER_FIELDS if isinstance(self.config.get(name), str)}
         adapter = SavedAdapter({}, {}, metadata)
@@ -92,14 +86,13 @@ class Reader:
         self._warn_of_doubling(parts)
         if self.unsure and not self.problems:
             told = f"{', '.join(map(repr, self.unsure[:3]))}{' and more' * (len(self.unsure) > 3)}"
-            warnings.warn(
+            warn_user(
                 f"the file also has weights of the base model, {told}, which are passed over; whether they equal those "
-                "that the adapter is used with cannot be told here",
-                stacklevel=2,
+                "that the adapter is used with cannot be told here"
             )
         return adapter
 
-    def _sort(self, tensors: dict[str, Tensor], adapter: SavedAdapter) -> dict[str, dict[str, Tensor]]:
+    def _sort(self, tensors: Mapping[str, Tensor], adapter: SavedAdapter) -> dict[str, dict[str, Tensor]]:
         """The tensors of adapters by what is adapted; those of modules trained in full go to ``adapter``."""
         saved = self.config.get("modules_to_save") or []
         entries_of = _endings_among(self.outline.names, saved)
@@ -114,7 +107,7 @@ class Reader:
         for key, tensor in sorted(tensors.items()):
             name = key.removeprefix(PREFIX)
             split = split_key(name)
-            owner = min((module for module in around(name) if module in order), default=None, key=order.__getitem__)
+            owner = min((module for module in parents(name) if module in order), default=None, key=order.__getitem__)
             if not key.startswith(PREFIX):
                 self.problems.append(f"tensor {key!r}: expected a name that starts with {PREFIX!r}")
             elif split is not None:
@@ -144,7 +137,7 @@ class Reader:
     def _pass_over(self, key: str, tensor: Tensor, what: str) -> None:
         """Leave out a weight of the base model, which PEFT saves with adapters of embeddings; or say ``what`` it is."""
         parts = key.removeprefix(PREFIX).split(".")
-        same = self.repeats(".".join(part for part in parts if part != "base_layer"), tensor)
+        same = self.target.repeats(".".join(part for part in parts if part != "base_layer"), tensor)
         if same is None and "base_layer" in parts:
             self.unsure.append(key)
         elif not same and "base_layer" in parts:
@@ -164,7 +157,8 @@ class Reader:
         if path in self.outline.names or self._attention_of(path) is not None:
             return path
         # a name that the model does not know at all is reported by whoever can say what it may have meant
-        return None if path in self.bases or "base_layer" in path.split(".") else path
+        known = path in self.outline.parameters or self.target.base(path) is not None
+        return None if known or "base_layer" in path.split(".") else path
 
     def _attention_of(self, name: str) -> str | None:
         """The attention module that an adapter belongs to; None if it is another layer's."""
@@ -173,9 +167,9 @@ class Reader:
 
     def _layer(self, name: str, found: dict[str, Tensor]) -> SavedLayer | None:
         """The adapter of one layer or parameter with tensors in our shapes."""
-        base = self.bases.get(name)
+        base = self.target.base(name)
         stack = base.shape[0] if base is not None and name in self.parameters and len(base.shape) == 3 else 1
-        layer = self._checked(name, found, stack=stack)
+        layer = self._checked(name, found, stack=stack, there=base is not None)
         if layer is None or base is None:
             return layer  # the reader of the file reports modules that are not there or cannot be adapted
         layer.base = base
@@ -201,7 +195,7 @@ class Reader:
         if sum("rows" in base.facts for base in parts.values()) != 3:
             self.problems.append(f"{module!r}: PEFT adapts attention only where q, k and v have one weight together")
             return {}
-        layers = {name: self.bases.get(name) for name in self.outline.modules if name in found}
+        layers = {name: self.target.base(name) for name in self.outline.modules if name in found}
         kinds = {name: "" if base is None else base.kind for name, base in layers.items()}
         if fan_in_fan_out(kinds, bool(self.config.get("fan_in_fan_out"))).get(module):
             self.problems.append(
@@ -214,7 +208,9 @@ class Reader:
             return {}
         return attention_from_peft(module, parts, whole, last.tensors, self.problems)
 
-    def _checked(self, name: str, found: dict[str, Tensor], *, prefix: str = "", stack: int = 1) -> SavedLayer | None:
+    def _checked(
+        self, name: str, found: dict[str, Tensor], *, prefix: str = "", stack: int = 1, there: bool = True
+    ) -> SavedLayer | None:
         """The tensors of one adapter with what the config says of it, still without a base."""
         settings = settings_of(name, self.config)
         wanted = ("lora_A", "lora_B", "lora_magnitude")[: 3 if settings["variant"] == "dora" else 2]
@@ -230,7 +226,6 @@ class Reader:
             self.problems.append(f"{name!r}: {' and '.join(shapes)}, expected two dimensions or more")
             return None
         r = found["lora_A"].shape[0] / stack
-        there = name in self.attentions or self.bases.get(name) is not None
         if there and settings["r"] != r:
             self.problems.append(f"{name!r}: rank {r:g} in the file, {settings['r']} in the config")
             return None
@@ -246,8 +241,7 @@ class Reader:
         """Warn of output projections that were trained with twice their update."""
         names = [name for name, layer in parts.items() if "rows" not in layer.base.facts]
         if names and self.config.get("peft_version"):
-            warnings.warn(
+            warn_user(
                 f"the file says W + s B A of {', '.join(map(repr, names))}, which is what is loaded, but {DOUBLED}; if "
-                "it was trained there, double their lora_B to compute the same",
-                stacklevel=2,
+                "it was trained there, double their lora_B to compute the same"
             )

@@ -13,15 +13,14 @@ from typing import Any
 from torch import Tensor
 
 from lora_plus.files.rename import Renaming
+from lora_plus.files.target import Outline, Target
 from lora_plus.layers.base import BaseLayer
-from lora_plus.text import join
+from lora_plus.text import join, parents
 
-from .names import PREFIX, Outline, around, split_key
-
-Bases = Mapping[str, BaseLayer | None]
+from .names import PREFIX, split_key
 
 
-def without_left_out(tensors: dict[str, Tensor], config: Any, rename: Renaming) -> tuple[dict[str, Tensor], Any]:
+def without_left_out(tensors: Mapping[str, Tensor], config: Any, rename: Renaming) -> tuple[Mapping[str, Tensor], Any]:
     """A folder's tensors and config without the modules that the user leaves out."""
     modules = {key: _module(key) for key in tensors} if rename.given else {}
     left_out = {module for module in modules.values() if rename(module) is None}
@@ -30,7 +29,7 @@ def without_left_out(tensors: dict[str, Tensor], config: Any, rename: Renaming) 
 
     def stays(module: str) -> bool:
         named = [
-            inner for inner in modules.values() if any(outer.endswith(module) for outer in (inner, *around(inner)))
+            inner for inner in modules.values() if any(outer.endswith(module) for outer in (inner, *parents(inner)))
         ]
         return not named or not left_out.issuperset(named)
 
@@ -46,46 +45,76 @@ def without_left_out(tensors: dict[str, Tensor], config: Any, rename: Renaming) 
     return {key: tensor for key, tensor in tensors.items() if modules[key] not in left_out}, {**config, **kept}
 
 
-def in_file_names(
-    tensors: Mapping[str, Tensor], bases: Bases, outline: Outline, rename: Renaming
-) -> tuple[Bases, Outline]:
-    """What PEFT's format leaves to a model, under the names that the file has for it.
+class FolderTarget(Target):
+    """A target as a folder calls its parts, or as it implies them.
+
+    Args:
+        target: what the adapter belongs to.
+        outline: its parts, under the names of the folder.
+        base: from such a name to the base layer.
+    """
+
+    def __init__(self, target: Target, outline: Outline, base: Callable[[str], BaseLayer | None]) -> None:
+        super().__init__(target.rename)
+        self._target, self._outline, self._base = target, outline, base
+
+    def outline(self, child: str = "") -> Outline:
+        return self._outline
+
+    def base(self, name: str) -> BaseLayer | None:
+        return self._base(name)
+
+    def repeats(self, name: str, tensor: Tensor) -> bool | None:
+        return self._target.repeats(name, tensor)
+
+    def ties(self) -> list[list[str]]:
+        return self._target.ties()
+
+
+def in_file_names(target: Target, outline: Outline, tensors: Mapping[str, Tensor]) -> FolderTarget:
+    """A target under the names that a folder has for its parts.
 
     A module that the file does not name takes that of the nearest one around it which the file names.
 
     Args:
+        target: what the adapter belongs to.
+        outline: its parts.
         tensors: the tensors of the folder.
-        bases: every module and place of the model with its base layer.
-        outline: the names of the model's parts.
-        rename: the user's map from the names in the file to the model's.
     """
     named: dict[str, str] = {}
     for module in dict.fromkeys(map(_module, tensors)):
-        for old in (module, *around(module)):
-            new = rename(old)
+        for old in (module, *parents(module)):
+            new = target.rename(old)
             if new is not None:
                 named.setdefault(new, old)
 
     def in_file(name: str) -> str | None:
-        outer = next((path for path in (name, *around(name), "") if path in named), None)
+        outer = next((path for path in (name, *parents(name), "") if path in named), None)
         return None if outer is None else join(named[outer], name[len(outer) :].lstrip("."))
-
-    def moved(base: BaseLayer | None) -> BaseLayer | None:
-        if base is None or "parameter" not in base.facts:
-            return base
-        owner, _, parameter = base.facts["parameter"].rpartition(".")
-        return replace(base, facts={**base.facts, "parameter": join(in_file(owner) or owner, parameter)})
 
     def each(names: Iterable[str]) -> dict[str, str]:
         return {old: name for name in names if (old := in_file(name)) is not None}
 
-    return {old: moved(bases[name]) for old, name in each(bases).items()}, Outline(
+    modules = each(outline.names)
+
+    def base(name: str) -> BaseLayer | None:
+        owner, _, last = name.rpartition(".")
+        new = modules.get(name, join(modules[owner], last) if owner in modules else None)
+        found = None if new is None else target.base(new)
+        if found is None or "parameter" not in found.facts:
+            return found
+        owner, _, parameter = found.facts["parameter"].rpartition(".")
+        return replace(found, facts={**found.facts, "parameter": join(in_file(owner) or owner, parameter)})
+
+    inner = Outline(
         {old: outline.modules[name] for old, name in each(outline.modules).items()},
-        dict.fromkeys(each(outline.names)),
+        dict.fromkeys(modules),
         each(outline.containers).keys(),
         each(outline.uncalled).keys(),
         each(outline.transposed).keys(),
+        {old: list(each(outline.readers[name])) for old, name in each(outline.readers).items()},
     )
+    return FolderTarget(target, inner, base)
 
 
 def _module(key: str) -> str:

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from lora_plus.errors import Problems
-from lora_plus.files.load import save_adapter
-from lora_plus.files.read import base_problem
+from lora_plus.files.checks import base_problem
 from lora_plus.files.regular import PathLike, stated
+from lora_plus.files.save import FormatName, save_adapter
 from lora_plus.files.streaming import DTYPES as STORED
 from lora_plus.layers.base import BaseLayer
 from lora_plus.layers.kinds import DTYPES, kinds_by_name
@@ -40,7 +40,7 @@ def extract_checkpoint(
     targets: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] = (),
     kinds: Mapping[str, str] | None = None,
-    format: str | None = None,
+    format: FormatName | None = None,
     metadata: Mapping[str, str] | None = None,
     progress: Progress | None = None,
 ) -> CombineReport:

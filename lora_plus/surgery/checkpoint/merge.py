@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lora_plus.errors import Problems
 from lora_plus.files.atomic import flush, is_free
-from lora_plus.files.read import is_finite
+from lora_plus.files.checks import is_finite
 from lora_plus.files.regular import PathLike, stated
 from lora_plus.files.rename import Names
 from lora_plus.files.streaming import DTYPES as STORED

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from lora_plus.files.read import base_problem, is_finite, read_adapter, shape_problems, value_problems
+from lora_plus.files.checks import base_problem, is_finite, shape_problems, value_problems
+from lora_plus.files.read import described
 from lora_plus.files.rename import Names, Renaming
 from lora_plus.files.saved_adapter import SavedLayer
 from lora_plus.files.streaming import DTYPES as STORED
@@ -22,8 +23,9 @@ from lora_plus.tensors.variant import VARIANTS, AdapterSpec, only_adds
 from lora_plus.text import join, near_misses
 
 from .folder import Checkpoint
-from .shapes import Shape
 from .target import CheckpointTarget
+
+Shape = tuple[int, ...]
 
 
 @dataclass
@@ -77,7 +79,7 @@ class Plan:
     def add(self, where: str, adapter: str, path: Path, factor: float) -> None:
         """Enter an adapter, multiplied by a factor; ``where`` comes before its problems."""
         problems: list[str] = []
-        data = read_adapter(path, self.target, problems)
+        data = described(path, self.target, problems)
         rename = str if data.resolved else self.target.rename
         tensors = {
             name: rename(layer.base.facts.get("parameter", join(name, "weight"))) for name, layer in data.layers.items()

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from typing import Any
+from collections.abc import Collection
 
 from torch import Tensor
 
-from lora_plus.files.peft.names import Outline
+from lora_plus.files.peft.shapes import usual_base
 from lora_plus.files.rename import Renaming
 from lora_plus.files.streaming import DTYPES as STORED
+from lora_plus.files.target import Target
 from lora_plus.files.unread_tensors import equal_in_dtype
 from lora_plus.layers.base import BaseLayer
 from lora_plus.layers.kinds import DTYPES
 
 from .folder import Checkpoint
-from .shapes import Shape, surroundings, usual_base
 
 
-class CheckpointTarget:
-    """A checkpoint that an adapter is merged into, as `formats.target.Target` has it.
+class CheckpointTarget(Target):
+    """A checkpoint that an adapter is merged into.
 
     Args:
         checkpoint: the checkpoint.
@@ -27,7 +26,8 @@ class CheckpointTarget:
     """
 
     def __init__(self, checkpoint: Checkpoint, rename: Renaming) -> None:
-        self.rename, self.checkpoint = rename, checkpoint
+        super().__init__(rename)
+        self.checkpoint = checkpoint
         self.shapes = {name: stored.shape for name, stored in checkpoint.tensors.items()}
         self.modules = {name.removesuffix(".weight"): None for name in self.shapes if name.endswith(".weight")}
 
@@ -49,12 +49,6 @@ class CheckpointTarget:
             return None
         return equal_in_dtype(tensor, self.checkpoint.read(new))
 
-    def peft(
-        self, tensors: Mapping[str, Tensor], config: Any, problems: list[str]
-    ) -> tuple[Mapping[str, BaseLayer | None], Outline]:
-        """The base layers of a folder's adapters, and the modules that it names."""
-        return surroundings(tensors, config, self._shape_of, problems)
-
-    def _shape_of(self, name: str) -> Shape | None:
+    def shape(self, name: str) -> tuple[int, ...] | None:
         new = self.rename(name)
         return None if new is None else self.shapes.get(new)

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
-from lora_plus.files.peft.names import OUT_PROJECTION, PREFIX, Outline, around, split_key
+from lora_plus.errors import warn_user
+from lora_plus.files.target import Outline, Target
 from lora_plus.layers import LoRAConv1d, LoRAConv2d, LoRAConv3d, LoRAEmbedding, LoRALinear
 from lora_plus.layers.base import BaseLayer
 from lora_plus.layers.layer import LoRALayer
 from lora_plus.layers.linear import LoRATransposedLinear
 from lora_plus.tensors.matrix import matrix_shape
+from lora_plus.text import parents
+
+from .names import OUT_PROJECTION, PREFIX, split_key
+from .renaming import FolderTarget
 
 Shape = tuple[int, ...]
 
@@ -22,22 +26,22 @@ _CONVOLUTIONS: dict[int, type[LoRALayer]] = {3: LoRAConv1d, 4: LoRAConv2d, 5: Lo
 _INSTEAD = "load the adapter into its model and save it as a .safetensors file, which says all that is needed"
 
 
-def surroundings(
-    tensors: Mapping[str, Tensor], config: Any, shape_of: Callable[[str], Shape | None], problems: list[str]
-) -> tuple[dict[str, BaseLayer | None], Outline]:
-    """The base layers of a PEFT folder's adapters, and the modules that it names, as `formats.peft.read` takes them.
+def implied_target(
+    target: Target, tensors: Mapping[str, Tensor], config: Mapping[str, Any], problems: list[str]
+) -> FolderTarget:
+    """What a PEFT folder says of what it belongs to, where that is no model.
 
     Which way round a matrix is stored shows where it is not square. Square ones follow the config's fan_in_fan_out,
     which is the setting of PEFT's last layer, so the others have to agree with it. Where it says that they are stored
     as (in, out), and no layer called alike shows it, there is a warning: a model with such layers has linear ones too.
 
     Args:
+        target: knows the shapes of its tensors; where it has no names, A and B have to tell.
         tensors: all tensors of the folder.
-        config: its config, parsed and not yet checked.
-        shape_of: the shape of the tensor of this full name in the adapter's model; None if there is none.
+        config: its config, checked.
         problems: what cannot be told is added.
     """
-    config = config if isinstance(config, dict) else {}
+    shape_of = implied_shapes(tensors, config) if target.names() is None else target.shape
     found: dict[str, dict[str, Shape]] = {}
     names: dict[str, None] = {"": None}
     for key, tensor in tensors.items():
@@ -45,7 +49,7 @@ def surroundings(
         split = split_key(name)
         if split is not None:
             found.setdefault(split[0], {})[name.removeprefix(f"{split[0]}.")] = tuple(tensor.shape)
-        inside = [split[0], *around(split[0])] if split is not None else [*around(name)]
+        inside = [split[0], *parents(split[0])] if split is not None else [*parents(name)]
         names |= dict.fromkeys(path for path in inside[::-1] if "base_layer" not in path.split("."))
     if config.get("target_parameters"):
         problems.append(f"how target_parameters are stored cannot be told without the model; {_INSTEAD}")
@@ -69,7 +73,7 @@ def surroundings(
             )
         bases[path] = _of_kind(kinds[0] if len(kinds) == 1 else usual, linear[path])
     _warn_of_squares(fitting, usual)
-    return bases, Outline({}, names, (), (), (), whole=False)
+    return FolderTarget(target, Outline({}, names, whole=False), bases.get)
 
 
 def _warn_of_squares(fitting: Mapping[str, Sequence[type[LoRALayer]]], usual: type[LoRALayer]) -> None:
@@ -79,14 +83,13 @@ def _warn_of_squares(fitting: Mapping[str, Sequence[type[LoRALayer]]], usual: ty
     sure = {path.rpartition(".")[2] for path, kinds in fitting.items() if len(kinds) == 1}
     doubtful = [path for path, kinds in fitting.items() if len(kinds) == 2 and path.rpartition(".")[2] not in sure]
     if doubtful and sure:
-        warnings.warn(
+        warn_user(
             f"the square weights of {', '.join(map(repr, doubtful[:3]))}{' and more' * (len(doubtful) > 3)} are taken "
-            f"as stored (in, out), as fan_in_fan_out says; if they are of nn.Linear layers, {_INSTEAD}",
-            stacklevel=2,
+            f"as stored (in, out), as fan_in_fan_out says; if they are of nn.Linear layers, {_INSTEAD}"
         )
 
 
-def implied_shapes(tensors: Mapping[str, Tensor], config: Any) -> Callable[[str], Shape | None]:
+def implied_shapes(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Callable[[str], Shape | None]:
     """The shapes of the weights that a PEFT folder's adapters belong to, told from A and B alone.
 
     Convolutions and embeddings show in their tensors. What else there is counts as linear, stored as the config's
@@ -94,12 +97,12 @@ def implied_shapes(tensors: Mapping[str, Tensor], config: Any) -> Callable[[str]
 
     Args:
         tensors: all tensors of the folder.
-        config: its config, parsed and not yet checked.
+        config: its config.
 
     Returns:
         The shape of the tensor of this full name; None where there is none, or A and B do not fit each other.
     """
-    transposed = isinstance(config, dict) and bool(config.get("fan_in_fan_out"))
+    transposed = bool(config.get("fan_in_fan_out"))
     parts: dict[str, dict[str, Shape]] = {}
     for key, tensor in tensors.items():
         split = split_key(key.removeprefix(PREFIX))

@@ -1,0 +1,110 @@
+"""Checks of a saved adapter that need no model: settings, shapes, values."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_plus.layers.base import PARAMETER, BaseLayer
+from lora_plus.layers.kinds import DTYPES, kinds_by_name
+from lora_plus.model.parts import PARTS
+from lora_plus.model.settings import LAYOUTS
+from lora_plus.tensors import matrix as functional
+from lora_plus.tensors.variant import adapter_tensor_specs
+from lora_plus.text import join
+
+from .saved_adapter import SavedAdapter, SavedLayer
+from .unread_tensors import read
+
+
+def base_problem(base: BaseLayer) -> str | None:
+    """What is wrong with what a file says of a layer; None if an adapter can belong to such a one."""
+    if base.layout not in _layouts(base.kind):
+        return f"unknown kind of layer {base.kind!r} with layout {base.layout!r}"
+    stored = base.layout.split(" -> ")[0]
+    if len(stored.split()) != len(base.shape) or not all(type(n) is int and n > 0 for n in base.shape):
+        return f"its weight has shape {base.shape}, which is not {stored!r}"
+    if math.prod(base.shape) >= 2**59:  # elements have at most 16 bytes
+        return f"its weight has shape {base.shape}, which no tensor can have"
+    for fact, value in base.facts.items():
+        if not _FACTS[fact](base, value):
+            return f"{fact} is {value!r}, which {base.kind} of shape {base.shape} cannot have"
+    *stack, out_features, _ = functional.matrix_shape(base.layout, base.shape)
+    if "rows" in base.facts and stack:
+        return "it has rows of a stack of matrices"
+    if "rows" in base.facts and base.facts["rows"][1] > out_features:
+        return f"rows {base.facts['rows']} of a weight that has {out_features}"
+    if "parameter" not in base.facts and (base.kind == PARAMETER or "rows" in base.facts):
+        return "it does not say of which parameter it is"
+    return None
+
+
+_FACTS: dict[str, Callable[[BaseLayer, Any], bool]] = {
+    "groups": lambda base, groups: (
+        base.kind.startswith("Conv") and type(groups) is int and groups > 0 and base.shape[0] % groups == 0
+    ),
+    "max_norm": lambda base, norm: base.kind == "Embedding" and type(norm) in (int, float) and 0 <= norm <= 1e308,
+    "parameter": lambda base, name: isinstance(name, str) and (base.kind == PARAMETER or "rows" in base.facts),
+    "rows": lambda base, rows: (
+        isinstance(rows, list) and [type(row) for row in rows] == [int, int] and 0 <= rows[0] < rows[1]
+    ),
+    "of": lambda base, reader: base.kind == PARAMETER and reader in [known.__name__ for known in PARTS],
+}
+"""What a file says of a layer besides, and whether it can be so."""
+
+
+def _layouts(kind: str) -> tuple[str, ...]:
+    """How a layer of this kind can store its weight; empty for a kind that is not known."""
+    if kind == PARAMETER:
+        return (*LAYOUTS, "n d -> d n", "o i j -> o (i j)")  # those of nn.EmbeddingBag and nn.Bilinear too
+    known = kinds_by_name().get(kind)
+    return () if known is None else (known.layout,)
+
+
+def value_problems(name: str, layer: SavedLayer) -> Iterator[str]:
+    """What is wrong with the values of a layer's adapter, which are read."""
+    for part, tensor in layer.tensors.items():
+        layer.tensors[part] = tensor = read(tensor)
+        if tensor.dtype not in DTYPES:
+            yield f"{join(name, part)!r} is {tensor.dtype}, expected one of {DTYPES}"
+        elif not is_finite(tensor):
+            yield f"{join(name, part)!r} has values that are not finite"
+
+
+def shape_problems(layer: SavedLayer) -> list[str]:
+    """What is wrong with the shapes of a layer's adapter, given its base."""
+    base = layer.base
+    *stack, out_features, in_features = functional.matrix_shape(base.layout, base.shape)
+    if "rows" in base.facts:
+        out_features = base.facts["rows"][1] - base.facts["rows"][0]
+    specs, matrix = adapter_tensor_specs(layer.spec.variant), (*stack, out_features, in_features)
+    expected = {part: specs[part].shape(matrix, layer.spec.r) for part in layer.tensors}
+    return [
+        f"{part} has shape {tuple(tensor.shape)}, expected {expected[part]}"
+        for part, tensor in layer.tensors.items()
+        if tuple(tensor.shape) != expected[part]
+    ]
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether all values of a tensor are finite; other dtypes than those of weights are."""
+    if tensor.dtype not in DTYPES or math.isfinite(tensor.sum(dtype=torch.float32)):
+        return True
+    return bool(torch.isfinite(tensor).all())  # a sum of finite numbers can be too large
+
+
+def overlapping_rows(adapter: SavedAdapter) -> Iterator[str]:
+    """Adapters of the same rows of one weight."""
+    blocks: dict[str, list[tuple[int, int, str]]] = {}
+    for name, layer in adapter.layers.items():
+        if "rows" in layer.base.facts:
+            blocks.setdefault(layer.base.facts["parameter"], []).append((*layer.base.facts["rows"], name))
+    for several in map(sorted, blocks.values()):
+        for (_, stop, name), (start, _, other) in itertools.pairwise(several):
+            if start < stop:
+                yield f"{name!r} and {other!r} overlap"

@@ -1,0 +1,132 @@
+"""Where in a model the layers of a saved adapter belong, and whether they fit there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from lora_plus.layers.base import PARAMETER, BaseLayer
+from lora_plus.layers.kinds import DTYPES
+from lora_plus.model.places import Place, overlaps
+from lora_plus.model.settings import LAYOUTS
+from lora_plus.text import join, near_misses
+
+from .checks import base_problem, is_finite, shape_problems, value_problems
+from .saved_adapter import SavedAdapter, SavedLayer
+from .target import ModelTarget
+
+
+def choose_places(data: SavedAdapter, target: ModelTarget, problems: list[str]) -> dict[str, Place]:
+    """The place in the model of each layer of the file; what does not fit is added to the problems."""
+    chosen: dict[str, Place] = {}
+    seen: dict[Any, str] = {}
+    missing: list[str] = []
+    for name, layer in data.layers.items():
+        place = _place(name, layer.base, target)
+        if place is None:
+            missing.append(name)
+            continue
+        chosen[name] = place
+        reason = place.refusal() or place.overlapped()
+        if reason is not None:
+            problems.append(f"{name!r} cannot be adapted: it is {reason}")
+            continue
+        first = seen.setdefault(place.key, name)
+        if first != name:
+            problems.append(f"{name!r} and {first!r} are one module in this model")
+        unfit = place.misfits(layer.spec)
+        misfits = [f"{name!r}: {line}" for line in _misfits(layer, place.base())]
+        # the values of what does not fit the model can be of any size
+        problems += [*(misfits or value_problems(name, layer)), *([f"{name!r}: {unfit}"] if unfit else [])]
+    problems += _missing_modules(missing, target)
+    problems += overlaps({place.key: place for place in chosen.values()}.values())
+    problems += _unlike_blocks(data, chosen)
+    return chosen
+
+
+def _unlike_blocks(data: SavedAdapter, chosen: Mapping[str, Place]) -> Iterator[str]:
+    """Rows of one weight with different dropout, which have one input between them."""
+    first: dict[int, tuple[str, float]] = {}
+    for name, place in chosen.items():
+        own = data.layers[name].spec.dropout
+        other, dropout = first.setdefault(id(place.owner), (name, own))
+        if place.parameter is None and dropout != own:
+            told = f"dropout {dropout} and {own}"
+            yield f"{other!r} and {name!r} are rows of one weight with {told}; write the same for both"
+
+
+def _place(name: str, base: BaseLayer, target: ModelTarget) -> Place | None:
+    """Where in the model a layer of the file belongs."""
+    rows = base.facts.get("rows")
+    owner_name = base.facts.get("parameter", "").rpartition(".")[0]
+    inside = name.startswith(f"{owner_name}.") or not owner_name
+    if base.kind != PARAMETER and rows is not None and inside and owner_name in target.modules:
+        label = name.removeprefix(owner_name).removeprefix(".")
+        owner = target.modules[owner_name]
+        return Place(owner, target.found[id(owner)].name, [(name, owner)], label=label, rows=tuple(rows))
+    place = target.place(name)
+    if place is not None and base.kind == PARAMETER and base.layout in LAYOUTS:
+        return replace(place, layout=base.layout)  # a user may have stated it
+    return place
+
+
+def _missing_modules(names: list[str], target: ModelTarget) -> list[str]:
+    # looking for near misses is slow, and a few of them show what is wrong
+    hints = [near_misses(name, target.modules) for name in names[:3]] + [""] * len(names[3:])
+    return [f"{name!r}: the model has no such module{hint}" for name, hint in zip(names, hints, strict=True)]
+
+
+_BASE_FIELDS = ("kind", "layout", "shape", "facts")
+
+
+def _misfits(layer: SavedLayer, base: BaseLayer) -> list[str]:
+    """How a layer's adapter differs from what this layer of the model needs."""
+    if layer.base != base:
+        pairs = [(field, getattr(layer.base, field), getattr(base, field)) for field in _BASE_FIELDS]
+        return [f"{field} {file!r} in the file, {ours!r} in the model" for field, file, ours in pairs if file != ours]
+    # True and 1.0 equal 1, and are no extents
+    told = layer.base.facts or not all(type(extent) is int for extent in layer.base.shape)
+    wrong = base_problem(layer.base) if told else None
+    return shape_problems(layer) if wrong is None else [wrong]
+
+
+def trained_problems(data: SavedAdapter, target: ModelTarget, places: Mapping[str, Place]) -> list[str]:
+    """How modules trained in full differ from the model's own."""
+    problems: list[str] = []
+    adapted = {id(place.owner): name for name, place in places.items()}
+    seen: dict[int, str] = {}
+    for name, tensors in data.trained.items():
+        if name not in target.modules:
+            problems += _missing_modules([name], target)
+            continue
+        module = target.modules[name]
+        first = seen.setdefault(id(module), name)
+        if first != name:
+            problems.append(f"{name!r} and {first!r} are one module in this model")
+        inside = [adapted[id(child)] for child in module.modules() if id(child) in adapted]
+        if inside:
+            problems.append(f"{name!r} is trained in full, but {inside[0]!r} in it has an adapter")
+            continue
+        wanted: dict[str, Any] = module.state_dict(keep_vars=True)
+        problems += [f"{join(name, part)!r} is missing" for part in wanted if part not in tensors]
+        for part, tensor in tensors.items():
+            reason = _trained_misfit(tensor, wanted[part]) if part in wanted else f"{name!r} has no such tensor"
+            if reason is not None:
+                problems.append(f"{join(name, part)!r}: {reason}")
+    return problems
+
+
+def _trained_misfit(tensor: Tensor, wanted: Tensor) -> str | None:
+    """Why a tensor of a module trained in full cannot take the place of the model's own; None if it can."""
+    if tensor.shape != wanted.shape:
+        return f"shape {tuple(tensor.shape)} in the file, {tuple(wanted.shape)} in the model"
+    if tensor.dtype != wanted.dtype and not (tensor.dtype in DTYPES and wanted.dtype in DTYPES):
+        return f"{tensor.dtype} in the file, {wanted.dtype} in the model"
+    if wanted.is_meta:
+        return "the model has no values for it yet (it is on the meta device); load the base model first"
+    if isinstance(wanted, nn.Parameter) and not is_finite(tensor):
+        return "values that are not finite"
+    return None

@@ -1,0 +1,177 @@
+"""Saves an adapter: describes it as plain data, gives it a format, and writes that whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+from torch import nn
+
+from lora_plus.errors import Problems
+from lora_plus.layers.base import BaseLayer
+from lora_plus.model.adapters import check_adapter
+from lora_plus.model.places import Place, adapted_places
+from lora_plus.model.storage import Shards, shards_of
+from lora_plus.model.train_also import trained_modules
+from lora_plus.model.tree import is_spare_replica, submodule
+from lora_plus.model.unsaved import check_saved
+from lora_plus.text import join
+
+from .atomic import replacing, serialize
+from .checks import is_finite
+from .formats import FORMATS, Contents, Files, Format, Inexpressible, usual_format
+from .regular import PathLike, stated
+from .saved_adapter import SavedAdapter, SavedLayer
+from .target import ModelTarget, SavedTarget, Target
+
+FormatName = Literal["native", "peft", "kohya", "diffusers"]
+"""The formats of the library; other entries of `FORMATS` are known by their names, too."""
+
+
+def save_adapter(
+    model: nn.Module,
+    path: PathLike,
+    *,
+    adapter: str = "default",
+    format: FormatName | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write one adapter, and the modules trained with it, to disk.
+
+    A path that ends in ``.safetensors`` gets the native format, one self-describing file; any other path becomes a
+    folder in PEFT's format, but for one with the ending of a pickle, such as ``.pt``, which is refused. The formats of
+    kohya's sd-scripts and of diffusers are one file too. Both name the parts of a pipeline by the model's children
+    ``unet``, ``transformer``, ``text_encoder`` and ``text_encoder_2``, so put them into an ``nn.ModuleDict``; of a
+    model without them, kohya's file is one for a U-Net, and diffusers' names no part.
+
+    A file appears whole or not at all: an interrupted save leaves the old one, and the next one removes what was left
+    beside it. A save that is killed just when it renames the files of a PEFT folder with other settings leaves a folder
+    without config, which is refused until the next save. The same adapter gives the same bytes. A file that is replaced
+    keeps its permissions, and only regular files are replaced; a link is followed.
+
+    Where the parameters are sharded (``fully_shard``, tensor parallelism, FullyShardedDataParallel, ZeRO-3) every rank
+    must call this. They are gathered, one rank writes, and all return when the files are there, or raise what the
+    writer raises. Of a model in DistributedDataParallel the first rank writes, and the others return at once.
+
+    Parameters that were unfrozen by hand are saved with no adapter: a warning names those that are trainable.
+
+    Args:
+        model: the model that holds the adapter.
+        path: file or folder; missing folders are made.
+        adapter: the adapter's name.
+        format: None to go by the path.
+        metadata: texts to keep with it. PEFT's format has room for ``base_model_name_or_path``, ``revision`` and
+            ``task_type`` only, kohya's and diffusers' for none.
+
+    Raises:
+        KeyError: if the model holds no adapter of this name.
+        ValueError: if the adapter is not finite, or the format cannot express it exactly, or weights under it or what
+            its variant or init holds fixed are trainable. Nothing is written then.
+        OSError: if the disk is full or cannot be written, or at the path is neither a regular file nor nothing, such as
+            a device; it names the path. The old files are as they were.
+    """
+    real, chosen = _destination(path, format)
+    for key, text in (metadata or {}).items():
+        if not isinstance(key, str) or not isinstance(text, str):
+            raise TypeError(f"metadata must map str to str, got {key!r}: {text!r}")
+    check_adapter(model, adapter)
+    check_saved(model, adapter, f"adapter {adapter!r} was not saved")
+    if is_spare_replica(model):
+        return
+    data = describe(model, adapter, metadata)
+
+    def write() -> None:
+        broken = not_finite(data, model)
+        if broken:
+            raise Problems(f"adapter {adapter!r} was not saved", broken)
+        _write(data, real, chosen, ModelTarget(model))
+
+    shards_of(model).on_one_rank(write)
+
+
+def write_adapter(adapter: SavedAdapter, path: PathLike, *, format: FormatName | None = None) -> None:
+    """Write an adapter that is plain data, as `save_adapter` writes one of a model.
+
+    Raises:
+        ValueError: if the format cannot express it exactly; for some formats that cannot be told without the model.
+        OSError: if the disk is full or cannot be written, or at the path is neither a regular file nor nothing.
+    """
+    real, chosen = _destination(path, format)
+    _write(adapter, real, chosen, SavedTarget(adapter))
+
+
+def _destination(path: PathLike, name: str | None) -> tuple[Path, Format]:
+    """Where a path of the user leads, and the format of what is written there."""
+    if name is None and Path(path).suffix in _PICKLES:
+        raise ValueError(
+            f"{str(path)!r} has the name of a pickle, which is not written; end it in '.safetensors' for one file, or "
+            "leave the ending out for a folder in PEFT's format"
+        )
+    real = Path(os.path.realpath(stated(path)))
+    if name is not None and name not in FORMATS:
+        raise ValueError(f"unknown format {name!r}; choose one of {sorted(FORMATS)}, or None to go by the path")
+    return real, usual_format(str(path)) if name is None else FORMATS[name]
+
+
+_PICKLES = {".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth"}
+
+
+def _write(adapter: SavedAdapter, path: Path, format: Format, target: Target) -> None:
+    problems: list[str] = []
+    files = format.write(adapter, target, problems)
+    if problems:
+        raise Inexpressible(f"the adapter cannot be written in {format.title}", problems)
+    write_files(path, files)
+
+
+def write_files(path: Path, files: Files) -> None:
+    """Write the files of an adapter, all of them or none."""
+    with replacing(*(path / name if name else path for name in files)) as temporaries:
+        for temporary, content in zip(temporaries, files.values(), strict=True):
+            if isinstance(content, Contents):
+                serialize(temporary, *content)
+            else:
+                text = json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n"
+                temporary.write_text(text, encoding="utf-8", newline="")
+
+
+def describe(model: nn.Module, adapter: str, metadata: Mapping[str, str] | None = None) -> SavedAdapter:
+    """One adapter of a model as plain data. Sharded tensors are gathered, so every rank must call this."""
+    check_adapter(model, adapter)
+    shards = shards_of(model)
+    layers = {}
+    for place, site in adapted_places(model):
+        if adapter in site.lora_specs:
+            spec, tensors = site.plain(adapter, shards.whole(site.adapter_tensors(adapter)))
+            layers[place.name] = SavedLayer(_base(place, shards), spec, tensors)
+    found = list(trained_modules(model, adapter))
+    if any(record.exchanged for _, _, record in found):
+        raise ValueError("the modules trained in full show their original values; save outside of disabled(model)")
+    inside = {id(child) for _, module, _ in found for child in module.modules() if child is not module}
+    trained = {
+        path: shards.whole(module.state_dict(keep_vars=True)) for path, module, _ in found if id(module) not in inside
+    }
+    return SavedAdapter(layers, trained, dict(metadata or {}))
+
+
+def _base(place: Place, shards: Shards) -> BaseLayer:
+    base = place.base()
+    return replace(base, shape=tuple(shards.shape(place.stored()))) if shards.flat else base
+
+
+def not_finite(data: SavedAdapter, model: nn.Module) -> list[str]:
+    """The adapter's tensors, and the parameters trained with it, that have values that are not finite."""
+    tensors = [
+        (join(name, part), tensor) for name, layer in data.layers.items() for part, tensor in layer.tensors.items()
+    ]
+    tensors += [
+        (join(name, part), trained[part])
+        for name, trained in data.trained.items()
+        for part, _ in submodule(model, name).named_parameters()
+        if part in trained
+    ]
+    return [f"{name!r} has values that are not finite" for name, tensor in tensors if not is_finite(tensor)]
