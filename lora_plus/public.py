@@ -36,10 +36,10 @@ from .surgery.bare_model import bare_model as bare_model
 from .surgery.checkpoint.extract import extract_checkpoint as extract_checkpoint
 from .surgery.checkpoint.merge import CheckpointReport as CheckpointReport
 from .surgery.checkpoint.merge import merge_checkpoint as merge_checkpoint
-from .surgery.combine import CombineReport as CombineReport
 from .surgery.combine import combine_adapters as combine_adapters
-from .surgery.combine import resize_adapter as resize_adapter
+from .surgery.draft import CombineReport as CombineReport
 from .surgery.extract import extract_adapter as extract_adapter
+from .surgery.resize import resize_adapter as resize_adapter
 from .training.candidates import Candidate as Candidate
 from .training.candidates import SweepResult as SweepResult
 from .training.candidates import SweepRow as SweepRow

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 
@@ -42,13 +42,17 @@ def near_misses(wanted: Any, names: Iterable[str]) -> str:
     return f" (did you mean {' or '.join(map(repr, close))}?)" if close else ""
 
 
-_SHOWN = 3
-
-
-def some(names: Sequence[str]) -> str:
+def some(names: Sequence[str], shown: int = 3) -> str:
     """The first of the names, and how many more there are."""
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(map(repr, names[:_SHOWN])) + more
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(map(repr, names[:shown])) + more
+
+
+def median_and_worst(values: Mapping[str, float], form: str, what: str = "") -> str:
+    """``0.1 in the median layer, 0.3 in 'a'``, with numbers in this format and, after the first one, what they are."""
+    worst = max(values, key=values.__getitem__)
+    median = sorted(values.values())[len(values) // 2]
+    return f"{median:{form}}{what} in the median layer, {values[worst]:{form}} in {worst!r}"
 
 
 def parents(name: str) -> Iterator[str]:

@@ -159,7 +159,7 @@ def resize(
     from lora_plus.errors import Problems
     from lora_plus.files.save import save_adapter
     from lora_plus.surgery.bare_model import open_adapters
-    from lora_plus.surgery.combine import resize_adapter
+    from lora_plus.surgery.resize import resize_adapter
 
     check_free(out, force)
     model, metadata = open_adapters({"default": file})

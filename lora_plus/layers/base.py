@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from lora_plus.text import join
+
 
 @dataclass(frozen=True)
 class BaseLayer:
@@ -19,6 +21,16 @@ class BaseLayer:
     facts: dict[str, Any] = field(default_factory=dict)
     """What else decides what the adapter computes: ``groups``, ``max_norm``; for a parameter or a block of rows, the
     full name of the ``parameter`` and the ``rows``; ``of``, the class of the module that reads the parameter itself."""
+
+    @property
+    def rows(self) -> tuple[int, int] | None:
+        """The rows of the matrix view that the adapter is on, the first and the one after the last; None for all."""
+        return tuple(self.facts["rows"]) if "rows" in self.facts else None
+
+    def weight_name(self, name: str) -> str:
+        """The full name of the weight, of a layer of this name."""
+        weight: str = self.facts.get("parameter", join(name, "weight"))
+        return weight
 
 
 PARAMETER = "Parameter"

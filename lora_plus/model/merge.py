@@ -15,7 +15,7 @@ from lora_plus.layers.merged import BoundMerge, Merge, MergeInShards, versions
 from lora_plus.layers.weight import AdaptedWeight
 from lora_plus.tensors.distributed import distributed_like, is_dtensor
 from lora_plus.tensors.merged import merged_weight
-from lora_plus.text import counted, join, printable
+from lora_plus.text import counted, join, median_and_worst, printable
 
 from .adapters import check_adapter
 from .dry_run import left_as_it_was
@@ -40,12 +40,7 @@ class MergeReport:
     def __str__(self) -> str:
         lines = [f"merged {counted(len(self.layers), 'layer')}"]
         if self.lost:
-            worst = max(self.lost, key=self.lost.__getitem__)
-            median = sorted(self.lost.values())[len(self.lost) // 2]
-            lines.append(
-                f"rounding to half precision lost {median:.2%} of the update in the median layer, "
-                f"{self.lost[worst]:.2%} in {worst!r}"
-            )
+            lines.append(f"rounding to half precision lost {median_and_worst(self.lost, '.2%', ' of the update')}")
         lines += [f"{name!r} is no longer tied to {printable(', '.join(others))}" for name, others in self.untied]
         return "\n".join(lines)
 

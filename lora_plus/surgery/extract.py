@@ -1,14 +1,16 @@
-"""The adapter that comes nearest to a fine-tuned model."""
+"""The adapter that comes nearest to a fine-tuned model: the truncated SVD of each weight's change."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from lora_plus.layers.adapter_tensors import check_adapter_name
+from lora_plus.layers.base import BaseLayer
 from lora_plus.layers.quantized import store_of_weight
 from lora_plus.model.inject import attach, check_injectable, check_selection, check_whole
 from lora_plus.model.patterns import select
@@ -18,9 +20,9 @@ from lora_plus.model.tree import adapted_weights, unwrap
 from lora_plus.tensors import matrix as functional
 from lora_plus.tensors.low_rank import truncated
 from lora_plus.tensors.matrix import accumulation_dtype
-from lora_plus.text import join, near_misses
+from lora_plus.text import near_misses
 
-from .combine import CombineReport, Draft, unusable
+from .draft import CombineReport, Draft, unusable
 
 
 def extract_adapter(
@@ -67,12 +69,53 @@ def extract_adapter(
     selected = [(place, rank) for place, rank, _ in select(unwrap(model), config).places]
     places = [place for place, _ in selected]
     check_selection(model, places, ())
-    draft = _extracted(selected, state)
+    draft = Draft("no adapter can be extracted; the model is unchanged")
+    if not extract(draft, _pairs(draft, selected, state), ("this model", "the tuned model")) and not draft.problems:
+        draft.problems.append("the tuned model is equal to this one in all targets")
+    draft.check()
     ignored = list(_differing(places, unwrap(model).state_dict(), state))
     for place in places:
         place.check_adoptable()
-    attach(model, adapter, draft.prepared, (), trainable=trainable)
+    prepared = [(place, layer.spec, layer.tensors) for place in places if (layer := draft.layers[place.name])]
+    attach(model, adapter, prepared, (), trainable=trainable)
     return draft.report(adapter, ignored)
+
+
+class Pair(NamedTuple):
+    """A weight of a base, and what it has become."""
+
+    name: str
+    """The name that its adapter gets."""
+    base: BaseLayer
+    before: Tensor
+    """The matrix view."""
+    after: Tensor
+    r: int
+
+
+@torch.no_grad()
+def extract(draft: Draft, pairs: Iterable[Pair], owners: tuple[str, str]) -> bool:
+    """Draft the adapter of the changes; whether there are any.
+
+    Args:
+        draft: gets the layers and the problems.
+        pairs: the weights, of which one is held at a time.
+        owners: what errors call what has the weights before and after.
+    """
+    changed = False
+    for name, base, before, after, r in pairs:
+        sides = zip(owners, (before, after), strict=True)
+        wrong = [f"{base.weight_name(name)!r} of {owner} {why}" for owner, side in sides if (why := unusable(side))]
+        if wrong:
+            draft.problems += wrong
+            continue
+        dtype = accumulation_dtype(before.dtype, after.dtype)
+        change = after.to(before.device, dtype) - before.to(dtype)
+        changed = changed or bool(change.any())
+        fit = draft.fit(name, partial(truncated, change, r), before.device)
+        if fit is not None:
+            draft.add(name, base, fit, accumulation_dtype(before.dtype))
+    return changed
 
 
 def _tuned_state(tuned: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -89,71 +132,48 @@ def _tuned_state(tuned: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in tuned.items() if isinstance(tensor, Tensor)}
 
 
-def _weight_name(place: Place) -> str:
-    return join(place.owner_name, place.parameter or "weight")
-
-
-@torch.no_grad()
-def _extracted(selected: Sequence[tuple[Place, int]], state: Mapping[str, Tensor]) -> Draft:
-    draft = Draft()
-    differs = False
+def _pairs(draft: Draft, selected: Sequence[tuple[Place, int]], state: Mapping[str, Tensor]) -> Iterator[Pair]:
     for place, r in selected:
-        why = _no_counterpart(place, state)
-        if why is not None:
+        base = place.base()
+        name = base.weight_name(place.name)
+        why = _no_counterpart(name, base, state)
+        if why is None:
+            matrix = functional.to_matrix(state[name], base.layout)
+            yield Pair(place.name, base, place.matrix(), matrix if base.rows is None else matrix[slice(*base.rows)], r)
+        else:
             draft.problems.append(why)
-            continue
-        base, tuned = place.matrix(), _tuned_matrix(place, state)
-        dtype = accumulation_dtype(base.dtype, tuned.dtype)
-        change = tuned.to(base.device, dtype) - base.to(dtype)
-        differs = differs or bool(change.any())
-        fit = draft.fit(place, base.device, truncated, change, r)
-        if fit is not None:
-            draft.add(place, fit, accumulation_dtype(base.dtype))
-    if not draft.problems and not differs:
-        draft.problems.append("the tuned model is equal to this one in all targets")
-    draft.check("no adapter can be extracted; the model is unchanged")
-    return draft
 
 
-def _no_counterpart(place: Place, state: Mapping[str, Tensor]) -> str | None:
+def _no_counterpart(name: str, base: BaseLayer, state: Mapping[str, Tensor]) -> str | None:
     """Why the tuned model has no such weight; None if it has."""
-    name, shape = _weight_name(place), place.base().shape
     tensor = state.get(name)
     if tensor is None:
         return f"{name!r} is not in the tuned model{near_misses(name, state)}"
     if store_of_weight(tensor) is not None or not tensor.is_floating_point():
         return f"{name!r} of the tuned model is {store_of_weight(tensor) or tensor.dtype}, expected plain numbers"
-    if tuple(tensor.shape) != shape:
-        return f"{name!r} has shape {tuple(tensor.shape)} in the tuned model, {shape} here"
-    for owner, numbers in (("the tuned model", tensor), ("this model", place.matrix())):
-        if (why := unusable(numbers)) is not None:
-            return f"{name!r} of {owner} {why}"
+    if tuple(tensor.shape) != base.shape:
+        return f"{name!r} has shape {tuple(tensor.shape)} in the tuned model, {base.shape} here"
     return None
-
-
-def _tuned_matrix(place: Place, state: Mapping[str, Tensor]) -> Tensor:
-    """The matrix view of the tuned weight, or of the rows that the place is."""
-    matrix = functional.to_matrix(state[_weight_name(place)], place.base().layout)
-    return matrix if place.rows is None else matrix[slice(*place.rows)]
 
 
 def _differing(places: Sequence[Place], ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> Iterator[str]:
     """Names of tensors of the tuned model that differ from this one's, or that it lacks, outside of these places."""
-    taken: dict[str, list[Place]] = {}
+    taken: dict[str, list[BaseLayer]] = {}
     for place in places:
-        taken.setdefault(_weight_name(place), []).append(place)
+        base = place.base()
+        taken.setdefault(base.weight_name(place.name), []).append(base)
     for name, tensor in theirs.items():
         here = taken.get(name, [])
-        if any(place.rows is None for place in here):
+        if any(base.rows is None for base in here):
             continue
         mine = ours.get(name)
         if mine is None or mine.shape != tensor.shape or store_of_weight(mine) or store_of_weight(tensor):
             yield name
             continue
         changed = mine != tensor.to(mine.device)
-        if here:
-            changed = functional.to_matrix(changed, here[0].base().layout).clone()
-        for place in here:
-            changed[slice(*place.rows)] = False  # type: ignore[misc]
+        for base in here:
+            changed = functional.to_matrix(changed, base.layout).clone()
+            changed[slice(*base.facts["rows"])] = False
+            changed = functional.from_matrix(changed, base.layout, base.shape)
         if bool(changed.any()):
             yield name

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -201,3 +201,7 @@ class AdapterSpec:
         if not abs(scale) <= torch.finfo(torch.float32).max:
             raise ValueError(f"alpha {self.alpha} and r {self.r} give a scale of {scale:g}, which float32 cannot hold")
         object.__setattr__(self, "scale", scale)
+
+    def at_rank(self, r: int) -> AdapterSpec:
+        """The settings that give an adapter of another rank the same scale."""
+        return replace(self, r=r, alpha=self.scale / SCALINGS[self.scaling](1.0, r))

@@ -108,10 +108,10 @@ def test_everything_else_that_differs_is_named() -> None:
         "adapter 'x': 2 layers, rank 2",
         f"relative error of the update: {median:.2g} in the median layer, {median:.2g} in "
         f"{max(report.errors, key=report.errors.__getitem__)!r}",
-        f"not in it, though they differ: {', '.join(report.ignored)}",
+        f"not in it, though they differ: {', '.join(map(repr, report.ignored))}",
     ]
     many = lora_plus.CombineReport("x", {"a": 1}, {"a": 0.0}, [f"t{i}" for i in range(12)])
-    assert str(many).endswith("t8, t9 and 2 more")
+    assert str(many).endswith("'t8', 't9' and 2 more")
     report = lora_plus.extract_adapter(
         make(), {name: extra[name] for name in ("attn.in_proj_weight", "a.weight")}, targets=["a", "attn.in_proj"], r=2
     )

@@ -7,7 +7,6 @@ A are stacked, and B has a block for each, with zeros elsewhere.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import reduce
@@ -33,12 +32,6 @@ _EMBEDDING = _WEIGHTS | {"lora_A": "lora_embedding_A", "lora_B": "lora_embedding
 
 
 # ---- to PEFT ---------------------------------------------------------------------------------------------------------
-
-
-def at_rank(spec: AdapterSpec, r: int) -> AdapterSpec:
-    """The settings that give an adapter of another rank the same scale."""
-    ratio = r / spec.r
-    return replace(spec, r=r, alpha=spec.alpha * (math.sqrt(ratio) if spec.scaling == "rslora" else ratio))
 
 
 def layer_to_peft(layer: SavedLayer) -> SavedLayer:
@@ -68,7 +61,7 @@ def join_rows(blocks: Sequence[SavedLayer]) -> SavedLayer:
     base, spec = blocks[0].base, _reference(blocks)
     A, B = _joined_factors(blocks, spec.scale)
     whole = BaseLayer(base.kind, base.layout, base.shape, {k: v for k, v in base.facts.items() if k != "rows"})
-    return SavedLayer(whole, at_rank(spec, len(A)), {"lora_A": A, "lora_B": B})
+    return SavedLayer(whole, spec.at_rank(len(A)), {"lora_A": A, "lora_B": B})
 
 
 def _joined_factors(blocks: Sequence[SavedLayer], scale: float) -> tuple[Tensor, Tensor]:
@@ -114,7 +107,7 @@ def attention_to_peft(parts: Sequence[SavedLayer]) -> SavedLayer:
         f"{OUT_PROJECTION[1:]}.lora_B.weight": F.pad(D, (0, r - D.shape[1])),
     }
     base = BaseLayer(ATTENTION, parts[0].base.layout, (3 * width, width))
-    return SavedLayer(base, at_rank(spec, r), tensors)
+    return SavedLayer(base, spec.at_rank(r), tensors)
 
 
 def parameter_to_peft(layer: SavedLayer, transposed: bool) -> SavedLayer:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,12 @@ from lora_plus.layers.base import BaseLayer
 from lora_plus.layers.kinds import DTYPES, kinds_by_name
 from lora_plus.model.inject import attach
 from lora_plus.model.patterns import matcher, near_misses
-from lora_plus.model.places import Place, find_modules, find_places
+from lora_plus.model.places import find_modules, find_places
 from lora_plus.model.settings import as_patterns
 from lora_plus.surgery.bare_tree import bare_tree
-from lora_plus.surgery.combine import CombineReport, Draft, unusable
-from lora_plus.tensors.low_rank import truncated
-from lora_plus.tensors.matrix import accumulation_dtype, to_matrix
+from lora_plus.surgery.draft import CombineReport, Draft
+from lora_plus.surgery.extract import Pair, extract
+from lora_plus.tensors.matrix import to_matrix
 from lora_plus.tensors.variant import AdapterSpec
 from lora_plus.text import join
 
@@ -86,14 +86,19 @@ def extract_checkpoint(
     layers, problems = _selected(ours, theirs, targets, exclude, kinds or {})
     if problems:
         raise Problems(failure, problems)
-    model = bare_tree(layers, {}, repr(str(base)))
-    draft, ignored = _drafted(model, ours, theirs, r, progress)
-    if not draft.problems and not draft.prepared:
+    draft, ignored = Draft(failure), list[str]()
+    extract(draft, _pairs(layers, ours, theirs, r, ignored, progress), ("the base checkpoint", "the tuned checkpoint"))
+    for checkpoint in (ours, theirs):
+        checkpoint.check()
+    if not draft.problems and not draft.layers:
         draft.problems.append(f"it is equal to {str(base)!r} in all targets")
-    draft.check(failure)
-    attach(model, "default", draft.prepared, (), trainable=False)
+    draft.check()
+    model = bare_tree(layers, {}, repr(str(base)))
+    places = {place.name: place for place in find_places(find_modules(model), {})}
+    prepared = [(places[name], layer.spec, layer.tensors) for name, layer in draft.layers.items()]
+    attach(model, "default", prepared, (), trainable=False)
     save_adapter(model, out, format=format, metadata=metadata)
-    return draft.report("default", ignored)
+    return draft.report(ignored=ignored)
 
 
 _KINDS = kinds_by_name()
@@ -164,25 +169,27 @@ def _misfit(name: str, layer: BaseLayer, theirs: Checkpoint) -> str | None:
     return None
 
 
-@torch.no_grad()
-def _drafted(
-    model: nn.Module, ours: Checkpoint, theirs: Checkpoint, r: int, progress: Progress | None
-) -> tuple[Draft, list[str]]:
-    """The factors for the layers of the bare model that differ, and the names of all else that does."""
-    draft, ignored = Draft(), []
-    places = {join(place.name, "weight"): place for place in find_places(find_modules(model), {})}
+def _pairs(
+    layers: Mapping[str, BaseLayer],
+    ours: Checkpoint,
+    theirs: Checkpoint,
+    r: int,
+    ignored: list[str],
+    progress: Progress | None,
+) -> Iterator[Pair]:
+    """The weights of these layers that differ; the names of all else that does are added to ``ignored``."""
+    by_weight = {layer.weight_name(name): name for name, layer in layers.items()}
     names = [*theirs.tensors, *(name for name in ours.tensors if name not in theirs.tensors)]
-    for done, name in enumerate(names, 1):
-        if _differs(name, ours, theirs):
-            if name in places:
-                _fit(draft, places[name], ours.read(name), theirs.read(name), r)
+    for done, tensor in enumerate(names, 1):
+        if _differs(tensor, ours, theirs):
+            if tensor in by_weight:
+                name = by_weight[tensor]
+                before, after = (to_matrix(each.read(tensor), layers[name].layout) for each in (ours, theirs))
+                yield Pair(name, layers[name], before, after, r)
             else:
-                ignored.append(name)
+                ignored.append(tensor)
         if progress is not None:
             progress(done, len(names))
-    for checkpoint in (ours, theirs):
-        checkpoint.check()
-    return draft, ignored
 
 
 def _differs(name: str, ours: Checkpoint, theirs: Checkpoint) -> bool:
@@ -198,15 +205,3 @@ def _differs(name: str, ours: Checkpoint, theirs: Checkpoint) -> bool:
 
 def _bytes(tensor: Tensor) -> Tensor:
     return tensor.reshape(-1).view(torch.uint8)
-
-
-def _fit(draft: Draft, place: Place, base: Tensor, tuned: Tensor, r: int) -> None:
-    for what, tensor in (("base", base), ("tuned", tuned)):
-        if (why := unusable(tensor)) is not None:
-            draft.problems.append(f"{join(place.name, 'weight')!r} of the {what} checkpoint {why}")
-            return
-    dtype = accumulation_dtype(base.dtype, tuned.dtype)
-    change = to_matrix(tuned.to(dtype) - base.to(dtype), place.base().layout)
-    fit = draft.fit(place, base.device, truncated, change, r)
-    if fit is not None:
-        draft.add(place, fit, accumulation_dtype(base.dtype))

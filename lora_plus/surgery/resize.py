@@ -1,0 +1,130 @@
+"""An adapter given another rank."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import nn
+
+from lora_plus.files.save import describe
+from lora_plus.files.saved_adapter import SavedAdapter, SavedLayer
+from lora_plus.layers.layer import LoRALayer
+from lora_plus.model.adapters import check_adapter
+from lora_plus.model.inject import check_injectable, check_whole
+from lora_plus.model.places import adapted_places
+from lora_plus.tensors.low_rank import Factors, truncated_product
+from lora_plus.tensors.matrix import accumulation_dtype
+from lora_plus.tensors.new_adapter import new_tensors
+from lora_plus.tensors.random_state import draws
+from lora_plus.tensors.variant import VARIANTS, AdapterSpec
+
+from .draft import CombineReport, Draft, unusable
+
+
+@draws
+def resize_adapter(
+    model: nn.Module, *, r: int, adapter: str = "default", generator: torch.Generator | None = None
+) -> CombineReport:
+    """Give an adapter another rank, in place: its update stays what it was, or the nearest there is of a lower rank.
+
+    A higher rank keeps the update as it is: A gets rows that are drawn as at the start, B columns of zeros. Scale,
+    scaling rule, ``requires_grad`` and what a variant has besides (DoRA's magnitudes) stay; alpha follows from the
+    scale. A and B become new parameters, so make the optimizer afterwards. An adapter that started from a part of the
+    weight (PiSSA and the like) is taken for the update of rank 2 r that it is, and becomes a plain one.
+
+    Args:
+        model: a model with the adapter; it is changed.
+        r: the new rank, on all of its layers.
+        adapter: the adapter's name.
+        generator: source of the new rows of A; None for torch's global generator.
+
+    Returns:
+        A report: ranks, and what cutting them lost.
+
+    Raises:
+        KeyError: if the model holds no adapter of this name.
+        TypeError, ValueError: if r is not a positive int, the model is merged or disabled, or the adapter's values are
+            not finite or sharded. The model is then as it was.
+    """
+    AdapterSpec(r=r, alpha=1)
+    check_adapter(model, adapter)
+    check_injectable(model, "")  # it gets new parameters, as if an adapter were added
+    check_whole(model, "resizing an adapter")
+    sites = {place.name: (place, site) for place, site in adapted_places(model) if adapter in site.lora_specs}
+    draft = Draft(f"adapter {adapter!r} cannot be resized; it is unchanged")
+    owners = {name: place.owner for name, (place, _) in sites.items()}
+    holes = {name: owner.no_update(owner) for name, owner in owners.items() if isinstance(owner, LoRALayer)}
+    plain = describe(model, adapter)
+    _resize(draft, plain, r, generator, holes)
+    report = draft.report(adapter)
+    for name, (_, site) in sites.items():
+        layer, own = draft.layers[name], site.adapter_tensors(adapter)
+        if layer is not plain.layers[name] or layer.spec.r != site.lora_specs[adapter].r:
+            site.exchange_tensors(
+                adapter, {part: nn.Parameter(layer.tensors[part], own[part].requires_grad) for part in _FACTORS}
+            )
+            site.forget_start(adapter)
+        site.lora_specs[adapter] = layer.spec
+    return report
+
+
+@draws
+def resize_saved(
+    adapter: SavedAdapter, *, r: int, generator: torch.Generator | None = None
+) -> tuple[SavedAdapter, CombineReport]:
+    """A saved adapter at another rank, as `resize_adapter` gives it to one of a model; everything else stays.
+
+    Raises:
+        TypeError, ValueError: if r is not a positive int, or the adapter's values are too large to compute with.
+    """
+    AdapterSpec(r=r, alpha=1)
+    draft = Draft("the adapter cannot be resized")
+    _resize(draft, adapter, r, generator, {})
+    report = draft.report()
+    return replace(adapter, layers=draft.layers), report
+
+
+_FACTORS = ("lora_A", "lora_B")
+
+
+@torch.no_grad()
+def _resize(
+    draft: Draft, adapter: SavedAdapter, r: int, generator: torch.Generator | None, holes: Mapping[str, int | None]
+) -> None:
+    """Draft the adapter at the new rank. ``holes`` are the columns of A that stay zero, by layer."""
+    for name, layer in sorted(adapter.layers.items()):
+        A, B = (layer.tensors[part] for part in _FACTORS)
+        if (why := unusable(A, B) or _tied(layer.spec)) is not None:
+            draft.problems.append(f"{name!r} {why}")
+            continue
+        if r == layer.spec.r:
+            draft.keep(name, layer, 0.0)
+            continue
+        fit: Factors | None = Factors(A, B, 0.0)
+        if r < layer.spec.r:
+            dtype = accumulation_dtype(A.dtype, B.dtype)
+            fit = draft.fit(name, partial(truncated_product, A.to(dtype), B.to(dtype), r), A.device)
+        if fit is not None:
+            draft.keep(name, _grown(layer, fit, r, generator, holes.get(name)), fit.error)
+
+
+def _tied(spec: AdapterSpec) -> str | None:
+    """Why an adapter cannot have another rank; None if it can."""
+    tied = [tensor.name for tensor in VARIANTS[spec.variant].tensors if "r" in tensor.axes]
+    return f"is of the variant {spec.variant!r}, whose {', '.join(tied)} cannot have another rank" if tied else None
+
+
+def _grown(layer: SavedLayer, fit: Factors, r: int, generator: torch.Generator | None, hole: int | None) -> SavedLayer:
+    """The layer with these factors, filled up to rank r with an update of zero."""
+    own, (A, B, _) = layer.tensors, fit
+    missing = r - A.shape[-2]  # also where the rank falls, but not below the full one
+    if missing:
+        weight = A.new_empty(1).expand(*A.shape[:-2], B.shape[-2], A.shape[-1])  # of which only the shape counts
+        fresh = new_tensors(weight, AdapterSpec(r=missing, alpha=1), generator=generator, no_update=hole)
+        A = torch.cat([A, fresh["lora_A"].to(A)], dim=-2)
+        B = torch.cat([B, fresh["lora_B"].to(B)], dim=-1)
+    factors = {"lora_A": A.to(own["lora_A"].dtype).contiguous(), "lora_B": B.to(own["lora_B"].dtype).contiguous()}
+    return SavedLayer(layer.base, layer.spec.at_rank(r), {**own, **factors})
