@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 
@@ -21,11 +21,13 @@ def counted(number: int, what: str) -> str:
     return f"{number:,} {what}{'s' * (number != 1)}"
 
 
-def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """One line a row, each column as wide as its longest cell."""
+def aligned(rows: Sequence[Sequence[str]], right: Collection[int] = ()) -> list[str]:
+    """One line a row, each column as wide as its longest cell; those that are numbered in ``right`` end alike."""
     cells = [[printable(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
+    pads = [str.rjust if column in right else str.ljust for column in range(len(widths))]
+    padded = [[pad(cell, width) for pad, cell, width in zip(pads, row, widths, strict=True)] for row in cells]
+    return ["  ".join(row).rstrip() for row in padded]
 
 
 def join(path: str, name: str) -> str:

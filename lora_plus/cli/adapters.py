@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.table import Table
 
 from lora_plus.text import counted
 
@@ -14,7 +13,7 @@ from .arguments import Force, In, Json, Method, Out, Rank, Seed, To, check_free,
 from .show import emit, readable, size, span, table
 
 if TYPE_CHECKING:
-    from lora_plus.surgery.measures import LayerDifference, LayerFigures
+    from lora_plus.surgery.measures import LayerDifference, LayerMeasures
 
 
 def inspect(
@@ -32,11 +31,11 @@ def inspect(
     """
     from lora_plus.files.save import describe
     from lora_plus.surgery.bare_model import open_adapters
-    from lora_plus.surgery.measures import layer_figures
+    from lora_plus.surgery.measures import measure
 
     model, metadata = open_adapters({"default": file})
     data = describe(model, "default", metadata["default"])
-    figures = [layer_figures(name, layer) for name, layer in data.layers.items()]
+    figures = [measure(name, layer) for name, layer in data.layers.items()]
     count = sum(tensor.numel() for layer in data.layers.values() for tensor in layer.tensors.values())
     trained = {name: sum(tensor.numel() for tensor in found.values()) for name, found in data.trained.items()}
     facts = {"path": file, "format": _format(file), "bytes": size(file), "parameters": count}
@@ -88,10 +87,10 @@ def diff(first: In, second: In, as_json: Json = False) -> None:
     """
     from lora_plus.files.save import describe
     from lora_plus.surgery.bare_model import bare_model
-    from lora_plus.surgery.measures import difference
+    from lora_plus.surgery.measures import diff_saved
 
     a, b = (describe(bare_model(path), "default") for path in (first, second))
-    found = difference(a, b)
+    found = diff_saved(a, b)
     counts = (f"{counted(len(found.layers), 'layer')} in both", f"{len(found.only_a)} only in the first")
     lines = [", ".join((*counts, f"{len(found.only_b)} only in the second"))]
     lines += [f"only in the first: {name or _MODEL}" for name in found.only_a]
@@ -189,14 +188,14 @@ _FIELDS = ("r", "alpha", "scale", "variant", "norm", "largest_share", "effective
 """What the figures of a layer call these."""
 
 
-def _by_layer(figures: list["LayerFigures"]) -> list[str | Table]:
+def _by_layer(figures: list["LayerMeasures"]) -> list[str]:
     rows = [(each.name or _MODEL, each.kind, *(getattr(each, field) for field in _FIELDS)) for each in figures]
     return table(("layer", "kind", *_HEAD), rows)
 
 
-def _by_group(figures: list["LayerFigures"]) -> list[str | Table]:
+def _by_group(figures: list["LayerMeasures"]) -> list[str]:
     """A row for the layers whose names differ in numbers only, with medians of the figures."""
-    groups: dict[tuple[str, str], list[LayerFigures]] = {}
+    groups: dict[tuple[str, str], list[LayerMeasures]] = {}
     for each in figures:
         groups.setdefault((re.sub(r"(?<![^.])\d+(?![^.])", "*", each.name) or _MODEL, each.kind), []).append(each)
     rows = [

@@ -15,9 +15,10 @@ try:
     from .show import reported
     from .usage import Command, Group
 except ModuleNotFoundError as error:
-    if error.name not in ("typer", "rich"):
+    package = (error.name or "").partition(".")[0]
+    if package not in ("typer", "rich"):
         raise
-    missing = f'lora-plus needs {error.name}, which is not installed: pip install "lora-plus[cli]"'
+    missing = f'lora-plus needs {package}, which is not installed: pip install "lora-plus[cli]"'
 else:
     COMMANDS: list[Callable[..., None]] = [
         adapters.inspect,

@@ -13,13 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import typer
-from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
-from rich.text import Text
 
-from lora_plus.text import printable
+from lora_plus.text import aligned, printable
 
 from .usage import UsageError
 
@@ -84,18 +81,14 @@ def reported(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-def emit(as_json: bool, data: Mapping[str, Any], *parts: str | Table) -> None:
-    """Print the data as JSON, or these lines and tables for a reader."""
+def emit(as_json: bool, data: Mapping[str, Any], *lines: str) -> None:
+    """Print the data as JSON, or these lines for a reader."""
     if as_json:
         text = json.dumps(_plain(data), indent=2, allow_nan=False)
         typer.echo(text.replace("\x7f", "\\u007f"))  # the one control character that JSON allows in a text
         return
-    console = Console(highlight=False)
-    for part in parts:
-        if isinstance(part, Table):
-            console.print(part)
-        else:
-            say(part)
+    for line in lines:
+        say(line)
 
 
 def _plain(value: Any) -> Any:
@@ -111,27 +104,14 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str | Table]:
-    """A table in a terminal that is wide enough, and lines with aligned columns elsewhere, which no width cuts."""
-    cells = [[_cell(value) for value in row] for row in rows]
-    lines = [list(head), *cells]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
-    numbers = [all(isinstance(row[column], (int, float, type(None))) for row in rows) for column in range(len(head))]
-    console = Console()
-    if console.is_terminal and sum(widths) + 2 * len(widths) <= console.width:
-        drawn = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-        for title, is_number in zip(head, numbers, strict=True):
-            drawn.add_column(title, justify="right" if is_number else "left", no_wrap=True)
-        for row in cells:
-            drawn.add_row(*map(Text, row))  # not as markup
-        return [drawn]
-    align = [str.rjust if is_number else str.ljust for is_number in numbers]
-    padded = [[pad(cell, width) for pad, cell, width in zip(align, line, widths, strict=True)] for line in lines]
-    return ["  ".join(line).rstrip() for line in padded]
+def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
+    """The lines of a table, numbers to the right; no width cuts them."""
+    numbers = [n for n in range(len(head)) if all(isinstance(row[n], (int, float, type(None))) for row in rows)]
+    return aligned([head, *([_cell(value) for value in row] for row in rows)], numbers)
 
 
 def _cell(value: Any) -> str:
-    return "-" if value is None else f"{value:.4g}" if isinstance(value, float) else printable(value)
+    return "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def span(values: Sequence[Any]) -> Any:

@@ -19,7 +19,7 @@ from lora_plus.text import join
 
 
 @dataclass(frozen=True)
-class LayerFigures:
+class LayerMeasures:
     """The adapter of one layer. Norms are Frobenius norms, over the whole stack if there is one."""
 
     name: str
@@ -42,15 +42,15 @@ class LayerFigures:
     """exp of the entropy of those parts, mean over a stack: r if all are equal, 1 if one is all; None as above."""
 
 
-def layer_figures(name: str, layer: SavedLayer) -> LayerFigures:
-    """The figures of one layer's adapter, computed in float64."""
+def measure(name: str, layer: SavedLayer) -> LayerMeasures:
+    """The measures of one layer's adapter, computed in float64."""
     A, B = layer.tensors["lora_A"], layer.tensors["lora_B"]
     squares = singular_values(A.double(), layer.spec.scale * B.double()).square()
     total = squares.sum(-1, keepdim=True)
     live = (total > 0).flatten()
     shares = (squares / total).reshape(-1, squares.shape[-1])[live]
     ranks = torch.special.entr(shares).sum(-1).exp()
-    return LayerFigures(
+    return LayerMeasures(
         name,
         layer.base.kind,
         layer.base.shape,
@@ -96,7 +96,7 @@ class AdapterDifference:
         return same and known and not (self.only_a or self.only_b or self.trained)
 
 
-def difference(a: SavedAdapter, b: SavedAdapter) -> AdapterDifference:
+def diff_saved(a: SavedAdapter, b: SavedAdapter) -> AdapterDifference:
     """How two adapters differ: in settings, and in the updates themselves, whatever their ranks.
 
     ``s_a B_a A_a - s_b B_b A_b`` is itself a product, of the factors side by side, so its norm takes matrices of

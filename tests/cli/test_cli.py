@@ -460,7 +460,7 @@ def test_warnings_are_one_line_each(tmp_path: Path) -> None:
 def without(absent: str, monkeypatch: pytest.MonkeyPatch) -> Any:
     """The command line as it is where a package is not installed."""
     monkeypatch.setitem(sys.modules, absent, None)  # importing it fails as if it were not installed
-    for name in [name for name in sys.modules if name.startswith("lora_plus.cli")]:
+    for name in [name for name in sys.modules if name.startswith((f"{absent}.", "lora_plus.cli"))]:
         monkeypatch.delitem(sys.modules, name)
     return importlib.import_module("lora_plus.cli.app")
 

@@ -39,7 +39,7 @@ from lora_plus.files.formats import FORMATS
 from lora_plus.files.save import describe
 from lora_plus.files.streaming import DTYPES as STORED
 from lora_plus.surgery.checkpoint.folder import Checkpoint
-from lora_plus.surgery.measures import difference
+from lora_plus.surgery.measures import diff_saved
 from lora_plus.surgery.methods import METHODS
 from lora_plus.text import printable
 
@@ -152,7 +152,7 @@ class Case:
                     assert self.out.is_dir() and all("without the model" in line for line in error.problems), error
                     return
                 if self.command == "convert":
-                    found = difference(
+                    found = diff_saved(
                         *(describe(each, "default") for each in (lora_plus.bare_model(self.adapter), made))
                     )
                     assert found.equal, found
