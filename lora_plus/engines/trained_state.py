@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lora_plus.errors import Problems
-from lora_plus.files.atomic import write_safetensors
+from lora_plus.files.tensor_writer import write_safetensors
 from lora_plus.model.storage import Shards, shards_of
 from lora_plus.model.tree import adapter_sites, named_modules, named_parameters
 from lora_plus.tensors.distributed import fill

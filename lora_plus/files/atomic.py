@@ -12,42 +12,14 @@ import stat
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from safetensors import SafetensorError, TensorSpec, serialize_file
-from torch import Tensor
-
-from .regular import irregular
+from .paths import irregular
 
 if sys.platform != "win32":
     import fcntl
-
-
-def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file atomically, with a header that is the same for the same contents."""
-    with replacing(path) as (temporary,):
-        serialize(temporary, tensors, metadata)
-
-
-def serialize(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file in place; it needs no numpy, and sorted names make the bytes the same each time."""
-    held = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(tensors.items())}
-    specs = {
-        name: TensorSpec(
-            dtype=str(tensor.dtype).removeprefix("torch."), shape=list(tensor.shape), data_ptr=tensor.data_ptr(),
-            data_len=tensor.numel() * tensor.element_size(),
-        )
-        for name, tensor in held.items()
-    }  # fmt: skip
-    try:
-        serialize_file(specs, str(path), dict(metadata))
-    except SafetensorError as error:
-        number = re.search(r"\(os error (\d+)\)", str(error))
-        if number is None:
-            raise OSError(errno.EIO, str(error), str(path)) from error
-        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
 
 
 @contextmanager
@@ -87,7 +59,7 @@ def replacing(*paths: Path) -> Iterator[list[Path]]:
         yield temporaries
         for temporary, mode in zip(temporaries, modes, strict=True):
             flush(temporary)
-            temporary.chmod(stat.S_IMODE(mode))  # safetensors makes its files readable by the owner only
+            temporary.chmod(stat.S_IMODE(mode))
         with _locked(last.parent, wait=True):  # or the files of two runs at the same time could be mixed
             if len(paths) > 1:
                 (folder / _RENAMING).touch()

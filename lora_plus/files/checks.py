@@ -19,7 +19,7 @@ from lora_plus.tensors.variant import adapter_tensor_specs
 from lora_plus.text import join
 
 from .saved_adapter import SavedAdapter, SavedLayer
-from .unread_tensors import read
+from .tensor_file import read
 
 
 def base_problem(base: BaseLayer) -> str | None:

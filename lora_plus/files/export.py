@@ -18,9 +18,9 @@ from lora_plus.model.unsaved import check_saved
 from lora_plus.text import join
 
 from .formats import FORMATS, Inexpressible
+from .paths import stated
 from .portable import portable, rank
 from .programs import READERS, limits, options
-from .regular import stated
 from .save import describe, not_finite, write_files
 from .saved_adapter import SavedAdapter
 from .target import ModelTarget

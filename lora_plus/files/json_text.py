@@ -1,10 +1,16 @@
-"""JSON that others wrote."""
+"""Texts that others wrote, in JSON."""
 
 from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 from typing import Any
+
+from .paths import open_regular, state_of
+
+LONGEST = 100_000_000
+"""Bytes of a text, as safetensors allows a header."""
 
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
@@ -25,3 +31,16 @@ def parsed(text: str) -> Any:
     except RecursionError:
         raise ValueError("it is nested too deep") from None
     return value
+
+
+def read_text(path: Path) -> str:
+    """The text of a regular file.
+
+    Raises:
+        OSError, UnicodeDecodeError: if it cannot be read, or is longer than any that is meant.
+    """
+    with open_regular(path) as file:
+        size = state_of(file.fileno()).size
+        if size > LONGEST:
+            raise OSError(f"{str(path)!r} has {size:,} bytes, expected at most {LONGEST:,}")
+        return file.read(LONGEST).decode("utf-8")

@@ -25,12 +25,12 @@ from lora_plus.tensors.distributed import fill
 from lora_plus.text import join
 
 from .fit import choose_places, trained_problems
+from .paths import PathLike, stated
 from .read import described
-from .regular import PathLike, stated
 from .rename import Names, Renaming, renamed
 from .saved_adapter import SavedAdapter
 from .target import ModelTarget
-from .unread_tensors import read_all
+from .tensor_file import read_all
 
 
 @collector_paused()

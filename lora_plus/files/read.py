@@ -10,11 +10,11 @@ from lora_plus.errors import Problems
 
 from .checks import base_problem, overlapping_rows, shape_problems, value_problems
 from .formats import FORMATS, Contents, Files, Format
-from .json_text import parsed
-from .regular import PathLike, irregular, stated
+from .json_text import parsed, read_text
+from .paths import PathLike, irregular, stated
 from .saved_adapter import SavedAdapter
 from .target import Target
-from .unread_tensors import open_safetensors, read_all, read_text
+from .tensor_file import open_safetensors, read_all
 
 
 def read_adapter(path: PathLike) -> SavedAdapter:

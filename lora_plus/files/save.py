@@ -21,12 +21,13 @@ from lora_plus.model.tree import is_spare_replica, submodule
 from lora_plus.model.unsaved import check_saved
 from lora_plus.text import join
 
-from .atomic import replacing, serialize
+from .atomic import replacing
 from .checks import is_finite
 from .formats import FORMATS, Contents, Files, Format, Inexpressible, usual_format
-from .regular import PathLike, stated
+from .paths import PathLike, stated
 from .saved_adapter import SavedAdapter, SavedLayer
 from .target import ModelTarget, SavedTarget, Target
+from .tensor_writer import write_tensors
 
 FormatName = Literal["native", "peft", "kohya", "diffusers"]
 """The formats of the library; other entries of `FORMATS` are known by their names, too."""
@@ -133,7 +134,7 @@ def write_files(path: Path, files: Files) -> None:
     with replacing(*(path / name if name else path for name in files)) as temporaries:
         for temporary, content in zip(temporaries, files.values(), strict=True):
             if isinstance(content, Contents):
-                serialize(temporary, *content)
+                write_tensors(temporary, *content)
             else:
                 text = json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n"
                 temporary.write_text(text, encoding="utf-8", newline="")

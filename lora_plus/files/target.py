@@ -18,7 +18,7 @@ from lora_plus.text import join, parents
 
 from .rename import Renaming
 from .saved_adapter import SavedAdapter
-from .unread_tensors import equal_in_dtype
+from .tensor_file import equal_in_dtype
 
 
 @dataclass(frozen=True)

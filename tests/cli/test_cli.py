@@ -22,7 +22,7 @@ import lora_plus
 from lora_plus import bare_model, load_adapter, save_adapter
 from lora_plus.cli import app as cli
 from lora_plus.cli import arguments
-from lora_plus.files import atomic as atomic_files
+from lora_plus.files import save as saving
 from lora_plus.files.formats import FORMATS
 from lora_plus.surgery import methods
 
@@ -357,14 +357,14 @@ def test_what_appears_meanwhile_stays(
     tuned, path = save(other, tmp_path / "tuned.safetensors"), tmp_path / out
     inputs = {"combine": [a, a], "extract": [base, tuned]}.get(command, [a])
     options = ["--r", "1"] if command in ("resize", "extract") else []
-    serialize = atomic_files.serialize_file
+    serialize = saving.write_tensors
 
     def serialize_late(*arguments: Any) -> None:
         serialize(*arguments)
         path.write_text("precious")
 
     with monkeypatch.context() as patch:
-        patch.setattr(atomic_files, "serialize_file", serialize_late)
+        patch.setattr(saving, "write_tensors", serialize_late)
         assert f"{str(path)!r} appeared meanwhile" in failed(command, *inputs, path, *options)
     assert path.read_text() == "precious"
     path.unlink()

@@ -37,7 +37,7 @@ from lora_plus.errors import Problems
 from lora_plus.files.checks import is_finite
 from lora_plus.files.formats import FORMATS
 from lora_plus.files.save import describe
-from lora_plus.files.streaming import DTYPES as STORED
+from lora_plus.files.tensor_file import DTYPES as STORED
 from lora_plus.surgery.checkpoint.folder import Checkpoint
 from lora_plus.surgery.measures import diff_saved
 from lora_plus.surgery.methods import METHODS

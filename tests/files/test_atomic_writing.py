@@ -30,8 +30,8 @@ from files_support import (
 from torch import Tensor
 
 import lora_plus
-from lora_plus.files import atomic as atomic_files
-from lora_plus.files import unread_tensors
+from lora_plus.files import save as saving
+from lora_plus.files import tensor_file
 
 
 @pytest.mark.skipif(os.name != "posix", reason="file modes are POSIX")
@@ -177,13 +177,13 @@ def fail(*args: object, **kwargs: object) -> None:
     raise Interrupted
 
 
-def half_written(tensors: object, path: str, metadata: object) -> None:
-    Path(path).write_bytes(b"half a file")
+def half_written(path: Path, tensors: object, metadata: object) -> None:
+    path.write_bytes(b"half a file")
     raise Interrupted
 
 
 INTERRUPTIONS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
-    "while writing tensors": lambda patch: patch.setattr(atomic_files, "serialize_file", half_written),
+    "while writing tensors": lambda patch: patch.setattr(saving, "write_tensors", half_written),
     "before the disk has it": lambda patch: patch.setattr(os, "fsync", fail),
     "at the renaming": lambda patch: patch.setattr(os, "replace", fail),
     "while writing texts": lambda patch: patch.setattr(Path, "write_text", fail),
@@ -319,7 +319,7 @@ def test_what_a_killed_save_took_out_of_the_way_is_put_back_by_the_next_one_that
     lora_plus.save_adapter(new, path)
     monkeypatch.undo()
     assert "adapter_config.json" not in contents(tmp_path / "killed")
-    monkeypatch.setattr(atomic_files, "serialize_file", fail)
+    monkeypatch.setattr(saving, "write_tensors", fail)
     with pytest.raises(Interrupted):
         lora_plus.save_adapter(adapted_net(3, alpha=5), tmp_path / "killed")
     assert contents(tmp_path / "killed") == (before if renames == 1 else contents(tmp_path / "new"))
@@ -401,8 +401,8 @@ def test_a_full_disk_is_an_error_and_keeps_the_old_files(tmp_path: Path) -> None
 
 
 def read_file(path: Path) -> dict[str, Tensor]:
-    unread, _ = unread_tensors.open_safetensors(path, [])
-    return {name: unread_tensors.read(tensor) for name, tensor in unread.items()}
+    unread, _ = tensor_file.open_safetensors(path, [])
+    return {name: tensor_file.read(tensor) for name, tensor in unread.items()}
 
 
 @pytest.mark.parametrize("sizes", [(2, 3), (3, 2)])

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import lora_plus
-from lora_plus.files.unread_tensors import LONGEST_NAME, open_safetensors
+from lora_plus.files.tensor_file import LONGEST_NAME, open_safetensors
 
 ABSURD: dict[str, Any] = {
     "2**63": [2**63, 6], "2**63 - 1 twice": [2**63 - 1, 2**63 - 1], "10**30": [10**30, 6],

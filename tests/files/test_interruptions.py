@@ -24,6 +24,7 @@ from torch import nn
 import lora_plus
 from lora_plus.files import atomic as atomic_files
 from lora_plus.files import read as adapter_files
+from lora_plus.files import save as saving
 
 PROGRAM = Path(__file__).with_name("killed_writing.py")
 needs_posix = pytest.mark.skipif(os.name != "posix", reason="kills with SIGKILL")
@@ -147,7 +148,7 @@ def test_a_read_only_disk_is_named_and_keeps_the_old_files(work: str, small_disk
 @pytest.mark.parametrize("path", ["adapter.safetensors", "adapter"])
 def test_a_save_leaves_others_that_go_on_alone(path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As when every rank saves to the same path."""
-    model, serialize, inner = adapted_net(), atomic_files.serialize_file, []
+    model, serialize, inner = adapted_net(), saving.write_tensors, []
 
     def save_in_between(*arguments: Any) -> None:
         serialize(*arguments)
@@ -155,7 +156,7 @@ def test_a_save_leaves_others_that_go_on_alone(path: str, tmp_path: Path, monkey
             inner.append(len(list(tmp_path.rglob(".*.tmp"))))
             lora_plus.save_adapter(model, tmp_path / path)
 
-    monkeypatch.setattr(atomic_files, "serialize_file", save_in_between)
+    monkeypatch.setattr(saving, "write_tensors", save_in_between)
     lora_plus.save_adapter(model, tmp_path / path)
     assert inner == [1]
     assert not list(tmp_path.rglob(".*"))

@@ -9,14 +9,12 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-import safetensors
 import torch
 import tree
 from torch import nn
 
 import lora_plus
-from lora_plus.files import atomic as atomic_files
-from lora_plus.files import unread_tensors
+from lora_plus.files import tensor_file, tensor_writer
 from lora_plus.files.saved_adapter import most_common
 from lora_plus.layers.adapter_tensors import AdapterTensors, BaseParameters
 from lora_plus.model import tree as module_tree
@@ -94,10 +92,17 @@ def test_a_walk_finds_what_torch_finds_but_the_containers_of_tensors() -> None:
 
 
 def test_the_tensors_of_a_file_are_read_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "a.safetensors"
+    path, starts = tmp_path / "a.safetensors", []
     lora_plus.save_adapter(lora_plus.inject_lora(tree.tree(40), "all-linear", r=1), path)
-    monkeypatch.setattr(safetensors, "safe_open", None)  # which would be asked for each tensor
+    read = tensor_file.TensorFile.read
+
+    def noted(file: tensor_file.TensorFile, name: str) -> torch.Tensor:
+        starts.append(file.tensors[name].start)
+        return read(file, name)
+
+    monkeypatch.setattr(tensor_file.TensorFile, "read", noted)
     lora_plus.load_adapter(tree.tree(40), path)
+    assert len(starts) > 40 and starts == sorted(starts)
 
 
 def test_a_file_is_read_as_safetensors_reads_it(tmp_path: Path) -> None:
@@ -106,11 +111,11 @@ def test_a_file_is_read_as_safetensors_reads_it(tmp_path: Path) -> None:
     dtypes = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.bool)
     tensors = {f"{dtype}": numbers.to(dtype) for dtype in (*dtypes, torch.complex64, torch.float8_e4m3fn)}
     tensors |= {"scalar": torch.tensor(1.5), "empty": torch.empty(0, 3), "byte": torch.ones(1, dtype=torch.uint8)}
-    atomic_files.write_safetensors(path, tensors, {"key": "text"})
+    tensor_writer.write_safetensors(path, tensors, {"key": "text"})
     problems: list[str] = []
-    unread, metadata = unread_tensors.open_safetensors(path, problems)
+    unread, metadata = tensor_file.open_safetensors(path, problems)
     assert metadata == {"key": "text"} and list(unread) == sorted(tensors) and not problems
-    read = {name: unread_tensors.read(tensor) for name, tensor in unread.items()}
+    read = {name: tensor_file.read(tensor) for name, tensor in unread.items()}
     path.write_bytes(bytes(path.stat().st_size))  # what was read is no window on the file
     for name, tensor in tensors.items():
         assert read[name].dtype == tensor.dtype and read[name].shape == tensor.shape

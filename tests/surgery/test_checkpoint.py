@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 import lora_plus
 from lora_plus import merge_checkpoint
-from lora_plus.files import streaming
-from lora_plus.files.streaming import StoredTensor
+from lora_plus.files import tensor_file
+from lora_plus.files.tensor_file import StoredTensor
 from lora_plus.surgery.checkpoint.folder import INDEX, WEIGHTS
 
 Models = dict[str, Tensor]
@@ -229,7 +229,7 @@ def test_many_missing_tensors_are_looked_for_in_a_table(files: Path, monkeypatch
             looked += name == "shape"
             return super().__getattribute__(name)
 
-    monkeypatch.setattr(streaming, "StoredTensor", Counting)
+    monkeypatch.setattr(tensor_file, "StoredTensor", Counting)
     assert refused(base, files / "many-a.safetensors", files / "out.safetensors")
     assert looked < 10 * count
 
@@ -616,13 +616,14 @@ def test_wrong_arguments(options: dict[str, Any], error: type[Exception], messag
         ("base.safetensors", "it is a FIFO, neither a file nor a folder"),
         (f"base/{INDEX}", f"{INDEX} is a FIFO"),
         ("base/model-00002-of-00003.safetensors",
-         "model-00002-of-00003.safetensors is not a whole safetensors file: it is a FIFO"),
+         "model-00002-of-00003.safetensors is not a whole safetensors file: {path!r} is a FIFO, not a regular file"),
     ],
 )  # fmt: skip
 def test_what_is_no_regular_file_is_refused_and_not_waited_for(name: str, line: str, files: Path) -> None:
     (files / name).unlink()
     os.mkfifo(files / name)
-    assert refused(files / Path(name).parts[0], files / "a.safetensors", files / "out.safetensors") == [line]
+    told = [line.format(path=str(files / name))]
+    assert refused(files / Path(name).parts[0], files / "a.safetensors", files / "out.safetensors") == told
 
 
 @pytest.mark.parametrize("single", [True, False])

@@ -10,13 +10,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from torch import Tensor
 
 from lora_plus.errors import Problems
 from lora_plus.files.atomic import flush, flush_folder, publish, workspace
-from lora_plus.files.regular import irregular
-from lora_plus.files.streaming import StoredTensor, TensorFile
+from lora_plus.files.paths import irregular
+from lora_plus.files.tensor_file import StoredTensor, TensorFile
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 _INDEX_ENDING = ".safetensors.index.json"
@@ -48,7 +47,7 @@ class Checkpoint:
         for name in names:
             try:
                 self.files[name] = TensorFile(self.folder / name)
-            except (SafetensorError, OSError) as error:
+            except (ValueError, OSError) as error:
                 problems.append(f"{name} is not a whole safetensors file: {error}")
         self.tensors: dict[str, StoredTensor] = {}
         self.metadata: dict[str, str] = {}
@@ -111,8 +110,8 @@ class Checkpoint:
         return sorted(set(shards))
 
     def read(self, name: str) -> Tensor:
-        """A tensor, as `TensorFile.read` gives it."""
-        return next(file for file in self.files.values() if name in file.tensors).read(name)
+        """A tensor, as `TensorFile.window` gives it."""
+        return next(file for file in self.files.values() if name in file.tensors).window(name)
 
     def check(self) -> None:
         """Raise if a file is not as it was when its header was read, as `TensorFile.check`."""

@@ -18,10 +18,11 @@ from torch import Tensor
 from lora_plus.errors import Problems
 from lora_plus.files.atomic import flush, is_free
 from lora_plus.files.checks import is_finite
-from lora_plus.files.regular import PathLike, stated
+from lora_plus.files.paths import PathLike, stated
 from lora_plus.files.rename import Names
-from lora_plus.files.streaming import DTYPES as STORED
-from lora_plus.files.streaming import StoredTensor, TensorFile, write_stream
+from lora_plus.files.tensor_file import DTYPES as STORED
+from lora_plus.files.tensor_file import StoredTensor, TensorFile
+from lora_plus.files.tensor_writer import write_stream
 from lora_plus.layers.kinds import DTYPES
 from lora_plus.model.merge import MergeReport
 from lora_plus.tensors.merged import as_finite_as, merged_weight
@@ -193,12 +194,12 @@ class _Writer:
         dtype = STORED[tensors[name].dtype]
         if change is None or change.replacement is not None:
             (self.report.copied if change is None else self.report.replaced).append(name)
-            old = file.read(name) if change is None or change.replacement is None else change.replacement
+            old = file.window(name) if change is None or change.replacement is None else change.replacement
             new = old.to(dtype).contiguous()
             if dtype in DTYPES and not is_finite(new) and not as_finite_as(new, old):
                 raise ValueError(f"{name!r} is not finite in {dtype}; {self.nothing}")
             return new
-        old = file.read(name)
+        old = file.window(name)
         try:
             values, lost = merged_weight(old, change.layout, change.summands(old.shape), dtype)
         except ValueError as error:

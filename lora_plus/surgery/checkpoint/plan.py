@@ -12,9 +12,8 @@ from lora_plus.files.checks import base_problem, is_finite, shape_problems, valu
 from lora_plus.files.read import described
 from lora_plus.files.rename import Names, Renaming
 from lora_plus.files.saved_adapter import SavedLayer
-from lora_plus.files.streaming import DTYPES as STORED
-from lora_plus.files.streaming import StoredTensor
-from lora_plus.files.unread_tensors import read, read_all
+from lora_plus.files.tensor_file import DTYPES as STORED
+from lora_plus.files.tensor_file import StoredTensor, read, read_all
 from lora_plus.layers.base import BaseLayer
 from lora_plus.layers.kinds import DTYPES
 from lora_plus.tensors.matrix import joined_rows, matrix_shape

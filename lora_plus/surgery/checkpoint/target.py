@@ -8,9 +8,9 @@ from torch import Tensor
 
 from lora_plus.files.peft.shapes import usual_base
 from lora_plus.files.rename import Renaming
-from lora_plus.files.streaming import DTYPES as STORED
 from lora_plus.files.target import Target
-from lora_plus.files.unread_tensors import equal_in_dtype
+from lora_plus.files.tensor_file import DTYPES as STORED
+from lora_plus.files.tensor_file import equal_in_dtype
 from lora_plus.layers.base import BaseLayer
 from lora_plus.layers.kinds import DTYPES
 

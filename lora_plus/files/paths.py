@@ -5,19 +5,28 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from io import BufferedReader, FileIO
 from pathlib import Path
+from typing import NamedTuple
 
-State = tuple[int, int, int, int]
+
+class State(NamedTuple):
+    """What changes when a file is replaced or written to."""
+
+    device: int
+    number: int
+    size: int
+    changed: int
 
 
 def state_of(file: Path | int) -> State:
-    """What changes when a file is replaced or written to: device, number, size and time of the last change.
+    """The state of a file.
 
     Args:
         file: its path, or a descriptor of it.
     """
     found = os.stat(file)
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+    return State(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
 
 
 def irregular(path: Path) -> str | None:
@@ -43,6 +52,17 @@ _KINDS = {
     stat.S_IFCHR: "a device",
     stat.S_IFBLK: "a device",
 }
+
+
+def open_regular(path: Path) -> BufferedReader:
+    """A file, open to read from.
+
+    Raises:
+        OSError: if it cannot be opened, or is something else, such as a pipe, on which a reader would wait.
+    """
+    if (what := irregular(path)) is not None:
+        raise OSError(f"{str(path)!r} is {what}, not a regular file")
+    return BufferedReader(FileIO(path, "r"), 2**20)
 
 
 PathLike = str | os.PathLike[str]

@@ -1,0 +1,337 @@
+"""Safetensors files to read from: the header at once, and each tensor when somebody needs its values.
+
+So a file is refused for what its header says, whatever size it has. It is eight bytes with the length of the header,
+the header in JSON, and the data of the tensors without gaps
+(https://github.com/huggingface/safetensors/blob/main/README.md#format).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import math
+import mmap
+import weakref
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from io import BufferedReader
+from pathlib import Path
+from typing import Any, TypeGuard
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from .json_text import LONGEST as LONGEST_HEADER
+from .json_text import parsed
+from .paths import open_regular, state_of
+
+_ELEMENTS = {
+    "BOOL": (8, "bool"), "F4": (4, ""), "F6_E2M3": (6, ""), "F6_E3M2": (6, ""), "U8": (8, "uint8"), "I8": (8, "int8"),
+    "F8_E5M2": (8, "float8_e5m2"), "F8_E4M3": (8, "float8_e4m3fn"), "F8_E8M0": (8, "float8_e8m0fnu"),
+    "I16": (16, "int16"), "U16": (16, "uint16"), "F16": (16, "float16"), "BF16": (16, "bfloat16"),
+    "I32": (32, "int32"), "U32": (32, "uint32"), "F32": (32, "float32"), "C64": (64, "complex64"),
+    "F64": (64, "float64"), "I64": (64, "int64"), "U64": (64, "uint64"),
+}  # fmt: skip
+"""What files call a dtype -> bits of an element, and the dtype of torch that holds it as it is stored."""
+
+DTYPES = {name: getattr(torch, held) for name, (_, held) in _ELEMENTS.items() if hasattr(torch, held or "-")}
+"""What files call a dtype -> the dtype of torch."""
+
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+LONGEST_NAME = 1000
+"""Characters that the name of a tensor may have; all that is said of a name costs its length and more."""
+
+_MOST_DIMENSIONS = 64
+"""Of a tensor in torch. The product of more extents could take hours."""
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in a file."""
+
+    dtype: str
+    """As the file calls it."""
+    shape: tuple[int, ...]
+    start: int
+    """Where its first byte is, in the file."""
+    size: int
+    """Its bytes."""
+
+    def element_size(self) -> int:
+        """Bytes of an element; at least 1."""
+        return max(1, self.size // max(1, math.prod(self.shape)))
+
+    def in_dtype(self, dtype: torch.dtype) -> StoredTensor:
+        """The same tensor in another dtype."""
+        return StoredTensor(NAMES[dtype], self.shape, self.start, math.prod(self.shape) * dtype.itemsize)
+
+
+class Changed(OSError):
+    """A file is not the one whose header was read."""
+
+
+class TensorFile:
+    """A safetensors file. What is read is of the file whose header was read, or there is an error.
+
+    Args:
+        path: the file.
+        keep: whether it stays open, so that what takes its place makes no difference. Otherwise it is opened when
+            something is read, because a checkpoint may have more files than a process may have open.
+
+    Raises:
+        OSError: if it cannot be opened, is no regular file, or was written to meanwhile (`Changed`).
+        ValueError: if it is not a whole safetensors file.
+    """
+
+    def __init__(self, path: Path, *, keep: bool = False) -> None:
+        self.path = path
+        raw = open_regular(path)
+        weakref.finalize(self, raw.close)
+        self._state = state_of(raw.fileno())
+        try:
+            self.tensors, self.metadata = _described(raw, self._state.size)
+        except ValueError:
+            self.check()  # of a file that is written to anything can be said
+            raise
+        self.check()
+        self._raw = raw if keep else None
+        if not keep:
+            raw.close()
+
+    def check(self, descriptor: int | None = None) -> None:
+        """Raise if the file at the path, or an open one, is not as it was when its header was read.
+
+        Raises:
+            Changed: it names the file.
+        """
+        if state_of(self.path if descriptor is None else descriptor) != self._state:
+            raise Changed(f"{str(self.path)!r} was replaced or written to while it was read; start again")
+
+    @contextmanager
+    def opened(self) -> Iterator[BufferedReader]:
+        """The file, open to read from."""
+        if self._raw is not None:
+            yield self._raw
+            return
+        with self.path.open("rb") as file:
+            self.check(file.fileno())
+            yield file
+
+    def read(self, name: str) -> Tensor:
+        """A tensor, in memory of its own."""
+        entry = self.tensors[name]
+        try:
+            tensor = torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
+        except RuntimeError:
+            text = f"no memory for a tensor of {entry.size:,} bytes"
+            raise OSError(errno.ENOMEM, text, str(self.path)) from None
+        with self.opened() as file:
+            data = memory_of(tensor)
+            file.seek(entry.start)
+            while data and (count := file.readinto(data)):  # a call need not read all
+                data = data[count:]
+            if data:
+                raise Changed(f"{str(self.path)!r} became shorter while it was read; start again")
+            self.check(file.fileno())
+        return tensor
+
+    def window(self, name: str) -> Tensor:
+        """A tensor whose memory is a window on the file; writing to it leaves the file alone.
+
+        What is written to the file later shows in it, so `check` when it has been used. Each tensor has a window of its
+        own, because pages of the file count as memory until their window is closed.
+        """
+        entry = self.tensors[name]
+        dtype = DTYPES[entry.dtype]
+        if not entry.size:
+            return torch.empty(entry.shape, dtype=dtype)
+        first = entry.start - entry.start % mmap.ALLOCATIONGRANULARITY
+        with self.opened() as file:
+            view = mmap.mmap(file.fileno(), entry.start + entry.size - first, access=mmap.ACCESS_COPY, offset=first)
+        count = math.prod(entry.shape)
+        return torch.frombuffer(view, dtype=dtype, offset=entry.start - first, count=count).reshape(entry.shape)
+
+
+def memory_of(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous tensor on the CPU, which must live as long."""
+    size = tensor.numel() * tensor.element_size()
+    return memoryview((ctypes.c_char * size).from_address(tensor.data_ptr()) if size else b"").cast("B")
+
+
+# ---- the header ------------------------------------------------------------------------------------------------------
+
+
+def _described(file: BufferedReader, size: int) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+    """The tensors of a file, which fill it without gaps or overlaps, in the order of their data; and its metadata."""
+    length = int.from_bytes(file.read(8), "little")
+    if size < 8 or length > min(size - 8, LONGEST_HEADER):
+        raise ValueError(f"it has {size:,} bytes, and no header of {length:,} bytes fits into it")
+    header = parsed(file.read(length).decode("utf-8"))
+    if not isinstance(header, dict):
+        raise ValueError("its header is no object")
+    metadata: Any = header.pop("__metadata__", None) or {}
+    if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
+        raise ValueError("the metadata of its header is no object of texts")
+    found = [(name, _entry(name, entry, 8 + length)) for name, entry in sorted(header.items())]
+    entries = dict(sorted(found, key=lambda item: (item[1].start, item[1].size)))
+    stop = 8 + length
+    for entry in entries.values():
+        if entry.start != stop:
+            raise ValueError(f"its tensors overlap or leave a gap at byte {stop:,}")
+        stop += entry.size
+    if stop != size:
+        raise ValueError(f"it has {size:,} bytes, and its header says {stop:,}")
+    return entries, metadata
+
+
+def _entry(name: str, entry: Any, start: int) -> StoredTensor:
+    """A tensor of the header, with the place of its data in the file, which begins at ``start``."""
+    dtype, shape, offsets = (entry.get(key) if isinstance(entry, dict) else None for key in _KEYS)
+    if not (
+        isinstance(dtype, str)
+        and dtype in _ELEMENTS
+        and _are_counts(shape)
+        and _are_counts(offsets)
+        and len(offsets) == 2
+    ):
+        raise ValueError(f"its header says of tensor {name!r}: {entry!r}")
+    if len(shape) > _MOST_DIMENSIONS:
+        raise ValueError(f"tensor {name!r} has {len(shape):,} dimensions, expected at most {_MOST_DIMENSIONS}")
+    begin, end = offsets
+    if math.prod(shape) * _ELEMENTS[dtype][0] != 8 * (end - begin):
+        raise ValueError(f"tensor {name!r} has {end - begin:,} bytes, and is {dtype} of shape {shape}")
+    return StoredTensor(dtype, tuple(shape), start + begin, end - begin)
+
+
+_KEYS = ("dtype", "shape", "data_offsets")
+
+
+def _are_counts(values: Any) -> TypeGuard[list[int]]:
+    return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
+
+
+# ---- tensors that are read later -------------------------------------------------------------------------------------
+
+
+class UnreadTensor(Tensor):
+    """A tensor in a file, of which the shape and the dtype are known; whatever else is asked of it reads its values."""
+
+    _file: TensorFile
+    _name: str
+    _entry: StoredTensor
+    _loaded: Tensor | None = None
+
+    @staticmethod
+    def of(file: TensorFile, name: str) -> UnreadTensor:
+        """A tensor of a file that stays open."""
+        tensor: UnreadTensor = Tensor._make_subclass(UnreadTensor, _NOTHING)  # type: ignore[assignment]
+        tensor._file, tensor._name, tensor._entry = file, name, file.tensors[name]
+        return tensor
+
+    @property
+    def shape(self) -> torch.Size:  # type: ignore[override]
+        return torch.Size(self._entry.shape)
+
+    @property
+    def dtype(self) -> torch.dtype:  # type: ignore[override]
+        return DTYPES[self._entry.dtype]
+
+    @property
+    def ndim(self) -> int:  # type: ignore[override]
+        return len(self._entry.shape)
+
+    def __len__(self) -> int:
+        return self._entry.shape[0]
+
+    def numel(self) -> int:
+        return math.prod(self._entry.shape)
+
+    def loaded(self) -> Tensor:
+        """The tensor, in memory of its own."""
+        if self._loaded is None:
+            self._loaded = self._file.read(self._name)
+        return self._loaded
+
+    def position(self) -> tuple[int, int]:
+        """The same order for tensors of one file as that of their data."""
+        return id(self._file), self._entry.start
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # not __torch_dispatch__, for which torch loads sympy
+        return func(*tree_map(read, args), **tree_map(read, kwargs or {}))
+
+
+_NOTHING = torch.empty(0)
+
+
+def read(value: Any) -> Any:
+    """An unread tensor with its values; anything else as it is.
+
+    Raises:
+        OSError: if the file cannot be read, or was written to since its header was read; it names the file.
+    """
+    return value.loaded() if isinstance(value, UnreadTensor) else value
+
+
+def read_all(groups: Iterable[dict[str, Tensor]]) -> None:
+    """Put tensors with their values in the place of unread ones; a file is gone through once, in its order."""
+    unread = [
+        (tensor, tensors, name)
+        for tensors in groups
+        for name, tensor in tensors.items()
+        if isinstance(tensor, UnreadTensor)
+    ]
+    for tensor, tensors, name in sorted(unread, key=lambda item: item[0].position()):
+        tensors[name] = tensor.loaded()
+
+
+def equal_in_dtype(tensor: Tensor, own: Tensor) -> bool:
+    """Whether a tensor, which is read if it has the shape, equals another one in the dtype of that."""
+    return tensor.shape == own.shape and torch.equal(read(tensor).to(own.device, own.dtype), own)
+
+
+def open_safetensors(path: Path, problems: list[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a file, unread, and the metadata of its header.
+
+    Where another process replaces it or writes to it meanwhile, it is opened again. What is read later is of this file
+    too, whatever has taken its place.
+
+    Args:
+        path: the file.
+        problems: tensors that are not read are added.
+
+    Raises:
+        OSError, ValueError: if it is not a whole safetensors file, or changes each time that it is opened.
+    """
+    for _ in range(_TRIES):
+        try:
+            file = TensorFile(path, keep=True)
+            break
+        except Changed:
+            pass
+    else:
+        raise OSError(
+            f"{str(path)!r} was replaced or written to while it was read, {_TRIES} times; read it again later"
+        )
+    wrong = {name: why for name, entry in sorted(file.tensors.items()) if (why := _unfit(name, entry)) is not None}
+    problems += [f"tensor {name[:LONGEST_NAME]!r} {why}" for name, why in wrong.items()]
+    return {name: UnreadTensor.of(file, name) for name in sorted(file.tensors.keys() - wrong.keys())}, file.metadata
+
+
+_TRIES = 10
+"""How often a file is opened that changes meanwhile."""
+
+
+def _unfit(name: str, stored: StoredTensor) -> str | None:
+    """Why a tensor is not read; None if it is."""
+    if len(name) > LONGEST_NAME:
+        return f"has a name of {len(name)} characters, expected at most {LONGEST_NAME}"
+    if stored.dtype not in DTYPES:
+        return f"is stored as {stored.dtype}, which is not read"
+    if math.prod(max(1, extent) for extent in stored.shape) >= 2**59:  # elements have at most 16 bytes
+        return f"has shape {stored.shape}, which no tensor can have"
+    return None
