@@ -139,5 +139,9 @@ def write(adapter: SavedAdapter, target: Target, problems: list[str]) -> Files:
 
 
 FORMATS["diffusers"] = Format(
-    "diffusers' format", "one file, `unet....lora_A.weight` or the older `lora.down.weight`", read, write, recognises
+    "diffusers' format",
+    "one file of diffusers, `unet....lora_A.weight`; the older `lora.down.weight` is read too",
+    read,
+    write,
+    recognises,
 )
