@@ -21,7 +21,6 @@ __all__ = [
     "ExportReport",
     "GaugeReport",
     "GaugeRow",
-    "LoRAConfig",
     "LoRAConv1d",
     "LoRAConv2d",
     "LoRAConv3d",

@@ -31,7 +31,6 @@ from .model.merge import merge_lora as merge_lora
 from .model.merge import merged as merged
 from .model.merge import unmerge_lora as unmerge_lora
 from .model.per_sample import adapter_per_sample as adapter_per_sample
-from .model.settings import LoRAConfig as LoRAConfig
 from .surgery.bare_model import bare_model as bare_model
 from .surgery.checkpoint.extract import extract_checkpoint as extract_checkpoint
 from .surgery.checkpoint.merge import CheckpointReport as CheckpointReport

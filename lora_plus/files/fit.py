@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 
 from lora_plus.layers.base import PARAMETER, BaseLayer
 from lora_plus.layers.kinds import DTYPES
+from lora_plus.model.parameter_places import rows_of_layer
 from lora_plus.model.places import Place, overlaps
 from lora_plus.model.settings import LAYOUTS
 from lora_plus.text import join, near_misses
@@ -30,7 +30,7 @@ def choose_places(data: SavedAdapter, target: ModelTarget, problems: list[str]) 
             missing.append(name)
             continue
         chosen[name] = place
-        reason = place.refusal() or place.overlapped()
+        reason = place.refusal()
         if reason is not None:
             problems.append(f"{name!r} cannot be adapted: it is {reason}")
             continue
@@ -53,7 +53,7 @@ def _unlike_blocks(data: SavedAdapter, chosen: Mapping[str, Place]) -> Iterator[
     for name, place in chosen.items():
         own = data.layers[name].spec.dropout
         other, dropout = first.setdefault(id(place.owner), (name, own))
-        if place.parameter is None and dropout != own:
+        if place.called and dropout != own:
             told = f"dropout {dropout} and {own}"
             yield f"{other!r} and {name!r} are rows of one weight with {told}; write the same for both"
 
@@ -65,11 +65,10 @@ def _place(name: str, base: BaseLayer, target: ModelTarget) -> Place | None:
     inside = name.startswith(f"{owner_name}.") or not owner_name
     if base.kind != PARAMETER and rows is not None and inside and owner_name in target.modules:
         label = name.removeprefix(owner_name).removeprefix(".")
-        owner = target.modules[owner_name]
-        return Place(owner, target.found[id(owner)].name, [(name, owner)], label=label, rows=tuple(rows))
+        return rows_of_layer(target.found[id(target.modules[owner_name])], label, (rows[0], rows[1]))
     place = target.place(name)
     if place is not None and base.kind == PARAMETER and base.layout in LAYOUTS:
-        return replace(place, layout=base.layout)  # a user may have stated it
+        return place.stored_as(base.layout)
     return place
 
 

@@ -12,7 +12,7 @@ from lora_plus.layers.base import BaseLayer
 from lora_plus.layers.kinds import DTYPES
 from lora_plus.layers.parameter import raw_parameters
 from lora_plus.layers.quantized import store_of_weight
-from lora_plus.model.places import Found, Place, find_modules, find_parameters, find_places
+from lora_plus.model.places import NamedModule, Place, find_modules, find_parameters, find_places
 from lora_plus.model.tree import named_parameters, submodule
 from lora_plus.text import join, parents
 
@@ -99,7 +99,7 @@ class ModelTarget(Target):
         self.model = model
 
     @functools.cached_property
-    def found(self) -> dict[int, Found]:
+    def found(self) -> dict[int, NamedModule]:
         """The modules."""
         return find_modules(self.model)
 

@@ -15,7 +15,10 @@ from .layer import LoRALayer, argument_names
 KINDS: dict[type[nn.Module], list[type[LoRALayer]]] = {}
 """Layer class -> the kinds for it and its subclasses. The first one that fits a layer adapts it."""
 
-REFUSALS: list[Callable[[Tensor], str | None]] = []
+REFUSALS: list[Callable[[nn.Module], str | None]] = []
+"""Each says why a layer cannot be adapted, whatever its kind, as a noun phrase; None if it knows of no reason."""
+
+FORMS: list[Callable[[Tensor], str | None]] = []
 """Each says how a weight is stored, such as ``"quantized (torchao)"``, if an update cannot be added to it there."""
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -54,6 +57,9 @@ def kinds_by_name() -> dict[str, type[LoRALayer]]:
 def why_unsupported(module: nn.Module, kind: type[LoRALayer] | None) -> str | None:
     """Why a layer of this kind, or of none, cannot be adapted; None if it can."""
     name, weight = type(module).__name__, getattr(module, "weight", None)
+    for refusal in REFUSALS:
+        if (reason := refusal(module)) is not None:
+            return reason
     if kind is None:
         return name
     stored = None if kind.stored_quantized else why_no_numbers(weight)
@@ -79,7 +85,7 @@ def why_no_numbers(weight: object) -> str | None:
     """How a weight is stored if an update cannot be added to it there; None for plain numbers, or without a weight."""
     if type(weight) is nn.Parameter or not isinstance(weight, Tensor):
         return None
-    return next((stored for refusal in REFUSALS if (stored := refusal(weight)) is not None), None)
+    return next((stored for form in FORMS if (stored := form(weight)) is not None), None)
 
 
 _OWN_NAMES = (set(dir(LoRALayer)) | set(LoRALayer.__annotations__)) - set(dir(nn.Module)) - {"weight"}

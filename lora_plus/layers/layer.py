@@ -16,8 +16,7 @@ from torch import Tensor, nn
 
 from lora_plus.tensors import matrix as functional
 from lora_plus.tensors.distributed import whole, without_values
-from lora_plus.tensors.init import PRINCIPAL, Init
-from lora_plus.tensors.new_adapter import new_tensors
+from lora_plus.tensors.init import Init, Start
 from lora_plus.tensors.random_state import draws
 from lora_plus.tensors.variant import VARIANTS, AdapterSpec
 
@@ -136,7 +135,8 @@ class LoRALayer(AssignedForward, AdaptedWeight):
         super().__init__(*base_args, **base_kwargs)
         check_adapter_name(adapter)
         spec = AdapterSpec(r=r, alpha=alpha, scaling=scaling, variant=variant, dropout=dropout)
-        tensors = self.new_tensors(self, spec, init=init, generator=generator)
+        start = Start(init, generator=generator)
+        tensors = self.new_tensors(self, spec, start)
         self.start()
         self._stand_alone(adapter, spec, tensors)
 
@@ -172,28 +172,19 @@ class LoRALayer(AssignedForward, AdaptedWeight):
             raise TypeError(f"{cls.__name__} cannot adapt a {type(layer).__name__}")
         check_adapter_name(adapter)
         spec = AdapterSpec(r=r, alpha=alpha, scaling=scaling, variant=variant, dropout=dropout)
-        tensors = cls.new_tensors(layer, spec, init=init, dtype=dtype, generator=generator)
+        tensors = cls.new_tensors(layer, spec, Start(init, dtype, generator))
         adopted = cls.adopt(layer)
         adopted._stand_alone(adapter, spec, tensors)
         assert isinstance(adopted, cls)
         return adopted
 
     @classmethod
-    def new_tensors(
-        cls,
-        layer: nn.Module,
-        spec: AdapterSpec,
-        *,
-        init: str | Init = "kaiming",
-        dtype: torch.dtype | None = None,
-        generator: torch.Generator | None = None,
-    ) -> dict[str, Tensor]:
+    def new_tensors(cls, layer: nn.Module, spec: AdapterSpec, start: Start) -> dict[str, Tensor]:
         """The tensors of a new adapter for the layer, by the name of their container; the layer is not touched."""
-        values = needs_values(spec, init)
+        values = start.needs_values(spec)
         matrix = cls.matrix_of(layer, values=values)
         matrix = whole(matrix) if values else without_values(matrix)
-        hole = cls.no_update(layer)
-        return new_tensors(matrix, spec, init=init, dtype=dtype, generator=generator, no_update=hole)
+        return start.tensors(matrix, spec, no_update=cls.no_update(layer))
 
     @classmethod
     def class_for(cls, layer_class: type[nn.Module]) -> type[LoRALayer]:
@@ -238,7 +229,7 @@ class LoRALayer(AssignedForward, AdaptedWeight):
         self, adapter: str = "default", *, init: str | Init = "kaiming", generator: torch.Generator | None = None
     ) -> None:
         """Draw an adapter's tensors anew, in place; `lora_plus.reset_lora_parameters` does it for a whole model."""
-        fresh = self.new_tensors(self, self.lora_specs[adapter], init=init, generator=generator)
+        fresh = self.new_tensors(self, self.lora_specs[adapter], Start(init, generator=generator))
         self.check_refill(adapter, fresh, init)
         self.refill(adapter, fresh)
 
@@ -360,11 +351,6 @@ _STATE = (
     "lora_merge",
     "lora_base_forward",
 )
-
-
-def needs_values(spec: AdapterSpec, init: str | Init) -> bool:
-    """Whether a new adapter depends on the numbers in the weight, and not only on its shape."""
-    return callable(init) or init in PRINCIPAL or VARIANTS[spec.variant].rescales
 
 
 def argument_names(layer_class: type[Any]) -> tuple[str, ...]:

@@ -20,8 +20,9 @@ from .adapter_tensors import BaseParameters
 from .calls import Calls
 from .class_swap import swap_class
 from .fused_kernels import check_not_fused, warn_of_quantization
+from .kinds import REFUSALS
 from .shallow_copy import shallow_copy
-from .weight import AdaptedWeight
+from .weight import AdaptedWeight, Holders
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -261,7 +262,7 @@ def adopt_parameter(owner: nn.Module, name: str, layout: str, label: str, of: st
         parameter = owner._parameters[name]
         assert parameter is not None
         swap_class(owner, lambda swapped: owner_class(swapped, (*holders, name)))
-        container = owner._modules.setdefault(HOLDERS, nn.Module())
+        container = owner._modules.setdefault(HOLDERS, Holders())
         assert container is not None
         base = owner._modules.setdefault(BASE, BaseParameters())
         assert isinstance(base, BaseParameters)
@@ -353,6 +354,13 @@ def _new_owner(layer_class: Any, names: tuple[str, ...]) -> LoRAOwner:
     made = _owner_class(layer_class, names)
     return made.__new__(made)
 
+
+def _why_no_layer(layer: nn.Module) -> str | None:
+    holders = parameter_holders(layer)
+    return f"{type(layer).__name__} whose parameters {sorted(holders)} have adapters" if holders else None
+
+
+REFUSALS.append(_why_no_layer)
 
 _STATED = (name for name in vars(LoRAOwner) if not name.startswith("__"))
 OWN_NAMES = frozenset((HOLDERS, BASE, *_STATED)) - set(dir(nn.Module))

@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from .kinds import REFUSALS, adapts
+from .kinds import FORMS, adapts
 from .linear import LoRALinear
 
 
@@ -99,7 +99,7 @@ def _why_no_numbers(weight: Tensor) -> str | None:
     return None if store is None else f"quantized ({store})"
 
 
-REFUSALS.append(_why_no_numbers)
+FORMS.append(_why_no_numbers)
 
 
 @adapts(nn.Linear)

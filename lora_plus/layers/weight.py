@@ -24,6 +24,10 @@ if TYPE_CHECKING:
 BLOCKS = "lora_blocks"
 
 
+class Holders(nn.Module):
+    """Holds, inside of a module of the model, what has adapters of blocks of rows or of parameters."""
+
+
 class AdaptedWeight(AdapterSite):
     """A module whose ``weight`` has adapters: on the whole matrix, or on blocks of its rows."""
 
@@ -85,7 +89,7 @@ class AdaptedWeight(AdapterSite):
 
     def row_block(self, label: str, start: int, stop: int, total: int) -> RowBlock:
         """The block of these rows out of ``total``, which is made if it is not there."""
-        container = self._modules.setdefault(BLOCKS, nn.Module())
+        container = self._modules.setdefault(BLOCKS, Holders())
         assert container is not None
         block = container._modules.setdefault(label, RowBlock(label, start, stop, total))
         assert isinstance(block, RowBlock) and (block.start, block.stop) == (start, stop)

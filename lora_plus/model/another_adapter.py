@@ -9,14 +9,13 @@ import torch
 from torch import nn
 
 from lora_plus.layers.adapter_tensors import check_adapter_name
-from lora_plus.tensors.init import Init
+from lora_plus.tensors.init import Init, Start
 from lora_plus.tensors.random_state import draws
 
 from .adapters import check_adapter
 from .collector import collector_paused
 from .inject import attach, check_injectable
 from .places import adapted_places
-from .settings import LoRAConfig
 from .storage import shards_of
 
 
@@ -67,7 +66,7 @@ def add_adapter(
     check_adapter(model, like)
     check_injectable(model, adapter)
     check_adapter_name(adapter)
-    LoRAConfig("all-linear", init=init, dtype=dtype)  # which checks these
+    start = Start(init, dtype, generator)
     given = {"r": r, "alpha": alpha, "dropout": dropout, "scaling": scaling, "variant": variant}
     changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     chosen = [
@@ -81,7 +80,7 @@ def add_adapter(
     prepared = []
     with shards_of(model).outlined():
         for place, site, spec in chosen:
-            own = site.lora_A[like].dtype if dtype is None else dtype
-            prepared.append((place, spec, place.new_tensors(spec, init=init, dtype=own, generator=generator)))
+            own = start if dtype is not None else replace(start, dtype=site.lora_A[like].dtype)
+            prepared.append((place, spec, place.new_tensors(spec, own)))
         attach(model, adapter, prepared, ())
     return model

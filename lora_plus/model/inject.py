@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,14 +19,15 @@ from lora_plus.layers.kinds import why_no_numbers
 from lora_plus.layers.layer import LoRALayer
 from lora_plus.layers.parameter import LoRAOwner, restore_owner
 from lora_plus.layers.weight import AdaptedWeight
-from lora_plus.tensors.init import Init
+from lora_plus.tensors.init import Init, Start
 from lora_plus.tensors.random_state import draws
 from lora_plus.tensors.variant import AdapterSpec
 
 from .collector import collector_paused
-from .patterns import select
-from .places import Found, Place
-from .settings import LoRAConfig, Pattern
+from .patterns import Pattern
+from .places import NamedModule, Place
+from .selection import Selection
+from .settings import Targets
 from .storage import shards_of
 from .train_also import mark_trained, trained_modules, unmark_trained
 from .tree import adapted_weights, named_modules, owner_path, wrapper_of
@@ -113,21 +113,20 @@ def inject_lora(
             of range. The model is then as it was.
     """
     check_adapter_name(adapter)
-    config = LoRAConfig(
-        targets=targets, r=r, alpha=alpha, dropout=dropout, exclude=exclude, rank_pattern=rank_pattern,
-        alpha_pattern=alpha_pattern, scaling=scaling, init=init, variant=variant, train_also=train_also, fused=fused,
-        layouts=layouts, dtype=dtype,
+    spec = AdapterSpec(r=r, alpha=alpha, dropout=dropout, scaling=scaling, variant=variant)
+    start = Start(init, dtype, generator)
+    wanted = Targets(
+        spec, targets, exclude=exclude, train_also=train_also, rank_pattern=rank_pattern, alpha_pattern=alpha_pattern,
+        fused=fused, layouts=layouts,
     )  # fmt: skip
     check_injectable(model, adapter)
     with shards_of(model).outlined():
-        selection = select(model, config)
-        check_selection(model, [place for place, _, _ in selection.places], selection.train_also)
-        spec_of = functools.cache(lambda layer_r, layer_alpha: config.spec(r=layer_r, alpha=layer_alpha))
+        selection = Selection(model, wanted)
+        check_selection(model, [place for place, _ in selection.places], selection.train_also)
         prepared = []
-        for place, layer_r, layer_alpha in selection.places:
-            spec = spec_of(layer_r, layer_alpha)
+        for place, own in selection.places:
             place.check_adoptable()
-            prepared.append((place, spec, place.new_tensors(spec, init=init, dtype=dtype, generator=generator)))
+            prepared.append((place, own, place.new_tensors(own, start)))
         attach(model, adapter, prepared, [found.module for found in selection.train_also])
     return model
 
@@ -308,14 +307,14 @@ def check_offloading(model: nn.Module, places: Sequence[Place]) -> None:
             continue
         path = place.owner_name.split(".")
         around = {"", *(".".join(path[:end]) for end in range(1, len(path) + 1))} & assigned
-        if around and (place.parameter is not None or place.owner_name not in around):
+        if around and (not place.called or place.owner_name not in around):
             raise ValueError(
                 f"the weight of {place.name!r} is offloaded: it has values only while {max(around, key=len)!r} runs, "
                 "which does not know of adapters inside; exclude it, or load the model without offloading it"
             )
 
 
-def check_selection(model: nn.Module, places: Sequence[Place], train_also: Sequence[Found]) -> None:
+def check_selection(model: nn.Module, places: Sequence[Place], train_also: Sequence[NamedModule]) -> None:
     """Raise if a layer is inside a module that another adapter trains in full, or a module cannot be so trained."""
     check_offloading(model, places)
     for name, module, record in trained_modules(model):

@@ -13,13 +13,15 @@ from lora_plus.layers.adapter_tensors import check_adapter_name
 from lora_plus.layers.base import BaseLayer
 from lora_plus.layers.quantized import store_of_weight
 from lora_plus.model.inject import attach, check_injectable, check_selection, check_whole
-from lora_plus.model.patterns import select
+from lora_plus.model.patterns import Pattern
 from lora_plus.model.places import Place
-from lora_plus.model.settings import LoRAConfig, Pattern
+from lora_plus.model.selection import Selection
+from lora_plus.model.settings import Targets
 from lora_plus.model.tree import adapted_weights, unwrap
 from lora_plus.tensors import matrix as functional
 from lora_plus.tensors.low_rank import truncated
 from lora_plus.tensors.matrix import accumulation_dtype
+from lora_plus.tensors.variant import AdapterSpec
 from lora_plus.text import near_misses
 
 from .draft import CombineReport, Draft, unusable
@@ -60,13 +62,13 @@ def extract_adapter(
             and as `inject_lora`. The model is then as it was.
     """
     check_adapter_name(adapter)
-    config = LoRAConfig(
-        targets=targets, r=r, alpha=r, exclude=exclude, rank_pattern=rank_pattern, fused=fused, layouts=layouts
+    wanted = Targets(
+        AdapterSpec(r=r, alpha=r), targets, exclude=exclude, rank_pattern=rank_pattern, fused=fused, layouts=layouts
     )
     check_injectable(model, adapter)
     check_whole(model, "extracting an adapter")
     state = _tuned_state(tuned)
-    selected = [(place, rank) for place, rank, _ in select(unwrap(model), config).places]
+    selected = [(place, spec.r) for place, spec in Selection(unwrap(model), wanted).places]
     places = [place for place, _ in selected]
     check_selection(model, places, ())
     draft = Draft("no adapter can be extracted; the model is unchanged")

@@ -15,9 +15,9 @@ from lora_plus.layers.layer import LoRALayer
 from lora_plus.model.adapters import check_adapter
 from lora_plus.model.inject import check_injectable, check_whole
 from lora_plus.model.places import adapted_places
+from lora_plus.tensors.init import Start
 from lora_plus.tensors.low_rank import Factors, truncated_product
 from lora_plus.tensors.matrix import accumulation_dtype
-from lora_plus.tensors.new_adapter import new_tensors
 from lora_plus.tensors.random_state import draws
 from lora_plus.tensors.variant import VARIANTS, AdapterSpec
 
@@ -123,7 +123,7 @@ def _grown(layer: SavedLayer, fit: Factors, r: int, generator: torch.Generator |
     missing = r - A.shape[-2]  # also where the rank falls, but not below the full one
     if missing:
         weight = A.new_empty(1).expand(*A.shape[:-2], B.shape[-2], A.shape[-1])  # of which only the shape counts
-        fresh = new_tensors(weight, AdapterSpec(r=missing, alpha=1), generator=generator, no_update=hole)
+        fresh = Start(generator=generator).tensors(weight, AdapterSpec(r=missing, alpha=1), no_update=hole)
         A = torch.cat([A, fresh["lora_A"].to(A)], dim=-2)
         B = torch.cat([B, fresh["lora_B"].to(B)], dim=-1)
     factors = {"lora_A": A.to(own["lora_A"].dtype).contiguous(), "lora_B": B.to(own["lora_B"].dtype).contiguous()}

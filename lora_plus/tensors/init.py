@@ -13,11 +13,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .matrix import accumulation_dtype
+from .matrix import accumulation_dtype, full_precision
+from .variant import STARTS, VARIANTS, AdapterSpec
 
 Init = Callable[[Tensor, int, "torch.Generator | None"], tuple[Tensor, Tensor]]
 
@@ -120,8 +122,94 @@ Principal = Callable[[Tensor, int, float], tuple[Tensor, Tensor]]
 PRINCIPAL: dict[str, Principal] = {"pissa": pissa, "milora": milora, "olora": olora}
 
 
-def check_init(init: str | Init) -> None:
-    """Raise unless it is the name of an init, or a function."""
-    if callable(init) or (isinstance(init, str) and (init in INITS or init in PRINCIPAL)):
-        return
-    raise ValueError(f"unknown init {init!r}; choose one of {sorted({*INITS, *PRINCIPAL})} or pass a function")
+@dataclass(frozen=True)
+class Start:
+    """How the tensors of a new adapter begin.
+
+    Raises:
+        TypeError, ValueError: naming the setting, its value and what was expected.
+    """
+
+    init: str | Init = "kaiming"
+    """A name in `INITS` or `PRINCIPAL`, or a function of the form of those in `INITS`."""
+    dtype: torch.dtype | None = None
+    """Of the tensors; None for float32, or the weight's own where that is wider."""
+    generator: torch.Generator | None = None
+    """The source of all random numbers; None for torch's global generator."""
+
+    def __post_init__(self) -> None:
+        known = (*INITS, *PRINCIPAL)
+        if not callable(self.init) and not (isinstance(self.init, str) and self.init in known):
+            raise ValueError(f"unknown init {self.init!r}; choose one of {sorted(known)} or pass a function")
+        if self.dtype is not None and not (isinstance(self.dtype, torch.dtype) and self.dtype.is_floating_point):
+            raise TypeError(f"dtype must be a floating-point torch.dtype or None, got {self.dtype!r}")
+
+    def needs_values(self, spec: AdapterSpec) -> bool:
+        """Whether a new adapter depends on the numbers in the weight, and not only on its shape."""
+        return callable(self.init) or self.init in PRINCIPAL or VARIANTS[spec.variant].rescales
+
+    def tensors(self, matrix: Tensor, spec: AdapterSpec, *, no_update: int | None = None) -> dict[str, Tensor]:
+        """The tensors by the name of their container: lora_A, lora_B, the variant's, and what is taken out again.
+
+        Args:
+            matrix: the frozen weight in its matrix view ``(out, in)``, or a ``(stack, out, in)`` with one for each.
+            spec: the adapter's settings.
+            no_update: the column of A that starts at zero, as that of an embedding's padding does.
+        """
+        if matrix.ndim == 2:
+            A, B = self._factors(matrix, spec)
+        else:
+            A, B = map(torch.stack, zip(*(self._factors(each, spec) for each in matrix), strict=True))
+        if "lora_A" in VARIANTS[spec.variant].frozen and not bool(A.any()):
+            raise ValueError(
+                f"variant {spec.variant!r} freezes A, and init {self.init!r} makes it zero: nothing would be learnt"
+            )
+        if no_update is not None:
+            A[..., no_update] = 0
+        from_weight = isinstance(self.init, str) and self.init in PRINCIPAL
+        start = torch.zeros_like(B) if from_weight else B  # with what is taken out again, the update starts at zero
+        tensors = {"lora_A": A, "lora_B": B, **_extra(matrix, A, start, spec)}
+        tensors |= dict(zip(STARTS, (A, B), strict=True)) if from_weight else {}
+        wanted = accumulation_dtype(matrix.dtype) if self.dtype is None else self.dtype
+        copy = callable(self.init) or from_weight
+        return {name: tensor.to(wanted, copy=copy).contiguous() for name, tensor in tensors.items()}
+
+    def _factors(self, matrix: Tensor, spec: AdapterSpec) -> tuple[Tensor, Tensor]:
+        init = self.init
+        if not isinstance(init, str):
+            return _checked(init, matrix, spec.r, self.generator)
+        return INITS[init](matrix, spec.r, self.generator) if init in INITS else _of_weight(matrix, spec, init)
+
+
+def _checked(init: Init, matrix: Tensor, r: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+    """What a function that is not ours returns. It gets a copy: what it does to the weight must not reach the base."""
+    A, B = init(matrix.clone(), r, generator)
+    out_features, in_features = matrix.shape
+    if A.shape != (r, in_features) or B.shape != (out_features, r):
+        raise ValueError(
+            f"init {init!r} returned A {tuple(A.shape)} and B {tuple(B.shape)}; "
+            f"expected {(r, in_features)} and {(out_features, r)}"
+        )
+    if not all(t.is_floating_point() and bool(t.isfinite().all()) for t in (A, B)):
+        raise ValueError(f"init {init!r} returned values that are not finite floating-point numbers")
+    return A, B
+
+
+def _of_weight(matrix: Tensor, spec: AdapterSpec, init: str) -> tuple[Tensor, Tensor]:
+    if matrix.is_meta:
+        raise ValueError(f"init {init!r} starts from the weight, which has no values on the meta device; load it first")
+    if spec.r > min(matrix.shape):
+        raise ValueError(f"init {init!r} takes r={spec.r} directions of a weight that has {min(matrix.shape)}")
+    with full_precision(matrix.device):
+        return PRINCIPAL[init](matrix.to(accumulation_dtype(matrix.dtype)), spec.r, spec.scale)
+
+
+def _extra(matrix: Tensor, A: Tensor, B: Tensor, spec: AdapterSpec) -> dict[str, Tensor]:
+    """The tensors of the variant, which must be those that it states."""
+    variant = VARIANTS[spec.variant]
+    made = variant.extra(matrix, A, B, spec.scale)
+    shapes = {name: tuple(tensor.shape) for name, tensor in made.items()}
+    stated = {tensor.name: tensor.shape(matrix.shape, spec.r) for tensor in variant.tensors}
+    if shapes != stated:
+        raise ValueError(f"variant {spec.variant!r} made the tensors {shapes} besides A and B, and states {stated}")
+    return made

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -183,60 +183,3 @@ def linear_update_each(x: Tensor, A: Tensor, B: Tensor, scales: Tensor) -> Tenso
     h = torch.bmm(rows, A.mT)  # (parts, rows, r)
     h = (h * scales[:, None, None]).to(h.dtype)
     return torch.bmm(h, B).reshape(*x.shape[:-1], B.shape[-1])
-
-
-def embedding_update(
-    index: Tensor,
-    A: Tensor,
-    B: Tensor,
-    scale: float,
-    dropout: float = 0.0,
-    padding_idx: int | None = None,
-    scale_grad_by_freq: bool = False,
-) -> Tensor:
-    """``scale * B A onehot(index)``: integers ``(...)`` to ``(..., dim)``.
-
-    Dropout acts on the input as everywhere, which here is the one-hot vector: a dropped token gets no update.
-    """
-    h = F.embedding(index, A.T, padding_idx, scale_grad_by_freq=scale_grad_by_freq) * scale  # (..., r)
-    if dropout:
-        h = h * F.dropout(h.new_ones(index.shape), dropout).unsqueeze(-1)
-    return F.linear(h, B)
-
-
-def conv_update(
-    x: Tensor,
-    B: Tensor,
-    scale: float,
-    dropout: float,
-    groups: int,
-    convolve: Callable[[Tensor], Tensor],
-    spatial: int,
-) -> Tensor:
-    """The convolution of ``x`` with the kernel that the matrix ``scale * B @ A`` is a view of.
-
-    A is a convolution to r channels in each group; B mixes them, a 1x1 convolution.
-
-    Args:
-        x: ``(batch, channels, ...)`` or without the batch.
-        B: ``(out, r)``, the rows of each group in turn.
-        scale: the factor of the update.
-        dropout: probability that an entry of ``x`` is dropped.
-        groups: the layer's number of groups.
-        convolve: ``x -> (..., groups * r, ...)``, the convolution with A.
-        spatial: the number of dimensions that the kernel has.
-    """
-    if dropout:
-        x = F.dropout(x, dropout)
-    up = B.reshape(*B.shape, *[1] * spatial)  # (out, r, 1, ...)
-    return _POINTWISE[spatial](convolve(x) * scale, up, groups=groups)
-
-
-_POINTWISE: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
-
-
-def clip_norm(rows: Tensor, max_norm: float, norm_type: float) -> Tensor:
-    """Rows ``(..., dim)`` longer than ``max_norm`` scaled down to it, by the formula of ``nn.Embedding``."""
-    norm = torch.linalg.vector_norm(rows, norm_type, dim=-1, keepdim=True)
-    factor = max_norm / (norm.double() + 1e-7)
-    return rows * torch.where(norm > max_norm, factor, 1.0).to(rows.dtype)

@@ -93,8 +93,7 @@ def _top_directions(gradient: Tensor, r: int) -> Tensor:
 
 
 def _matrix(gradient: Tensor, place: Place, site: AdapterSite) -> Tensor:
-    matrix = functional.to_matrix(gradient, place.base().layout)
-    return matrix if place.rows is None else matrix[place.rows[0] : place.rows[1]]
+    return place.part_of(functional.to_matrix(gradient, place.base().layout))
 
 
 def _unsuitable(place: Place, site: AdapterSite, adapter: str) -> str | None:

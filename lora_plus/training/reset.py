@@ -10,7 +10,7 @@ from lora_plus.model.inject import check_uncopied
 from lora_plus.model.places import adapted_places
 from lora_plus.model.storage import shards_of
 from lora_plus.model.tree import adapted_weights
-from lora_plus.tensors.init import Init
+from lora_plus.tensors.init import Init, Start
 from lora_plus.tensors.random_state import draws
 
 
@@ -50,12 +50,13 @@ def reset_lora_parameters(
     for path, weight in adapted_weights(model):
         weight.check_enabled()
         check_unmerged(path, weight, "resetting an adapter")
+    start = Start(init, None, generator)
     shards = shards_of(model)
     prepared = []
     for place, site in adapted_places(model):
         if adapter in site.lora_specs:
             with shards.gathered([place.stored()]):
-                fresh = place.new_tensors(site.lora_specs[adapter], init=init, dtype=None, generator=generator)
+                fresh = place.new_tensors(site.lora_specs[adapter], start)
             site.check_refill(adapter, fresh, init)
             prepared.append((site, fresh))
     for site, fresh in prepared:

@@ -16,8 +16,8 @@ from lora_plus.layers.adapter_tensors import check_adapter_name
 from lora_plus.model.adapters import adapter_names, delete_adapter, rename_adapter, set_adapter
 from lora_plus.model.dry_run import left_as_it_was, repeat_samples
 from lora_plus.model.inject import inject_lora, remove_lora
+from lora_plus.model.patterns import Pattern
 from lora_plus.model.per_sample import adapter_per_sample
-from lora_plus.model.settings import Pattern
 from lora_plus.model.tree import named_modules
 
 from .candidates import Candidate, SweepResult, SweepRow

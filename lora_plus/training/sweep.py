@@ -11,7 +11,7 @@ from torch import nn
 
 from lora_plus.layers.adapter_tensors import check_adapter_name
 from lora_plus.model.inject import remove_lora
-from lora_plus.model.settings import Pattern
+from lora_plus.model.patterns import Pattern
 
 from .candidates import Candidate, SweepResult
 from .side_by_side import Loss, Sweep

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -426,24 +425,6 @@ def test_a_lora_adapter_beside_a_dora_adapter_merges_to_what_it_computes() -> No
         y = model.eval()(TOKENS)
         with lora_plus.merged(model):
             torch.testing.assert_close(model(TOKENS), y, rtol=1e-12, atol=1e-12)
-
-
-def test_a_config_writes_and_reads_itself_and_is_the_arguments_of_inject() -> None:
-    config = lora_plus.LoRAConfig(
-        ["q", re.compile("blocks.1.v")], r=4, alpha=2.5, rank_pattern={re.compile(".*0.q"): 2}, dtype=torch.bfloat16
-    )
-    again = lora_plus.LoRAConfig.from_dict(json.loads(json.dumps(config.to_dict())))
-    assert again == config
-    model = inject_lora(Net(), **vars(config))
-    assert [(row.name, row.r) for row in lora_summary(model).rows] == [
-        ("blocks.0.q", 2), ("blocks.1.q", 4), ("blocks.1.v", 4),
-    ]  # fmt: skip
-    with pytest.raises(ValueError, match=r"targets has <class .*Linear'>, which cannot be written"):
-        lora_plus.LoRAConfig(nn.Linear).to_dict()
-    with pytest.raises(ValueError, match=r"unknown config fields \['rank'\]"):
-        lora_plus.LoRAConfig.from_dict({"targets": ["q"], "rank": 3})
-    with pytest.raises(ValueError, match="no 'targets'"):
-        lora_plus.LoRAConfig.from_dict({"r": 3})
 
 
 def test_reset_draws_anew_in_place() -> None:

@@ -17,15 +17,14 @@ from lora_plus.files.tensor_file import DTYPES as STORED
 from lora_plus.layers.base import BaseLayer
 from lora_plus.layers.kinds import DTYPES, kinds_by_name
 from lora_plus.model.inject import attach
-from lora_plus.model.patterns import matcher, near_misses
+from lora_plus.model.patterns import as_patterns, matcher
 from lora_plus.model.places import find_modules, find_places
-from lora_plus.model.settings import as_patterns
 from lora_plus.surgery.bare_tree import bare_tree
 from lora_plus.surgery.draft import CombineReport, Draft
 from lora_plus.surgery.extract import Pair, extract
 from lora_plus.tensors.matrix import to_matrix
 from lora_plus.tensors.variant import AdapterSpec
-from lora_plus.text import join
+from lora_plus.text import join, near_misses
 
 from .folder import Checkpoint
 from .merge import Progress

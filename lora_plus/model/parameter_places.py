@@ -1,0 +1,264 @@
+"""Places that are no layers: parameters that somebody else reads, and blocks of rows of a weight."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from lora_plus.layers.adapter import AdapterSite, RowBlock
+from lora_plus.layers.base import PARAMETER, BaseLayer
+from lora_plus.layers.kinds import DTYPES, why_no_numbers
+from lora_plus.layers.layer import LoRALayer
+from lora_plus.layers.parameter import (
+    OWN_NAMES,
+    LoRAOwner,
+    LoRAParameter,
+    adopt_parameter,
+    owner_class,
+    parameter_holders,
+    raw_parameters,
+)
+from lora_plus.layers.weight import AdaptedWeight
+from lora_plus.tensors.distributed import whole, without_values
+from lora_plus.tensors.matrix import matrix_shape, to_matrix
+from lora_plus.tensors.variant import VARIANTS, AdapterSpec, only_adds
+from lora_plus.text import join
+
+from .parts import PARTS, Part, parts_of
+from .places import PLACE_FINDERS, LayerPlace, Layouts, NamedModule, Place, Rows, described, rows_overlap
+
+Names = Sequence[tuple[str, nn.Module]]
+
+
+@dataclass
+class ParameterPlace(Place):
+    """A parameter that is adapted on its own, because no layer that computes with it is called."""
+
+    owner: nn.Module
+    owner_name: str
+    names: Names
+    part: Part
+    aliases: Sequence[tuple[str, nn.Module]] = ()
+    of: str | None = None
+
+    called = False
+
+    @property
+    def weight_name(self) -> str:  # type: ignore[override]
+        return self.part.parameter
+
+    @property
+    def key(self) -> tuple[int, str]:  # type: ignore[override]
+        return id(self.owner), self.part.parameter
+
+    @property
+    def weight_key(self) -> tuple[int, str]:  # type: ignore[override]
+        return self.key
+
+    @property
+    def linear(self) -> bool:  # type: ignore[override]
+        return self.part.linear
+
+    def refusal(self) -> str | None:
+        if self.part.refusal is not None:
+            return self.part.refusal
+        owner, name, layout = self.owner, self.part.parameter, self.part.layout
+        what, kind = f"parameter {name!r}", type(owner).__name__
+        parameter = raw_parameters(owner).get(name)
+        if parameter is None:
+            return f"{what} that is not held but computed; remove the parametrization first"
+        if isinstance(owner, LoRALayer):
+            return f"{what} of a layer that has adapters itself"
+        if isinstance(owner, (nn.Sequential, nn.ModuleList, nn.ModuleDict, torch.jit.ScriptModule)):
+            return f"{what} of a {kind}, which can take in no module that holds adapters"
+        if not isinstance(owner, LoRAOwner) and (taken := OWN_NAMES.intersection(dir(owner))):
+            return f"{what} of a {kind} that has attributes of ours already: {sorted(taken)}"
+        there = parameter_holders(owner).get(name)
+        if there is not None and there.layout != layout:
+            return f"{what} that has adapters with the layout {there.layout!r}, not {layout!r}"
+        if (stored := why_no_numbers(parameter)) is not None:
+            return f"{what} that is {stored}"
+        if isinstance(parameter, nn.UninitializedParameter):
+            return f"{what} that is not initialised; run a forward pass first"
+        if parameter.dtype not in DTYPES:
+            return f"{what} of {parameter.dtype}, expected one of {DTYPES}"
+        if parameter.ndim not in (2, 3) or not parameter.numel():
+            return f"{what} of shape {tuple(parameter.shape)}, expected two or three dimensions, none of them 0"
+        if parameter.ndim != len(layout.split(" -> ")[0].split()):
+            return f"{what} of shape {tuple(parameter.shape)}, which is not {layout.split(' -> ')[0]!r}"
+        if "parametrizations" in owner._modules and name.startswith("original"):
+            return f"{what} of a parametrization"
+        return None
+
+    def misfits(self, spec: AdapterSpec) -> str | None:
+        if spec.dropout:
+            return f"dropout {spec.dropout} has no input to act on where only a weight is read; use 0, or exclude it"
+        return None
+
+    def adapted(self) -> AdaptedWeight | None:
+        return parameter_holders(self.owner).get(self.part.parameter)
+
+    def stored(self) -> Tensor:
+        return raw_parameters(self.owner)[self.part.parameter]
+
+    def matrix(self, *, values: bool = True) -> Tensor:
+        matrix = to_matrix(self.stored().detach(), self.part.layout)
+        return whole(matrix) if values else without_values(matrix)
+
+    def check_adoptable(self) -> None:
+        owner_class(type(self.owner), tuple(dict.fromkeys((*parameter_holders(self.owner), self.part.parameter))))
+
+    def adopt(self) -> AdaptedWeight:
+        return adopt_parameter(self.owner, self.part.parameter, self.part.layout, self.part.label, self.of)
+
+    def base(self) -> BaseLayer:
+        facts = {"parameter": self.weight_path} | ({} if self.of is None else {"of": self.of})
+        return BaseLayer(PARAMETER, self.part.layout, tuple(self.stored().shape), facts)
+
+    def stored_as(self, layout: str) -> ParameterPlace:
+        return replace(self, part=replace(self.part, layout=layout))
+
+
+class RowsPlace(Place):
+    """A block of rows of a weight: one of several projections that are computed together.
+
+    Args:
+        whole: the place of the weight.
+        rows: which rows.
+        label: the name of the block in the weight's owner.
+        names: as of any place.
+        aliases: further names.
+    """
+
+    def __init__(self, whole: Place, rows: Rows, label: str, names: Names, aliases: Names = ()) -> None:
+        self.whole, self.rows, self.label, self.names, self.aliases = whole, rows, label, names, aliases
+        self.owner, self.owner_name, self.weight_name = whole.owner, whole.owner_name, whole.weight_name
+        self.key, self.weight_key = (whole.key, rows), whole.key
+        self.of, self.called, self.linear = whole.of, whole.called, whole.linear
+
+    def refusal(self) -> str | None:
+        return self.whole.refusal()
+
+    def misfits(self, spec: AdapterSpec) -> str | None:
+        misfit = self.whole.misfits(spec)
+        if misfit is None and VARIANTS[spec.variant].rescales:
+            misfit = f"variant {spec.variant!r} rescales whole weights and cannot act on some rows of one; exclude it"
+        if misfit is None and not only_adds(spec.variant):
+            misfit = f"variant {spec.variant!r} is no plain sum and cannot act on some rows of a weight; exclude it"
+        return misfit
+
+    def overlapped(self) -> str | None:
+        weight = self.adapted()
+        if weight is None:
+            return None
+        for block in weight.row_blocks():
+            rows, same_label = (block.start, block.stop), self.label == block.lora_label
+            if not (same_label and self.rows == rows) and (same_label or rows_overlap(self.rows, rows)):
+                return described(block)
+        return "its whole weight has adapters" if weight.lora_specs else None
+
+    def adapted(self) -> AdaptedWeight | None:
+        return self.whole.adapted()
+
+    def stored(self) -> Tensor:
+        return self.whole.stored()
+
+    def matrix(self, *, values: bool = True) -> Tensor:
+        return self.part_of(self.whole.matrix(values=values))
+
+    def part_of(self, matrix: Tensor) -> Tensor:
+        assert self.rows is not None
+        return matrix[self.rows[0] : self.rows[1]]
+
+    def no_update(self) -> int | None:
+        return self.whole.no_update()
+
+    def check_adoptable(self) -> None:
+        self.whole.check_adoptable()
+
+    def adopt(self) -> RowBlock:
+        assert self.rows is not None
+        base = self.whole.base()
+        total = matrix_shape(base.layout, base.shape)[0]
+        weight: AdaptedWeight = self.whole.adopt()
+        return weight.row_block(self.label, *self.rows, total)
+
+    def base(self) -> BaseLayer:
+        base = self.whole.base()
+        return replace(base, facts=base.facts | {"parameter": self.weight_path, "rows": list(self.rows or ())})
+
+    def stored_as(self, layout: str) -> RowsPlace:
+        assert self.rows is not None
+        return RowsPlace(self.whole.stored_as(layout), self.rows, self.label, self.names, self.aliases)
+
+
+# ---- finding them ----------------------------------------------------------------------------------------------------
+
+
+class _Finder:
+    """Finds the parts of modules that read their weights themselves, and blocks of rows of fused layers."""
+
+    def described(self) -> str:
+        parts = ", ".join(module.__name__ for module in PARTS)
+        return f"the weights of {parts}, and parameters of two or three dimensions"
+
+    def instead(self, entry: NamedModule, fused: Mapping[str, Rows]) -> list[Place]:
+        places: list[Place] = []
+        for part in parts_of(entry.module):
+            owner = entry.module._modules.get(part.child) if part.child else entry.module
+            if owner is not None:
+                places.append(_part_place(entry, part, owner))
+        for label, rows in fused.items():
+            places.append(rows_of_layer(entry, label, rows))
+        return places
+
+    def parameters(self, entry: NamedModule, layouts: Layouts) -> list[Place]:
+        there = parameter_holders(entry.module)
+        places: list[Place] = []
+        for parameter, value in raw_parameters(entry.module).items():
+            names = [(join(name, parameter), entry.module) for name in entry.names]
+            layout = next((layout for each in names if (layout := layouts(*each)) is not None), None)
+            if layout is None:
+                layout = there[parameter].layout if parameter in there else _usual_layout(entry.module, value)
+            places.append(ParameterPlace(entry.module, entry.name, names, Part(parameter, parameter, layout=layout)))
+        return places
+
+    def adapted(self, site: AdapterSite, weight: AdaptedWeight, owner: nn.Module, owner_name: str) -> Place | None:
+        place: Place = LayerPlace(owner, [owner_name])
+        if isinstance(weight, LoRAParameter):
+            part = Part(weight.weight_name, weight.lora_label, layout=weight.layout)
+            place = ParameterPlace(owner, owner_name, [(join(owner_name, part.label), owner)], part, of=weight.of)
+        if not isinstance(site, RowBlock):
+            return place
+        label = site.lora_label
+        return RowsPlace(place, (site.start, site.stop), label, [(join(owner_name, label), owner)])
+
+
+PLACE_FINDERS.append(_Finder())
+
+
+def rows_of_layer(entry: NamedModule, label: str, rows: Rows) -> RowsPlace:
+    """A block of rows of a layer, which has the layer's own names for further ones."""
+    layer = LayerPlace(entry.module, entry.names)
+    names = [(join(name, label), entry.module) for name in entry.names]
+    return RowsPlace(layer, rows, label, names, layer.names)
+
+
+def _part_place(entry: NamedModule, part: Part, owner: nn.Module) -> Place:
+    own_name = join(part.child, part.label)
+    names = [(join(name, own_name), owner) for name in entry.names]
+    inner = (*part.aliases, join(part.child, part.parameter), "")
+    aliases = [(join(name, alias), entry.module) for name in entry.names for alias in inner]
+    of = next(parent.__name__ for parent in type(entry.module).__mro__ if parent in PARTS)
+    own = part if part.rows is None else replace(part, label=part.parameter)
+    place = ParameterPlace(owner, join(entry.name, part.child), names, own, aliases, of)
+    return place if part.rows is None else RowsPlace(place, part.rows, part.label, names, aliases)
+
+
+def _usual_layout(owner: nn.Module, parameter: Tensor) -> str:
+    # transformers marks experts that are stored as (stack, in, out)
+    stack = "e i o -> e o i" if getattr(owner, "is_transposed", False) else "e o i -> e o i"
+    return stack if parameter.ndim == 3 else "o i -> o i"
