@@ -110,7 +110,7 @@ class LoRAQuantizedLinear(LoRALinear):
 
     @classmethod
     def fits(cls, module: nn.Module) -> bool:
-        return isinstance(module, nn.Linear) and _store_of(module) is not None
+        return type(getattr(module, "weight", None)) is not nn.Parameter and _store_of(module) is not None
 
     @classmethod
     def unfit(cls, layer: nn.Module) -> str | None:

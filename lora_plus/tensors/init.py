@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -22,6 +23,9 @@ from .matrix import accumulation_dtype, full_precision
 from .variant import STARTS, VARIANTS, AdapterSpec
 
 Init = Callable[[Tensor, int, "torch.Generator | None"], tuple[Tensor, Tensor]]
+
+InitName = Literal["kaiming", "gaussian", "orthogonal", "kaiming_B", "pissa", "milora", "olora"]
+"""The names in `INITS` and `PRINCIPAL`, for signatures."""
 
 
 def uniform(shape: tuple[int, ...], bound: float, like: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -171,8 +175,7 @@ class Start:
         tensors = {"lora_A": A, "lora_B": B, **_extra(matrix, A, start, spec)}
         tensors |= dict(zip(STARTS, (A, B), strict=True)) if from_weight else {}
         wanted = accumulation_dtype(matrix.dtype) if self.dtype is None else self.dtype
-        copy = callable(self.init) or from_weight
-        return {name: tensor.to(wanted, copy=copy).contiguous() for name, tensor in tensors.items()}
+        return {name: tensor.to(wanted, copy=from_weight).contiguous() for name, tensor in tensors.items()}
 
     def _factors(self, matrix: Tensor, spec: AdapterSpec) -> tuple[Tensor, Tensor]:
         init = self.init
@@ -182,8 +185,8 @@ class Start:
 
 
 def _checked(init: Init, matrix: Tensor, r: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
-    """What a function that is not ours returns. It gets a copy: what it does to the weight must not reach the base."""
-    A, B = init(matrix.clone(), r, generator)
+    """What a function that is not ours returns: neither the base nor its own tensors are shared with it."""
+    A, B = (factor.clone() for factor in init(matrix.clone(), r, generator))
     out_features, in_features = matrix.shape
     if A.shape != (r, in_features) or B.shape != (out_features, r):
         raise ValueError(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,10 +23,12 @@ from parameter_cases import (
     tensors,
 )
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.utils import _pytree as pytree
 
 import lora_plus
 from lora_plus.layers.weight import AdaptedWeight
+from lora_plus.model import parts
 from lora_plus.model.tree import adapter_sites
 
 pytestmark = [
@@ -240,3 +244,33 @@ def test_a_padding_row_of_a_bag_gets_no_gradient() -> None:
 def test_a_forward_that_is_called_without_hooks_has_the_adapters(case: ParameterCase) -> None:
     model, (args, kwargs) = case.adapted().eval(), case.input()
     assert same_bits(tensors(model.part.forward(*args, **kwargs)), case.run(model))
+
+
+def test_a_user_s_own_module_that_reads_its_weight_is_one_entry(tmp_path: Path) -> None:
+    class Mixer(nn.Module):
+        """Reads one weight for two projections."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.both = nn.Parameter(torch.randn(8, 3, dtype=torch.float64))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return functional.linear(x, self.both).chunk(2, -1)[0]
+
+    parts.PARTS[Mixer] = lambda module: [
+        parts.Part("both", name, rows=rows, linear=True) for name, rows in (("left", (0, 4)), ("right", (4, 8)))
+    ]
+    try:
+        model, x = nn.Sequential(Mixer()), torch.randn(5, 3, dtype=torch.float64)
+        fresh = copy.deepcopy(model)
+        randomise(lora_plus.inject_lora(model, "all-linear", exclude=["0.right"], r=2))
+        assert [row.name for row in lora_plus.lora_summary(model).rows] == ["0.left"]
+        y = model(x)
+        assert not torch.equal(y, fresh(x))
+        lora_plus.save_adapter(model, tmp_path / "own.safetensors")
+        assert torch.equal(lora_plus.load_adapter(fresh, tmp_path / "own.safetensors")(x), y)
+        torch.testing.assert_close(lora_plus.merge_and_unload(model)(x), y, rtol=1e-12, atol=1e-12)
+        with pytest.raises(ValueError, match=r"the weights of MultiheadAttention, .*, Mixer, and parameters"):
+            lora_plus.inject_lora(nn.Sequential(nn.ReLU()), ["0"])
+    finally:
+        del parts.PARTS[Mixer]

@@ -17,6 +17,7 @@ from conftest import Holder, randomise
 from torch import Tensor, nn
 
 import lora_plus
+from lora_plus.layers import quantized
 
 pytestmark = [
     pytest.mark.peers,
@@ -308,3 +309,32 @@ def test_a_quantized_layer_is_not_trained_in_full() -> None:
     model = nn.Sequential(BASES[0].layer(), nn.Linear(OUT, 2))
     with pytest.raises(ValueError, match="train_also: '0' has a quantized weight, which cannot be trained"):
         lora_plus.inject_lora(model, ["1"], train_also=["0"])
+
+
+def test_a_package_s_own_form_is_one_entry() -> None:
+    class Tenths(nn.Parameter):
+        """Integers that count tenths."""
+
+    class TenthsLinear(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.linear(x, self.weight.detach().as_subclass(Tensor) / 10, self.bias)
+
+    def layer() -> nn.Sequential:
+        plain = TenthsLinear(4, 3).requires_grad_(False)
+        plain.weight = Tenths((plain.weight * 10).round().to(torch.int8), requires_grad=False)
+        return nn.Sequential(plain)
+
+    quantized.STORES["tenths"] = quantized.Store(
+        lambda weight: isinstance(weight, Tenths), lambda layer: layer.weight.as_subclass(Tensor) / 10, ()
+    )
+    try:
+        model, x = randomise(lora_plus.inject_lora(layer(), ["0"], r=2)), torch.randn(5, 4)
+        y = model(x)
+        with pytest.raises(ValueError, match="its weight is quantized"):
+            lora_plus.merge_lora(model)
+        with pytest.raises(ValueError, match=r"parameter 'weight' that is quantized \(tenths\)"):
+            lora_plus.inject_lora(layer(), ["0.weight"])
+        torch.testing.assert_close(lora_plus.merge_and_unload(model, dequantize=True)(x), y)
+        assert type(model[0]) is nn.Linear
+    finally:
+        del quantized.STORES["tenths"]
