@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import lora_plus
-from lora_plus.layers.adapter import AdapterSite
+from lora_plus.layers.site import AdapterSite
 from lora_plus.tensors import fused as fused_linear
 from lora_plus.tensors import matrix as functional
 
@@ -97,13 +97,18 @@ class Holder(nn.Module):
         return self.layer(x)
 
 
+def parameters_of(site: AdapterSite) -> list[nn.Parameter]:
+    """The parameters of all adapters of one matrix."""
+    return [parameter for adapter in site.lora_adapters.values() for _, parameter in adapter.parameters()]
+
+
 def randomise(model: nn.Module, seed: int = 7, size: float = 0.3) -> nn.Module:
     """Move every adapter tensor away from its start, B from zero above all."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for module in model.modules():
             if isinstance(module, AdapterSite):
-                for _, _, parameter in module.lora_parameters():
+                for parameter in parameters_of(module):
                     noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
                     parameter.add_((size * noise).to(parameter.dtype))
     return model
@@ -115,8 +120,8 @@ def explicit(model: nn.Module) -> nn.Module:
     for name, layer in lora_plus.model.tree.adapted_weights(model):
         weight = functional.to_matrix(layer.weight.detach().double(), layer.layout)
         for adapter in layer.lora_active:
-            spec = layer.lora_specs[adapter]
-            tensors = {key: value.detach().double() for key, value in layer.adapter_tensors(adapter).items()}
+            spec = adapter.spec
+            tensors = {key: value.detach().double() for key, value in adapter.tensors().items()}
             rank = spec.r**0.5 if spec.scaling == "rslora" else spec.r
             weight = weight + spec.alpha / rank * torch.einsum("or,ri->oi", tensors["lora_B"], tensors["lora_A"])
             if "lora_A0" in tensors:

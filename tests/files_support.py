@@ -109,9 +109,9 @@ def bits(tensor: Tensor) -> bytes:
 def settings_of(model: nn.Module, adapter: str = "default") -> dict[str, dict[str, Any]]:
     fields = ("r", "alpha", "scaling", "variant", "dropout", "scale")
     return {
-        path: {name: getattr(layer.lora_specs[adapter], name) for name in fields}
+        path: {name: getattr(layer.lora_adapters[adapter].spec, name) for name in fields}
         for path, layer in adapted_weights(model)
-        if adapter in layer.lora_specs
+        if adapter in layer.lora_adapters
     }
 
 

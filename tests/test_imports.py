@@ -16,7 +16,6 @@ OUTSIDE = {"version", "public", "", "__main__"}
 """What is in no room: anybody may import the version, and the others import rooms."""
 
 BACK = {
-    "tensors.variant <- layers.layer",
     "training.optimizer <- engines.ranks",
 }
 """Imports that go the other way."""

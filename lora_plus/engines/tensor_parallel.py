@@ -25,7 +25,7 @@ from torch.distributed.tensor.placement_types import Placement
 
 from lora_plus.layers.kinds import lora_class
 from lora_plus.layers.layer import LoRALayer
-from lora_plus.tensors.variant import VARIANTS, known_tensors
+from lora_plus.tensors.variant import known_tensors
 
 _OUT, _IN = 0, 1
 """The dimensions of a weight's matrix view."""
@@ -107,14 +107,14 @@ class _MatrixCut(ParallelStyle):
             return kind
         if module.lora_merge is not None:
             raise ValueError(f"{subject} that is merged; call unmerge_lora(model) first")
-        specs = [spec for site in module.adapter_sites() for spec in site.lora_specs.values()]
+        adapters = [adapter for site in module.adapter_sites() for adapter in site.lora_adapters.values()]
         common_numbers = hasattr(torch.get_device_module(mesh.device_type), "set_rng_state")  # what DTensor asks, too
-        if any(spec.dropout for spec in specs) and not common_numbers:
+        if any(adapter.spec.dropout for adapter in adapters) and not common_numbers:
             raise ValueError(
                 f"{subject} whose adapters have dropout on a {mesh.device_type} mesh, where each rank would drop other "
                 "entries of the same input; inject with dropout=0"
             )
-        reused = any(VARIANTS[spec.variant].rescales for spec in specs) or getattr(module, "max_norm", None) is not None
+        reused = any(adapter.variant.rescales for adapter in adapters) or getattr(module, "max_norm", None) is not None
         if self.cut == _IN and not kind.linear_low_rank and reused:
             raise ValueError(
                 f"{subject} with a DoRA adapter or max_norm, for which the rows that were looked up are needed twice, "

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lora_plus.errors import Problems
 from lora_plus.files.tensor_writer import write_safetensors
 from lora_plus.model.storage import Shards, shards_of
-from lora_plus.model.tree import adapter_sites, named_modules, named_parameters
+from lora_plus.model.tree import adapters_of, named_modules, named_parameters
 from lora_plus.tensors.distributed import fill
 from lora_plus.text import join
 
@@ -23,10 +23,9 @@ from lora_plus.text import join
 def run_tensors(model: nn.Module) -> dict[str, Tensor]:
     """All that is not the frozen base, by name: the tensors of all adapters, trainable parameters, lasting buffers."""
     found: dict[str, Tensor] = {
-        join(path, f"{container}.{adapter}"): tensor
-        for path, site, _ in adapter_sites(model)
-        for adapter in site.lora_specs
-        for container, tensor in site.adapter_tensors(adapter).items()
+        join(path, f"{container}.{adapter.name}"): tensor
+        for path, adapter, _ in adapters_of(model)
+        for container, tensor in adapter.tensors().items()
     }
     found |= {name: parameter for name, parameter in named_parameters(model) if parameter.requires_grad}
     for path, module in named_modules(model):

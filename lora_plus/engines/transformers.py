@@ -287,7 +287,7 @@ def _adapters(model: Any) -> list[str]:
     """The names of the adapters of `inject_lora` in a model."""
     if not isinstance(model, nn.Module):
         return []
-    return list(dict.fromkeys(adapter for _, site, _ in adapter_sites(model) for adapter in site.lora_specs))
+    return list(dict.fromkeys(adapter for _, site, _ in adapter_sites(model) for adapter in site.lora_adapters))
 
 
 def _save_adapter(model: nn.Module, folder: Path, adapter: str) -> None:

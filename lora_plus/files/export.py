@@ -115,7 +115,7 @@ def _tied(model: nn.Module, data: SavedAdapter) -> dict[str, str]:
     weights: dict[str, Tensor] = dict(named_parameters(model))
     for path, adapted in adapted_weights(model):
         if adapted.lora_merge is not None:  # another tensor is bound in place of the one that is shared
-            weights[join(path, "weight")] = adapted.lora_merge.own_weight(adapted)
+            weights[join(path, "weight")] = adapted.own_weight()
     names = dict[int, list[str]]()
     for name, weight in weights.items():
         names.setdefault(id(weight), []).append(name)

@@ -11,8 +11,7 @@ import torch
 from torch import nn
 
 from lora_plus.errors import Problems
-from lora_plus.layers.adapter import AdapterSite
-from lora_plus.layers.adapter_tensors import check_adapter_name
+from lora_plus.layers.adapter import Adapter, check_adapter_name
 from lora_plus.layers.freezing import set_requires_grad
 from lora_plus.model.adapters import adapter_names, check_unmerged, set_adapter
 from lora_plus.model.collector import collector_paused
@@ -147,21 +146,25 @@ def _attach(model: nn.Module, adapter: str, fitted: _Fitted, *, trainable: bool)
 # ---- into an adapter that a sharded model has already ----------------------------------------------------------------
 
 
-def _sites(model: nn.Module, adapter: str) -> dict[Any, tuple[Place, AdapterSite]]:
-    return {place.key: (place, site) for place, site in adapted_places(model) if adapter in site.lora_specs}
+def _placed(model: nn.Module, adapter: str) -> dict[Any, tuple[Place, Adapter]]:
+    return {
+        place.key: (place, site.lora_adapters[adapter])
+        for place, site in adapted_places(model)
+        if adapter in site.lora_adapters
+    }
 
 
 def _differences(model: nn.Module, adapter: str, data: SavedAdapter, places: Mapping[str, Place]) -> list[str]:
     """How the adapter of this name in the model differs from the file's in anything but values."""
-    sites = _sites(model, adapter)
+    placed = _placed(model, adapter)
     problems = []
     for name, place in places.items():
-        if place.key not in sites:
+        if place.key not in placed:
             problems.append(f"{name!r} has no adapter {adapter!r} in the model")
             continue
-        _, site = sites.pop(place.key)
-        ours, file = asdict(site.lora_specs[adapter]), asdict(data.layers[name].spec)
-        held, tensors = site.adapter_tensors(adapter), data.layers[name].tensors
+        _, own = placed.pop(place.key)
+        ours, file = asdict(own.spec), asdict(data.layers[name].spec)
+        held, tensors = own.tensors(), data.layers[name].tensors
         ours |= {join(part, "dtype"): tensor.dtype for part, tensor in held.items()}
         file |= {join(part, "dtype"): tensor.dtype for part, tensor in tensors.items()}
         problems += [
@@ -169,7 +172,7 @@ def _differences(model: nn.Module, adapter: str, data: SavedAdapter, places: Map
             for field in ours | file
             if file.get(field) != ours.get(field)
         ]
-    problems += [f"{place.name!r} has no adapter in the file" for place, _ in sites.values()]
+    problems += [f"{place.name!r} has no adapter in the file" for place, _ in placed.values()]
     trained = {path for path, _, _ in trained_modules(model, adapter)}
     problems += [f"{path!r} is not trained in full in the file" for path in sorted(trained - data.trained.keys())]
     problems += [f"{path!r} is not trained in full in the model" for path in sorted(data.trained.keys() - trained)]
@@ -181,9 +184,9 @@ def _refill(model: nn.Module, adapter: str, fitted: _Fitted, *, trainable: bool)
 
     Every rank must call this.
     """
-    sites = _sites(model, adapter)
+    placed = _placed(model, adapter)
     for name, place in fitted.places.items():
-        held = sites[place.key][1].adapter_tensors(adapter)
+        held = placed[place.key][1].tensors()
         for part, tensor in fitted.data.layers[name].tensors.items():
             fill(held[part], tensor)
     set_requires_grad((module for _, module in named_modules(model)), False)

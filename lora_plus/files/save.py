@@ -146,8 +146,8 @@ def describe(model: nn.Module, adapter: str, metadata: Mapping[str, str] | None 
     shards = shards_of(model)
     layers = {}
     for place, site in adapted_places(model):
-        if adapter in site.lora_specs:
-            spec, tensors = site.plain(adapter, shards.whole(site.adapter_tensors(adapter)))
+        if adapter in site.lora_adapters:
+            spec, tensors = site.lora_adapters[adapter].as_saved(shards.whole)
             layers[place.name] = SavedLayer(_base(place, shards), spec, tensors)
     found = list(trained_modules(model, adapter))
     if any(record.exchanged for _, _, record in found):

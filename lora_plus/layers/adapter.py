@@ -1,22 +1,225 @@
-"""What holds the adapters of one matrix: their settings and their tensors."""
+"""One adapter of one weight: its settings and its tensors."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
-from typing import ClassVar
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lora_plus.tensors.distributed import fill
-from lora_plus.tensors.variant import SCALINGS, STARTS, VARIANTS, AdapterSpec, adapter_tensor_specs
+from lora_plus.tensors.matrix import joined_rows
+from lora_plus.tensors.merged import Summand
+from lora_plus.tensors.variant import SCALINGS, STARTS, VARIANTS, AdapterSpec, Variant, adapter_tensor_specs
 
-from .adapter_tensors import AdapterTensors, rename_held
+
+class AdapterTensors(nn.Module):
+    """One parameter for each adapter, by the adapter's name: what ``layer.lora_A`` and ``layer.lora_B`` are.
+
+    Leaner than ``nn.ParameterDict``, whose construction would be half the time of an injection.
+    """
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # a tool that moves a module's parameters in and out does so around its forward, which is not called here
+        if name == "forward" and any(p is not None and p.is_meta for p in self._parameters.values()):
+            raise ValueError(
+                "an adapter cannot be offloaded; offload the model first and inject or load the adapter then, or call "
+                "merge_and_unload(model) before"
+            )
+        super().__setattr__(name, value)
+
+    def __getitem__(self, adapter: str) -> nn.Parameter:
+        return self._parameters[adapter]  # type: ignore[return-value]
+
+    def __setitem__(self, adapter: str, parameter: nn.Parameter) -> None:
+        self._parameters[adapter] = parameter
+
+    def __delitem__(self, adapter: str) -> None:
+        del self._parameters[adapter]
+
+    def __contains__(self, adapter: object) -> bool:
+        return adapter in self._parameters
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._parameters)
+
+    def __len__(self) -> int:
+        return len(self._parameters)
+
+    def rename(self, old: str, new: str) -> None:
+        """Hold an adapter's parameter, the same object at the same place in the order, under another name."""
+        held = list(self._parameters.items())
+        self._parameters.clear()
+        self._parameters.update((new if name == old else name, parameter) for name, parameter in held)
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}: {tuple(self[name].shape)}" for name in self)
+
+
+@dataclass(eq=False)
+class Adapter:
+    """One adapter of a weight, or of a block of its rows.
+
+    Its tensors are read from the module's containers whenever they are needed: ``fully_shard`` and
+    ``torch.func.functional_call`` put other tensors in the place of the parameters.
+    """
+
+    name: str
+    spec: AdapterSpec
+    modules: Mapping[str, Any] = field(repr=False)
+    """The submodules of the module that has the adapter; among them the containers of its tensors."""
+    roles: Mapping[str, str] = field(repr=False)
+    """By container, what its tensor is to the optimizer, where that is not what the variant states."""
+    strength: float = 1.0
+    """The factor that its scale has while it is active."""
+
+    @property
+    def scale(self) -> float:
+        """The factor of B A."""
+        return self.spec.scale * self.strength
+
+    @property
+    def variant(self) -> Variant:
+        """How its low-rank term joins the layer."""
+        return VARIANTS[self.spec.variant]
+
+    def tensors(self) -> dict[str, nn.Parameter]:
+        """Its parameters by the name of their container: lora_A, lora_B, those of its variant and its start."""
+        held = ((name, self.modules.get(name, ())) for name in adapter_tensor_specs(self.spec.variant))
+        return {name: container[self.name] for name, container in held if self.name in container}
+
+    def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """``(role, parameter)`` for all its parameters: what tells an optimizer's groups apart, and never names."""
+        stated = adapter_tensor_specs(self.spec.variant)
+        for name, parameter in self.tensors().items():
+            yield self.roles.get(name, stated[name].role), parameter
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A ``(r, in)`` and B ``(out, r)`` of its whole update; with a start taken out of it, 2 r each."""
+        if STARTS[0] in self.modules:
+            return whole_factors(self.tensors())
+        return self.modules["lora_A"]._parameters[self.name], self.modules["lora_B"]._parameters[self.name]
+
+    def summand(self) -> Summand:
+        """It, as merging takes it."""
+        return Summand(self.variant, *self.factors(), self.scale, self.tensors())
+
+    def is_trained(self, container: str) -> bool:
+        """Whether training changes its tensor in this container: its variant or its start can hold it fixed."""
+        return container not in STARTS and container not in self.variant.frozen
+
+    def set_trainable(self, trainable: bool) -> None:
+        """Put it into training, but for what is held fixed, or take it out."""
+        for container, parameter in self.tensors().items():
+            parameter.requires_grad_(trainable and self.is_trained(container))
+
+    def exchange(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Bind other parameters as its own, by their containers; the ones that it had are left as they are."""
+        for container, parameter in parameters.items():
+            self.modules[container][self.name] = parameter
+
+    def check_refill(self, tensors: Mapping[str, Tensor], init: object) -> None:
+        """Raise if it lacks one of these tensors, which this init has made."""
+        if not tensors.keys() <= self.tensors().keys():
+            raise ValueError(
+                f"init {init!r} needs tensors that the adapter {self.name!r} does not have; inject with it"
+            )
+
+    def refill(self, tensors: Mapping[str, Tensor]) -> None:
+        """Write whole values into its tensors, in place; those that are not given become zero."""
+        for name, parameter in self.tensors().items():
+            fill(parameter, tensors[name] if name in tensors else torch.zeros(parameter.shape))
+
+    def as_saved(
+        self, gather: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]] = dict
+    ) -> tuple[AdapterSpec, dict[str, Tensor]]:
+        """Its settings and tensors as a file holds them: with no start to take out, then of rank 2 r at the same scale.
+
+        ``gather`` gives the whole tensors where they are not whole on this rank.
+        """
+        tensors = gather(self.tensors())
+        if STARTS[0] not in tensors:
+            return self.spec, dict(tensors)
+        A, B = whole_factors(tensors)
+        rest = {name: tensor for name, tensor in tensors.items() if name not in STARTS}
+        alpha = self.spec.scale / SCALINGS[self.spec.scaling](1.0, A.shape[-2])
+        return replace(self.spec, r=A.shape[-2], alpha=alpha), {**rest, "lora_A": A, "lora_B": B}
+
+    def forget_start(self) -> None:
+        """Take nothing out of its update any more."""
+        for container in STARTS:
+            if self.name in self.modules.get(container, ()):
+                del self.modules[container][self.name]
+
+    def unweighted(self) -> Adapter:
+        """The same adapter with the strength 1."""
+        return replace(self, strength=1.0)
+
+
+class RowsAdapter:
+    """The adapters of one name on several blocks of a weight's rows, as one adapter of the whole weight.
+
+    They are plain sums, without tensors besides A and B, and alike in their settings but for r and alpha.
+
+    Args:
+        blocks: the first row and the adapter of each block.
+        rows: the number of rows of the whole weight.
+    """
+
+    def __init__(self, blocks: Sequence[tuple[int, Adapter]], rows: int) -> None:
+        self.blocks, self.rows = tuple(blocks), rows
+
+    @property
+    def name(self) -> str:
+        """The name that they have."""
+        return self.blocks[0][1].name
+
+    @property
+    def spec(self) -> AdapterSpec:
+        """The settings of the first of them."""
+        return self.blocks[0][1].spec
+
+    @property
+    def strength(self) -> float:
+        """As that of an `Adapter`."""
+        return self.blocks[0][1].strength
+
+    @property
+    def scale(self) -> float:
+        """The factor of B A; B has the scales of the blocks in it."""
+        return self.strength
+
+    @property
+    def variant(self) -> Variant:
+        """As that of an `Adapter`."""
+        return self.blocks[0][1].variant
+
+    def tensors(self) -> dict[str, nn.Parameter]:
+        """None that are of the whole weight."""
+        return {}
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A of all blocks one after the other ``(sum of r, in)``, and B ``(out, sum of r)``, block-structured."""
+        blocks = [(row, *adapter.factors(), adapter.spec.scale) for row, adapter in self.blocks]
+        return joined_rows(blocks, self.rows)
+
+    def summand(self) -> Summand:
+        """They, as merging takes it."""
+        return Summand(self.variant, *self.factors(), self.scale, self.tensors())
+
+    def unweighted(self) -> RowsAdapter:
+        """The same adapters with the strength 1."""
+        return RowsAdapter([(row, adapter.unweighted()) for row, adapter in self.blocks], self.rows)
+
+
+ActiveAdapter = Adapter | RowsAdapter
+"""What takes part in a forward."""
 
 
 def whole_factors(tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """`AdapterSite.factors` from the adapter's tensors by the name of their container."""
+    """`Adapter.factors` from the adapter's tensors by the name of their container."""
     A, B = tensors["lora_A"], tensors["lora_B"]
     if STARTS[0] not in tensors:
         return A, B
@@ -24,149 +227,16 @@ def whole_factors(tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     return torch.cat([A, A0], dim=-2), torch.cat([B, -B0], dim=-1)
 
 
-def _with_gradients(tensor: Tensor) -> Tensor:
-    """The tensor, or a copy of one that was made in ``torch.inference_mode``, which can have no gradient."""
-    if not tensor.is_inference():
-        return tensor
-    with torch.inference_mode(False):
-        return tensor.clone()
+def check_adapter_name(name: object, what: str = "an adapter") -> None:
+    """Raise if an adapter, or a block of rows, cannot have this name: it becomes a part of its parameters' names."""
+    if not isinstance(name, str):
+        raise TypeError(f"{what}'s name must be a str, got {name!r}")
+    if not name or "." in name:
+        raise ValueError(f"{what}'s name must not be empty or contain a dot, got {name!r}")
+    if hasattr(_NAME_PROBE, name):
+        raise ValueError(
+            f"the name {name!r} of {what} is an attribute of nn.Module, which holds its parameters; choose another name"
+        )
 
 
-class AdapterSite(nn.Module):
-    """The adapters of one matrix, a whole weight or some rows of one, by the name of the adapter."""
-
-    roles: ClassVar[dict[str, str]] = {}
-    """By container, what its tensors are to the optimizer, where that is not what their variant states."""
-
-    lora_label: str = ""
-    """The name of the matrix inside the module that it belongs to; empty where it is that module's one weight."""
-    lora_A: AdapterTensors
-    lora_B: AdapterTensors
-    lora_specs: dict[str, AdapterSpec]
-    """The settings of each adapter, by its name."""
-
-    def add_adapter(self, name: str, spec: AdapterSpec, tensors: dict[str, Tensor], *, trainable: bool = True) -> None:
-        """Take in an adapter with these tensors."""
-        assert name not in self.lora_specs
-        for container, tensor in tensors.items():
-            if container not in self._modules:
-                self._modules[container] = AdapterTensors()
-            trained = trainable and self.is_trained(container, spec)
-            self._container(container)[name] = nn.Parameter(_with_gradients(tensor), requires_grad=trained)
-        self.lora_specs[name] = spec
-
-    @staticmethod
-    def is_trained(container: str, spec: AdapterSpec) -> bool:
-        """Whether training an adapter with these settings changes its tensor in this container."""
-        return container not in STARTS and container not in VARIANTS[spec.variant].frozen
-
-    def drop_adapter(self, name: str) -> None:
-        """Forget an adapter."""
-        for container in self.adapter_tensors(name):
-            del self._container(container)[name]
-        del self.lora_specs[name]
-
-    def rename_adapter(self, old: str, new: str) -> None:
-        """Call an adapter by another name; its parameters and its place in the order stay."""
-        for container in self.adapter_tensors(old):
-            rename_held(self._container(container), old, new)
-        self.lora_specs = {new if name == old else name: spec for name, spec in self.lora_specs.items()}
-
-    def adapter_tensors(self, adapter: str) -> dict[str, nn.Parameter]:
-        """The parameters of one adapter by the name of their container: lora_A, lora_B, ..."""
-        present = [(name, held._parameters) for name, held in self.tensor_containers()]
-        return {name: held[adapter] for name, held in present if adapter in held}  # type: ignore[misc]
-
-    def tensor_containers(self) -> list[tuple[str, AdapterTensors]]:
-        """The containers of the adapters' tensors, with their names."""
-        return [(name, child) for name, child in self._modules.items() if isinstance(child, AdapterTensors)]
-
-    def factors(self, adapter: str) -> tuple[Tensor, Tensor]:
-        """A ``(r, in)`` and B ``(out, r)`` of the adapter's whole update; with a start taken out of it, 2 r each."""
-        return whole_factors(self.adapter_tensors(adapter))
-
-    def set_trainable(self, adapter: str, trainable: bool) -> None:
-        """Put an adapter into training, but for what its variant or its start holds fixed, or take it out."""
-        for container, parameter in self.adapter_tensors(adapter).items():
-            parameter.requires_grad_(trainable and self.is_trained(container, self.lora_specs[adapter]))
-
-    def freeze_adapters(self) -> None:
-        """Take the tensors of all adapters out of training."""
-        for _, container in self.tensor_containers():
-            for parameter in container._parameters.values():
-                assert parameter is not None
-                parameter.requires_grad_(False)
-
-    def plain(
-        self, adapter: str, gathered: Mapping[str, Tensor] | None = None
-    ) -> tuple[AdapterSpec, dict[str, Tensor]]:
-        """The adapter as one that has no start to take out: the same update, then of rank 2 r, and the same scale.
-
-        ``gathered`` are its tensors where the parameters are not whole on this rank.
-        """
-        spec, tensors = self.lora_specs[adapter], gathered or self.adapter_tensors(adapter)
-        if STARTS[0] not in tensors:
-            return spec, dict(tensors)
-        A, B = whole_factors(tensors)
-        rest = {name: tensor for name, tensor in tensors.items() if name not in STARTS}
-        r = A.shape[-2]
-        alpha = spec.scale / SCALINGS[spec.scaling](1.0, r)
-        return replace(spec, r=r, alpha=alpha), {**rest, "lora_A": A, "lora_B": B}
-
-    def forget_start(self, adapter: str) -> None:
-        """Take nothing out of the adapter's update any more."""
-        for container in STARTS:
-            if container in self._modules and adapter in self._container(container):
-                del self._container(container)[adapter]
-
-    def exchange_tensors(self, adapter: str, tensors: Mapping[str, nn.Parameter]) -> None:
-        """Bind other parameters as those of an adapter; the ones that it had are left as they are."""
-        for container, parameter in tensors.items():
-            self._container(container)[adapter] = parameter
-
-    def check_refill(self, adapter: str, tensors: Mapping[str, Tensor], init: object) -> None:
-        """Raise if an adapter lacks a container of these tensors, which this init has made."""
-        if not tensors.keys() <= self.adapter_tensors(adapter).keys():
-            raise ValueError(f"init {init!r} needs tensors that the adapter {adapter!r} does not have; inject with it")
-
-    def refill(self, adapter: str, tensors: Mapping[str, Tensor]) -> None:
-        """Write whole values into the tensors of an adapter, in place; those that are not given become zero."""
-        for name, parameter in self.adapter_tensors(adapter).items():
-            fill(parameter, tensors[name] if name in tensors else torch.zeros(parameter.shape))
-
-    def lora_parameters(self) -> Iterator[tuple[str, str, nn.Parameter]]:
-        """``(adapter, role, parameter)`` for every adapter parameter of this matrix.
-
-        Freezing, optimizer groups, saving and deleting go by this, never by names.
-        """
-        for adapter in self.lora_specs:
-            for container, parameter in self.adapter_tensors(adapter).items():
-                yield adapter, self.role_of(adapter, container), parameter
-
-    def role_of(self, adapter: str, container: str) -> str:
-        """What an adapter's tensor in this container is to the optimizer."""
-        if container in self.roles:
-            return self.roles[container]
-        return adapter_tensor_specs(self.lora_specs[adapter].variant)[container].role
-
-    def extra_repr(self) -> str:
-        adapters = ", ".join(f"{name}: r={spec.r}, alpha={spec.alpha:g}" for name, spec in self.lora_specs.items())
-        base = super().extra_repr()
-        return f"{base}, lora=({adapters})" if base else f"lora=({adapters})"
-
-    def _container(self, name: str) -> AdapterTensors:
-        container = self._modules[name]
-        assert isinstance(container, AdapterTensors)
-        return container
-
-
-class RowBlock(AdapterSite):
-    """Adapters of the rows ``start:stop``, out of ``total``, of a weight's matrix view: one of several projections."""
-
-    def __init__(self, label: str, start: int, stop: int, total: int) -> None:
-        super().__init__()
-        self.lora_label, self.start, self.stop, self.total = label, start, stop, total
-        self.lora_specs = {}
-
-    def extra_repr(self) -> str:
-        return f"rows={self.start}:{self.stop}, {super().extra_repr()}"
+_NAME_PROBE = nn.Module()

@@ -26,7 +26,6 @@ class AssignedForward(nn.Module):
 
     def take_assigned_forward(self) -> None:
         """Take in a forward that the layer object has from before it was adapted."""
-        self.__dict__["lora_base_forward"] = None
         if "forward" in self.__dict__:
             self.forward = self.__dict__["forward"]
 

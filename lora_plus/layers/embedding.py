@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .adapter import ActiveAdapter
 from .calls import Calls
 from .kinds import adapts
 from .layer import LoRALayer
@@ -55,7 +57,7 @@ class LoRAEmbedding(LoRALayer, nn.Embedding):
     def trial_input(self) -> Tensor:
         return torch.arange(min(4, len(self.weight)), device=self.weight.device)
 
-    def adapted(self, x: Tensor, y: Tensor, adapters: tuple[str, ...]) -> Tensor:
+    def adapted(self, x: Tensor, y: Tensor, adapters: Sequence[ActiveAdapter]) -> Tensor:
         y = super().adapted(x, y, adapters)
         return y if self.max_norm is None else _clip_norm(y, self.max_norm, self.norm_type)
 

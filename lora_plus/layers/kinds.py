@@ -88,7 +88,7 @@ def why_no_numbers(weight: object) -> str | None:
     return next((stored for form in FORMS if (stored := form(weight)) is not None), None)
 
 
-_OWN_NAMES = (set(dir(LoRALayer)) | set(LoRALayer.__annotations__)) - set(dir(nn.Module)) - {"weight"}
+_OWN_NAMES = {*dir(LoRALayer), *LoRALayer.__annotations__, *LoRALayer.lora_state} - {*dir(nn.Module), "weight"}
 
 _TAKEN: WeakKeyDictionary[type[Any], set[str]] = WeakKeyDictionary()
 """Layer class -> attributes of it that a LoRA layer has, too; asking ``dir`` is slow."""

@@ -7,6 +7,7 @@ weights, base parameter names and ``isinstance`` stay as they were. The kinds of
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 from weakref import WeakValueDictionary
 
@@ -18,9 +19,9 @@ from lora_plus.tensors import matrix as functional
 from lora_plus.tensors.distributed import whole, without_values
 from lora_plus.tensors.init import Init, Start
 from lora_plus.tensors.random_state import draws
-from lora_plus.tensors.variant import VARIANTS, AdapterSpec
+from lora_plus.tensors.variant import AdapterSpec
 
-from .adapter_tensors import check_adapter_name
+from .adapter import ActiveAdapter, check_adapter_name
 from .assigned_forward import AssignedForward
 from .calls import Calls
 from .class_swap import swap_class
@@ -55,6 +56,8 @@ class LoRALayer(AssignedForward, AdaptedWeight):
     """The dimension of the output that the matrix's rows lie along."""
     linear_low_rank: ClassVar[bool] = False
     """Whether the layer is a linear map of its input's last dimension, and `low_rank` is `linear_update`."""
+
+    lora_state = AdaptedWeight.lora_state | {"lora_base_forward": lambda: None}
 
     # ---- what a kind states ------------------------------------------------------------------------------------
 
@@ -135,48 +138,12 @@ class LoRALayer(AssignedForward, AdaptedWeight):
         super().__init__(*base_args, **base_kwargs)
         check_adapter_name(adapter)
         spec = AdapterSpec(r=r, alpha=alpha, scaling=scaling, variant=variant, dropout=dropout)
-        start = Start(init, generator=generator)
-        tensors = self.new_tensors(self, spec, start)
-        self.start()
-        self._stand_alone(adapter, spec, tensors)
-
-    @classmethod
-    @draws
-    def from_layer(
-        cls,
-        layer: nn.Module,
-        *,
-        r: int = 8,
-        alpha: float = 16,
-        dropout: float = 0.0,
-        scaling: str = "standard",
-        init: str | Init = "kaiming",
-        variant: str = "lora",
-        adapter: str = "default",
-        dtype: torch.dtype | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Self:
-        """Turn ``layer`` itself into a LoRA layer with one adapter; its own parameters are frozen.
-
-        Args:
-            layer: a layer of the kind's base class.
-            r, alpha, dropout, scaling, init, variant, adapter, dtype, generator: as in `inject_lora`.
-
-        Returns:
-            The same object.
-
-        Raises:
-            TypeError: if the layer is of another kind, or a LoRA layer already.
-        """
-        if not cls.fits(layer) or isinstance(layer, LoRALayer):
-            raise TypeError(f"{cls.__name__} cannot adapt a {type(layer).__name__}")
-        check_adapter_name(adapter)
-        spec = AdapterSpec(r=r, alpha=alpha, scaling=scaling, variant=variant, dropout=dropout)
-        tensors = cls.new_tensors(layer, spec, Start(init, dtype, generator))
-        adopted = cls.adopt(layer)
-        adopted._stand_alone(adapter, spec, tensors)
-        assert isinstance(adopted, cls)
-        return adopted
+        tensors = self.new_tensors(self, spec, Start(init, generator=generator))
+        self.begin()
+        set_requires_grad([self], False)
+        keep_out_of_fused_kernels(self)
+        self.add_adapter(adapter, spec, tensors)
+        self.activate((adapter,))
 
     @classmethod
     def new_tensors(cls, layer: nn.Module, spec: AdapterSpec, start: Start) -> dict[str, Tensor]:
@@ -196,19 +163,12 @@ class LoRALayer(AssignedForward, AdaptedWeight):
         """Turn the layer object into one of this kind, in place and still without adapters."""
         swap_class(module, cls.class_for)
         assert isinstance(module, LoRALayer)
-        module.start()
+        module.begin()
         return module
 
-    def start(self) -> None:
-        super().start()
+    def begin(self) -> None:
+        super().begin()
         self.take_assigned_forward()
-
-    def _stand_alone(self, adapter: str, spec: AdapterSpec, tensors: dict[str, Tensor]) -> None:
-        """Do for one layer what an injection does: freeze the base, and be called wherever the layer is put."""
-        set_requires_grad([self], False)
-        keep_out_of_fused_kernels(self)
-        self.add_adapter(adapter, spec, tensors)
-        self.activate((adapter,))
 
     def restore(self) -> nn.Module:
         """Turn the layer object back into the plain layer it was, in place; its adapters are dropped."""
@@ -216,22 +176,13 @@ class LoRALayer(AssignedForward, AdaptedWeight):
         let_into_fused_kernels(self)
         for name in self.own_children():
             del self._modules[name]
-        swap_class(self, lambda swapped: swapped.base_class)
-        for name in _STATE:
+        for name in self.lora_state:
             del self.__dict__[name]
+        swap_class(self, lambda swapped: swapped.base_class)
         plain: nn.Module = self
         if base_forward is not None:
             plain.__dict__["forward"] = base_forward
         return plain
-
-    @draws
-    def reset_lora_parameters(
-        self, adapter: str = "default", *, init: str | Init = "kaiming", generator: torch.Generator | None = None
-    ) -> None:
-        """Draw an adapter's tensors anew, in place; `lora_plus.reset_lora_parameters` does it for a whole model."""
-        fresh = self.new_tensors(self, self.lora_specs[adapter], Start(init, generator=generator))
-        self.check_refill(adapter, fresh, init)
-        self.refill(adapter, fresh)
 
     # ---- what it computes --------------------------------------------------------------------------------------
 
@@ -250,9 +201,9 @@ class LoRALayer(AssignedForward, AdaptedWeight):
                 f"the forward of {self.base_class.__name__} returns a {type(y).__name__}, and an update can only be "
                 "added to a tensor; exclude this layer"
             )
-        if self.lora_samples is None or self.lora_disabled:
-            return self.adapted(x, y, self.in_force())
-        return self.lora_samples.output(self, x, y)
+        if self.lora_override is None or self.lora_disabled:
+            return self.adapted(x, y, self.acting())
+        return self.lora_override.output(self, x, y)
 
     def input_of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """The first argument of the layer's forward, however it is given."""
@@ -272,19 +223,18 @@ class LoRALayer(AssignedForward, AdaptedWeight):
         finally:
             _OWN_FORWARDS.end(outer)
 
-    def adapted(self, x: Tensor, y: Tensor, adapters: tuple[str, ...]) -> Tensor:
+    def adapted(self, x: Tensor, y: Tensor, adapters: Sequence[ActiveAdapter]) -> Tensor:
         """The base's output ``y`` for the input ``x`` with these adapters joined to it."""
         # the arithmetic runs in the input's dtype; an embedding's input has none
         dtype = x.dtype if x.is_floating_point() else y.dtype
         # a hook can compute the base on another device than where its weight is kept
         device = None if self.lora_base_forward is None else y.device
         x = x.to(device=device)
-        for name in adapters:
-            spec = self.lora_spec(name)
-            A, B, scale = self.lora_factors(name)
-            A, B = (factor.to(device=device, dtype=dtype) for factor in (A, B))
-            update = self.low_rank(x, A, B, scale, self.dropout_of(spec), y)
-            y = VARIANTS[spec.variant].join(self, name, x, y, update)
+        for adapter in adapters:
+            A, B = adapter.factors()
+            A, B = A.to(device=device, dtype=dtype), B.to(device=device, dtype=dtype)
+            update = self.low_rank(x, A, B, adapter.scale, self.dropout_of(adapter.spec), y)
+            y = adapter.variant.join(self, adapter, x, y, update)
         return y
 
     def dropout_of(self, spec: AdapterSpec) -> float:
@@ -331,6 +281,7 @@ class LoRALayer(AssignedForward, AdaptedWeight):
 
     def __copy__(self) -> Self:
         copied = shallow_copy(self, self.own_children())
+        copied.own_adapters()
         copied.__setstate__(copied.__dict__)  # as other copies are told that they are one
         return copied
 
@@ -340,17 +291,6 @@ class LoRALayer(AssignedForward, AdaptedWeight):
         kind = type(self).__dict__.get("_derived_from")
         # a class made on the fly has no name to be found by: pickle what it was made from
         return reduced if kind is None else (_new_derived, (kind, self.base_class), *reduced[2:])
-
-
-_STATE = (
-    "lora_specs",
-    "lora_active",
-    "lora_strengths",
-    "lora_disabled",
-    "lora_samples",
-    "lora_merge",
-    "lora_base_forward",
-)
 
 
 def argument_names(layer_class: type[Any]) -> tuple[str, ...]:

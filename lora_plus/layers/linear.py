@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 import torch.nn.functional as F
@@ -13,6 +12,7 @@ from lora_plus.tensors.fused import Update, can_fuse, fused_linear
 from lora_plus.tensors.matrix import linear_update
 from lora_plus.tensors.variant import only_adds
 
+from .adapter import ActiveAdapter
 from .kinds import adapts, numbers_like
 from .layer import LoRALayer
 
@@ -37,22 +37,21 @@ class LoRALinear(LoRALayer, nn.Linear):
         if len(args) == 1 and not kwargs and self._only_sums():
             x, weight, bias = args[0], self._parameters["weight"], self._parameters["bias"]
             if weight is not None and can_fuse(x, weight, bias):
-                return fused_linear(x, weight, bias, list(self._updates(x)))
+                return fused_linear(x, weight, bias, [self._update(adapter, x) for adapter in self.lora_active])
         return super().adapted_forward(*args, **kwargs)
 
     def _only_sums(self) -> bool:
         """Whether the layer computes ``W x + b`` with parameters that it holds, and active adapters add to that."""
         if self.lora_base_forward is not None or self.base_class.forward is not _LINEAR_FORWARD:
             return False
-        adapters = self.in_force()
-        if not adapters or not {"weight", "bias"} <= self._parameters.keys():
+        adapters, held = self.acting(), self._parameters
+        if not adapters or "weight" not in held or "bias" not in held:
             return False
-        return all(only_adds(self.lora_spec(name).variant) for name in adapters)
+        return False not in [only_adds(adapter.spec.variant) for adapter in adapters]  # faster than a generator
 
-    def _updates(self, x: Tensor) -> Iterator[Update]:
-        for name in self.lora_active:
-            dropout = self.dropout_of(self.lora_spec(name))
-            yield Update(F.dropout(x, dropout) if dropout else None, *self.lora_factors(name))
+    def _update(self, adapter: ActiveAdapter, x: Tensor) -> Update:
+        dropout = self.dropout_of(adapter.spec)
+        return Update(F.dropout(x, dropout) if dropout else None, *adapter.factors(), adapter.scale)
 
     def trial_input(self) -> Tensor:
         return numbers_like(self.weight, 2, self.weight.shape[1])

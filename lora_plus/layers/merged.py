@@ -4,59 +4,83 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from lora_plus.tensors.distributed import is_dtensor
 
-if TYPE_CHECKING:
-    from .weight import AdaptedWeight
+Key = tuple[str, str, str]
+"""One tensor of one adapter of a weight: the label of its rows, its container, the adapter's name."""
+
+Tensors = Mapping[Key, Tensor]
+
+Value = TypeVar("Value")
+
+
+class Slot(NamedTuple):
+    """Where a module holds its weight: the table of its parameters or buffers, and the name there."""
+
+    table: dict[str, Any]
+    name: str
+
+    @property
+    def tensor(self) -> Tensor:
+        """What is bound there now."""
+        tensor: Tensor = self.table[self.name]
+        return tensor
+
+    def bind(self, tensor: Tensor) -> None:
+        """Make this the weight; the one that was bound is left as it is, for whoever shares it."""
+        self.table[self.name] = tensor
 
 
 @dataclass(kw_only=True)
 class Merge:
-    """The state of a weight of a merged model, none of whose adapters was merged: it is what the base's is."""
+    """The state of a weight of a merged model, none of whose adapters was merged: it is what the base's is.
+
+    The slots that its methods take are None where the weight is computed, by a parametrization or a hook.
+    """
 
     adapters: tuple[str, ...] = ()
     """The adapters that the shown weight contains; the others have no effect while the model is merged."""
-    copies: dict[str, Tensor] = field(default_factory=dict)
+    copies: dict[Key, Tensor] = field(default_factory=dict)
     """Their tensors as they were merged."""
-    versions: dict[str, int] | None = None
+    versions: dict[Key, int] | None = None
     """The tensors' version counters when they were known to be unchanged; None where values are to be compared."""
     lost: float | None = None
     """Relative error of the applied update after rounding to the weight's dtype; None at float32 and above."""
 
-    def show(self, owner: AdaptedWeight) -> None:
-        """Let the owner's weight be the merged one."""
+    def show(self, slot: Slot | None) -> None:
+        """Let the merged weight be the one that is bound."""
 
-    def hide(self, owner: AdaptedWeight) -> None:
-        """Let the owner's weight be its own."""
+    def hide(self, slot: Slot | None) -> None:
+        """Let the base's own weight be the one that is bound."""
 
-    def can_be_hidden(self, owner: AdaptedWeight) -> bool:
-        """Whether the owner's weight can be its own again."""
+    def can_be_hidden(self, slot: Slot | None) -> bool:
+        """Whether the base's own weight can be bound again."""
         return True
 
-    def is_shown(self, owner: AdaptedWeight) -> bool:
-        """Whether the owner's weight is still the merged one."""
+    def is_shown(self, slot: Slot | None) -> bool:
+        """Whether the merged weight is still the one that is bound."""
         return True
 
-    def own_weight(self, owner: AdaptedWeight) -> Tensor:
-        """The base's own parameter, or buffer."""
-        return owner.weight
+    def own_weight(self, weight: Tensor) -> Tensor:
+        """The base's own parameter, or buffer; ``weight`` is the one that is bound."""
+        return weight
 
-    def tensors(self, owner: AdaptedWeight) -> Mapping[str, Tensor]:
-        """The tensors of the merged adapters as they are now."""
-        return owner.noted_tensors(self.adapters)
+    def watched(self, tensors: Tensors) -> Tensors:
+        """The tensors of the merged adapters as they are now; ``tensors`` are those that their containers hold."""
+        return tensors
 
-    def is_stale(self, owner: AdaptedWeight, *, by_value: bool = False) -> bool:
+    def is_stale(self, tensors: Tensors, *, by_value: bool = False) -> bool:
         """Whether a merged adapter has been changed since.
 
         Version counters are quick to compare. They begin anew in a copy, and do not see what is written through
         ``.data``; then values tell, and where these are as they were, the counters hold again.
         """
-        tensors = self.tensors(owner)
+        tensors = self.watched(tensors)
         now = versions(tensors)
         if self.versions is not None and (now != self.versions or not by_value):
             return now != self.versions
@@ -65,16 +89,17 @@ class Merge:
         self.versions = now
         return False
 
-    def rename(self, owner: AdaptedWeight, old: str, new: str) -> None:
-        """Follow an adapter of the owner that has been given another name."""
+    def rename(self, old: str, new: str) -> None:
+        """Follow an adapter that has been given another name; what was noted stays noted: a change must still show."""
         self.adapters = tuple(new if name == old else name for name in self.adapters)
-        names = list(owner.noted_tensors(self.adapters))  # what was noted stays noted: a change must still be found
-        self.copies = dict(zip(names, self.copies.values(), strict=True))
-        if self.versions is not None:
-            self.versions = dict(zip(names, self.versions.values(), strict=True))
+        self.copies = _renamed(self.copies, old, new)
+        self.versions = None if self.versions is None else _renamed(self.versions, old, new)
 
-    def follow(self, owner: AdaptedWeight, fn: Callable[[Tensor], Tensor]) -> None:
-        """Do to what the owner does not show what was done to its tensors, as in ``model.to(...)``."""
+    def follow(self, fn: Callable[[Tensor], Tensor], weight: Tensor, tensors: Tensors, shown: bool) -> None:
+        """Do to what is kept here what was done to the module's tensors, as in ``model.to(...)``.
+
+        ``weight`` is the one that is bound by now, the merged one if it is ``shown``.
+        """
         self.copies = {name: fn(copy) for name, copy in self.copies.items()}
         self.versions = None
 
@@ -88,27 +113,29 @@ class BoundMerge(Merge):
     bound: Tensor
     """What is bound in its place and contains the adapters."""
 
-    def show(self, owner: AdaptedWeight) -> None:
-        owner.bind_weight(self.bound)
+    def show(self, slot: Slot | None) -> None:
+        assert slot is not None
+        slot.bind(self.bound)
 
-    def hide(self, owner: AdaptedWeight) -> None:
-        owner.bind_weight(self.weight)
+    def hide(self, slot: Slot | None) -> None:
+        assert slot is not None
+        slot.bind(self.weight)
 
-    def can_be_hidden(self, owner: AdaptedWeight) -> bool:
-        return owner.weight_place() is not None
+    def can_be_hidden(self, slot: Slot | None) -> bool:
+        return slot is not None
 
-    def is_shown(self, owner: AdaptedWeight) -> bool:
-        return owner.weight is self.bound
+    def is_shown(self, slot: Slot | None) -> bool:
+        return slot is not None and slot.tensor is self.bound
 
-    def own_weight(self, owner: AdaptedWeight) -> Tensor:
+    def own_weight(self, weight: Tensor) -> Tensor:
         return self.weight
 
-    def follow(self, owner: AdaptedWeight, fn: Callable[[Tensor], Tensor]) -> None:
-        super().follow(owner, fn)
-        hidden = self.bound if owner.lora_disabled else self.weight
+    def follow(self, fn: Callable[[Tensor], Tensor], weight: Tensor, tensors: Tensors, shown: bool) -> None:
+        super().follow(fn, weight, tensors, shown)
+        hidden = self.weight if shown else self.bound
         hidden.data = fn(hidden.data)  # the same object: it may be tied
-        if not owner.lora_disabled:
-            self.bound = owner.weight
+        if shown:
+            self.bound = weight
 
 
 @dataclass(kw_only=True)
@@ -118,11 +145,11 @@ class MergeInShards(BoundMerge):
     An engine that shards parameters puts its own in the place of any other at the next forward.
     """
 
-    parameters: dict[str, Tensor]
+    parameters: dict[Key, Tensor]
     """The adapters' parameters: in a forward others are in their place, with counters of their own."""
 
     @torch.no_grad()
-    def show(self, owner: AdaptedWeight) -> None:
+    def show(self, slot: Slot | None) -> None:
         """Exchange the values of the weight and those kept in ``bound``."""
         shown = self.weight.detach().clone()
         self.weight.copy_(self.bound)
@@ -130,19 +157,25 @@ class MergeInShards(BoundMerge):
 
     hide = show
 
-    def is_shown(self, owner: AdaptedWeight) -> bool:
+    def is_shown(self, slot: Slot | None) -> bool:
         return True
 
-    def tensors(self, owner: AdaptedWeight) -> Mapping[str, Tensor]:
+    def watched(self, tensors: Tensors) -> Tensors:
         return self.parameters
 
-    def follow(self, owner: AdaptedWeight, fn: Callable[[Tensor], Tensor]) -> None:
-        Merge.follow(self, owner, fn)
-        self.weight, self.bound = owner.weight, fn(self.bound)
-        self.parameters = owner.noted_tensors(self.adapters)
+    def follow(self, fn: Callable[[Tensor], Tensor], weight: Tensor, tensors: Tensors, shown: bool) -> None:
+        Merge.follow(self, fn, weight, tensors, shown)
+        self.weight, self.bound = weight, fn(self.bound)
+        self.parameters = dict(tensors)
 
 
-def versions(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+def _renamed(noted: dict[Key, Value], old: str, new: str) -> dict[Key, Value]:
+    return {
+        (label, container, new if name == old else name): value for (label, container, name), value in noted.items()
+    }
+
+
+def versions(tensors: Tensors) -> dict[Key, int]:
     """The version counters of named tensors: they differ after any change in place."""
     return {name: 0 if tensor.is_inference() else tensor._version for name, tensor in tensors.items()}
 

@@ -16,12 +16,13 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor, nn
 
-from .adapter_tensors import BaseParameters
 from .calls import Calls
 from .class_swap import swap_class
 from .fused_kernels import check_not_fused, warn_of_quantization
 from .kinds import REFUSALS
+from .merged import Slot
 from .shallow_copy import shallow_copy
+from .site import BaseParameters
 from .weight import AdaptedWeight, Holders
 
 if TYPE_CHECKING:
@@ -61,33 +62,32 @@ class LoRAParameter(AdaptedWeight):
         self.__dict__["base"] = base  # and not as a submodule: it has its place in the model
         self.weight_name = name
         self.layout, self.lora_label, self.of = layout, label, of
-        self.start()
+        self.begin()
 
     def forward(self, weight: Tensor | None = None) -> Tensor:
         """The weight to compute with; from another one than the parameter, if one is given."""
         base = self.weight if weight is None else weight
         if self.is_merged_now() or not self.computes():
             return base
-        return self.effective_weight(self.in_force(), base).to(base.dtype)
+        return self.effective_weight(self.acting(), base).to(base.dtype)
 
     def computes(self) -> bool:
         """Whether the weight to compute with is made from the parameter and adapters, and not the parameter itself."""
-        return self.lora_merge is None and bool(self.in_force())
+        return self.lora_merge is None and bool(self.acting())
 
     @property
     def weight(self) -> nn.Parameter:  # type: ignore[override]
         """The parameter that is bound now."""
-        bound: nn.Parameter = self.weight_place()[self.weight_name]
+        bound: nn.Parameter = self.weight_slot().tensor  # type: ignore[assignment]
         return bound
 
-    def bind_weight(self, weight: Tensor) -> None:
-        self.weight_place()[self.weight_name] = weight
+    def weight_slot(self) -> Slot:
+        return Slot(
+            self._parameters if self.weight_name in self._parameters else self.base._parameters, self.weight_name
+        )
 
-    def weight_place(self) -> dict[str, Any]:
-        return self._parameters if self.weight_name in self._parameters else self.base._parameters
-
-    def parts(self) -> list[nn.Module]:
-        return [self.base, *super().parts()]
+    def holders(self) -> list[nn.Module]:
+        return [self.base, *super().holders()]
 
     def freeze_adapters(self) -> None:
         """The adapters, and the parameter that they are added to."""
@@ -101,7 +101,7 @@ class LoRAParameter(AdaptedWeight):
         finally:
             self.base._parameters[self.weight_name] = self._parameters.pop(self.weight_name)
 
-    def _described(self) -> str:
+    def title(self) -> str:
         return f"parameter {self.lora_label!r}"
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
@@ -170,7 +170,7 @@ class LoRAOwner(nn.Module):
                 f"{name!r} has adapters, so it can only be replaced by a parameter of its shape "
                 f"{tuple(holder.weight.shape)} while it is not merged; call remove_lora(model) first"
             )
-        holder.bind_weight(param)
+        holder.weight_slot().bind(param)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "qconfig":
@@ -192,6 +192,7 @@ class LoRAOwner(nn.Module):
         copied = shallow_copy(self, (HOLDERS, BASE))
         for holder in parameter_holders(copied).values():
             holder.__dict__["base"] = copied._modules[BASE]
+            holder.own_adapters()
             holder.__setstate__(holder.__dict__)
         return copied
 
@@ -306,7 +307,7 @@ def _in_place(owner: LoRAOwner, *, merged: bool = True) -> Iterator[None]:
         yield
     finally:
         for name, holder in holders.items():
-            holder.bind_weight(owner._parameters[name])  # type: ignore[arg-type]  # another one after assign=True
+            holder.weight_slot().bind(owner._parameters[name])  # type: ignore[arg-type]  # another one after assign=True
             owner._parameters[name] = None
 
 
@@ -342,7 +343,7 @@ def _effective(name: str) -> property:
         base, known = owner._parameters.get(name), _CALLS.noted(owner)
         if known is None:
             return holder(base)  # type: ignore[no-any-return]
-        state = (name, id(base), torch.is_grad_enabled(), holder.in_force())
+        state = (name, id(base), torch.is_grad_enabled(), holder.acting())
         if state not in known:
             known[state] = holder(base)
         return known[state]

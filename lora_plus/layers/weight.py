@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from lora_plus.tensors import matrix as functional
-from lora_plus.tensors.merged import Summand, joined
-from lora_plus.tensors.variant import VARIANTS, AdapterSpec
-from lora_plus.text import join
+from lora_plus.tensors.merged import joined
 
-from .adapter import AdapterSite, RowBlock
-from .merged import Merge
-from .sample_adapters import SampleAdapters
+from .adapter import ActiveAdapter, RowsAdapter
+from .merged import Key, Merge, Slot
+from .site import AdapterSite, RowBlock
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -26,6 +25,14 @@ BLOCKS = "lora_blocks"
 
 class Holders(nn.Module):
     """Holds, inside of a module of the model, what has adapters of blocks of rows or of parameters."""
+
+
+class Override(Protocol):
+    """What joins a layer's output in the place of its active adapters, for the length of a block."""
+
+    def output(self, layer: Any, x: Tensor, y: Tensor) -> Tensor:
+        """The layer's output for its input ``x`` and the base's output ``y``."""
+        ...
 
 
 class AdaptedWeight(AdapterSite):
@@ -39,24 +46,29 @@ class AdaptedWeight(AdapterSite):
     """Whether the weight is stored in a way that an update cannot be added to."""
     layout: str
     """einops pattern from the stored weight to its matrix view ``(out, in)``, or ``(stack, out, in)``."""
+    lora_state: ClassVar[dict[str, Callable[[], Any]]] = {
+        "lora_adapters": dict,
+        "lora_active": tuple,
+        "lora_disabled": int,
+        "lora_override": lambda: None,
+        "lora_merge": lambda: None,
+    }
+    """The attributes of a weight that has adapters, and what they are while it has none."""
     weight: Tensor
-    lora_active: tuple[str, ...]
+    lora_active: tuple[ActiveAdapter, ...]
     """The adapters that take part in the forward, in the order in which they are applied."""
-    lora_strengths: dict[str, float]
-    """By active adapter, the factor of its scale while it is active, where that is not 1."""
     lora_disabled: int
     """How many ``disabled`` blocks are open: above zero, the base is computed."""
-    lora_samples: SampleAdapters | None
-    """Which adapter each sample of a batch has, inside an ``adapter_per_sample`` block; None elsewhere."""
+    lora_override: Override | None
+    """What a block computes with in the place of the active adapters; None outside of such a block."""
     lora_merge: Merge | None
     """What unmerging needs, while the model is merged; None otherwise."""
 
-    def start(self) -> None:
-        """The state of a weight that has no adapter yet."""
-        self.__dict__.update(lora_specs={}, lora_active=(), lora_strengths={})
-        self.__dict__.update(lora_disabled=0, lora_samples=None, lora_merge=None)
+    def begin(self) -> None:
+        """Have no adapter yet."""
+        self.__dict__.update({name: make() for name, make in self.lora_state.items()})
 
-    def _described(self) -> str:
+    def title(self) -> str:
         """What messages call it."""
         return type(self).__name__
 
@@ -68,7 +80,12 @@ class AdaptedWeight(AdapterSite):
         """The stored weight as numbers, and the dtype that a merged one gets."""
         return self.weight, self.weight.dtype
 
-    def parts(self) -> list[nn.Module]:
+    def weight_slot(self) -> Slot | None:
+        """Where the weight is held; None if it is computed, by a parametrization or a hook."""
+        name = self.weight_name
+        return next((Slot(table, name) for table in (self._parameters, self._buffers) if name in table), None)
+
+    def holders(self) -> list[nn.Module]:
         """The modules that hold the weight and its adapters."""
         return list(self.modules())
 
@@ -85,148 +102,130 @@ class AdaptedWeight(AdapterSite):
         if container is None:
             return []
         blocks = [block for block in container.children() if isinstance(block, RowBlock)]
-        return sorted(blocks, key=lambda block: block.start)
+        return sorted(blocks, key=lambda block: block.rows)
 
-    def row_block(self, label: str, start: int, stop: int, total: int) -> RowBlock:
+    def row_block(self, label: str, rows: tuple[int, int], total: int) -> RowBlock:
         """The block of these rows out of ``total``, which is made if it is not there."""
         container = self._modules.setdefault(BLOCKS, Holders())
         assert container is not None
-        block = container._modules.setdefault(label, RowBlock(label, start, stop, total))
-        assert isinstance(block, RowBlock) and (block.start, block.stop) == (start, stop)
+        block = container._modules.setdefault(label, RowBlock(label, rows, total))
+        assert isinstance(block, RowBlock) and block.rows == rows
         return block
 
-    def lora_adapters(self) -> list[str]:
-        """The adapters that this weight has, whole or on blocks."""
+    def adapter_names(self) -> list[str]:
+        """The names of the adapters that this weight has, whole or on blocks."""
         if BLOCKS not in self._modules:
-            return list(self.lora_specs)
-        return list(dict.fromkeys(name for site in self.adapter_sites() for name in site.lora_specs))
+            return list(self.lora_adapters)
+        return list(dict.fromkeys(name for site in self.adapter_sites() for name in site.lora_adapters))
 
-    def lora_spec(self, adapter: str) -> AdapterSpec:
-        """An adapter's settings; r and alpha are those of its first block where it has several."""
-        if adapter in self.lora_specs:
-            return self.lora_specs[adapter]
-        return next(block.lora_specs[adapter] for block in self.row_blocks() if adapter in block.lora_specs)
+    def active_names(self) -> list[str]:
+        """The names of the adapters that take part in the forward, in the order in which they are applied."""
+        return [adapter.name for adapter in self.lora_active]
 
-    def lora_factors(self, adapter: str) -> tuple[Tensor, Tensor, float]:
-        """A, B and the scale of an adapter now; those of row blocks are put together, with B block-structured."""
-        spec, strength = self.lora_specs.get(adapter), self.lora_strength(adapter)
-        if spec is not None:
-            return *self.factors(adapter), spec.scale * strength
-        blocks = [block for block in self.row_blocks() if adapter in block.lora_specs]
-        parts = [(block.start, *block.factors(adapter), block.lora_specs[adapter].scale) for block in blocks]
-        return *functional.joined_rows(parts, blocks[0].total), strength
+    def adapter(self, name: str) -> ActiveAdapter:
+        """One adapter of the whole weight; those of row blocks are put together to one."""
+        if name in self.lora_adapters:
+            return self.lora_adapters[name]
+        blocks = [block for block in self.row_blocks() if name in block.lora_adapters]
+        return RowsAdapter([(block.rows[0], block.lora_adapters[name]) for block in blocks], blocks[0].total)
 
     def delete_adapter(self, name: str) -> None:
         """Drop an adapter of this weight, and the blocks that have none left."""
         assert self.lora_merge is None
+        self.lora_active = tuple(adapter for adapter in self.lora_active if adapter.name != name)
         for site in list(self.adapter_sites()):
-            if name in site.lora_specs:
+            if name in site.lora_adapters:
                 site.drop_adapter(name)
         container = self._modules.get(BLOCKS)
         for block in self.row_blocks():
-            if container is not None and not block.lora_specs:
+            if container is not None and not block.lora_adapters:
                 del container._modules[block.lora_label]
         if container is not None and not container._modules:
             del self._modules[BLOCKS]
-        self.activate(tuple(other for other in self.lora_active if other != name), self.lora_strengths)
 
     def rename_everywhere(self, old: str, new: str) -> None:
         """Call an adapter of this weight by another name, in every state that it is in."""
         for site in self.adapter_sites():
-            if old in site.lora_specs:
+            if old in site.lora_adapters:
                 site.rename_adapter(old, new)
-        self.lora_active = tuple(new if name == old else name for name in self.lora_active)
-        self.lora_strengths = {new if name == old else name: factor for name, factor in self.lora_strengths.items()}
         if self.lora_merge is not None:
-            self.lora_merge.rename(self, old, new)
+            self.lora_merge.rename(old, new)
 
-    def activate(self, names: tuple[str, ...], strengths: Mapping[str, float] | None = None) -> None:
+    def activate(self, names: Sequence[str], strengths: Mapping[str, float] | None = None) -> None:
         """Let just these adapters take part in the forward; names that this weight lacks are passed over.
 
         ``strengths`` are factors of their scales; 1 for an adapter that has none.
         """
-        active = self.in_order(names)
-        self.__dict__["lora_active"] = active  # nn.Module's own __setattr__ is slow
-        given = {} if strengths is None else strengths
-        self.__dict__["lora_strengths"] = {name: given[name] for name in active if given.get(name, 1.0) != 1.0}
+        self.__dict__["lora_active"] = self.in_order(names)  # nn.Module's own __setattr__ is slow
+        factors = {} if strengths is None else {name: strengths[name] for name in names if name in strengths}
+        for site in self.adapter_sites():
+            for name, adapter in site.lora_adapters.items():
+                adapter.strength = factors.get(name, 1.0)
 
-    def lora_strength(self, adapter: str) -> float:
-        """The factor of an adapter's scale; it goes with being active, and is 1 where samples choose their own."""
-        return 1.0 if self.lora_samples is not None else self.lora_strengths.get(adapter, 1.0)
-
-    def in_order(self, names: Sequence[str]) -> tuple[str, ...]:
+    def in_order(self, names: Sequence[str]) -> tuple[ActiveAdapter, ...]:
         """Those of these adapters that the weight has, in the order in which they apply.
 
         Raises:
             ValueError: if they have no agreed sum.
         """
-        there = self.lora_adapters()
-        here = [name for name in dict.fromkeys(names) if name in there]
-        if len(here) < 2:
-            return tuple(here)
-        rescaling = [name for name in here if VARIANTS[self.lora_spec(name).variant].rescales]
+        there = self.adapter_names()
+        adapters = [self.adapter(name) for name in dict.fromkeys(names) if name in there]
+        if len(adapters) < 2:
+            return tuple(adapters)
+        rescaling = [adapter for adapter in adapters if adapter.variant.rescales]
         if len(rescaling) > 1:
+            same = [adapter.name for adapter in rescaling]
             raise ValueError(
-                f"adapters {rescaling} each rescale the weight (DoRA), and two rescalings of one weight have no agreed "
+                f"adapters {same} each rescale the weight (DoRA), and two rescalings of one weight have no agreed "
                 "meaning; use one of them at a time"
             )
         # a rescaling acts on the base; sums come after it
-        return (*rescaling, *(name for name in here if name not in rescaling))
+        return (*rescaling, *(adapter for adapter in adapters if not adapter.variant.rescales))
+
+    def acting(self) -> tuple[ActiveAdapter, ...]:
+        """The adapters that act on all samples now, in the order in which they are applied."""
+        return () if self.lora_disabled or self.lora_override is not None else self.lora_active
 
     # ---- the weight that contains them -------------------------------------------------------------------------
 
-    def effective_weight(self, adapters: tuple[str, ...], base: Tensor | None = None) -> Tensor:
+    def effective_weight(self, adapters: Sequence[ActiveAdapter], base: Tensor | None = None) -> Tensor:
         """The weight with these adapters in it: in the stored layout, float32 or better, not yet rounded.
 
         ``base`` is what they are added to, if it is not the stored weight.
         """
         matrix = self.weight_matrix() if base is None else functional.to_matrix(base, self.layout)
-        return functional.from_matrix(joined(matrix, self.summands(adapters)), self.layout, self.weight.shape)
+        return functional.from_matrix(
+            joined(matrix, [adapter.summand() for adapter in adapters]), self.layout, self.weight.shape
+        )
 
-    def summands(self, adapters: tuple[str, ...]) -> list[Summand]:
-        """These adapters, as merging takes them."""
-        summands = []
-        for name in adapters:
-            variant = VARIANTS[self.lora_spec(name).variant]
-            summands.append(Summand(variant, *self.lora_factors(name), self.adapter_tensors(name)))
-        return summands
+    # ---- disabled, merged --------------------------------------------------------------------------------------
 
-    def bind_weight(self, weight: Tensor) -> None:
-        """Make this the weight; the one that it had is left as it is, for whoever shares it."""
-        place = self.weight_place()
-        assert place is not None
-        place["weight"] = weight
-
-    def weight_place(self) -> dict[str, Any] | None:
-        """Where the weight is held: among parameters or buffers; None if it is computed."""
-        return next((held for held in (self._parameters, self._buffers) if "weight" in held), None)
+    def own_weight(self) -> Tensor:
+        """The base's own weight, also while another one is bound in its place."""
+        return self.weight if self.lora_merge is None else self.lora_merge.own_weight(self.weight)
 
     def bind_merged(self, merge: Merge) -> None:
         """Become merged."""
-        merge.show(self)
+        merge.show(self.weight_slot())
         self.lora_merge = merge
 
     def unmerge(self) -> None:
         """Have the base's own parameter again, as it was."""
         assert self.lora_merge is not None
-        self.lora_merge.hide(self)
+        self.lora_merge.hide(self.weight_slot())
         self.lora_merge = None
 
     def disable(self) -> None:
         """Compute what the base computes until `enable` has been called as often."""
         if not self.lora_disabled and self.lora_merge is not None:
-            self.lora_merge.hide(self)
+            self.lora_merge.hide(self.weight_slot())
         self.lora_disabled += 1
 
     def enable(self) -> None:
         """Undo one `disable`."""
         self.lora_disabled -= 1
         if not self.lora_disabled and self.lora_merge is not None:
-            self.lora_merge.show(self)
-
-    def in_force(self) -> tuple[str, ...]:
-        """The adapters that act on all samples now, in the order in which they are applied."""
-        return () if self.lora_disabled or self.lora_samples is not None else self.lora_active
+            self.lora_merge.show(self.weight_slot())
 
     def check_not_disabled(self) -> None:
         """Raise inside a ``disabled`` block."""
@@ -236,7 +235,7 @@ class AdaptedWeight(AdapterSite):
     def check_enabled(self) -> None:
         """Raise inside a block at whose end a state is restored, with which changes to adapters would be mixed up."""
         self.check_not_disabled()
-        if self.lora_samples is not None:
+        if self.lora_override is not None:
             raise ValueError("each sample has an adapter of its own; leave the adapter_per_sample block first")
 
     def is_merged_now(self) -> bool:
@@ -248,10 +247,10 @@ class AdaptedWeight(AdapterSite):
         merge = self.lora_merge
         if merge is None or self.lora_disabled:
             return False
-        trained = (p.requires_grad for site in self.adapter_sites() for _, _, p in site.lora_parameters())
+        trained = (p.requires_grad for p in self.noted_tensors(self.adapter_names()).values())
         if self.training and torch.is_grad_enabled() and any(trained):
             raise ValueError(
-                f"this {self._described()} is merged, so its adapters would get no gradient; call "
+                f"this {self.title()} is merged, so its adapters would get no gradient; call "
                 "unmerge_lora(model) before training, or model.eval() or torch.no_grad() to run the merged model"
             )
         if not torch.compiler.is_compiling():
@@ -260,41 +259,34 @@ class AdaptedWeight(AdapterSite):
 
     def check_unmergeable(self) -> None:
         """Raise if the base's own weight cannot be bound back, because the merged one has become a computed one."""
-        if self.lora_merge is not None and not self.lora_merge.can_be_hidden(self):
+        if self.lora_merge is not None and not self.lora_merge.can_be_hidden(self.weight_slot()):
             raise ValueError(
-                f"the merged weight of this {self._described()} was parametrized or pruned; undo that first, with "
+                f"the merged weight of this {self.title()} was parametrized or pruned; undo that first, with "
                 "torch.nn.utils.parametrize.remove_parametrizations or torch.nn.utils.prune.remove"
             )
 
     def check_unchanged(self, merge: Merge, *, by_value: bool = False) -> None:
         """Raise if an adapter has been changed, or the weight been replaced, since it was merged."""
-        if merge.is_stale(self, by_value=by_value):
+        if merge.is_stale(self.noted_tensors(merge.adapters), by_value=by_value):
             raise ValueError(
-                f"an adapter of this {self._described()} was changed while it was merged, which the merged weight "
+                f"an adapter of this {self.title()} was changed while it was merged, which the merged weight "
                 "does not follow; call unmerge_lora(model), and merge_lora(model) again if it shall be merged"
             )
         self.check_unmergeable()
-        if not self.lora_disabled and not merge.is_shown(self):
+        if not self.lora_disabled and not merge.is_shown(self.weight_slot()):
             raise ValueError(
-                f"the weight of this {self._described()} was replaced while it was merged (by tying weights again, or "
+                f"the weight of this {self.title()} was replaced while it was merged (by tying weights again, or "
                 "by sharding), so the adapters are not in it any more; call unmerge_lora(model) before, and merge after"
             )
 
-    def fixed_tensors(self) -> Iterator[tuple[str, str, nn.Parameter]]:
-        """``(adapter, name, tensor)`` for what training leaves as it is, by the name inside the user's own module."""
-        for site in self.adapter_sites():
-            for adapter, spec in site.lora_specs.items():
-                for container, tensor in site.adapter_tensors(adapter).items():
-                    if not site.is_trained(container, spec):
-                        yield adapter, join(site.lora_label, f"{container}.{adapter}"), tensor
-
-    def noted_tensors(self, adapters: tuple[str, ...]) -> dict[str, Tensor]:
-        """These adapters' tensors, by names that are theirs inside this weight."""
+    def noted_tensors(self, names: Sequence[str]) -> dict[Key, Tensor]:
+        """The tensors of the adapters of these names: by the label of their rows, their container and the name."""
         return {
-            f"{site.lora_label}.{container}.{name}": tensor
+            (site.lora_label, container, name): tensor
             for site in self.adapter_sites()
-            for name in adapters
-            for container, tensor in site.adapter_tensors(name).items()
+            for name in names
+            if name in site.lora_adapters
+            for container, tensor in site.lora_adapters[name].tensors().items()
         }
 
     # ---- its state ---------------------------------------------------------------------------------------------
@@ -327,7 +319,7 @@ class AdaptedWeight(AdapterSite):
         super()._apply(fn, recurse)
         merge = self.lora_merge
         if merge is not None:
-            merge.follow(self, fn)
+            merge.follow(fn, self.weight, self.noted_tensors(merge.adapters), shown=not self.lora_disabled)
         return self
 
     def _apply_without_values(self, fn: Callable[[Tensor], Tensor], recurse: bool) -> None:
@@ -346,10 +338,18 @@ class AdaptedWeight(AdapterSite):
             for parameter in children[name].parameters():
                 nn.init.constant_(parameter, math.nan)
 
+    def own_adapters(self) -> None:
+        """Read this module's own containers: called on a shallow copy, whose adapters read those of the original."""
+        active = self.active_names()
+        for site in self.adapter_sites():
+            own = {name: replace(adapter, modules=site._modules) for name, adapter in site.lora_adapters.items()}
+            site.__dict__["lora_adapters"] = own
+        self.__dict__["lora_active"] = tuple(map(self.adapter, active))
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         if self.lora_merge is not None:
             self.lora_merge.versions = None  # a copy's counters begin anew
             if self.lora_disabled:
-                self.lora_merge.show(self)
-        self.__dict__.update(lora_disabled=0, lora_samples=None)  # no block that was open is the copy's
+                self.lora_merge.show(self.weight_slot())
+        self.__dict__.update(lora_disabled=0, lora_override=None)  # no block that was open is the copy's

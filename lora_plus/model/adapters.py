@@ -9,19 +9,18 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from lora_plus.layers.adapter_tensors import check_adapter_name
+from lora_plus.layers.adapter import Adapter, check_adapter_name
 from lora_plus.layers.freezing import restore_requires_grad, set_requires_grad
 from lora_plus.layers.fused_kernels import resume_nesting
 from lora_plus.layers.layer import LoRALayer
 from lora_plus.layers.parameter import LoRAOwner, parameter_holders, restore_parameter
 from lora_plus.layers.weight import AdaptedWeight
-from lora_plus.tensors.variant import VARIANTS, AdapterSpec
 from lora_plus.text import aligned, join
 
 from .inject import check_exchangeable, check_restorable, check_unsharded
 from .storage import reshard, shards_of
 from .train_also import originals, trained_modules, unmark_trained
-from .tree import adapted_weights, adapter_sites, named_modules
+from .tree import adapted_weights, adapter_sites, adapters_of, named_modules
 from .unsaved import check_saved, unsaved
 
 
@@ -30,7 +29,7 @@ def adapter_names(model: nn.Module) -> list[str]:
 
     They are in the order of the layers that they are on, and on one layer in the order in which they were added.
     """
-    return list(dict.fromkeys(name for _, site, _ in adapter_sites(model) for name in site.lora_specs))
+    return list(dict.fromkeys(name for _, site, _ in adapter_sites(model) for name in site.lora_adapters))
 
 
 def active_adapters(model: nn.Module) -> list[str]:
@@ -38,7 +37,7 @@ def active_adapters(model: nn.Module) -> list[str]:
 
     They are in the order of the layers that they are on, and on one layer in the order in which they are applied.
     """
-    return list(dict.fromkeys(name for _, weight in adapted_weights(model) for name in weight.lora_active))
+    return list(dict.fromkeys(name for _, weight in adapted_weights(model) for name in weight.active_names()))
 
 
 def check_adapter(model: nn.Module, *adapters: str) -> None:
@@ -80,19 +79,19 @@ def set_adapter(
     for path, weight in weights:
         weight.check_enabled()
         check_unmerged(path, weight, "choosing its adapters")
-        for name in weight.in_order(names):
-            variant = weight.lora_spec(name).variant
-            if VARIANTS[variant].rescales and strengths[name] != 1:
+        for each in weight.in_order(names):
+            factor = strengths[each.name]
+            if each.variant.rescales and factor != 1:
                 raise ValueError(
-                    f"the factor of {name!r} must be 1, got {strengths[name]}: on {path!r} it is of the variant "
-                    f"{variant!r}, which rescales the weight, so that its effect is not proportional to its scale"
+                    f"the factor of {each.name!r} must be 1, got {factor}: on {path!r} it is of the variant "
+                    f"{each.spec.variant!r}, which rescales the weight, so that its effect is not proportional to its "
+                    "scale"
                 )
     for _, weight in weights:
         weight.activate(names, strengths)
     if trainable is not None:
-        for _, site, _ in adapter_sites(model):
-            for name in site.lora_specs:
-                site.set_trainable(name, trainable and name in names)
+        for _, held, _ in adapters_of(model):
+            held.set_trainable(trainable and held.name in names)
         for _, module, record in trained_modules(model):
             set_requires_grad(module.modules(), trainable and record.adapter in names)
 
@@ -133,7 +132,7 @@ def delete_adapter(model: nn.Module, adapter: str) -> None:
         ValueError: if the model is merged.
     """
     check_adapter(model, adapter)
-    weights = [(path, weight) for path, weight in adapted_weights(model) if adapter in weight.lora_adapters()]
+    weights = [(path, weight) for path, weight in adapted_weights(model) if adapter in weight.adapter_names()]
     for path, weight in weights:
         weight.check_enabled()
         check_unmerged(path, weight, "deleting an adapter")
@@ -145,11 +144,11 @@ def delete_adapter(model: nn.Module, adapter: str) -> None:
     for _, weight in weights:
         weight.delete_adapter(adapter)
     for _, module in named_modules(model):
-        if isinstance(module, LoRALayer) and not module.lora_adapters():
+        if isinstance(module, LoRALayer) and not module.adapter_names():
             module.restore()
         elif isinstance(module, LoRAOwner):
             for name, holder in parameter_holders(module).items():
-                if not holder.lora_adapters():
+                if not holder.adapter_names():
                     restore_parameter(module, name)
     if not adapter_names(model):
         resume_nesting(model.modules())
@@ -199,10 +198,8 @@ def adapter_state_dict(model: nn.Module, *, adapter: str = "default") -> dict[st
     check_saved(model, adapter, f"the tensors of adapter {adapter!r} were not taken")
     shards = shards_of(model)
     state: dict[str, Tensor] = {}
-    for path, site, _ in adapter_sites(model):
-        if adapter in site.lora_specs:
-            tensors = shards.whole(site.adapter_tensors(adapter))
-            state |= {join(path, container): tensor for container, tensor in tensors.items()}
+    for path, held, _ in adapters_of(model, adapter):
+        state |= {join(path, container): tensor for container, tensor in shards.whole(held.tensors()).items()}
     for path, module, record in trained_modules(model, adapter):
         if record.exchanged:
             raise ValueError(f"{path!r} shows its original values; leave the disabled(model) block first")
@@ -283,14 +280,12 @@ def lora_summary(model: nn.Module) -> Summary:
     """What was adapted: layers, ranks, scales, sizes of whole tensors, and notes on what is unusual."""
     shape = shards_of(model).shape
     rows = []
-    for path, site, weight in adapter_sites(model):
+    for path, adapter, weight in adapters_of(model):
         what = weight.base_class.__name__ if isinstance(weight, LoRALayer) else "parameter"
-        for adapter, spec in site.lora_specs.items():
-            tensors = site.adapter_tensors(adapter)
-            shapes = {container: shape(tensor) for container, tensor in tensors.items()}
-            size = sum(each.numel() for each in shapes.values())
-            notes = _notes(adapter, spec, shapes, weight)
-            rows.append(SummaryRow(path, what, adapter, spec.r, spec.alpha, spec.scale, size, notes))
+        shapes = {container: shape(tensor) for container, tensor in adapter.tensors().items()}
+        size, spec = sum(each.numel() for each in shapes.values()), adapter.spec
+        notes = _notes(adapter, shapes, weight)
+        rows.append(SummaryRow(path, what, adapter.name, spec.r, spec.alpha, spec.scale, size, notes))
     trained = [
         (path, record.adapter, sum(shape(p).numel() for p in module.parameters()))
         for path, module, record in trained_modules(model)
@@ -301,16 +296,16 @@ def lora_summary(model: nn.Module) -> Summary:
     return Summary(rows, trained, trainable, sum(shape(p).numel() for p in parameters), beside)
 
 
-def _notes(adapter: str, spec: AdapterSpec, shapes: Mapping[str, Sequence[int]], weight: AdaptedWeight) -> str:
+def _notes(adapter: Adapter, shapes: Mapping[str, Sequence[int]], weight: AdaptedWeight) -> str:
     merge = weight.lora_merge
     full_rank = min(shapes["lora_B"][-2], shapes["lora_A"][-1])
-    strength = weight.lora_strength(adapter)
+    spec = adapter.spec
     notes = {
         f"variant {spec.variant}": spec.variant != "lora",
         f"r exceeds the weight's full rank {full_rank}": spec.r > full_rank,
-        "inactive": adapter not in weight.lora_active,
-        f"scale times {strength:g}": strength != 1,
-        "merged": merge is not None and adapter in merge.adapters,
+        "inactive": adapter.name not in weight.active_names(),
+        f"scale times {adapter.strength:g}": adapter.strength != 1,
+        "merged": merge is not None and adapter.name in merge.adapters,
         f"rounding lost {merge.lost if merge else 0} of the update": merge is not None and merge.lost is not None,
     }
     return "; ".join(note for note, holds in notes.items() if holds)

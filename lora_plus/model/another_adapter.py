@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_plus.layers.adapter_tensors import check_adapter_name
+from lora_plus.layers.adapter import check_adapter_name
 from lora_plus.tensors.init import Init, Start
 from lora_plus.tensors.random_state import draws
 
@@ -70,9 +70,9 @@ def add_adapter(
     given = {"r": r, "alpha": alpha, "dropout": dropout, "scaling": scaling, "variant": variant}
     changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     chosen = [
-        (place, site, replace(site.lora_specs[like], **changes))
+        (place, site, replace(site.lora_adapters[like].spec, **changes))
         for place, site in adapted_places(model)
-        if like in site.lora_specs
+        if like in site.lora_adapters
     ]
     misfits = [f"  {place.name!r}: {why}" for place, _, spec in chosen if (why := place.misfits(spec)) is not None]
     if misfits:

@@ -13,14 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lora_plus.layers.adapter import AdapterSite
+from lora_plus.layers.adapter import Adapter
 from lora_plus.layers.layer import LoRALayer
 from lora_plus.layers.weight import AdaptedWeight
-from lora_plus.tensors.variant import VARIANTS
 
 from .dry_run import copied, left_as_it_was
 from .inject import check_unsharded, check_whole
-from .tree import adapter_sites, unwrap
+from .tree import adapters_of, unwrap
 
 TRAIN_PASSES = 4
 """At most: layers that are skipped at random in training get another chance."""
@@ -50,10 +49,9 @@ def check_adapters(model: nn.Module, *inputs: Any, **keywords: Any) -> list[str]
     model = unwrap(model)
     owners: Counter[int] = Counter(id(p) for module in model.modules() for p in module._parameters.values())
     probes = [
-        _Probe(name, site, weight, adapter, _is_own(weight, owners))
-        for name, site, weight in adapter_sites(model)
-        for adapter in site.lora_specs
-        if adapter in weight.lora_active
+        _Probe(name, adapter, weight, _is_own(weight, owners))
+        for name, adapter, weight in adapters_of(model)
+        if adapter.name in weight.active_names()
     ]
     check_unsharded(model, "check its adapters before the model is sharded")
     check_whole(model, "checking adapters")
@@ -105,9 +103,8 @@ class _Probe:
     """An active adapter in one place."""
 
     name: str
-    site: AdapterSite
+    adapter: Adapter
     weight: AdaptedWeight
-    adapter: str
     own_weight: bool
     """Whether the weight is the layer's alone: others may read one that they share with it."""
     tensors: dict[str, nn.Parameter] = field(default_factory=dict)
@@ -119,7 +116,7 @@ class _Probe:
 
     def title(self) -> str:
         """What a message calls it."""
-        return repr(self.name) if self.adapter == "default" else f"{self.name!r}, adapter {self.adapter!r}"
+        return repr(self.name) if self.adapter.name == "default" else f"{self.name!r}, adapter {self.adapter.name!r}"
 
     def faults(self, modes: Mapping[str, _Seen], inference: _Seen) -> list[str]:
         """In which modes the adapter is not live, and why; nothing if it is live in all."""
@@ -182,8 +179,10 @@ def _check_checkable(probes: list[_Probe]) -> None:
         offloaded = isinstance(probe.weight, LoRALayer) and probe.weight.lora_base_forward is not None
         if probe.weight.weight.is_meta and not offloaded:
             raise ValueError(f"the weight of {probe.name!r} has no values yet (meta device); load them first")
-        if not probe.weight.lora_strength(probe.adapter):
-            raise ValueError(f"the factor of {probe.adapter!r} is 0, so it has no effect; leave it out in set_adapter")
+        if not probe.adapter.strength:
+            raise ValueError(
+                f"the factor of {probe.adapter.name!r} is 0, so it has no effect; leave it out in set_adapter"
+            )
 
 
 def _run(model: nn.Module, inputs: Any, keywords: Any, probes: list[_Probe], seed: int = 0) -> _Seen:
@@ -299,16 +298,16 @@ def _eager() -> AbstractContextManager[Any]:
 def _random_adapters(probes: list[_Probe]) -> Iterator[None]:
     """Random tensors in place of the adapters' own, which are not touched."""
     generator = torch.Generator().manual_seed(0)
-    own = [(probe, probe.site.adapter_tensors(probe.adapter)) for probe in probes]
+    own = [(probe, probe.adapter.tensors()) for probe in probes]
     try:
         for probe, tensors in own:
-            own_tensors = {each.name for each in VARIANTS[probe.site.lora_specs[probe.adapter].variant].tensors}
+            own_tensors = {each.name for each in probe.adapter.variant.tensors}
             for name, tensor in tensors.items():
                 noise = 0.02 * torch.randn(tensor.shape, generator=generator)
                 near = tensor.detach() if name in own_tensors else torch.zeros_like(tensor)
                 probe.tensors[name] = nn.Parameter(near + noise.to(tensor.device, tensor.dtype))
-            probe.site.exchange_tensors(probe.adapter, probe.tensors)
+            probe.adapter.exchange(probe.tensors)
         yield
     finally:
         for probe, tensors in own:
-            probe.site.exchange_tensors(probe.adapter, tensors)
+            probe.adapter.exchange(tensors)

@@ -10,14 +10,14 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lora_plus.errors import named_keywords
-from lora_plus.layers.adapter import AdapterSite
-from lora_plus.layers.adapter_tensors import check_adapter_name
+from lora_plus.layers.adapter import check_adapter_name
 from lora_plus.layers.class_swap import check_top_class
 from lora_plus.layers.freezing import restore_requires_grad, set_requires_grad
 from lora_plus.layers.fused_kernels import keep_out_of_fused_kernels, resume_nesting, stop_nesting
 from lora_plus.layers.kinds import why_no_numbers
 from lora_plus.layers.layer import LoRALayer
 from lora_plus.layers.parameter import LoRAOwner, restore_owner
+from lora_plus.layers.site import AdapterSite
 from lora_plus.layers.weight import AdaptedWeight
 from lora_plus.tensors.init import Init, Start
 from lora_plus.tensors.random_state import draws
@@ -284,7 +284,7 @@ def check_injectable(model: nn.Module, adapter: str) -> None:
         if not isinstance(layer, AdaptedWeight):
             continue
         layer.check_enabled()
-        if adapter in layer.lora_adapters():
+        if adapter in layer.adapter_names():
             raise ValueError(
                 f"the model has an adapter {adapter!r} already (on {owner_path(name, layer) or 'itself'!r}); "
                 "give the new one another name, or call remove_lora(model) first"

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from lora_plus.layers.adapter import ActiveAdapter
 from lora_plus.layers.layer import LoRALayer
 from lora_plus.layers.merged import BoundMerge, Merge, MergeInShards, versions
 from lora_plus.layers.weight import AdaptedWeight
@@ -144,7 +145,8 @@ def _is_merged(model: nn.Module, adapters: Sequence[str] | None) -> bool:
         check_adapter(model, adapter)
     for path, weight in weights:
         weight.check_enabled()
-        wanted, merge = _wanted(weight, adapters), weight.lora_merge
+        merge = weight.lora_merge
+        wanted = tuple(adapter.name for adapter in _wanted(weight, adapters))
         if merge is None:
             raise ValueError(f"{path!r} is not merged, and other layers are; call unmerge_lora(model) first")
         if wanted != merge.adapters:
@@ -156,7 +158,7 @@ def _is_merged(model: nn.Module, adapters: Sequence[str] | None) -> bool:
     return True
 
 
-def _wanted(weight: AdaptedWeight, adapters: Sequence[str] | None) -> tuple[str, ...]:
+def _wanted(weight: AdaptedWeight, adapters: Sequence[str] | None) -> tuple[ActiveAdapter, ...]:
     return weight.lora_active if adapters is None else weight.in_order(adapters)
 
 
@@ -179,11 +181,11 @@ def _compute(
     problems = []
     for path, weight in adapted_weights(model):
         weight.check_enabled()
-        names = _wanted(weight, adapters)
-        if not names and weight.lora_merge is None:
+        wanted = _wanted(weight, adapters)
+        if not wanted and weight.lora_merge is None:
             merges.append((weight, Merge()))  # what else it has must have no effect, and no keys
             continue
-        made = _refusal(weight, ties.get(path, []), dequantize) or merged_state(weight, names)
+        made = _refusal(weight, ties.get(path, []), dequantize) or merged_state(weight, wanted)
         if isinstance(made, str):
             problems.append(f"{path!r}: {made}")
             continue
@@ -204,31 +206,32 @@ def _compute(
     return report, merges
 
 
-def merged_state(weight: AdaptedWeight, names: tuple[str, ...]) -> BoundMerge | str:
+def merged_state(weight: AdaptedWeight, adapters: Sequence[ActiveAdapter]) -> BoundMerge | str:
     """The merged state of a weight, or why it cannot be merged. Every rank must call it if the weight is a DTensor."""
+    names = tuple(adapter.name for adapter in adapters)
     own, tensors = weight.weight, weight.noted_tensors(names)
-    with whole_parameters(weight.parts()):
-        made = _merged_values(weight, names)
+    with whole_parameters(weight.holders()):
+        made = _merged_values(weight, adapters)
     if isinstance(made, str):
         return made
     values, lost = made
-    copies = {name: tensor.detach().clone() for name, tensor in tensors.items()}
+    copies = {key: tensor.detach().clone() for key, tensor in tensors.items()}
     merge = BoundMerge(adapters=names, copies=copies, versions=versions(tensors), lost=lost, weight=own, bound=values)
     if not is_dtensor(own):
         return merge
     return MergeInShards(**vars(merge) | {"bound": distributed_like(values, own)}, parameters=tensors)
 
 
-def _merged_values(weight: AdaptedWeight, names: tuple[str, ...]) -> tuple[Tensor, float | None] | str:
+def _merged_values(weight: AdaptedWeight, adapters: Sequence[ActiveAdapter]) -> tuple[Tensor, float | None] | str:
     """What to bind in place of a whole weight, and how much rounding lost; or why it cannot be merged."""
     base, dtype = weight.dense_weight()
     try:
-        values, lost = merged_weight(base, weight.layout, weight.summands(names), dtype)
+        values, lost = merged_weight(base, weight.layout, [adapter.summand() for adapter in adapters], dtype)
     except ValueError as error:
         return str(error)
     own = weight.weight
     bound = nn.Parameter(values, requires_grad=own.requires_grad) if isinstance(own, nn.Parameter) else values
-    differs = _trial(weight, names, bound) if isinstance(weight, LoRALayer) else None
+    differs = _trial(weight, adapters, bound) if isinstance(weight, LoRALayer) else None
     return (bound, lost) if differs is None else differs
 
 
@@ -241,7 +244,7 @@ def _refusal(weight: AdaptedWeight, others: list[str], dequantize: bool) -> str 
             "its weight is quantized, and quantizing a merged one again would lose most of the update; call "
             "merge_and_unload(model, dequantize=True)"
         )
-    if weight.weight_place() is None:
+    if weight.weight_slot() is None:
         return (
             "its weight is computed by a parametrization or a hook; remove that before merging, e.g. with "
             "torch.nn.utils.parametrize.remove_parametrizations, which leaves the adapter in place"
@@ -257,7 +260,7 @@ def _refusal(weight: AdaptedWeight, others: list[str], dequantize: bool) -> str 
 
 
 @torch.no_grad()
-def _trial(layer: LoRALayer, names: tuple[str, ...], bound: Tensor) -> str | None:
+def _trial(layer: LoRALayer, adapters: Sequence[ActiveAdapter], bound: Tensor) -> str | None:
     """Why the merged weight does not compute what the adapters do, where the layer's forward is a user's own.
 
     Such a forward may mask, scale or normalise its weight; then ``W + s B A`` in its place is something else.
@@ -265,19 +268,21 @@ def _trial(layer: LoRALayer, names: tuple[str, ...], bound: Tensor) -> str | Non
     x = layer.trial_input() if layer.has_own_forward else None
     if x is None:
         return None
-    active, original = layer.lora_active, layer.weight
+    active, slot = layer.lora_active, layer.weight_slot()
+    assert slot is not None
+    original = slot.tensor
     with left_as_it_was(layer):
         layer.eval()
         try:
             base = layer.base_forward(x)
-            layer.lora_active = names
+            layer.lora_active = tuple(adapters)
             unmerged = layer.forward(x)
-            layer.bind_weight(bound)
+            slot.bind(bound)
             merged_output = layer.base_forward(x)
         except Exception as error:
             return f"its own forward could not be tried out on one input ({type(error).__name__}: {error})"
         finally:
-            layer.bind_weight(original)
+            slot.bind(original)
             layer.lora_active = active
     rounding = 32 * torch.finfo(bound.dtype).eps * unmerged.abs().max()
     if (merged_output - unmerged).abs().max() > 0.01 * (unmerged - base).abs().max() + rounding:

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from lora_plus.layers.adapter import AdapterSite, RowBlock
 from lora_plus.layers.base import PARAMETER, BaseLayer
 from lora_plus.layers.kinds import DTYPES, why_no_numbers
 from lora_plus.layers.layer import LoRALayer
@@ -21,6 +20,7 @@ from lora_plus.layers.parameter import (
     parameter_holders,
     raw_parameters,
 )
+from lora_plus.layers.site import AdapterSite, RowBlock
 from lora_plus.layers.weight import AdaptedWeight
 from lora_plus.tensors.distributed import whole, without_values
 from lora_plus.tensors.matrix import matrix_shape, to_matrix
@@ -155,10 +155,10 @@ class RowsPlace(Place):
         if weight is None:
             return None
         for block in weight.row_blocks():
-            rows, same_label = (block.start, block.stop), self.label == block.lora_label
+            rows, same_label = block.rows, self.label == block.lora_label
             if not (same_label and self.rows == rows) and (same_label or rows_overlap(self.rows, rows)):
                 return described(block)
-        return "its whole weight has adapters" if weight.lora_specs else None
+        return "its whole weight has adapters" if weight.lora_adapters else None
 
     def adapted(self) -> AdaptedWeight | None:
         return self.whole.adapted()
@@ -184,7 +184,7 @@ class RowsPlace(Place):
         base = self.whole.base()
         total = matrix_shape(base.layout, base.shape)[0]
         weight: AdaptedWeight = self.whole.adopt()
-        return weight.row_block(self.label, *self.rows, total)
+        return weight.row_block(self.label, self.rows, total)
 
     def base(self) -> BaseLayer:
         base = self.whole.base()
@@ -234,7 +234,7 @@ class _Finder:
         if not isinstance(site, RowBlock):
             return place
         label = site.lora_label
-        return RowsPlace(place, (site.start, site.stop), label, [(join(owner_name, label), owner)])
+        return RowsPlace(place, site.rows, label, [(join(owner_name, label), owner)])
 
 
 PLACE_FINDERS.append(_Finder())

@@ -10,10 +10,10 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from lora_plus.layers.adapter import AdapterSite, RowBlock
 from lora_plus.layers.base import BaseLayer
 from lora_plus.layers.kinds import lora_class, why_unsupported
 from lora_plus.layers.layer import LoRALayer
+from lora_plus.layers.site import AdapterSite, RowBlock
 from lora_plus.layers.weight import AdaptedWeight, Holders
 from lora_plus.tensors.distributed import whole, without_values
 from lora_plus.tensors.init import Start
@@ -282,7 +282,7 @@ def adapted_places(model: nn.Module) -> Iterator[tuple[Place, AdapterSite]]:
         if isinstance(module, AdaptedWeight):
             owner_name = owner_path(path, module)
             for site in module.adapter_sites():
-                if site.lora_specs:
+                if site.lora_adapters:
                     found = (f.adapted(site, module, modules[owner_name], owner_name) for f in PLACE_FINDERS)
                     other = next((place for place in found if place is not None), None)
                     yield other or LayerPlace(module, [owner_name]), site
@@ -311,7 +311,7 @@ def overlaps(places: Iterable[Place]) -> list[str]:
 
 def described(block: RowBlock) -> str:
     """A block of rows that has adapters, for messages."""
-    return f"rows {block.start} to {block.stop} of its weight have adapters as {block.lora_label!r}"
+    return f"rows {block.rows[0]} to {block.rows[1]} of its weight have adapters as {block.lora_label!r}"
 
 
 def rows_overlap(one: Rows | None, other: Rows | None) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from lora_plus.layers.adapter_tensors import check_adapter_name
+from lora_plus.layers.adapter import check_adapter_name
 from lora_plus.tensors.variant import AdapterSpec
 
 from .patterns import Pattern, as_patterns

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from lora_plus.errors import check_model
-from lora_plus.layers.adapter import AdapterSite
-from lora_plus.layers.adapter_tensors import AdapterTensors, BaseParameters
+from lora_plus.layers.adapter import Adapter, AdapterTensors
+from lora_plus.layers.site import AdapterSite, BaseParameters
 from lora_plus.layers.weight import AdaptedWeight
 from lora_plus.text import join
 
@@ -159,12 +159,20 @@ def adapted_weights(model: nn.Module) -> Iterator[tuple[str, AdaptedWeight]]:
             yield join(owner_path(path, module), module.lora_label), module
 
 
+def adapters_of(model: nn.Module, name: str | None = None) -> Iterator[tuple[str, Adapter, AdaptedWeight]]:
+    """``(name, adapter, weight)`` for the adapters of a model's weights and blocks of rows: all, or those of a name."""
+    for path, site, weight in adapter_sites(model):
+        for adapter in site.lora_adapters.values():
+            if name is None or adapter.name == name:
+                yield path, adapter, weight
+
+
 def adapter_sites(model: nn.Module) -> Iterator[tuple[str, AdapterSite, AdaptedWeight]]:
     """``(name, site, weight)`` for all that has adapters in a model: whole weights, and blocks of their rows."""
     for path, module in named_modules(model):
         if isinstance(module, AdaptedWeight):
             for site in module.adapter_sites():
-                if site.lora_specs:
+                if site.lora_adapters:
                     yield join(owner_path(path, module), site.lora_label), site, module
 
 

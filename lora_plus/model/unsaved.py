@@ -75,12 +75,15 @@ def unsaved(model: nn.Module, others: Collection[int] = ()) -> Unsaved:
         if not isinstance(module, AdaptedWeight):
             continue
         adapted = True
-        if module.weight_place() is not None:
+        if module.weight_slot() is not None:
             bases.add(id(module.weight))
-        for adapter, name, tensor in module.fixed_tensors():
-            if tensor.requires_grad:
-                for found in (fixed, fixed_active) if adapter in module.lora_active else (fixed,):
-                    found.setdefault(adapter, []).append(join(owner_path(path, module), name))
+        for site in module.adapter_sites():
+            for adapter in site.lora_adapters.values():
+                for name, tensor in adapter.tensors().items():
+                    if tensor.requires_grad and not adapter.is_trained(name):
+                        held = join(owner_path(path, module), join(site.lora_label, f"{name}.{adapter.name}"))
+                        for found in (fixed, fixed_active) if adapter.name in module.active_names() else (fixed,):
+                            found.setdefault(adapter.name, []).append(held)
     once: dict[int, tuple[str, nn.Parameter]] = {}
     for name, own in trainable if adapted else ():
         if id(own) not in saved:

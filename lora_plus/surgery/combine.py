@@ -12,7 +12,7 @@ from torch import nn
 
 from lora_plus.files.save import describe
 from lora_plus.files.saved_adapter import SavedAdapter, SavedLayer
-from lora_plus.layers.adapter_tensors import check_adapter_name
+from lora_plus.layers.adapter import check_adapter_name
 from lora_plus.layers.base import BaseLayer
 from lora_plus.model.adapters import check_adapter
 from lora_plus.model.inject import attach, check_injectable, check_whole

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lora_plus.layers.adapter_tensors import check_adapter_name
+from lora_plus.layers.adapter import check_adapter_name
 from lora_plus.layers.base import BaseLayer
 from lora_plus.layers.quantized import store_of_weight
 from lora_plus.model.inject import attach, check_injectable, check_selection, check_whole

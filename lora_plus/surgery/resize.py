@@ -53,21 +53,23 @@ def resize_adapter(
     check_adapter(model, adapter)
     check_injectable(model, "")  # it gets new parameters, as if an adapter were added
     check_whole(model, "resizing an adapter")
-    sites = {place.name: (place, site) for place, site in adapted_places(model) if adapter in site.lora_specs}
+    placed = {
+        place.name: (place, site.lora_adapters[adapter])
+        for place, site in adapted_places(model)
+        if adapter in site.lora_adapters
+    }
     draft = Draft(f"adapter {adapter!r} cannot be resized; it is unchanged")
-    owners = {name: place.owner for name, (place, _) in sites.items()}
+    owners = {name: place.owner for name, (place, _) in placed.items()}
     holes = {name: owner.no_update(owner) for name, owner in owners.items() if isinstance(owner, LoRALayer)}
     plain = describe(model, adapter)
     _resize(draft, plain, r, generator, holes)
     report = draft.report(adapter)
-    for name, (_, site) in sites.items():
-        layer, own = draft.layers[name], site.adapter_tensors(adapter)
-        if layer is not plain.layers[name] or layer.spec.r != site.lora_specs[adapter].r:
-            site.exchange_tensors(
-                adapter, {part: nn.Parameter(layer.tensors[part], own[part].requires_grad) for part in _FACTORS}
-            )
-            site.forget_start(adapter)
-        site.lora_specs[adapter] = layer.spec
+    for name, (_, each) in placed.items():
+        layer, own = draft.layers[name], each.tensors()
+        if layer is not plain.layers[name] or layer.spec.r != each.spec.r:
+            each.exchange({part: nn.Parameter(layer.tensors[part], own[part].requires_grad) for part in _FACTORS})
+            each.forget_start()
+        each.spec = layer.spec
     return report
 
 

@@ -5,16 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from . import matrix as functional
-
-if TYPE_CHECKING:
-    from lora_plus.layers.layer import LoRALayer
-
 
 STARTS = ("lora_A0", "lora_B0")
 """The containers of what is taken out of the update again, by inits that start from a part of the weight."""
@@ -60,6 +56,39 @@ _TAKEN_OUT = (
 """Those of an adapter that started from a part of the weight; they are not trained."""
 
 
+class HasWeight(Protocol):
+    """The layer that an adapter joins, as a variant sees it."""
+
+    def weight_matrix(self) -> Tensor:
+        """The stored weight in its matrix view."""
+        ...
+
+    def weight_part(self, x: Tensor, y: Tensor) -> Tensor:
+        """``W x`` alone, of the base's output ``y`` for the input ``x``."""
+        ...
+
+    def per_channel(self, values: Tensor) -> Tensor:
+        """A value for each output channel ``(out,)``, shaped to broadcast over the layer's output."""
+        ...
+
+
+class HasFactors(Protocol):
+    """An adapter, as its variant sees it."""
+
+    @property
+    def scale(self) -> float:
+        """The factor of B A."""
+        ...
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A ``(r, in)`` and B ``(out, r)``."""
+        ...
+
+    def tensors(self) -> Mapping[str, Tensor]:
+        """All its tensors, by their names."""
+        ...
+
+
 class Variant(Protocol):
     """What a variant states; all matrices in the matrix view, float32 or better."""
 
@@ -76,7 +105,7 @@ class Variant(Protocol):
         """The tensors that it has besides A and B, by their names, at their initial values."""
         ...
 
-    def join(self, layer: LoRALayer, adapter: str, x: Tensor, y: Tensor, update: Tensor) -> Tensor:
+    def join(self, layer: HasWeight, adapter: HasFactors, x: Tensor, y: Tensor, update: Tensor) -> Tensor:
         """The layer's output from its input ``x``, the base's output ``y`` and the low-rank ``update`` of x."""
         ...
 
@@ -100,7 +129,7 @@ class LoRA:
     def extra(self, weight: Tensor, A: Tensor, B: Tensor, scale: float) -> dict[str, Tensor]:
         return {}
 
-    def join(self, layer: LoRALayer, adapter: str, x: Tensor, y: Tensor, update: Tensor) -> Tensor:
+    def join(self, layer: HasWeight, adapter: HasFactors, x: Tensor, y: Tensor, update: Tensor) -> Tensor:
         return y + update.to(y.dtype)
 
     def merge(self, weight: Tensor, A: Tensor, B: Tensor, scale: float, tensors: Mapping[str, Tensor]) -> Tensor:
@@ -130,10 +159,10 @@ class DoRA:
             raise ValueError("DoRA divides by the norm of each row of the weight, and this weight has rows of zeros")
         return {"lora_magnitude": norm}
 
-    def join(self, layer: LoRALayer, adapter: str, x: Tensor, y: Tensor, update: Tensor) -> Tensor:
-        magnitude = layer.adapter_tensors(adapter)["lora_magnitude"]
+    def join(self, layer: HasWeight, adapter: HasFactors, x: Tensor, y: Tensor, update: Tensor) -> Tensor:
+        magnitude = adapter.tensors()["lora_magnitude"]
         with torch.no_grad():
-            norm = functional.sum_row_norm(layer.weight_matrix(), *layer.lora_factors(adapter))
+            norm = functional.sum_row_norm(layer.weight_matrix(), *adapter.factors(), adapter.scale)
         ratio = layer.per_channel(magnitude / norm)
         # y + (ratio - 1) * Wx, not ratio * Wx + bias: at the start ratio is 1 and y comes out bit for bit
         return y + (ratio - 1).to(y.dtype) * layer.weight_part(x, y) + ratio.to(y.dtype) * update.to(y.dtype)

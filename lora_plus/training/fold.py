@@ -12,7 +12,7 @@ from torch import nn
 from lora_plus.model.adapters import check_adapter, check_unmerged
 from lora_plus.model.inject import check_uncopied
 from lora_plus.model.storage import shards_of
-from lora_plus.model.tree import adapter_sites
+from lora_plus.model.tree import adapters_of
 from lora_plus.tensors.variant import STARTS
 
 from .groups import check_number
@@ -49,7 +49,7 @@ def fold_lr_ratio(model: nn.Module, lr_ratio: float, *, rule: str = "adam", adap
     Examples:
         >>> model = inject_lora(nn.Sequential(nn.Linear(8, 8)), ["0"], r=2, alpha=4)
         >>> fold_lr_ratio(model, 4)
-        >>> model[0].lora_specs["default"].alpha
+        >>> model[0].lora_adapters["default"].spec.alpha
         16.0
 
     Args:
@@ -70,19 +70,18 @@ def fold_lr_ratio(model: nn.Module, lr_ratio: float, *, rule: str = "adam", adap
     check_uncopied(model, "folding a ratio")
     factor = FOLDS[rule](float(lr_ratio))
     folded = []
-    for path, site, weight in adapter_sites(model):
+    for path, each, weight in adapters_of(model):
         weight.check_enabled()
         check_unmerged(path, weight, "folding a ratio")
-        if any((name, role) == (adapter, "B") for name, role, _ in site.lora_parameters()):
-            spec = site.lora_specs[adapter]
-            folded.append((site, replace(spec, alpha=spec.alpha * factor)))
+        if each.name == adapter and any(role == "B" for role, _ in each.parameters()):
+            folded.append((each, replace(each.spec, alpha=each.spec.alpha * factor)))
     if not folded:
         raise ValueError(f"adapter {adapter!r} is on embeddings only, whose factors learn at one rate; nothing to fold")
     shards = shards_of(model)
-    for site, spec in folded:
-        tensors = site.adapter_tensors(adapter)
+    for each, spec in folded:
+        tensors = each.tensors()
         divided = [tensors[name] for name in ("lora_B", STARTS[1]) if name in tensors]
         with shards.gathered(divided, write=True):
             for tensor in divided:
                 tensor.div_(factor)
-        site.lora_specs[adapter] = spec
+        each.spec = spec

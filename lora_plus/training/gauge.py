@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lora_plus.layers.adapter import whole_factors
 from lora_plus.model.inject import check_whole
-from lora_plus.model.tree import adapter_sites, unwrap
+from lora_plus.model.tree import adapters_of, unwrap
 from lora_plus.tensors.matrix import accumulation_dtype
 from lora_plus.text import aligned
 
@@ -268,12 +268,10 @@ class _Pair(NamedTuple):
 
 
 def _pairs(model: nn.Module) -> Iterator[_Pair]:
-    for name, site, _ in adapter_sites(model):
-        for adapter, spec in site.lora_specs.items():
-            tensors = site.adapter_tensors(adapter)
-            held = {site.role_of(adapter, container): tensor for container, tensor in tensors.items()}
-            if {"A", "B"} <= held.keys():
-                yield _Pair(name, adapter, held["A"], held["B"], spec.scale, tensors)
+    for name, adapter, _ in adapters_of(model):
+        roles = dict(adapter.parameters())
+        if {"A", "B"} <= roles.keys():
+            yield _Pair(name, adapter.name, roles["A"], roles["B"], adapter.spec.scale, adapter.tensors())
 
 
 class _Tally:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_plus.errors import Problems
-from lora_plus.layers.adapter import AdapterSite
+from lora_plus.layers.site import AdapterSite
 from lora_plus.model.adapters import check_adapter, check_unmerged
 from lora_plus.model.dry_run import left_as_it_was
 from lora_plus.model.inject import check_whole
@@ -63,7 +63,7 @@ def init_from_gradients(
     for path, weight in adapted_weights(model):
         weight.check_enabled()
         check_unmerged(path, weight, "starting an adapter from gradients")
-    sites = [(place, site) for place, site in adapted_places(model) if adapter in site.lora_specs]
+    sites = [(place, site) for place, site in adapted_places(model) if adapter in site.lora_adapters]
     failure = f"adapter {adapter!r} cannot start from gradients; it is unchanged"
     _check(failure, sites, lambda place, site: _unsuitable(place, site, adapter))
     weights = {id(place.stored()): place.stored() for place, _ in sites}
@@ -81,7 +81,7 @@ def init_from_gradients(
         for place, site in sites:
             gradient = gradients[id(place.stored())]
             assert gradient is not None
-            A = site.adapter_tensors(adapter)["lora_A"]
+            A = site.lora_A[adapter]
             rows = _top_directions(_matrix(gradient, place, site), A.shape[-2])
             A[..., : rows.shape[-2], :] = rows / math.sqrt(3)
 
@@ -98,7 +98,7 @@ def _matrix(gradient: Tensor, place: Place, site: AdapterSite) -> Tensor:
 
 def _unsuitable(place: Place, site: AdapterSite, adapter: str) -> str | None:
     """Why the gradient by this weight cannot be had, or not be used; None if it can."""
-    weight, B = place.stored(), site.adapter_tensors(adapter)["lora_B"]
+    weight, B = place.stored(), site.lora_B[adapter]
     reasons = {
         "its weight has no values (meta device); load them first": weight.is_meta,
         "it is sharded; do this before the model is sharded": hasattr(weight, "full_tensor"),

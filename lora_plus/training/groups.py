@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from lora_plus.errors import check_makes_optimizers, check_passed_on, named_keywords
-from lora_plus.layers.adapter import AdapterSite
+from lora_plus.layers.adapter import Adapter
 from lora_plus.layers.weight import AdaptedWeight
 from lora_plus.model.storage import shards_of
-from lora_plus.model.tree import adapter_sites
+from lora_plus.model.tree import adapters_of
 from lora_plus.model.unsaved import unsaved
 from lora_plus.tensors.variant import FACTORS, VARIANTS
 
@@ -30,6 +30,9 @@ that of its B. Optimizers keep it, also in their ``state_dict``."""
 
 Roles = Iterable[tuple[str, str, nn.Parameter]]
 """``(adapter, role, parameter)`` for each parameter of an adapter."""
+
+Adapters = Sequence[tuple[str, Adapter, AdaptedWeight]]
+"""The adapters of a model, as `adapters_of` gives them."""
 
 _OTHER_ROLES = {
     "B_bias": ("B", False),  # a column of B whose input is 1
@@ -121,12 +124,12 @@ def loraplus_param_groups(
         "embedding": {"lr": lr if embedding_lr is None else embedding_lr},
     }
     shape = shards_of(model).shape  # from here on parameters are the ones that are trained, and not gathered copies
-    sites = list(adapter_sites(model))
-    _check_active(sites)
+    adapters = list(adapters_of(model))
+    _check_active(adapters)
     unsaved(model).check("the groups were not made")
     names = group_names()
     members: dict[tuple[str, bool], list[nn.Parameter]] = {key: [] for key in names}
-    for key, parameter in _grouped(model, _roles(sites, roles), decayed, shape):
+    for key, parameter in _grouped(model, _roles(adapters, roles), decayed, shape):
         members[key].append(parameter)
     if all(kind == "other" for (kind, _), held in members.items() if held):
         raise ValueError(
@@ -239,9 +242,8 @@ def split_loraplus_groups(
         ValueError: if a group has no ``"lr"``, or no group holds a B matrix of the model.
     """
     factor_A, factor_B = _rates(1.0, lr_ratio, lr_mode)
-    sites = list(adapter_sites(model))
     unsaved(model).check("the groups were not split")
-    role_of = {id(parameter): role for _, site, _ in sites for _, role, parameter in site.lora_parameters()}
+    role_of = {id(parameter): role for _, adapter, _ in adapters_of(model) for role, parameter in adapter.parameters()}
     factors = {"A": factor_A, "B": factor_B}
     part_of = {role: role if factor != 1.0 else "" for role, factor in factors.items()}
     split: list[dict[str, Any]] = []
@@ -273,13 +275,12 @@ def split_loraplus_groups(
     return split
 
 
-def _check_active(sites: Sequence[tuple[str, AdapterSite, AdaptedWeight]]) -> None:
+def _check_active(adapters: Adapters) -> None:
     """Raise where only adapters that take no part in the forward are trainable."""
     trainable = {
-        (adapter, adapter in weight.lora_active)
-        for _, site, weight in sites
-        for adapter, _, parameter in site.lora_parameters()
-        if parameter.requires_grad
+        (adapter.name, adapter.name in weight.active_names())
+        for _, adapter, weight in adapters
+        if any(parameter.requires_grad for _, parameter in adapter.parameters())
     }
     if trainable and not any(active for _, active in trainable):
         names = sorted({adapter for adapter, _ in trainable})
@@ -289,9 +290,9 @@ def _check_active(sites: Sequence[tuple[str, AdapterSite, AdaptedWeight]]) -> No
         )
 
 
-def _roles(sites: Sequence[tuple[str, AdapterSite, AdaptedWeight]], given: Roles) -> dict[int, str]:
+def _roles(adapters: Adapters, given: Roles) -> dict[int, str]:
     """By id, the role of each parameter of an adapter."""
-    roles = {id(parameter): role for _, site, _ in sites for _, role, parameter in site.lora_parameters()}
+    roles = {id(parameter): role for _, adapter, _ in adapters for role, parameter in adapter.parameters()}
     roles |= {id(parameter): role for _, role, parameter in known_roles(given)}
     if not roles:
         raise ValueError("the model has no LoRA adapter; call inject_lora(model, ...) before building the optimizer")

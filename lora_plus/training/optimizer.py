@@ -11,14 +11,13 @@ import torch
 from torch import nn
 
 from lora_plus.engines.ranks import replicas, told_by_all, unreduced
-from lora_plus.layers.adapter import AdapterSite
 from lora_plus.layers.weight import AdaptedWeight
 from lora_plus.model.storage import reshard
-from lora_plus.model.tree import adapter_sites
+from lora_plus.model.tree import adapters_of
 from lora_plus.model.unsaved import Unsaved, unsaved
 from lora_plus.text import some
 
-from .groups import LR_RATIO, Roles, check_number, group_names, kind_of_role, known_roles
+from .groups import LR_RATIO, Adapters, Roles, check_number, group_names, kind_of_role, known_roles
 from .schedule import TOLERANCE
 
 
@@ -129,7 +128,7 @@ class _Training:
     """The name of each of the model's parameters."""
     trainable: set[int]
     """The parameters that are to be trained."""
-    sites: list[tuple[str, AdapterSite, AdaptedWeight]]
+    adapters: Adapters
     tensors: list[_Tensor]
     """The adapters' tensors; those of a place from A to B."""
     beside: Unsaved
@@ -137,11 +136,11 @@ class _Training:
 
     @classmethod
     def of(cls, model: nn.Module, groups: list[_Group], lr_ratio: float | None, roles: Roles) -> _Training:
-        sites = list(adapter_sites(model))
+        adapters = list(adapters_of(model))
         own = [
-            _Tensor(adapter, role, id(parameter))
-            for _, site, _ in sites
-            for adapter, role, parameter in site.lora_parameters()
+            _Tensor(adapter.name, role, id(parameter))
+            for _, adapter, _ in adapters
+            for role, parameter in adapter.parameters()
         ]
         others = [_Tensor(adapter, role, id(parameter)) for adapter, role, parameter in known_roles(roles)]
         return cls(
@@ -152,7 +151,7 @@ class _Training:
             position={id(p): position for position, group in enumerate(groups) for p in group["params"]},
             names={id(parameter): name for name, parameter in model.named_parameters()},
             trainable={id(parameter) for parameter in model.parameters() if parameter.requires_grad},
-            sites=sites,
+            adapters=adapters,
             tensors=own + others,
             beside=unsaved(model, {tensor.key for tensor in others}),
         )
@@ -196,7 +195,7 @@ def _untrained(training: _Training) -> Iterator[str]:
 
 _IDLE: dict[str, tuple[Callable[[AdaptedWeight, str], bool], str]] = {
     "not active": (
-        lambda weight, adapter: adapter not in weight.lora_active and weight.lora_samples is None,
+        lambda weight, adapter: adapter not in weight.active_names() and weight.lora_override is None,
         "activate it with set_adapter(model, [...]), or freeze it with set_adapter(model, others, trainable=True), "
         "under DistributedDataParallel before it wraps the model: its second step fails where a gradient is missing",
     ),
@@ -208,10 +207,9 @@ _IDLE: dict[str, tuple[Callable[[AdaptedWeight, str], bool], str]] = {
 
 def _idle(training: _Training) -> Iterator[str]:
     trained = [
-        (adapter, weight)
-        for _, site, weight in training.sites
-        for adapter, _, parameter in site.lora_parameters()
-        if parameter.requires_grad
+        (adapter.name, weight)
+        for _, adapter, weight in training.adapters
+        if any(parameter.requires_grad for _, parameter in adapter.parameters())
     ]
     for state, (holds, advice) in _IDLE.items():
         for name in dict.fromkeys(adapter for adapter, weight in trained if holds(weight, adapter)):

@@ -54,11 +54,12 @@ def reset_lora_parameters(
     shards = shards_of(model)
     prepared = []
     for place, site in adapted_places(model):
-        if adapter in site.lora_specs:
+        if adapter in site.lora_adapters:
+            held = site.lora_adapters[adapter]
             with shards.gathered([place.stored()]):
-                fresh = place.new_tensors(site.lora_specs[adapter], start)
-            site.check_refill(adapter, fresh, init)
-            prepared.append((site, fresh))
-    for site, fresh in prepared:
-        with shards.gathered(site.adapter_tensors(adapter).values(), write=True):
-            site.refill(adapter, fresh)
+                fresh = place.new_tensors(held.spec, start)
+            held.check_refill(fresh, init)
+            prepared.append((held, fresh))
+    for held, fresh in prepared:
+        with shards.gathered(held.tensors().values(), write=True):
+            held.refill(fresh)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.lr_scheduler import LambdaLR
 
-from lora_plus.layers.adapter_tensors import check_adapter_name
+from lora_plus.layers.adapter import check_adapter_name
 from lora_plus.model.adapters import adapter_names, delete_adapter, rename_adapter, set_adapter
 from lora_plus.model.dry_run import left_as_it_was, repeat_samples
 from lora_plus.model.inject import inject_lora, remove_lora

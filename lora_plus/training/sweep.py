@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from lora_plus.layers.adapter_tensors import check_adapter_name
+from lora_plus.layers.adapter import check_adapter_name
 from lora_plus.model.inject import remove_lora
 from lora_plus.model.patterns import Pattern
 

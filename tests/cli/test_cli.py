@@ -161,7 +161,7 @@ def test_diff_compares_updates(a: Path, b: Path) -> None:
     (layer,) = found["layers"]
     assert (layer["name"], layer["settings"]) == ("layers.1", {"r": [2, 3]})
     updates = [
-        each.lora_specs["default"].scale * each.lora_B["default"].double() @ each.lora_A["default"].double()
+        each.lora_adapters["default"].spec.scale * each.lora_B["default"].double() @ each.lora_A["default"].double()
         for each in (adapted()["layers"][1], adapted(2, r=3, targets=["layers.1", "embed"])["layers"][1])
     ]
     wanted = ((updates[0] - updates[1]).norm() / updates[0].norm()).item()

@@ -21,9 +21,8 @@ def two_adapters() -> nn.Module:
     model = lp.inject_lora(base_model(), [*TARGETS, "embedding", "head"], r=4, generator=generator)
     lp.add_adapter(model, "second", generator=generator)
     lp.set_adapter(model, "default", trainable=True)
-    for _, site, _ in lp.adapted_weight.adapter_sites(model):  # type: ignore[attr-defined]
-        for adapter in site.lora_specs:
-            nn.init.normal_(site.lora_B[adapter], std=0.05, generator=generator)
+    for _, adapter, _ in lp.model.tree.adapters_of(model):
+        nn.init.normal_(adapter.tensors()["lora_B"], std=0.05, generator=generator)
     return model.double()
 
 

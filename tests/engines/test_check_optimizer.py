@@ -40,8 +40,8 @@ def unseeded(model: nn.Module) -> nn.Module:
     """With other A on each rank, as without a seed."""
     generator = torch.Generator().manual_seed(10 + torch.distributed.get_rank())
     with torch.no_grad():
-        for _, site, _ in lp.adapted_weight.adapter_sites(model):
-            for _, role, parameter in site.lora_parameters():
+        for _, adapter, _ in lp.model.tree.adapters_of(model):
+            for role, parameter in adapter.parameters():
                 if role == "A":
                     parameter.normal_(std=0.1, generator=generator)
     return model

@@ -94,9 +94,9 @@ def second_adapter(inactive_trains: bool) -> float:
     def build() -> nn.Module:
         model = lp.add_adapter(lora_model(), "second", generator=torch.Generator().manual_seed(3))
         lp.set_adapter(model, "default", trainable=True)
-        for _, site, _ in lp.adapted_weight.adapter_sites(model):  # type: ignore[attr-defined]
+        for _, adapter, _ in lp.model.tree.adapters_of(model, "second"):
             if inactive_trains:
-                site.set_trainable("second", True)
+                adapter.set_trainable(True)
         return model
 
     return parity(build)

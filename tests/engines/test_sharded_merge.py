@@ -15,7 +15,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 import lora_plus as lp
 from lora_plus.model.storage import reshard
-from lora_plus.model.tree import adapted_weights
+from lora_plus.model.tree import adapted_weights, adapters_of
 from lora_plus.tensors.distributed import whole
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -220,8 +220,8 @@ def changed_while_merged(engine: str) -> tuple[str, bool]:
     """What keeping a merge says after a change of the adapters' memory; whether unmerging brings them into force."""
     model = DISTRIBUTED[engine](lora_model(non_zero=True).double()).eval()
     lp.merge_lora(model)
-    for _, weight in adapted_weights(model):
-        for _, role, parameter in weight.lora_parameters():
+    for _, adapter, _ in adapters_of(model):
+        for role, parameter in adapter.parameters():
             if role == "B":
                 parameter.to_local().data.zero_()
     try:

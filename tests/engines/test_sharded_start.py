@@ -140,18 +140,14 @@ def moved(model: nn.Module) -> nn.Module:
     return model
 
 
-def reset(name: str, keep: bool, way: str) -> list[str]:
+def reset(name: str, keep: bool) -> list[str]:
     """A model that has run, and where it holds gathered parameters, is drawn anew like one on one process."""
     build, init = RESETS[name]
     model, alone = by_fully_shard(moved(build()), reshard_after_forward=not keep), moved(build())
     loss_of(model, batches(1)[0]).backward()
     # what the other rank draws is of no account
     own = seeded(5 + torch.distributed.get_rank())
-    if way == "model":
-        lp.reset_lora_parameters(model, init=init, generator=own)
-    else:
-        for layer in (module for module in model.modules() if isinstance(module, lp.LoRALayer)):
-            layer.reset_lora_parameters(init=init, generator=own)
+    lp.reset_lora_parameters(model, init=init, generator=own)
     lp.reset_lora_parameters(alone, init=init, generator=seeded(5))
     assert abs(loss(model) - loss(alone)) < 1e-5
     return differing(values(model), values(alone))
@@ -160,12 +156,7 @@ def reset(name: str, keep: bool, way: str) -> list[str]:
 @pytest.mark.parametrize("keep", [False, True])
 @pytest.mark.parametrize("name", RESETS)
 def test_reset_draws_what_one_process_draws(two_processes: Processes, name: str, keep: bool) -> None:
-    for wrong in two_processes(reset, name, keep, "model"):
-        assert not wrong
-
-
-def test_a_layer_s_reset_draws_what_one_process_draws(two_processes: Processes) -> None:
-    for wrong in two_processes(reset, "pissa", False, "layer"):
+    for wrong in two_processes(reset, name, keep):
         assert not wrong
 
 

@@ -85,7 +85,8 @@ def test_an_adapter_of_an_earlier_save_does_not_stay_beside_the_new_one(tmp_path
     run.save_model()
     layer = run.model.model.layers[0].self_attn.q_proj
     for settings, native in ({"dropout": 0.5}, True), ({"dropout": 0.0}, False):
-        layer.lora_specs["second"] = replace(layer.lora_specs["second"], **settings)  # PEFT has one for all layers
+        adapter = layer.lora_adapters["second"]
+        adapter.spec = replace(adapter.spec, **settings)  # PEFT has one for all layers
         run.save_model()
         there = {path.name for path in tmp_path.iterdir()}
         assert ("second.adapter.safetensors" in there) == native and peft_files <= there

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import lora_plus as lp
 from lora_plus.engines.trained_state import run_tensors
-from lora_plus.model.tree import adapter_sites
+from lora_plus.model.tree import adapters_of
 
 transformers = pytest.importorskip("transformers")
 state = pytest.importorskip("accelerate.state")
@@ -61,8 +61,8 @@ def randomised(model: nn.Module) -> nn.Module:
     """B as after training."""
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
-        for _, site, _ in adapter_sites(model):
-            for _, role, parameter in site.lora_parameters():
+        for _, adapter, _ in adapters_of(model):
+            for role, parameter in adapter.parameters():
                 if role.endswith("B"):
                     parameter.normal_(std=0.05, generator=generator)
     return model

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import lora_plus
 from lora_plus import export_adapter, inject_lora, load_adapter, save_adapter
-from lora_plus.model.tree import adapted_weights
+from lora_plus.model.tree import adapted_weights, adapters_of
 
 PREFIX = "base_model.model."
 
@@ -44,7 +44,7 @@ def test_peft_gets_what_saving_gives_and_refuses_the_same(case: Case, scaling: s
         x = case.input()
         assert (model(x) - case.model().eval()(x)).abs().max() > 1e-2, "the adapter is inert"
         torch.testing.assert_close(loaded(x), model(x), rtol=1e-12, atol=1e-12)
-        specs = [spec for _, layer in adapted_weights(loaded) for spec in layer.lora_specs.values()]
+        specs = [adapter.spec for _, adapter, _ in adapters_of(loaded)]
         assert [(spec.scale, spec.dropout) for spec in specs] == [(1.0, 0.0)]
 
 
@@ -112,7 +112,7 @@ def test_how_an_adapter_was_trained_makes_no_difference(settings: dict[str, str]
     export_adapter(model, tmp_path, for_="vllm")
     fresh = load_adapter(linear(), tmp_path)
     for (_, one), (_, other) in zip(adapted_weights(model), adapted_weights(fresh), strict=True):
-        torch.testing.assert_close(one.effective_weight(("default",)), other.effective_weight(("default",)))
+        torch.testing.assert_close(one.effective_weight(one.lora_active), other.effective_weight(other.lora_active))
 
 
 def test_half_precision_adapters_keep_their_bits_at_a_scale_of_two(tmp_path: Path) -> None:

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 import lora_plus
 from lora_plus import export_adapter, inject_lora, load_adapter
-from lora_plus.layers import LoRALinear
 
 gguf = pytest.importorskip("gguf")
 transformers = pytest.importorskip("transformers")
@@ -72,7 +71,7 @@ def test_layers_of_different_scaling_rules_and_dropout_become_one_kind(tmp_path:
         model.xq: {"r": 3, "alpha": 5},
         model.blocks[0].q: {"r": 2, "alpha": -7, "scaling": "rslora"},
     }.items():
-        LoRALinear.from_layer(layer, **options)
+        lora_plus.inject_lora(layer, "", **options)
     randomise(model.eval())
     with pytest.raises(ValueError, match="layers differ in dropout"):
         lora_plus.save_adapter(model, tmp_path / "saved")

@@ -146,7 +146,7 @@ def test_an_alpha_may_be_an_integer(tmp_path: Path) -> None:
     file.put("lora_unet_proj.lora_up.weight", torch.ones(5, 2))
     file.put("lora_unet_proj.alpha", torch.tensor(8))
     path.write_bytes(assemble(file.tensors, {}))
-    assert lora_plus.load_adapter(net(), path).proj.lora_specs["default"].alpha == 8
+    assert lora_plus.load_adapter(net(), path).proj.lora_adapters["default"].spec.alpha == 8
 
 
 # ---- texts that no other text can have -------------------------------------------------------------------------------

@@ -51,7 +51,7 @@ def test_the_output_projection_is_written_as_it_is_and_peft_doubles_it(scaling: 
     # and back, with the rank that PEFT has for all of it
     loaded = lora_plus.load_adapter(away.base(), tmp_path)
     same(loaded(*arguments), model(*arguments))
-    assert {site.lora_specs["default"].r for _, site, _ in adapter_sites(loaded)} == {7}
+    assert {site.lora_adapters["default"].spec.r for _, site, _ in adapter_sites(loaded)} == {7}
 
 
 def test_a_weight_of_attention_without_adapter_stays_without(tmp_path: Path) -> None:
@@ -93,17 +93,17 @@ def test_parts_of_attention_share_copies_of_peft_s_a(tmp_path: Path) -> None:
     shared = [tensor for name, tensor in own.items() if "lora_A" in name and "out_proj" not in name]
     assert len(shared) == 3 and len({tensor.data_ptr() for tensor in shared}) == 3
     assert all(torch.equal(tensor, tensors["base_model.model.part.attn.lora_A.weight"]) for tensor in shared)
-    settings = [site.lora_specs["default"] for _, site, _ in adapter_sites(loaded)]
+    settings = [site.lora_adapters["default"].spec for _, site, _ in adapter_sites(loaded)]
     assert {(spec.r, spec.alpha, spec.dropout) for spec in settings} == {(2, 5, 0.0)}
 
 
 def test_dropout_of_the_layers_leaves_attention_alone(tmp_path: Path) -> None:
     away = Away(Attention, ["part.attn.q"])
     model = away.adapted()
-    lora_plus.LoRALinear.from_layer(model.part.mlp, r=2, dropout=0.5)
+    lora_plus.inject_lora(model.part.mlp, "", r=2, dropout=0.5)
     lora_plus.save_adapter(randomise(model).eval(), tmp_path)
     assert read_config(tmp_path)["lora_dropout"] == 0.5
     same(opened_by_peft(away.base(), tmp_path)(*away.arguments()), model(*away.arguments()))
     loaded = lora_plus.load_adapter(away.base(), tmp_path)
-    dropouts = {name: site.lora_specs["default"].dropout for name, site, _ in adapter_sites(loaded)}
+    dropouts = {name: site.lora_adapters["default"].spec.dropout for name, site, _ in adapter_sites(loaded)}
     assert dropouts == {"part.attn.q": 0, "part.attn.k": 0, "part.attn.v": 0, "part.mlp": 0.5}

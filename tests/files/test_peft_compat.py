@@ -99,7 +99,7 @@ def test_what_peft_saves_again_is_still_the_adapter(peer_case: Case, dtype: torc
     opened_by_peft(peer_case.model(dtype), tmp_path / "ours").save_pretrained(str(tmp_path / "theirs"))
     loaded = lora_plus.load_adapter(peer_case.model(dtype).eval(), tmp_path / "theirs")
     torch.testing.assert_close(loaded(x), model(x), rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
-    assert loaded.layer.lora_specs["default"].r == peer_case.settings["r"]
+    assert loaded.layer.lora_adapters["default"].spec.r == peer_case.settings["r"]
     for name, tensor in lora_plus.adapter_state_dict(loaded).items():
         assert torch.equal(tensor, lora_plus.adapter_state_dict(model)[name]), name
 

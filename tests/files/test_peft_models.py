@@ -28,7 +28,6 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import lora_plus
-from lora_plus.layers import LoRALinear
 from lora_plus.model.tree import adapted_weights
 
 pytestmark = pytest.mark.peers
@@ -111,7 +110,7 @@ def test_layers_of_different_scaling_rules_get_the_right_scales(tmp_path: Path) 
         model.xq: {"r": 3, "alpha": 5},
         model.blocks[0].q: {"r": 2, "alpha": 7, "scaling": "rslora"},
     }.items():
-        LoRALinear.from_layer(layer, **options)
+        lora_plus.inject_lora(layer, "", **options)
     randomise(model)
     lora_plus.save_adapter(model, tmp_path)
     assert read_config(tmp_path)["use_rslora"] is False
@@ -201,7 +200,7 @@ def test_we_open_a_whole_peft_model(name: str, dtype: torch.dtype, tmp_path: Pat
     assert (wanted - net(dtype)(TOKENS)).abs().max() > 1e-3
     torch.testing.assert_close(loaded(TOKENS), wanted, rtol=tolerance, atol=tolerance)
     assert count(lora_plus.adapter_state_dict(loaded)) == count(load_file(tmp_path / "adapter_model.safetensors"))
-    assert {layer.lora_specs["default"].dropout for _, layer in adapted_weights(loaded)} == {
+    assert {layer.lora_adapters["default"].spec.dropout for _, layer in adapted_weights(loaded)} == {
         config.get("lora_dropout", 0)
     }
     lora_plus.save_adapter(loaded, tmp_path / "ours")
@@ -257,7 +256,7 @@ def test_a_base_changing_init_that_was_converted_on_save_opens(init: str, tmp_pa
         warnings.simplefilter("ignore")  # PEFT loads the start as a second adapter, and advises against that
         theirs.save_pretrained(str(tmp_path / "end"), path_initial_model_for_weight_conversion=str(tmp_path / "start"))
     loaded = lora_plus.load_adapter(net(torch.float32), tmp_path / "end")
-    assert loaded.xq.lora_specs["default"].r == 4
+    assert loaded.xq.lora_adapters["default"].spec.r == 4
     torch.testing.assert_close(loaded(TOKENS), wanted, rtol=1e-5, atol=1e-5)
 
 
@@ -285,7 +284,7 @@ def test_overlapping_alpha_keys_that_peft_reordered_are_warned_of(tmp_path: Path
     # the file's order, which PEFT goes by too
     theirs = peft.PeftModel.from_pretrained(base(), str(tmp_path / "overlap"))
     scales = [theirs.base_model.model[place]["q"].scaling["default"] for place in (0, 1)]
-    assert [layer.lora_specs["default"].scale for _, layer in adapted_weights(model)] == scales
+    assert [layer.lora_adapters["default"].spec.scale for _, layer in adapted_weights(model)] == scales
     # keys that agree, or exclude each other, are no reason to warn
     for name, pattern in {"equal": {"q": 4, r"1\.q": 4}, "apart": {r"0\.q": 4, r"1\.q": 64}}.items():
         config = peft.LoraConfig(target_modules=["q"], alpha_pattern=pattern)

@@ -319,5 +319,7 @@ def test_a_ratio_of_scales_does_not_cost_half_precision(tmp_path: Path) -> None:
     merged = config["lora_alpha"] / config["r"] * B @ A
     q, v = model.part.c_attn.row_blocks()
     for site, rows in ((q, slice(0, 4)), (v, slice(6, 8))):
-        update = site.lora_B["default"].double() @ site.lora_A["default"].double() * site.lora_specs["default"].scale
+        update = (
+            site.lora_B["default"].double() @ site.lora_A["default"].double() * site.lora_adapters["default"].spec.scale
+        )
         torch.testing.assert_close(merged[rows], update, rtol=1e-5, atol=1e-6)

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.peers
 
 def test_what_peft_would_misread_is_not_written(tmp_path: Path) -> None:
     model = lora_plus.inject_lora(net(), [nn.Linear, nn.Conv1d], exclude=[re.compile(r"head\..*")], r=2, alpha=4)
-    lora_plus.LoRALinear.from_layer(model.head[0], r=2, dropout=0.5, variant="dora")
+    lora_plus.inject_lora(model.head[0], "", r=2, dropout=0.5, variant="dora")
     with pytest.raises(ValueError) as error:
         lora_plus.save_adapter(model, tmp_path / "a")
     assert str(error.value) == (
@@ -177,7 +177,7 @@ def test_every_field_that_peft_writes_is_understood(tmp_path: Path) -> None:
     """A config of plain LoRA has no field that our reader takes for something else, at any value PEFT gives it."""
     peft.get_peft_model(net(), peft.LoraConfig(target_modules=["q"])).save_pretrained(str(tmp_path))
     assert len(read_config(tmp_path)) > 40
-    assert set(lora_plus.load_adapter(net(), tmp_path).q.lora_specs) == {"default"}
+    assert set(lora_plus.load_adapter(net(), tmp_path).q.lora_adapters) == {"default"}
 
 
 def test_every_field_of_peft_s_config_is_known() -> None:

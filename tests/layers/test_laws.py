@@ -85,16 +85,18 @@ def test_dora_gradients_treat_the_norm_as_constant(case: Case) -> None:
     model, x = case.adapted(), case.input()
     model(x).square().sum().backward()
     layer = model.layer
-    tensors = {k: v.detach().clone().requires_grad_() for k, v in layer.adapter_tensors("default").items()}
+    tensors = {k: v.detach().clone().requires_grad_() for k, v in layer.lora_adapters["default"].tensors().items()}
     weight = lora_plus.tensors.matrix.to_matrix(layer.weight.detach(), layer.layout)
-    moved = weight + layer.lora_specs["default"].scale * tensors["lora_B"] @ tensors["lora_A"]
+    moved = weight + layer.lora_adapters["default"].spec.scale * tensors["lora_B"] @ tensors["lora_A"]
     ratio = tensors["lora_magnitude"] / moved.detach().norm(dim=1)
     matrix = ratio[:, None] * moved
     stored = lora_plus.tensors.matrix.from_matrix(matrix, layer.layout, layer.weight.shape)
     plain = case.model()
     torch.func.functional_call(plain, {"layer.weight": stored}, (x,)).square().sum().backward()
     for name, tensor in tensors.items():
-        torch.testing.assert_close(layer.adapter_tensors("default")[name].grad, tensor.grad, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(
+            layer.lora_adapters["default"].tensors()[name].grad, tensor.grad, rtol=1e-10, atol=1e-12
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
@@ -151,7 +153,7 @@ def test_a_base_checkpoint_loads_after_injection(case: Case) -> None:
     other = case.layer(seed=5)
     model = case.adapted()
     result = model.load_state_dict({f"layer.{k}": v for k, v in other.state_dict().items()}, strict=False)
-    assert set(result.missing_keys) == {f"layer.{k}.default" for k in model.layer.adapter_tensors("default")}
+    assert set(result.missing_keys) == {f"layer.{k}.default" for k in model.layer.lora_adapters["default"].tensors()}
     assert not result.unexpected_keys
     assert torch.equal(model.layer.weight, other.weight)
 
@@ -275,8 +277,7 @@ def test_adapters_on_a_meta_base_have_values_and_keep_them(case: Case) -> None:
 
 def test_a_constructed_layer_is_a_converted_layer(case: Case) -> None:
     plain = case.layer()
-    kind = lora_plus.layers.kinds.lora_class(plain)
-    converted = kind.from_layer(plain, r=2, generator=torch.Generator().manual_seed(0))
+    converted = lora_plus.inject_lora(plain, "", r=2, generator=torch.Generator().manual_seed(0))
     assert converted is plain and not converted.weight.requires_grad
     assert [name for name, p in converted.named_parameters() if p.requires_grad] == ["lora_A.default", "lora_B.default"]
     assert not torch.count_nonzero(converted.lora_B["default"])
@@ -318,7 +319,7 @@ def test_direct_construction_takes_the_base_layer_s_arguments() -> None:
         assert [n for n, p in layer.named_parameters() if p.requires_grad] == ["lora_A.default", "lora_B.default"]
         assert layer.lora_A["default"].dtype == torch.float32
     assert made[0].weight.dtype == torch.bfloat16 and made[0].bias is None
-    assert made[0].lora_specs["default"].scale == 2
+    assert made[0].lora_adapters["default"].spec.scale == 2
 
 
 @pytest.mark.parametrize("p", [0.0, 0.4])

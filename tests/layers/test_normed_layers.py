@@ -59,7 +59,7 @@ def test_the_adapter_works_and_goes_again(rule: str, when: str) -> None:
     model, x, base = model_with(rule, when)
     randomise(model)
     layer, weight = model.layer, model.layer.weight.detach()
-    update = layer.lora_specs["default"].scale * layer.lora_B["default"] @ layer.lora_A["default"]
+    update = layer.lora_adapters["default"].spec.scale * layer.lora_B["default"] @ layer.lora_A["default"]
     torch.testing.assert_close(model(x), nn.functional.linear(x, weight + update, layer.bias), rtol=1e-12, atol=1e-12)
     model(x).sum().backward()
     assert all(parameter.grad.any() for name, parameter in model.named_parameters() if "lora_" in name)

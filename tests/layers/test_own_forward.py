@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import DORA_CASES, Case, randomise
+from conftest import DORA_CASES, Case, parameters_of, randomise
 from torch import Tensor, nn
 
 import lora_plus
@@ -44,7 +44,7 @@ def assign(model: nn.Module) -> nn.Module:
 def settle(model: nn.Module, seed: int = 7) -> nn.Module:
     generator = torch.Generator().manual_seed(seed)
     for _, weight in adapted_weights(model):
-        for _, _, parameter in weight.lora_parameters():
+        for parameter in parameters_of(weight):
             noise = 0.3 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
             parameter.data += noise
     return model
@@ -69,7 +69,7 @@ def test_only_the_weight_s_part_is_rescaled(case: Case, make: Callable[[Case], n
     assert isinstance(layer, LoRALayer)
     dora = copy.deepcopy(case.model())
     with torch.no_grad():
-        dora.layer.weight.copy_(layer.effective_weight(("default",)))
+        dora.layer.weight.copy_(layer.effective_weight(layer.lora_active))
     if x.is_floating_point():
         x.requires_grad_()
         plain_x.requires_grad_()

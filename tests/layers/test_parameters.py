@@ -129,7 +129,7 @@ def test_gradients_are_those_of_the_weight_written_by_hand(case: ParameterCase) 
     gradients = {
         f"{place}.{container}": parameter.grad
         for place, site, _ in adapter_sites(model)
-        for container, parameter in site.adapter_tensors("default").items()
+        for container, parameter in site.lora_adapters["default"].tensors().items()
     }
     for name, factor in factors.items():
         assert torch.count_nonzero(factor.grad), name

@@ -125,6 +125,6 @@ def test_save_and_load_gives_equal_tensors(tree: dict, adapter: str, again: str,
     wanted = lora_plus.adapter_state_dict(model, adapter=adapter)
     got = lora_plus.adapter_state_dict(loaded, adapter=again)
     assert wanted.keys() == got.keys() and all(torch.equal(wanted[name], got[name]) for name in wanted)
-    assert {n: layer.lora_specs[adapter] for n, layer in adapted_weights(model)} == {
-        n: layer.lora_specs[again] for n, layer in adapted_weights(loaded)
+    assert {n: layer.lora_adapters[adapter].spec for n, layer in adapted_weights(model)} == {
+        n: layer.lora_adapters[again].spec for n, layer in adapted_weights(loaded)
     }

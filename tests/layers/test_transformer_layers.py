@@ -188,7 +188,7 @@ def test_gradients_are_those_of_the_weight_written_by_hand(case: ParameterCase) 
             model.train(mode).zero_grad()
             loss(tensors(model(*args, **mask))).backward()
             for name, site, _ in lora_plus.model.tree.adapter_sites(model):
-                for container, parameter in site.adapter_tensors("default").items():
+                for container, parameter in site.lora_adapters["default"].tensors().items():
                     wanted = factors[f"{name}.{container}"].grad
                     assert wanted is not None and torch.count_nonzero(wanted), (name, container)
                     torch.testing.assert_close(parameter.grad, wanted, rtol=1e-9, atol=1e-11)

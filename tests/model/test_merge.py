@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CASES, Case, explicit, randomise
+from conftest import CASES, Case, explicit, parameters_of, randomise
 from parameter_cases import PARAMETER_CASES, ParameterCase
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
@@ -261,7 +261,7 @@ def test_a_changed_adapter_is_found_before_its_old_update_is_kept(change: Callab
     model, x = net().double().eval(), torch.randn(2, 16, dtype=torch.float64)
     y = model(x)
     merge_lora(model)
-    change([p for layer in (model[0], model[2]) for _, _, p in layer.lora_parameters()])
+    change([*parameters_of(model[0]), *parameters_of(model[2])])
     for call in (lambda: merge_and_unload(model), lambda: merged(model).__enter__()):
         with pytest.raises(ValueError, match="was changed while it was merged"):
             call()

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import lora_plus
 from lora_plus import adapter_per_sample, disabled, inject_lora, set_adapter
+from lora_plus.layers.adapter import Adapter
 
 UNBATCHED = [case for case in CASES if "unbatched" in case.name]
 BATCHED = [case for case in CASES if case not in UNBATCHED]
@@ -238,8 +239,8 @@ def test_compiled_without_breaks(variant: str) -> None:
 def test_without_gradients_factors_are_stacked_once_and_never_stale(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = mixed(nn.Sequential(nn.Linear(6, 5)).double(), "0"), torch.randn(6, 6, dtype=torch.float64)
     made = []
-    own = type(model[0]).lora_factors
-    monkeypatch.setattr(type(model[0]), "lora_factors", lambda layer, name: made.append(name) or own(layer, name))
+    own = Adapter.factors
+    monkeypatch.setattr(Adapter, "factors", lambda adapter: made.append(adapter.name) or own(adapter))
     changes: list[Callable[[], Any]] = [
         lambda: None,
         lambda: model[0].lora_B["c"].mul_(2),
@@ -295,7 +296,7 @@ def test_what_one_batch_cannot_have_is_refused_at_the_start(names: Any, error: A
     inject_lora(model, ["up"], adapter="up")
     with pytest.raises(error, match=text), adapter_per_sample(model, names):
         pass
-    assert [weight.lora_samples for _, weight in lora_plus.model.tree.adapted_weights(model)] == [None, None]
+    assert [weight.lora_override for _, weight in lora_plus.model.tree.adapted_weights(model)] == [None, None]
 
 
 def test_adapters_in_the_weight_that_no_sample_has_are_off() -> None:
@@ -354,7 +355,7 @@ def test_blocks_nest_and_restore_after_errors() -> None:
             assert not torch.equal(model(x), outer)
             raise RuntimeError("on purpose")
         assert torch.equal(model(x), outer)
-    assert torch.equal(model(x), before) and model[0].lora_active == ("a",)
+    assert torch.equal(model(x), before) and model[0].active_names() == ["a"]
 
 
 @pytest.mark.parametrize("shape", [(3, 4), (6, 4), (3, 2, 4)], ids=str)

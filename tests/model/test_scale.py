@@ -16,7 +16,8 @@ from torch import nn
 import lora_plus
 from lora_plus.files import tensor_file, tensor_writer
 from lora_plus.files.saved_adapter import most_common
-from lora_plus.layers.adapter_tensors import AdapterTensors, BaseParameters
+from lora_plus.layers.adapter import AdapterTensors
+from lora_plus.layers.site import BaseParameters
 from lora_plus.model import tree as module_tree
 
 

@@ -17,7 +17,7 @@ from torch._dynamo.testing import CompileCounter
 
 import lora_plus
 from lora_plus import active_adapters, adapter_names, add_adapter, inject_lora, rename_adapter, set_adapter
-from lora_plus.model.tree import adapted_weights
+from lora_plus.model.tree import adapters_of
 
 
 class Mixed(nn.Module):
@@ -77,7 +77,10 @@ def test_an_added_adapter_is_what_an_injection_gives() -> None:
     other, twins = copy.deepcopy(model), [torch.Generator().manual_seed(3) for _ in range(2)]
     inject_lora(other, ["layer"], r=3, alpha=5, dropout=0.1, init=init, adapter="b", generator=twins[0])
     add_adapter(model, "b", like="a", r=3, alpha=5, init=init, generator=twins[1])
-    assert model.layer.lora_specs == other.layer.lora_specs and trainable(model) == trainable(other)
+    assert [adapter.spec for _, adapter, _ in adapters_of(model)] == [
+        adapter.spec for _, adapter, _ in adapters_of(other)
+    ]
+    assert trainable(model) == trainable(other)
     assert all(torch.equal(model.state_dict()[name], value) for name, value in other.state_dict().items())
     half = add_adapter(model, "c", like="a", dtype=torch.bfloat16)
     assert add_adapter(half, "d", like="c").layer.lora_A["d"].dtype == torch.bfloat16
@@ -252,7 +255,7 @@ def test_factors_hold_in_row_blocks_and_adapted_parameters_and_are_not_saved(tmp
     lora_plus.delete_adapter(model, "b")
     close(model(TOKENS), explicit(TOKENS))
     add_adapter(model, "b", like="a")
-    assert not any(weight.lora_strengths for _, weight in adapted_weights(model))
+    assert {adapter.strength for _, adapter, _ in adapters_of(model)} == {1.0}
 
 
 def test_merging_by_name_keeps_the_factor_of_what_is_active() -> None:
@@ -284,7 +287,7 @@ def test_factors_that_make_no_sense(factors: dict[str, Any], error: Any, text: s
     set_adapter(model, {"dora": 1, "a": 0.5})
     with pytest.raises(error, match=text):
         set_adapter(model, factors)
-    assert active_adapters(model) == ["dora", "a"] and model.layer.lora_strengths == {"a": 0.5}
+    assert active_adapters(model) == ["dora", "a"] and model.layer.lora_adapters["a"].strength == 0.5
 
 
 def test_choosing_what_is_trained() -> None:

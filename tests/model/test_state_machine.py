@@ -611,8 +611,7 @@ class Machine(RuleBasedStateMachine):
         names = [name for name, _ in plain.named_parameters(remove_duplicate=False)]
         held = dict(model.named_parameters(remove_duplicate=False))
         for path, weight in adapted_weights(model):
-            merge = weight.lora_merge
-            own = weight.weight if merge is None else merge.own_weight(weight)
+            own = weight.own_weight()
             spot = self.dense.spots.get(path) or next(
                 at for name, at in self.dense.spots.items() if name.startswith(f"{path}.") or path in at.keys
             )

@@ -271,12 +271,10 @@ def test_every_holder_of_a_shared_parameter_gets_its_flag_back() -> None:
     assert model.head.weight is not model.embed.weight
 
 
-@pytest.mark.parametrize("how", ["from_layer", "constructed", "injected alone"])
+@pytest.mark.parametrize("how", ["constructed", "injected alone"])
 def test_a_layer_put_into_an_encoder_by_hand_is_not_inert(how: str) -> None:
     encoder = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True).eval()
-    if how == "from_layer":
-        lora_plus.LoRALinear.from_layer(encoder.linear1)
-    elif how == "constructed":
+    if how == "constructed":
         encoder.linear1 = lora_plus.LoRALinear(8, 16)
     else:
         inject_lora(encoder.linear1, "")
@@ -289,9 +287,9 @@ def test_a_layer_put_into_an_encoder_by_hand_is_not_inert(how: str) -> None:
     assert not encoder.linear1._forward_pre_hooks
 
 
-def test_removing_what_from_layer_made_gives_back_the_flags() -> None:
+def test_removing_from_a_layer_injected_alone_gives_back_the_flags() -> None:
     model = nn.Sequential(nn.Linear(4, 4))
-    lora_plus.LoRALinear.from_layer(model[0])
+    inject_lora(model[0], "")
     assert all(p.requires_grad for p in remove_lora(model).parameters())
     inject_lora(model, ["0"])
     lora_plus.delete_adapter(model, "default")
@@ -435,7 +433,7 @@ def test_a_forward_that_merging_would_change_is_not_merged(layer: nn.Module, tex
     weight = model[0].weight
     with pytest.raises(ValueError, match=text):
         merge_lora(model)
-    assert model[0].weight is weight and model[0].lora_active == ("default",) and model[0].training
+    assert model[0].weight is weight and model[0].active_names() == ["default"] and model[0].training
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -452,7 +450,7 @@ def test_a_head_tied_to_the_rest_is_not_written_for_peft(tmp_path: Path) -> None
         lora_plus.save_adapter(model, tmp_path / "peft")
     assert not (tmp_path / "peft").exists()
     lora_plus.save_adapter(model, tmp_path / "a.safetensors")
-    assert lora_plus.load_adapter(Tied(), tmp_path / "a.safetensors").q.lora_specs["default"].r == 8
+    assert lora_plus.load_adapter(Tied(), tmp_path / "a.safetensors").q.lora_adapters["default"].spec.r == 8
 
 
 def test_no_adapter_is_added_or_renamed_behind_fully_shard_s_back(tmp_path: Path) -> None:

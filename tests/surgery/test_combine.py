@@ -112,12 +112,12 @@ def test_a_layer_that_only_one_has_counts_as_zero_in_the_other() -> None:
 @pytest.mark.parametrize("trainable", [False, True])
 def test_the_new_adapter_is_the_active_one_and_the_others_are_frozen(trainable: bool) -> None:
     model = BY_NAME["linear"].adapted()
-    model.layer.lora_specs["a"] = lora_plus.tensors.variant.AdapterSpec(r=3, alpha=5, dropout=0.5)
+    model.layer.lora_adapters["a"].spec = lora_plus.tensors.variant.AdapterSpec(r=3, alpha=5, dropout=0.5)
     lora_plus.combine_adapters(model, ["a"], adapter="c", trainable=trainable)
-    assert lora_plus.adapter_names(model) == ["a", "b", "c"] and model.layer.lora_active == ("c",)
+    assert lora_plus.adapter_names(model) == ["a", "b", "c"] and model.layer.active_names() == ["c"]
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert trained == ({"layer.lora_A.c", "layer.lora_B.c"} if trainable else set())
-    assert model.layer.lora_specs["c"] == lora_plus.tensors.variant.AdapterSpec(r=3, alpha=3)
+    assert model.layer.lora_adapters["c"].spec == lora_plus.tensors.variant.AdapterSpec(r=3, alpha=3)
     factors = {container: tensors["c"] for container, tensors in model.layer.named_children()}
     assert all(factor.data_ptr() != model.layer.lora_A["a"].data_ptr() for factor in factors.values())
 

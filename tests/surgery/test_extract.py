@@ -158,7 +158,7 @@ def test_adapters_that_the_model_has_do_not_count() -> None:
     model = randomise(subject.inject(subject.model(), adapter="a"))
     lora_plus.extract_adapter(model, tuned_by(subject, r=2), r=2, **subject.selection)
     close(subject.run(model), subject.run(tuned_by(subject, r=2)))
-    assert model.layer.lora_active == ("default",)
+    assert model.layer.active_names() == ["default"]
 
 
 def two(width: int = 3, **changes: Any) -> nn.Module:

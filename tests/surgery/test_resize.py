@@ -74,7 +74,7 @@ def test_resizing_leaves_the_rest_alone() -> None:
     assert all(now[name] is tensor for name, tensor in kept.items())
     assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == flags
     assert {name: tensor.dtype for name, tensor in now.items()} == dtypes
-    assert model.part.lora_active == ("b",) and torch.equal(torch.get_rng_state(), state)
+    assert model.part.active_names() == ["b"] and torch.equal(torch.get_rng_state(), state)
 
 
 def net(value: float | None = None) -> nn.Module:
@@ -121,8 +121,8 @@ def test_what_cannot_be_resized_is_refused_and_changes_nothing(
     with torch.no_grad():
         model[0].lora_A["b"].mul_(100)
     ids = {name: id(tensor) for name, tensor in model.state_dict(keep_vars=True).items()}
-    specs, text = dict(model[0].lora_specs), repr(model)
+    spec, text = model[0].lora_adapters["b"].spec, repr(model)
     with pytest.raises(error, match=rf"^{re.escape(message)}$"):
         lora_plus.resize_adapter(model, **arguments)
     assert {name: id(tensor) for name, tensor in model.state_dict(keep_vars=True).items()} == ids
-    assert model[0].lora_specs == specs and repr(model) == text
+    assert model[0].lora_adapters["b"].spec == spec and repr(model) == text

@@ -47,8 +47,8 @@ def layer(*, adapters: int = 1, dtype: torch.dtype = torch.float64, bias: bool =
 def explicit(module: nn.Module, x: Tensor) -> Tensor:
     """What the layer computes, by the definition."""
     weight = module.weight
-    for name in module.lora_active:
-        A, B, scale = module.lora_factors(name)
+    for adapter in module.lora_active:
+        (A, B), scale = adapter.factors(), adapter.scale
         weight = weight + scale * (B.to(weight.dtype) @ A.to(weight.dtype))
     return F.linear(x, weight, module.bias)
 
@@ -395,7 +395,8 @@ def test_autocast_is_followed(dtype: torch.dtype, dropout: float) -> None:
         y = module(x)
         torch.manual_seed(0)
         u = F.dropout(x, dropout)
-        A, B, scale = module.lora_factors("a0")
+        adapter = module.lora_adapters["a0"]
+        (A, B), scale = adapter.factors(), adapter.scale
         h = F.linear(u.to(dtype).double(), A.to(dtype).double())
         wanted = F.linear(x.to(dtype).double(), module.weight.to(dtype).double(), module.bias.to(dtype).double())
         wanted = wanted + scale * F.linear(h, B.to(dtype).double())

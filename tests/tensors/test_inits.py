@@ -42,7 +42,7 @@ def test_the_update_starts_at_zero_and_follows_the_generator(init: str, dtype: t
             copy.deepcopy(model), ["0"], r=3, init=init, generator=torch.Generator().manual_seed(5)
         )
         assert torch.equal(adapted(x), wanted)
-        drawn.append(list(adapted[0].adapter_tensors("default").values()))
+        drawn.append(list(adapted[0].lora_adapters["default"].tensors().values()))
     assert all(torch.equal(one, other) for one, other in zip(*drawn, strict=True))
     assert torch.equal(torch.get_rng_state(), state)
 
@@ -170,8 +170,10 @@ def test_forward_is_merged_is_the_explicit_weight(kind: Case, init: str, tmp_pat
     lp.save_adapter(model, tmp_path / "a.safetensors")  # as the update that it is, of rank 2 r
     fresh = lp.load_adapter(kind.model(), tmp_path / "a.safetensors")
     torch.testing.assert_close(fresh(x), wanted, rtol=1e-12, atol=1e-12)
-    assert fresh.layer.lora_specs["default"].r == 2 * model.layer.lora_specs["default"].r
-    assert fresh.layer.lora_specs["default"].scale == pytest.approx(model.layer.lora_specs["default"].scale, rel=1e-15)
+    assert fresh.layer.lora_adapters["default"].spec.r == 2 * model.layer.lora_adapters["default"].spec.r
+    assert fresh.layer.lora_adapters["default"].spec.scale == pytest.approx(
+        model.layer.lora_adapters["default"].spec.scale, rel=1e-15
+    )
 
 
 @pytest.mark.parametrize("init", sorted(PRINCIPAL))
@@ -202,7 +204,8 @@ def test_blocks_of_rows_and_stacks_start_from_their_own_part() -> None:
     lp.inject_lora(model, ["qkv.q", "qkv.v"], fused={"qkv": ["q", "k", "v"]}, r=2, init="pissa")
     torch.testing.assert_close(model["qkv"](x), wanted, rtol=1e-12, atol=1e-12)
     randomise(model)
-    A, B, scale = model["qkv"].lora_factors("default")
+    adapter = model["qkv"].adapter("default")
+    (A, B), scale = adapter.factors(), adapter.scale
     torch.testing.assert_close(model["qkv"](x), wanted + scale * x @ A.T @ B.T, rtol=1e-12, atol=1e-12)
 
     attention = nn.MultiheadAttention(8, 2, batch_first=True).double()
@@ -232,13 +235,13 @@ def test_state_dicts_go_on_where_they_were() -> None:
     other = lp.inject_lora(copy.deepcopy(base), ["0"], r=3, init="pissa")
     other.load_state_dict(model.state_dict())
     assert torch.equal(other(x), model(x))
-    other[0].reset_lora_parameters(init="pissa")
+    lp.reset_lora_parameters(other, init="pissa")
     torch.testing.assert_close(other(x), base(x))
-    other[0].reset_lora_parameters()  # kaiming takes nothing out
+    lp.reset_lora_parameters(other)  # kaiming takes nothing out
     assert torch.equal(other(x), base(x))
     plain = lp.inject_lora(copy.deepcopy(base), ["0"], r=3)
     with pytest.raises(ValueError, match="init 'pissa' needs tensors that the adapter 'default' does not have"):
-        plain[0].reset_lora_parameters(init="pissa")
+        lp.reset_lora_parameters(plain, init="pissa")
 
 
 def test_a_start_needs_the_weight_and_enough_directions() -> None:

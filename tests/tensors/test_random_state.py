@@ -61,14 +61,6 @@ REFUSED: dict[str, tuple[Callable[[], Any], Callable[[Any, Any], Any]]] = {
     ),
     "constructor": (lambda: None, lambda _, g: LoRALinear(4, 3, variant="lora_fa", init="kaiming_B", generator=g)),
     "constructor, name": (lambda: None, lambda _, g: LoRALinear(4, 3, adapter="a.b", generator=g)),
-    "from_layer": (
-        lambda: nn.Linear(4, 3),
-        lambda layer, g: LoRALinear.from_layer(layer, variant="lora_fa", init="kaiming_B", generator=g),
-    ),
-    "reset of a layer": (
-        lambda: LoRALinear(4, 3, r=2),
-        lambda layer, g: layer.reset_lora_parameters(init="pissa", generator=g),
-    ),
     "gradients": (
         adapted,
         lambda m, g: lora_plus.init_from_gradients(m, lambda x: m(x * torch.rand(())).sum(), [torch.zeros(1, 6)]),

@@ -13,9 +13,8 @@ from conftest import CASES, Case, Conv1D, Holder, randomise
 from torch import Tensor, nn
 
 import lora_plus
-from lora_plus.layers.layer import LoRALayer
 from lora_plus.tensors import matrix as functional
-from lora_plus.tensors.variant import VARIANTS, LoRA, TensorSpec
+from lora_plus.tensors.variant import VARIANTS, HasFactors, HasWeight, LoRA, TensorSpec
 
 PLAIN_CASES = [case for case in CASES if "variant" not in case.options]
 
@@ -28,8 +27,8 @@ class Gain(LoRA):
     def extra(self, weight: Tensor, A: Tensor, B: Tensor, scale: float) -> dict[str, Tensor]:
         return {"lora_gain": B.new_ones(B.shape[:-1])}
 
-    def join(self, layer: LoRALayer, adapter: str, x: Tensor, y: Tensor, update: Tensor) -> Tensor:
-        gain = layer.adapter_tensors(adapter)["lora_gain"]
+    def join(self, layer: HasWeight, adapter: HasFactors, x: Tensor, y: Tensor, update: Tensor) -> Tensor:
+        gain = adapter.tensors()["lora_gain"]
         return y + (layer.per_channel(gain) * update).to(y.dtype)
 
     def merge(self, weight: Tensor, A: Tensor, B: Tensor, scale: float, tensors: Mapping[str, Tensor]) -> Tensor:

@@ -20,12 +20,12 @@ from torch import Tensor, nn
 
 import lora_plus
 from lora_plus import GaugeReport, GaugeRow, LoRAPlusGauge, create_loraplus_optimizer, inject_lora
-from lora_plus.model.tree import adapter_sites
+from lora_plus.model.tree import adapter_sites, adapters_of
 from lora_plus.training import gauge as diagnostics
 
 
 def pairs(model: nn.Module) -> list[tuple[nn.Parameter, nn.Parameter]]:
-    tensors = [site.adapter_tensors(adapter) for _, site, _ in adapter_sites(model) for adapter in site.lora_specs]
+    tensors = [adapter.tensors() for _, adapter, _ in adapters_of(model)]
     return [(held["lora_A"], held["lora_B"]) for held in tensors]
 
 
@@ -116,7 +116,7 @@ def test_size_and_effective_rank_are_those_of_the_explicit_update(case: Case) ->
     with LoRAPlusGauge(model, optimizer) as gauge:
         model(case.input()).square().mean().backward()
         optimizer.step()
-    s = torch.linalg.svdvals(model.layer.lora_specs["default"].scale * B.detach() @ A.detach())
+    s = torch.linalg.svdvals(model.layer.lora_adapters["default"].spec.scale * B.detach() @ A.detach())
     (row,) = gauge.report().rows
     assert row.update == pytest.approx(s.norm().item(), rel=1e-12)
     assert row.effective_rank == pytest.approx((s.square().sum().square() / s.pow(4).sum()).item(), rel=1e-9)
@@ -133,7 +133,7 @@ def test_a_start_that_is_taken_out_again_is_not_in_the_size() -> None:
     places = list(adapter_sites(model))
     for row, (_, site, _) in zip(gauge.report().rows, places, strict=True):
         A, B, A0, B0 = (getattr(site, f"lora_{name}")["default"].detach() for name in ("A", "B", "A0", "B0"))
-        s = torch.linalg.svdvals(site.lora_specs["default"].scale * (B @ A - B0 @ A0))
+        s = torch.linalg.svdvals(site.lora_adapters["default"].spec.scale * (B @ A - B0 @ A0))
         assert row.update == pytest.approx(s.norm().item(), rel=1e-9)
         assert row.effective_rank == pytest.approx((s.square().sum().square() / s.pow(4).sum()).item(), rel=1e-6)
 
@@ -333,7 +333,7 @@ def test_parameters_and_blocks_of_rows_have_rows_of_their_own(case: ParameterCas
         A, B = site.lora_A["default"], site.lora_B["default"]
         assert rows[name].work_A == pytest.approx(1e-2 * norm(A.grad) ** 2, rel=1e-9)
         assert rows[name].work_B == pytest.approx(4e-2 * norm(B.grad) ** 2, rel=1e-9)
-        s = torch.linalg.svdvals(site.lora_specs["default"].scale * B.detach() @ A.detach())
+        s = torch.linalg.svdvals(site.lora_adapters["default"].spec.scale * B.detach() @ A.detach())
         assert rows[name].update == pytest.approx(s.norm().item(), rel=1e-10)
         assert rows[name].effective_rank == pytest.approx((s.norm() ** 4 / s.pow(4).sum()).item(), rel=1e-9)
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import lora_plus
 from lora_plus import create_loraplus_optimizer, fold_lr_ratio, inject_lora
-from lora_plus.model.tree import adapter_sites
+from lora_plus.model.tree import adapters_of
 
 FOLDABLE = [case for case in CASES if not isinstance(case.layer(), nn.Embedding)]
 
@@ -36,16 +36,18 @@ def test_a_fold_by_a_power_of_two_changes_no_bit(foldable: Case, rule: str, fact
     fold_lr_ratio(folded, 16, rule=rule)
     B, kept = plain.layer.lora_B["default"], folded.layer.lora_B["default"]
     assert torch.equal(kept * factor, B) and not torch.equal(kept, B)
-    spec, wanted = folded.layer.lora_specs["default"], plain.layer.lora_specs["default"]
+    spec, wanted = folded.layer.lora_adapters["default"].spec, plain.layer.lora_adapters["default"].spec
     assert (spec.alpha, spec.scale) == (factor * wanted.alpha, factor * wanted.scale)
     assert torch.equal(folded(x), plain(x))
     with lora_plus.merged(plain), lora_plus.merged(folded):
         assert torch.equal(folded.layer.weight, plain.layer.weight)
     lora_plus.save_adapter(folded, tmp_path / "folded.safetensors")
     loaded = lora_plus.load_adapter(foldable.model(torch.float32), tmp_path / "folded.safetensors")
-    assert torch.equal(loaded(x), plain(x)) and loaded.layer.lora_specs["default"] == spec
+    assert torch.equal(loaded(x), plain(x)) and loaded.layer.lora_adapters["default"].spec == spec
     fold_lr_ratio(folded, 1 / 16, rule=rule)
-    assert torch.equal(kept, B) and folded.layer.lora_specs == plain.layer.lora_specs
+    assert (
+        torch.equal(kept, B) and folded.layer.lora_adapters["default"].spec == plain.layer.lora_adapters["default"].spec
+    )
 
 
 @pytest.mark.parametrize("ratio", [0.3, 3.0, 10.0])
@@ -196,7 +198,7 @@ def test_a_folder_for_peft_holds_the_folded_adapter(name: str, tmp_path: Path) -
     lora_plus.save_adapter(folded, tmp_path / "folded")
     loaded = lora_plus.load_adapter(case.model(), tmp_path / "folded")
     assert torch.equal(loaded(case.input()), plain(case.input()))
-    assert loaded.layer.lora_specs["default"].alpha == 4 * plain.layer.lora_specs["default"].alpha
+    assert loaded.layer.lora_adapters["default"].spec.alpha == 4 * plain.layer.lora_adapters["default"].spec.alpha
 
 
 # ---- other operations on a folded adapter ----------------------------------------------------------------------------
@@ -222,7 +224,7 @@ def test_a_resized_adapter_keeps_its_scale(r: int, scaling: str) -> None:
     fold_lr_ratio(folded, 8)
     for model in (plain, folded):
         lora_plus.resize_adapter(model, r=r, generator=torch.Generator().manual_seed(0))
-    spec, wanted = folded.lora_specs["default"], plain.lora_specs["default"]
+    spec, wanted = folded.lora_adapters["default"].spec, plain.lora_adapters["default"].spec
     assert (spec.scale, spec.alpha) == pytest.approx((8 * wanted.scale, 8 * wanted.alpha))
     x = torch.eye(5, dtype=torch.float64)
     torch.testing.assert_close(folded(x), plain(x), rtol=1e-12, atol=1e-12)
@@ -233,7 +235,7 @@ def test_copies_stay_folded_and_other_adapters_are_left_alone() -> None:
     inject_lora(model, ["c_attn.k"], r=1, adapter="other", fused={"c_attn": ["q", "k", "v"]})
     fold_lr_ratio(model, 4)
     for same in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        alphas = {name: spec.alpha for _, site, _ in adapter_sites(same) for name, spec in site.lora_specs.items()}
+        alphas = {adapter.name: adapter.spec.alpha for _, adapter, _ in adapters_of(same)}
         assert alphas == {"default": 12, "other": 16}
 
 

@@ -62,7 +62,8 @@ def test_the_first_step_of_B_moves_along_the_best_approximation_of_the_gradient(
     optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
     _loss(model)(x).backward()
     optimizer.step()
-    A, B, scale = model[0].lora_factors("default")
+    adapter = model[0].lora_adapters["default"]
+    (A, B), scale = adapter.factors(), adapter.scale
     torch.testing.assert_close(scale * B @ A, -0.1 * U[:, :2] @ torch.diag(S[:2]) @ Vh[:2])
 
 

@@ -187,7 +187,7 @@ def trajectory(alpha: float, make: Callable[..., torch.optim.Optimizer], ratio: 
         optimizer.zero_grad()
         (model(x) - y).square().mean().backward()
         optimizer.step()
-        updates.append(model.effective_weight(("default",)).detach())
+        updates.append(model.effective_weight(model.lora_active).detach())
     return torch.stack(updates)
 
 

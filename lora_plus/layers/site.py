@@ -1,0 +1,113 @@
+"""The adapters of one matrix: a whole weight, or a block of its rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from lora_plus.tensors.variant import AdapterSpec
+
+from .adapter import Adapter, AdapterTensors
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+class AdapterSite(nn.Module):
+    """The adapters of one matrix, a whole weight or some rows of one, by the name of the adapter."""
+
+    roles: ClassVar[dict[str, str]] = {}
+    """By container, what its tensors are to the optimizer, where that is not what their variant states."""
+
+    lora_label: str = ""
+    """The name of the matrix inside the module that it belongs to; empty where it is that module's one weight."""
+    lora_A: AdapterTensors
+    lora_B: AdapterTensors
+    lora_adapters: dict[str, Adapter]
+    """The adapters, by name, in the order in which they were added."""
+
+    def add_adapter(self, name: str, spec: AdapterSpec, tensors: dict[str, Tensor], *, trainable: bool = True) -> None:
+        """Take in an adapter with these tensors."""
+        assert name not in self.lora_adapters
+        adapter = self.lora_adapters[name] = Adapter(name, spec, self._modules, self.roles)
+        for container, tensor in tensors.items():
+            if container not in self._modules:
+                self._modules[container] = AdapterTensors()
+            trained = trainable and adapter.is_trained(container)
+            parameter = nn.Parameter(_with_gradients(tensor), requires_grad=trained)
+            self._modules[container]._parameters[name] = parameter  # type: ignore[union-attr]
+
+    def drop_adapter(self, name: str) -> None:
+        """Forget an adapter."""
+        del self.lora_adapters[name]
+        for container in self.tensor_containers().values():
+            container._parameters.pop(name, None)
+
+    def rename_adapter(self, old: str, new: str) -> None:
+        """Call an adapter by another name; its parameters and its place in the order stay."""
+        for container in self.tensor_containers().values():
+            container.rename(old, new)
+        self.lora_adapters[old].name = new
+        self.lora_adapters = {adapter.name: adapter for adapter in self.lora_adapters.values()}
+
+    def tensor_containers(self) -> dict[str, AdapterTensors]:
+        """The containers of the adapters' tensors, by their names."""
+        return {name: child for name, child in self._modules.items() if isinstance(child, AdapterTensors)}
+
+    def freeze_adapters(self) -> None:
+        """Take the tensors of all adapters out of training."""
+        for container in self.tensor_containers().values():
+            for parameter in container._parameters.values():
+                assert parameter is not None
+                parameter.requires_grad_(False)
+
+    def extra_repr(self) -> str:
+        specs = {name: adapter.spec for name, adapter in self.lora_adapters.items()}
+        adapters = ", ".join(f"{name}: r={spec.r}, alpha={spec.alpha:g}" for name, spec in specs.items())
+        base = super().extra_repr()
+        return f"{base}, lora=({adapters})" if base else f"lora=({adapters})"
+
+
+def _with_gradients(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy of one that was made in ``torch.inference_mode``, which can have no gradient."""
+    if not tensor.is_inference():
+        return tensor
+    with torch.inference_mode(False):
+        return tensor.clone()
+
+
+class RowBlock(AdapterSite):
+    """The adapters of some rows of a weight's matrix view: of one of several projections in it.
+
+    Args:
+        label: the name of the projection.
+        rows: the first row, and the one after the last.
+        total: the number of rows of the whole weight.
+    """
+
+    def __init__(self, label: str, rows: tuple[int, int], total: int) -> None:
+        super().__init__()
+        self.lora_label, self.rows, self.total = label, rows, total
+        self.lora_adapters = {}
+
+    def extra_repr(self) -> str:
+        return f"rows={self.rows[0]}:{self.rows[1]}, {super().extra_repr()}"
+
+
+class BaseParameters(nn.Module):
+    """The adapted parameters of a module themselves, under the names that they had there.
+
+    The module that owns them saves and loads them, and the `LoRAParameter` that has their adapters moves them.
+    """
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        pass
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        pass
