@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lora_plus.tensors.distributed import fill
 from lora_plus.tensors.matrix import joined_rows
 from lora_plus.tensors.merged import Summand
-from lora_plus.tensors.variant import SCALINGS, STARTS, VARIANTS, AdapterSpec, Variant, adapter_tensor_specs
+from lora_plus.tensors.variant import SUBTRACTED, VARIANTS, AdapterSpec, Variant, adapter_tensor_specs
 
 
 class AdapterTensors(nn.Module):
@@ -98,17 +98,13 @@ class Adapter:
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """A ``(r, in)`` and B ``(out, r)`` of its whole update; with a start taken out of it, 2 r each."""
-        if STARTS[0] in self.modules:
+        if SUBTRACTED[0] in self.modules:
             return whole_factors(self.tensors())
         return self.modules["lora_A"]._parameters[self.name], self.modules["lora_B"]._parameters[self.name]
 
-    def summand(self) -> Summand:
-        """It, as merging takes it."""
-        return Summand(self.variant, *self.factors(), self.scale, self.tensors())
-
     def is_trained(self, container: str) -> bool:
         """Whether training changes its tensor in this container: its variant or its start can hold it fixed."""
-        return container not in STARTS and container not in self.variant.frozen
+        return container not in SUBTRACTED and container not in self.variant.frozen
 
     def set_trainable(self, trainable: bool) -> None:
         """Put it into training, but for what is held fixed, or take it out."""
@@ -140,16 +136,15 @@ class Adapter:
         ``gather`` gives the whole tensors where they are not whole on this rank.
         """
         tensors = gather(self.tensors())
-        if STARTS[0] not in tensors:
+        if SUBTRACTED[0] not in tensors:
             return self.spec, dict(tensors)
         A, B = whole_factors(tensors)
-        rest = {name: tensor for name, tensor in tensors.items() if name not in STARTS}
-        alpha = self.spec.scale / SCALINGS[self.spec.scaling](1.0, A.shape[-2])
-        return replace(self.spec, r=A.shape[-2], alpha=alpha), {**rest, "lora_A": A, "lora_B": B}
+        rest = {name: tensor for name, tensor in tensors.items() if name not in SUBTRACTED}
+        return self.spec.at_rank(A.shape[-2]), {**rest, "lora_A": A, "lora_B": B}
 
     def forget_start(self) -> None:
         """Take nothing out of its update any more."""
-        for container in STARTS:
+        for container in SUBTRACTED:
             if self.name in self.modules.get(container, ()):
                 del self.modules[container][self.name]
 
@@ -183,8 +178,13 @@ class RowsAdapter:
 
     @property
     def strength(self) -> float:
-        """As that of an `Adapter`."""
+        """The factor that all their scales have."""
         return self.blocks[0][1].strength
+
+    @strength.setter
+    def strength(self, strength: float) -> None:
+        for _, adapter in self.blocks:
+            adapter.strength = strength
 
     @property
     def scale(self) -> float:
@@ -205,10 +205,6 @@ class RowsAdapter:
         blocks = [(row, *adapter.factors(), adapter.spec.scale) for row, adapter in self.blocks]
         return joined_rows(blocks, self.rows)
 
-    def summand(self) -> Summand:
-        """They, as merging takes it."""
-        return Summand(self.variant, *self.factors(), self.scale, self.tensors())
-
     def unweighted(self) -> RowsAdapter:
         """The same adapters with the strength 1."""
         return RowsAdapter([(row, adapter.unweighted()) for row, adapter in self.blocks], self.rows)
@@ -218,12 +214,17 @@ ActiveAdapter = Adapter | RowsAdapter
 """What takes part in a forward."""
 
 
+def summands(adapters: Sequence[ActiveAdapter]) -> list[Summand]:
+    """Adapters of one weight, as merging takes them."""
+    return [Summand(each.variant, *each.factors(), each.scale, each.tensors()) for each in adapters]
+
+
 def whole_factors(tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     """`Adapter.factors` from the adapter's tensors by the name of their container."""
     A, B = tensors["lora_A"], tensors["lora_B"]
-    if STARTS[0] not in tensors:
+    if SUBTRACTED[0] not in tensors:
         return A, B
-    A0, B0 = (tensors[name] for name in STARTS)
+    A0, B0 = (tensors[name] for name in SUBTRACTED)
     return torch.cat([A, A0], dim=-2), torch.cat([B, -B0], dim=-1)
 
 

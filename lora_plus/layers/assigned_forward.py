@@ -5,22 +5,20 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from types import MethodType
-from typing import Any, ClassVar
+from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from .fused_kernels import warn_of_quantization
+from .class_swap import SwappedModule
 
 
-class AssignedForward(nn.Module):
+class AssignedForward(SwappedModule):
     """A layer whose class computes the adapters in ``forward``, which an assigned one would replace.
 
     One that says by ``__wrapped__`` that it calls the layer's own forward comes before that, as on any module. Any
     other one is the base computation, to which the adapters are joined.
     """
 
-    base_class: ClassVar[type[nn.Module]]
-    """The class that the layer has without adapters."""
     lora_base_forward: Callable[..., Tensor] | None
     """The assigned forward that is the base computation, such as that of a hook from before the injection."""
 
@@ -40,8 +38,8 @@ class AssignedForward(nn.Module):
                 "adapters in it; decorate it with functools.wraps(layer.forward), or assign it before the injection"
             ) from None
 
-    def check_one_forward(self) -> None:
-        """Raise if a forward was assigned before the layer was adapted, and another one that wraps it afterwards."""
+    def check_restorable(self) -> None:
+        super().check_restorable()
         if self.lora_base_forward is not None and "forward" in self.__dict__:
             raise ValueError(
                 "a forward that was assigned to it after the injection reaches one from before by way of the adapters; "
@@ -49,8 +47,6 @@ class AssignedForward(nn.Module):
             )
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == "qconfig":
-            warn_of_quantization(self.base_class)
         if name != "forward":
             super().__setattr__(name, value)
             return

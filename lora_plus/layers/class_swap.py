@@ -1,13 +1,100 @@
-"""Exchanging the class of a module object, beneath the classes that torch puts on top of it."""
+"""The class swap: a module object gets another class, which adds adapters, and later its own class back.
+
+The object stays what it is, so that references, hooks, tied weights, base parameter names and ``isinstance`` stay as
+they were. A class for a user's own class is made on the fly and let go with the last module of it.
+"""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
+from weakref import WeakValueDictionary
 
+import torch
 from torch import nn
 from torch.nn.utils import parametrize
+
+from .fused_kernels import check_not_fused, warn_of_quantization
+
+
+class SwappedModule(nn.Module):
+    """A module whose class was exchanged for one with adapters. Abstract; comes before the module's own class."""
+
+    base_class: ClassVar[type[nn.Module]]
+    """The class that the module has without adapters."""
+    made_from: ClassVar[tuple[Any, ...] | None] = None
+    """What `derived_class` made the class from; None for one that is written in a file."""
+
+    @classmethod
+    def class_body(cls, base_class: type[Any], names: tuple[str, ...]) -> dict[str, Any]:
+        """The attributes of the class that is derived from this one and a user's, for these adapted parameters."""
+        raise NotImplementedError
+
+    def check_restorable(self) -> None:
+        """Raise if the module cannot become what it was.
+
+        Raises:
+            ValueError: naming the class that another tool has put on top.
+        """
+        top: type[Any] = type(self)
+        if _is_on_top(self):
+            top = top.__bases__[-1]
+        if "base_class" not in top.__dict__:
+            raise ValueError(f"its class {top.__name__} was put on top of ours by another tool; undo that first")
+
+    def restore(self) -> nn.Module:
+        """Become the plain module that it was, in place; the adapters are dropped."""
+        self.take_out()
+        swap_class(self, lambda swapped: swapped.base_class)
+        return self
+
+    def take_out(self) -> None:
+        """Drop all that the plain module does not have."""
+        raise NotImplementedError
+
+    def drop(self, adapter: str) -> None:
+        """Drop one adapter, if it is here; become plain again with the last one."""
+        raise NotImplementedError
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "qconfig":
+            warn_of_quantization(self.base_class)
+        super().__setattr__(name, value)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        check_not_fused(self.base_class)
+        with torch.no_grad():  # recurrent layers keep the weights that they compute with
+            reduced: Any = super().__reduce_ex__(protocol)
+        made_from = type(self).__dict__.get("made_from")
+        # a class made on the fly has no name to be found by: pickle what it was made from
+        return reduced if made_from is None else (_new, made_from, *reduced[2:])
+
+
+_DERIVED: WeakValueDictionary[tuple[Any, ...], type[Any]] = WeakValueDictionary()
+"""By what they were made from, the classes that were made on the fly, while something is of them."""
+
+
+def derived_class(kind: type[SwappedModule], base_class: type[Any], names: tuple[str, ...] = ()) -> type[Any]:
+    """The class of modules of a user's class that have become one of this kind; the same for the same arguments.
+
+    Args:
+        kind: what adds adapters.
+        base_class: the user's class.
+        names: the adapted parameters, where these have adapters on their own.
+    """
+    made_from = (kind, base_class, names)
+    made = _DERIVED.get(made_from)
+    if made is not None:
+        return made
+    body = {"base_class": base_class, "made_from": made_from, "__module__": base_class.__module__}
+    body |= kind.class_body(base_class, names)
+    return _DERIVED.setdefault(made_from, type(f"LoRA{base_class.__name__}", (kind, base_class), body))
+
+
+def _new(kind: type[SwappedModule], base_class: type[Any], names: tuple[str, ...]) -> Any:
+    made: Any = derived_class(kind, base_class, names)
+    return made.__new__(made)
 
 
 def swap_class(module: nn.Module, change: Callable[[Any], type[nn.Module]]) -> None:
@@ -38,16 +125,3 @@ def _is_on_top(module: nn.Module) -> bool:
 
 def _set_class(module: nn.Module, new: type[nn.Module]) -> None:
     object.__setattr__(module, "__class__", new)  # a module's own __setattr__ may know only its own attributes
-
-
-def check_top_class(module: nn.Module) -> None:
-    """Raise if the module's class is not one that this library gave it.
-
-    Raises:
-        ValueError: naming the class that another tool has put on top.
-    """
-    top: type[Any] = type(module)
-    if _is_on_top(module):
-        top = top.__bases__[-1]
-    if "base_class" not in top.__dict__:
-        raise ValueError(f"its class {top.__name__} was put on top of ours by another tool; undo that first")

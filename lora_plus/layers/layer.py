@@ -1,22 +1,16 @@
-"""What all LoRA layers share: how a plain layer becomes one, what it computes, how it is restored.
-
-A layer object is turned into a LoRA layer in place, by assigning its ``__class__``, so that references, hooks, tied
-weights, base parameter names and ``isinstance`` stay as they were. The kinds of layer are in `layers`.
-"""
+"""What all LoRA layers share: how a plain layer becomes one in place, and what it computes. `kinds` has the kinds."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
-from weakref import WeakValueDictionary
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_plus.tensors import matrix as functional
-from lora_plus.tensors.distributed import whole, without_values
 from lora_plus.tensors.init import Init, Start
 from lora_plus.tensors.random_state import draws
 from lora_plus.tensors.variant import AdapterSpec
@@ -24,9 +18,9 @@ from lora_plus.tensors.variant import AdapterSpec
 from .adapter import ActiveAdapter, check_adapter_name
 from .assigned_forward import AssignedForward
 from .calls import Calls
-from .class_swap import swap_class
+from .class_swap import derived_class, swap_class
 from .freezing import set_requires_grad
-from .fused_kernels import check_not_fused, keep_out_of_fused_kernels, let_into_fused_kernels
+from .fused_kernels import keep_out_of_fused_kernels, let_into_fused_kernels
 from .shallow_copy import shallow_copy
 from .weight import AdaptedWeight
 
@@ -48,12 +42,12 @@ class LoRALayer(AssignedForward, AdaptedWeight):
     `inject_lora`.
     """
 
-    _derived_from: ClassVar[type[LoRALayer] | None] = None
-    """The kind, for a class that was made for a user's own layer class."""
     lora_arguments: ClassVar[tuple[str, ...]] = ()
     """The names of the forward's arguments; the first one is what the update acts on."""
     channel: ClassVar[int] = -1
     """The dimension of the output that the matrix's rows lie along."""
+    computed_by: ClassVar[tuple[str, ...]] = ("forward",)
+    """The methods of the base layer that compute ``W x`` and the bias."""
     linear_low_rank: ClassVar[bool] = False
     """Whether the layer is a linear map of its input's last dimension, and `low_rank` is `linear_update`."""
 
@@ -67,9 +61,6 @@ class LoRALayer(AssignedForward, AdaptedWeight):
         ``y`` is the base's output, for its shape.
         """
         raise NotImplementedError
-
-    computed_by: ClassVar[tuple[str, ...]] = ("forward",)
-    """The methods of the base layer that compute ``W x`` and the bias."""
 
     @classmethod
     def plain_classes(cls) -> tuple[Any, ...]:
@@ -138,7 +129,9 @@ class LoRALayer(AssignedForward, AdaptedWeight):
         super().__init__(*base_args, **base_kwargs)
         check_adapter_name(adapter)
         spec = AdapterSpec(r=r, alpha=alpha, scaling=scaling, variant=variant, dropout=dropout)
-        tensors = self.new_tensors(self, spec, Start(init, generator=generator))
+        start = Start(init, generator=generator)
+        matrix = self.matrix_of(self, values=start.needs_values(spec))
+        tensors = start.tensors(matrix, spec, no_update=self.no_update(self))
         self.begin()
         set_requires_grad([self], False)
         keep_out_of_fused_kernels(self)
@@ -146,17 +139,13 @@ class LoRALayer(AssignedForward, AdaptedWeight):
         self.activate((adapter,))
 
     @classmethod
-    def new_tensors(cls, layer: nn.Module, spec: AdapterSpec, start: Start) -> dict[str, Tensor]:
-        """The tensors of a new adapter for the layer, by the name of their container; the layer is not touched."""
-        values = start.needs_values(spec)
-        matrix = cls.matrix_of(layer, values=values)
-        matrix = whole(matrix) if values else without_values(matrix)
-        return start.tensors(matrix, spec, no_update=cls.no_update(layer))
+    def class_body(cls, base_class: type[Any], names: tuple[str, ...]) -> dict[str, Any]:
+        return {"__doc__": cls.__doc__, "lora_arguments": argument_names(base_class)}
 
     @classmethod
     def class_for(cls, layer_class: type[nn.Module]) -> type[LoRALayer]:
         """The LoRA class of a layer class that this kind serves; one is made for a user's own subclass."""
-        return cls if issubclass(cls, layer_class) else _derive(cls, layer_class)  # type: ignore[arg-type]
+        return cls if issubclass(cls, layer_class) else derived_class(cls, layer_class)
 
     @classmethod
     def adopt(cls, module: nn.Module) -> LoRALayer:
@@ -170,19 +159,19 @@ class LoRALayer(AssignedForward, AdaptedWeight):
         super().begin()
         self.take_assigned_forward()
 
-    def restore(self) -> nn.Module:
-        """Turn the layer object back into the plain layer it was, in place; its adapters are dropped."""
-        base_forward = self.lora_base_forward
+    def take_out(self) -> None:
         let_into_fused_kernels(self)
         for name in self.own_children():
             del self._modules[name]
-        for name in self.lora_state:
-            del self.__dict__[name]
-        swap_class(self, lambda swapped: swapped.base_class)
-        plain: nn.Module = self
-        if base_forward is not None:
-            plain.__dict__["forward"] = base_forward
-        return plain
+        state = {name: self.__dict__.pop(name) for name in self.lora_state}
+        if state["lora_base_forward"] is not None:
+            self.__dict__["forward"] = state["lora_base_forward"]
+
+    def drop(self, adapter: str) -> None:
+        if adapter in self.adapter_names():
+            self.delete_adapter(adapter)
+        if not self.adapter_names():
+            self.restore()
 
     # ---- what it computes --------------------------------------------------------------------------------------
 
@@ -271,9 +260,9 @@ class LoRALayer(AssignedForward, AdaptedWeight):
     @classmethod
     def overrides(cls) -> bool:
         """Whether the layer's class is a user's with a forward of its own."""
-        own, kind = cls.base_class, cls._derived_from
-        if kind is None:
+        if cls.made_from is None:
             return False
+        own, kind = cls.base_class, cls.made_from[0]
         return not any(
             all(getattr(own, name, None) is getattr(plain, name, None) for name in cls.computed_by)
             for plain in kind.plain_classes()
@@ -285,32 +274,7 @@ class LoRALayer(AssignedForward, AdaptedWeight):
         copied.__setstate__(copied.__dict__)  # as other copies are told that they are one
         return copied
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        check_not_fused(self.base_class)
-        reduced: Any = super().__reduce_ex__(protocol)
-        kind = type(self).__dict__.get("_derived_from")
-        # a class made on the fly has no name to be found by: pickle what it was made from
-        return reduced if kind is None else (_new_derived, (kind, self.base_class), *reduced[2:])
-
 
 def argument_names(layer_class: type[Any]) -> tuple[str, ...]:
     """The names of the arguments of a layer's forward, in their order."""
     return tuple(inspect.signature(layer_class.forward).parameters)[1:]
-
-
-_DERIVED: WeakValueDictionary[tuple[type[Any], type[Any]], type[LoRALayer]] = WeakValueDictionary()
-"""By kind and layer class, the class that was made of them, while something is of it."""
-
-
-def _derive(kind: type[Any], layer_class: type[Any]) -> type[LoRALayer]:
-    made = _DERIVED.get((kind, layer_class))
-    if made is not None:
-        return made
-    body: dict[str, Any] = {"base_class": layer_class, "_derived_from": kind, "__module__": layer_class.__module__}
-    body |= {"__doc__": kind.__doc__, "lora_arguments": argument_names(layer_class)}
-    return _DERIVED.setdefault((kind, layer_class), type(f"LoRA{layer_class.__name__}", (kind, layer_class), body))
-
-
-def _new_derived(kind: type[LoRALayer], layer_class: type[nn.Module]) -> LoRALayer:
-    derived = _derive(kind, layer_class)  # type: ignore[arg-type]
-    return derived.__new__(derived)

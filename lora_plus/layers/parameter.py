@@ -11,14 +11,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar
-from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
 
 from .calls import Calls
-from .class_swap import swap_class
-from .fused_kernels import check_not_fused, warn_of_quantization
+from .class_swap import SwappedModule, derived_class, swap_class
 from .kinds import REFUSALS
 from .merged import Slot
 from .shallow_copy import shallow_copy
@@ -112,13 +110,39 @@ class LoRAParameter(AdaptedWeight):
             super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-class LoRAOwner(nn.Module):
+class LoRAOwner(SwappedModule):
     """A module some of whose own parameters have adapters; comes before the module's class among the bases."""
 
-    base_class: ClassVar[type[nn.Module]]
-    """The class that the module has without adapters."""
     adapted_names: ClassVar[tuple[str, ...]]
     """The adapted parameters."""
+
+    @classmethod
+    def class_body(cls, base_class: type[Any], names: tuple[str, ...]) -> dict[str, Any]:
+        return {name: _effective(name) for name in names} | {"__doc__": base_class.__doc__, "adapted_names": names}
+
+    def take_out(self) -> None:
+        for name, holder in parameter_holders(self).items():
+            self._parameters[name] = holder.weight
+        del self._modules[HOLDERS], self._modules[BASE]
+
+    def drop(self, adapter: str) -> None:
+        for name, holder in parameter_holders(self).items():
+            if adapter in holder.adapter_names():
+                holder.delete_adapter(adapter)
+            if not holder.adapter_names():
+                self._restore_parameter(name)
+
+    def _restore_parameter(self, name: str) -> None:
+        """Make one adapted parameter plain again; with the last one the module becomes plain."""
+        holders = parameter_holders(self)
+        if len(holders) == 1:
+            self.restore()
+            return
+        self._parameters[name] = holders[name].weight
+        del self._modules[HOLDERS]._modules[name]  # type: ignore[union-attr]
+        del self._modules[BASE]._parameters[name]  # type: ignore[union-attr]
+        rest = tuple(other for other in holders if other != name)
+        swap_class(self, lambda swapped: owner_class(swapped, rest))
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         raise TypeError(
@@ -172,11 +196,6 @@ class LoRAOwner(nn.Module):
             )
         holder.weight_slot().bind(param)
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name == "qconfig":
-            warn_of_quantization(self.base_class)
-        super().__setattr__(name, value)
-
     def __delattr__(self, name: str) -> None:
         if name in self.adapted_names:
             raise ValueError(_STAYS.format(name))
@@ -195,13 +214,6 @@ class LoRAOwner(nn.Module):
             holder.own_adapters()
             holder.__setstate__(holder.__dict__)
         return copied
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        check_not_fused(self.base_class)
-        with torch.no_grad():  # recurrent layers keep the weights that they compute with
-            reduced: Any = super().__reduce_ex__(protocol)
-        # a class made on the fly has no name to be found by: pickle what it was made from
-        return _new_owner, (self.base_class, self.adapted_names), *reduced[2:]
 
 
 _STAYS = "{!r} has adapters, so it cannot be deleted or parametrized; call merge_and_unload or remove_lora first"
@@ -276,27 +288,6 @@ def adopt_parameter(owner: nn.Module, name: str, layout: str, label: str, of: st
     return holders[name]
 
 
-def restore_owner(owner: LoRAOwner) -> None:
-    """Turn an owner back into the plain module it was, in place; its adapters are dropped."""
-    for name, holder in parameter_holders(owner).items():
-        owner._parameters[name] = holder.weight
-    del owner._modules[HOLDERS], owner._modules[BASE]
-    swap_class(owner, _plain)
-
-
-def restore_parameter(owner: LoRAOwner, name: str) -> None:
-    """Make one adapted parameter plain again."""
-    holders = parameter_holders(owner)
-    if len(holders) == 1:
-        restore_owner(owner)
-        return
-    owner._parameters[name] = holders[name].weight
-    del owner._modules[HOLDERS]._modules[name]  # type: ignore[union-attr]
-    del owner._modules[BASE]._parameters[name]  # type: ignore[union-attr]
-    rest = tuple(other for other in holders if other != name)
-    swap_class(owner, lambda swapped: owner_class(swapped, rest))
-
-
 @contextmanager
 def _in_place(owner: LoRAOwner, *, merged: bool = True) -> Iterator[None]:
     """The adapted parameters back among the owner's own, with those that are merged or without."""
@@ -311,29 +302,10 @@ def _in_place(owner: LoRAOwner, *, merged: bool = True) -> Iterator[None]:
             owner._parameters[name] = None
 
 
-def _plain(layer_class: Any) -> Any:
-    return layer_class.base_class if issubclass(layer_class, LoRAOwner) else layer_class
-
-
 def owner_class(swapped: Any, names: tuple[str, ...]) -> type[LoRAOwner]:
     """The class of a module, of this class or without adapters, in which these parameters are adapted."""
-    return _owner_class(_plain(swapped), names)
-
-
-_OWNER_CLASSES: WeakValueDictionary[tuple[type[Any], tuple[str, ...]], type[LoRAOwner]] = WeakValueDictionary()
-"""By class without adapters and adapted parameters, the class that was made of them, while something is of it."""
-
-
-def _owner_class(layer_class: Any, names: tuple[str, ...]) -> type[LoRAOwner]:
-    made = _OWNER_CLASSES.get((layer_class, names))
-    if made is not None:
-        return made
-    body: dict[str, Any] = {name: _effective(name) for name in names}
-    body |= {"base_class": layer_class, "adapted_names": names, "__doc__": layer_class.__doc__}
-    body["__module__"] = layer_class.__module__
-    kind = LoRARecurrentOwner if issubclass(layer_class, nn.RNNBase) else LoRAOwner
-    made = type(f"LoRA{layer_class.__name__}", (kind, layer_class), body)
-    return _OWNER_CLASSES.setdefault((layer_class, names), made)
+    plain = swapped.base_class if issubclass(swapped, LoRAOwner) else swapped
+    return derived_class(LoRARecurrentOwner if issubclass(plain, nn.RNNBase) else LoRAOwner, plain, names)
 
 
 def _effective(name: str) -> property:
@@ -351,11 +323,6 @@ def _effective(name: str) -> property:
     return property(read, doc=f"The parameter {name!r} with its adapters in it.")
 
 
-def _new_owner(layer_class: Any, names: tuple[str, ...]) -> LoRAOwner:
-    made = _owner_class(layer_class, names)
-    return made.__new__(made)
-
-
 def _why_no_layer(layer: nn.Module) -> str | None:
     holders = parameter_holders(layer)
     return f"{type(layer).__name__} whose parameters {sorted(holders)} have adapters" if holders else None
@@ -363,6 +330,6 @@ def _why_no_layer(layer: nn.Module) -> str | None:
 
 REFUSALS.append(_why_no_layer)
 
-_STATED = (name for name in vars(LoRAOwner) if not name.startswith("__"))
+_STATED = (name for name in dir(LoRAOwner) if not name.startswith("__"))
 OWN_NAMES = frozenset((HOLDERS, BASE, *_STATED)) - set(dir(nn.Module))
 """What a module must not have for itself in order to become an owner."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lora_plus.tensors import matrix as functional
 from lora_plus.tensors.merged import joined
 
-from .adapter import ActiveAdapter, RowsAdapter
+from .adapter import ActiveAdapter, RowsAdapter, summands
 from .merged import Key, Merge, Slot
 from .site import AdapterSite, RowBlock
 
@@ -101,8 +101,7 @@ class AdaptedWeight(AdapterSite):
         container = self._modules.get(BLOCKS)
         if container is None:
             return []
-        blocks = [block for block in container.children() if isinstance(block, RowBlock)]
-        return sorted(blocks, key=lambda block: block.rows)
+        return sorted(container.children(), key=lambda block: block.rows)  # type: ignore[arg-type, return-value]
 
     def row_block(self, label: str, rows: tuple[int, int], total: int) -> RowBlock:
         """The block of these rows out of ``total``, which is made if it is not there."""
@@ -136,12 +135,13 @@ class AdaptedWeight(AdapterSite):
         for site in list(self.adapter_sites()):
             if name in site.lora_adapters:
                 site.drop_adapter(name)
-        container = self._modules.get(BLOCKS)
-        for block in self.row_blocks():
-            if container is not None and not block.lora_adapters:
-                del container._modules[block.lora_label]
-        if container is not None and not container._modules:
-            del self._modules[BLOCKS]
+        blocks = self._modules.get(BLOCKS)
+        if blocks is not None:
+            empty = [block.lora_label for block in self.row_blocks() if not block.lora_adapters]
+            for label in empty:
+                del blocks._modules[label]
+            if not blocks._modules:
+                del self._modules[BLOCKS]
 
     def rename_everywhere(self, old: str, new: str) -> None:
         """Call an adapter of this weight by another name, in every state that it is in."""
@@ -156,11 +156,12 @@ class AdaptedWeight(AdapterSite):
 
         ``strengths`` are factors of their scales; 1 for an adapter that has none.
         """
-        self.__dict__["lora_active"] = self.in_order(names)  # nn.Module's own __setattr__ is slow
-        factors = {} if strengths is None else {name: strengths[name] for name in names if name in strengths}
-        for site in self.adapter_sites():
-            for name, adapter in site.lora_adapters.items():
-                adapter.strength = factors.get(name, 1.0)
+        active = self.in_order(names)
+        for adapter in self.lora_active:
+            adapter.strength = 1.0
+        for adapter in active:
+            adapter.strength = 1.0 if strengths is None else strengths.get(adapter.name, 1.0)
+        self.__dict__["lora_active"] = active  # nn.Module's own __setattr__ is slow
 
     def in_order(self, names: Sequence[str]) -> tuple[ActiveAdapter, ...]:
         """Those of these adapters that the weight has, in the order in which they apply.
@@ -194,9 +195,7 @@ class AdaptedWeight(AdapterSite):
         ``base`` is what they are added to, if it is not the stored weight.
         """
         matrix = self.weight_matrix() if base is None else functional.to_matrix(base, self.layout)
-        return functional.from_matrix(
-            joined(matrix, [adapter.summand() for adapter in adapters]), self.layout, self.weight.shape
-        )
+        return functional.from_matrix(joined(matrix, summands(adapters)), self.layout, self.weight.shape)
 
     # ---- disabled, merged --------------------------------------------------------------------------------------
 

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from lora_plus.layers.adapter import Adapter, check_adapter_name
+from lora_plus.layers.class_swap import SwappedModule
 from lora_plus.layers.freezing import restore_requires_grad, set_requires_grad
 from lora_plus.layers.fused_kernels import resume_nesting
 from lora_plus.layers.layer import LoRALayer
-from lora_plus.layers.parameter import LoRAOwner, parameter_holders, restore_parameter
 from lora_plus.layers.weight import AdaptedWeight
 from lora_plus.text import aligned, join
 
@@ -141,15 +141,9 @@ def delete_adapter(model: nn.Module, adapter: str) -> None:
     for _, module, _ in list(trained_modules(model, adapter)):
         unmark_trained(module, restore=True)
         set_requires_grad(module.modules(), False)
-    for _, weight in weights:
-        weight.delete_adapter(adapter)
     for _, module in named_modules(model):
-        if isinstance(module, LoRALayer) and not module.adapter_names():
-            module.restore()
-        elif isinstance(module, LoRAOwner):
-            for name, holder in parameter_holders(module).items():
-                if not holder.adapter_names():
-                    restore_parameter(module, name)
+        if isinstance(module, SwappedModule):
+            module.drop(adapter)
     if not adapter_names(model):
         resume_nesting(model.modules())
         restore_requires_grad(model.modules())

@@ -11,12 +11,11 @@ from torch.nn.parameter import is_lazy
 
 from lora_plus.errors import named_keywords
 from lora_plus.layers.adapter import check_adapter_name
-from lora_plus.layers.class_swap import check_top_class
+from lora_plus.layers.class_swap import SwappedModule
 from lora_plus.layers.freezing import restore_requires_grad, set_requires_grad
 from lora_plus.layers.fused_kernels import keep_out_of_fused_kernels, resume_nesting, stop_nesting
 from lora_plus.layers.kinds import why_no_numbers
 from lora_plus.layers.layer import LoRALayer
-from lora_plus.layers.parameter import LoRAOwner, restore_owner
 from lora_plus.layers.site import AdapterSite
 from lora_plus.layers.weight import AdaptedWeight
 from lora_plus.tensors.init import Init, Start
@@ -158,10 +157,8 @@ def make_plain(model: nn.Module) -> None:
     """Turn everything adapted into what it was, with the weights that are bound, and restore ``requires_grad``."""
     modules = [module for _, module in named_modules(model)]
     for module in modules:
-        if isinstance(module, LoRALayer):
+        if isinstance(module, SwappedModule):
             module.restore()
-        elif isinstance(module, LoRAOwner):
-            restore_owner(module)
     resume_nesting(modules)
     restore_requires_grad(module for _, module in named_modules(model))
 
@@ -218,11 +215,9 @@ def check_restorable(model: nn.Module) -> None:
             one from before.
     """
     for name, module in named_modules(model):
-        if isinstance(module, (LoRALayer, LoRAOwner)):
+        if isinstance(module, SwappedModule):
             try:
-                check_top_class(module)
-                if isinstance(module, LoRALayer):
-                    module.check_one_forward()
+                module.check_restorable()
             except ValueError as error:
                 raise ValueError(f"{name or 'the model'!r} cannot be restored: {error}") from None
 

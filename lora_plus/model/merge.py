@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lora_plus.layers.adapter import ActiveAdapter
+from lora_plus.layers.adapter import ActiveAdapter, summands
 from lora_plus.layers.layer import LoRALayer
 from lora_plus.layers.merged import BoundMerge, Merge, MergeInShards, versions
 from lora_plus.layers.weight import AdaptedWeight
@@ -226,7 +226,7 @@ def _merged_values(weight: AdaptedWeight, adapters: Sequence[ActiveAdapter]) -> 
     """What to bind in place of a whole weight, and how much rounding lost; or why it cannot be merged."""
     base, dtype = weight.dense_weight()
     try:
-        values, lost = merged_weight(base, weight.layout, [adapter.summand() for adapter in adapters], dtype)
+        values, lost = merged_weight(base, weight.layout, summands(adapters), dtype)
     except ValueError as error:
         return str(error)
     own = weight.weight

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .matrix import accumulation_dtype, full_precision
-from .variant import STARTS, VARIANTS, AdapterSpec
+from .variant import SUBTRACTED, VARIANTS, AdapterSpec
 
 Init = Callable[[Tensor, int, "torch.Generator | None"], tuple[Tensor, Tensor]]
 
@@ -173,7 +173,7 @@ class Start:
         from_weight = isinstance(self.init, str) and self.init in PRINCIPAL
         start = torch.zeros_like(B) if from_weight else B  # with what is taken out again, the update starts at zero
         tensors = {"lora_A": A, "lora_B": B, **_extra(matrix, A, start, spec)}
-        tensors |= dict(zip(STARTS, (A, B), strict=True)) if from_weight else {}
+        tensors |= dict(zip(SUBTRACTED, (A, B), strict=True)) if from_weight else {}
         wanted = accumulation_dtype(matrix.dtype) if self.dtype is None else self.dtype
         return {name: tensor.to(wanted, copy=from_weight).contiguous() for name, tensor in tensors.items()}
 

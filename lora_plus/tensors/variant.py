@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import matrix as functional
 
-STARTS = ("lora_A0", "lora_B0")
+SUBTRACTED = ("lora_A0", "lora_B0")
 """The containers of what is taken out of the update again, by inits that start from a part of the weight."""
 
 SCALINGS: dict[str, Callable[[float, int], float]] = {
@@ -50,8 +50,8 @@ FACTORS = (
 """The tensors of every adapter."""
 
 _TAKEN_OUT = (
-    TensorSpec(STARTS[0], ("r", "in"), "start", "other", decays=True),
-    TensorSpec(STARTS[1], ("out", "r"), "start", "other", decays=True),
+    TensorSpec(SUBTRACTED[0], ("r", "in"), "start", "other", decays=True),
+    TensorSpec(SUBTRACTED[1], ("out", "r"), "start", "other", decays=True),
 )
 """Those of an adapter that started from a part of the weight; they are not trained."""
 

@@ -13,7 +13,7 @@ from lora_plus.model.adapters import check_adapter, check_unmerged
 from lora_plus.model.inject import check_uncopied
 from lora_plus.model.storage import shards_of
 from lora_plus.model.tree import adapters_of
-from lora_plus.tensors.variant import STARTS
+from lora_plus.tensors.variant import SUBTRACTED
 
 from .groups import check_number
 
@@ -80,7 +80,7 @@ def fold_lr_ratio(model: nn.Module, lr_ratio: float, *, rule: str = "adam", adap
     shards = shards_of(model)
     for each, spec in folded:
         tensors = each.tensors()
-        divided = [tensors[name] for name in ("lora_B", STARTS[1]) if name in tensors]
+        divided = [tensors[name] for name in ("lora_B", SUBTRACTED[1]) if name in tensors]
         with shards.gathered(divided, write=True):
             for tensor in divided:
                 tensor.div_(factor)
