@@ -87,8 +87,9 @@ class Adapter:
 
     def tensors(self) -> dict[str, nn.Parameter]:
         """Its parameters by the name of their container: lora_A, lora_B, those of its variant and its start."""
-        held = ((name, self.modules.get(name, ())) for name in adapter_tensor_specs(self.spec.variant))
-        return {name: container[self.name] for name, container in held if self.name in container}
+        stated, modules = adapter_tensor_specs(self.spec.variant), self.modules
+        held = [(name, modules[name]._parameters) for name in stated if name in modules]
+        return {name: parameters[self.name] for name, parameters in held if self.name in parameters}
 
     def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """``(role, parameter)`` for all its parameters: what tells an optimizer's groups apart, and never names."""

@@ -153,11 +153,8 @@ class LoRALayer(AssignedForward, AdaptedWeight):
         swap_class(module, cls.class_for)
         assert isinstance(module, LoRALayer)
         module.begin()
+        module.take_assigned_forward()
         return module
-
-    def begin(self) -> None:
-        super().begin()
-        self.take_assigned_forward()
 
     def take_out(self) -> None:
         let_into_fused_kernels(self)

@@ -38,37 +38,45 @@ class Slot(NamedTuple):
 
 @dataclass(kw_only=True)
 class Merge:
-    """The state of a weight of a merged model, none of whose adapters was merged: it is what the base's is.
+    """The state of a weight of a merged model: another tensor is bound in the place of the base's.
 
-    The slots that its methods take are None where the weight is computed, by a parametrization or a hook.
+    Where no adapter of the weight was merged, no other tensor is bound. The slots that the methods take are None where
+    the weight is computed, by a parametrization or a hook.
     """
 
     adapters: tuple[str, ...] = ()
-    """The adapters that the shown weight contains; the others have no effect while the model is merged."""
+    """The adapters that the merged weight contains; the others have no effect while the model is merged."""
     copies: dict[Key, Tensor] = field(default_factory=dict)
     """Their tensors as they were merged."""
     versions: dict[Key, int] | None = None
     """The tensors' version counters when they were known to be unchanged; None where values are to be compared."""
     lost: float | None = None
     """Relative error of the applied update after rounding to the weight's dtype; None at float32 and above."""
+    own: Tensor | None = None
+    """The base's own parameter, or buffer, bound back by unmerging."""
+    bound: Tensor | None = None
+    """What is bound in its place and contains the adapters."""
 
     def show(self, slot: Slot | None) -> None:
-        """Let the merged weight be the one that is bound."""
+        """Bind the merged weight."""
+        self._bind(slot, self.bound)
 
     def hide(self, slot: Slot | None) -> None:
-        """Let the base's own weight be the one that is bound."""
+        """Bind the base's own weight."""
+        self._bind(slot, self.own)
+
+    def _bind(self, slot: Slot | None, tensor: Tensor | None) -> None:
+        if tensor is not None:
+            assert slot is not None
+            slot.bind(tensor)
 
     def can_be_hidden(self, slot: Slot | None) -> bool:
         """Whether the base's own weight can be bound again."""
-        return True
+        return self.own is None or slot is not None
 
     def is_shown(self, slot: Slot | None) -> bool:
         """Whether the merged weight is still the one that is bound."""
-        return True
-
-    def own_weight(self, weight: Tensor) -> Tensor:
-        """The base's own parameter, or buffer; ``weight`` is the one that is bound."""
-        return weight
+        return self.bound is None or (slot is not None and slot.tensor is self.bound)
 
     def watched(self, tensors: Tensors) -> Tensors:
         """The tensors of the merged adapters as they are now; ``tensors`` are those that their containers hold."""
@@ -84,7 +92,7 @@ class Merge:
         now = versions(tensors)
         if self.versions is not None and (now != self.versions or not by_value):
             return now != self.versions
-        if any(not _same(tensors[name], copy) for name, copy in self.copies.items()):
+        if any(not _same(tensors[key], copy) for key, copy in self.copies.items()):
             return True
         self.versions = now
         return False
@@ -100,59 +108,31 @@ class Merge:
 
         ``weight`` is the one that is bound by now, the merged one if it is ``shown``.
         """
-        self.copies = {name: fn(copy) for name, copy in self.copies.items()}
+        self.copies = {key: fn(copy) for key, copy in self.copies.items()}
         self.versions = None
+        hidden = self.own if shown else self.bound
+        if hidden is not None:
+            hidden.data = fn(hidden.data)  # the same object: it may be tied
+            self.bound = weight if shown else self.bound
 
 
 @dataclass(kw_only=True)
-class BoundMerge(Merge):
-    """The state of a weight that is merged: another tensor is bound in its place."""
-
-    weight: Tensor
-    """The base's own parameter, or buffer, bound back by unmerging."""
-    bound: Tensor
-    """What is bound in its place and contains the adapters."""
-
-    def show(self, slot: Slot | None) -> None:
-        assert slot is not None
-        slot.bind(self.bound)
-
-    def hide(self, slot: Slot | None) -> None:
-        assert slot is not None
-        slot.bind(self.weight)
-
-    def can_be_hidden(self, slot: Slot | None) -> bool:
-        return slot is not None
-
-    def is_shown(self, slot: Slot | None) -> bool:
-        return slot is not None and slot.tensor is self.bound
-
-    def own_weight(self, weight: Tensor) -> Tensor:
-        return self.weight
-
-    def follow(self, fn: Callable[[Tensor], Tensor], weight: Tensor, tensors: Tensors, shown: bool) -> None:
-        super().follow(fn, weight, tensors, shown)
-        hidden = self.weight if shown else self.bound
-        hidden.data = fn(hidden.data)  # the same object: it may be tied
-        if shown:
-            self.bound = weight
-
-
-@dataclass(kw_only=True)
-class MergeInShards(BoundMerge):
+class MergeInShards(Merge):
     """The same of a weight that is a DTensor: the merged values are written into the parameter that it has.
 
     An engine that shards parameters puts its own in the place of any other at the next forward.
     """
 
+    own: Tensor
+    bound: Tensor
     parameters: dict[Key, Tensor]
     """The adapters' parameters: in a forward others are in their place, with counters of their own."""
 
     @torch.no_grad()
     def show(self, slot: Slot | None) -> None:
         """Exchange the values of the weight and those kept in ``bound``."""
-        shown = self.weight.detach().clone()
-        self.weight.copy_(self.bound)
+        shown = self.own.detach().clone()
+        self.own.copy_(self.bound)
         self.bound = shown
 
     hide = show
@@ -164,9 +144,9 @@ class MergeInShards(BoundMerge):
         return self.parameters
 
     def follow(self, fn: Callable[[Tensor], Tensor], weight: Tensor, tensors: Tensors, shown: bool) -> None:
-        Merge.follow(self, fn, weight, tensors, shown)
-        self.weight, self.bound = weight, fn(self.bound)
-        self.parameters = dict(tensors)
+        self.copies = {key: fn(copy) for key, copy in self.copies.items()}
+        self.versions = None
+        self.own, self.bound, self.parameters = weight, fn(self.bound), dict(tensors)
 
 
 def _renamed(noted: dict[Key, Value], old: str, new: str) -> dict[Key, Value]:

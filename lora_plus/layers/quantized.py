@@ -149,8 +149,8 @@ class LoRAQuantizedLinear(LoRALinear):
 
     def restore(self) -> nn.Module:
         """As for other layers; with a merged weight, which is plain numbers, it becomes an ``nn.Linear``."""
-        merge: Any = self.lora_merge
-        store = store_of_weight(merge.weight) if merge is not None and merge.adapters else None
+        merged = self.lora_merge is not None and bool(self.lora_merge.adapters)
+        store = store_of_weight(self.own_weight()) if merged else None
         plain = super().restore()
         if store is not None:
             _make_dense(cast(nn.Linear, plain), store)

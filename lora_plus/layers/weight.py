@@ -201,7 +201,8 @@ class AdaptedWeight(AdapterSite):
 
     def own_weight(self) -> Tensor:
         """The base's own weight, also while another one is bound in its place."""
-        return self.weight if self.lora_merge is None else self.lora_merge.own_weight(self.weight)
+        merge = self.lora_merge
+        return self.weight if merge is None or merge.own is None else merge.own
 
     def bind_merged(self, merge: Merge) -> None:
         """Become merged."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lora_plus.layers.adapter import ActiveAdapter, summands
 from lora_plus.layers.layer import LoRALayer
-from lora_plus.layers.merged import BoundMerge, Merge, MergeInShards, versions
+from lora_plus.layers.merged import Merge, MergeInShards, versions
 from lora_plus.layers.weight import AdaptedWeight
 from lora_plus.tensors.distributed import distributed_like, is_dtensor
 from lora_plus.tensors.merged import merged_weight
@@ -206,7 +206,7 @@ def _compute(
     return report, merges
 
 
-def merged_state(weight: AdaptedWeight, adapters: Sequence[ActiveAdapter]) -> BoundMerge | str:
+def merged_state(weight: AdaptedWeight, adapters: Sequence[ActiveAdapter]) -> Merge | str:
     """The merged state of a weight, or why it cannot be merged. Every rank must call it if the weight is a DTensor."""
     names = tuple(adapter.name for adapter in adapters)
     own, tensors = weight.weight, weight.noted_tensors(names)
@@ -216,7 +216,7 @@ def merged_state(weight: AdaptedWeight, adapters: Sequence[ActiveAdapter]) -> Bo
         return made
     values, lost = made
     copies = {key: tensor.detach().clone() for key, tensor in tensors.items()}
-    merge = BoundMerge(adapters=names, copies=copies, versions=versions(tensors), lost=lost, weight=own, bound=values)
+    merge = Merge(adapters=names, copies=copies, versions=versions(tensors), lost=lost, own=own, bound=values)
     if not is_dtensor(own):
         return merge
     return MergeInShards(**vars(merge) | {"bound": distributed_like(values, own)}, parameters=tensors)

@@ -19,7 +19,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 import lora_plus as lp
-from lora_plus.layers import kinds as layers
+from lora_plus.layers import linear
 from lora_plus.tensors import fused as fused_linear
 
 STEPS = 5
@@ -207,7 +207,7 @@ def with_fused_linear(least_work: int) -> tuple[float, int]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fused_linear, "_LEAST_WORK", least_work)
-        patch.setattr(layers, "fused_linear", counted)
+        patch.setattr(linear, "fused_linear", counted)
         return parity(lora_model), calls
 
 
