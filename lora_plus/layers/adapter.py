@@ -33,12 +33,6 @@ class AdapterTensors(nn.Module):
     def __getitem__(self, adapter: str) -> nn.Parameter:
         return self._parameters[adapter]  # type: ignore[return-value]
 
-    def __setitem__(self, adapter: str, parameter: nn.Parameter) -> None:
-        self._parameters[adapter] = parameter
-
-    def __delitem__(self, adapter: str) -> None:
-        del self._parameters[adapter]
-
     def __contains__(self, adapter: object) -> bool:
         return adapter in self._parameters
 
@@ -115,7 +109,7 @@ class Adapter:
     def exchange(self, parameters: Mapping[str, nn.Parameter]) -> None:
         """Bind other parameters as its own, by their containers; the ones that it had are left as they are."""
         for container, parameter in parameters.items():
-            self.modules[container][self.name] = parameter
+            self.modules[container]._parameters[self.name] = parameter
 
     def check_refill(self, tensors: Mapping[str, Tensor], init: object) -> None:
         """Raise if it lacks one of these tensors, which this init has made."""
@@ -146,8 +140,8 @@ class Adapter:
     def forget_start(self) -> None:
         """Take nothing out of its update any more."""
         for container in SUBTRACTED:
-            if self.name in self.modules.get(container, ()):
-                del self.modules[container][self.name]
+            if container in self.modules:
+                self.modules[container]._parameters.pop(self.name, None)
 
     def unweighted(self) -> Adapter:
         """The same adapter with the strength 1."""
