@@ -28,6 +28,7 @@ from workloads import SMOLLM2_TARGETS
 
 import lora_plus
 from examples.demo.smollm2 import Config, SmolLM2
+from lora_plus.files import adapter_state_dict
 
 SHAPES = {
     "smollm2": Config(vocab=49152, width=576, hidden=1536, layers=30, heads=9, kv_heads=3),
@@ -49,7 +50,7 @@ def tasks(config: Config, r: int, folder: Path) -> tuple[dict[str, Task | Call],
     """What is timed, and the bytes of the adapter's tensors."""
     plain = hollow(config)
     ours, theirs = (build(name, plain, SMOLLM2_TARGETS, r) for name in ("lora_plus", "peft"))
-    tensors = {name: tensor.detach().clone() for name, tensor in lora_plus.adapter_state_dict(ours).items()}
+    tensors = {name: tensor.detach().clone() for name, tensor in adapter_state_dict(ours).items()}
     raw, native, as_peft, by_peft = (folder / name for name in ("raw", "a.safetensors", "as_peft", "by_peft"))
     written: dict[str, Task | Call] = {
         "safetensors, save": lambda: save_file(tensors, raw),

@@ -24,6 +24,7 @@ from report import Cell, Report
 from torch import Tensor, nn
 
 import lora_plus
+from lora_plus.layers import LoRALayer
 
 LINEARS = ("v", "o", "up", "down")
 FLOOR = "frozen"
@@ -65,7 +66,7 @@ def with_peft(base: nn.Module, names: list[str], r: int, ours: nn.Module) -> nn.
     for name in names[1:]:
         made.add_adapter(name, config)
     for path, layer in ours.named_modules():
-        if isinstance(layer, lora_plus.LoRALayer):
+        if isinstance(layer, LoRALayer):
             theirs = made.base_model.model.get_submodule(path)
             for name, tensors in itertools.product(names, ("lora_A", "lora_B")):
                 weight = getattr(theirs, tensors)[name].weight

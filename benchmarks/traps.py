@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
 import lora_plus
+from lora_plus.files import adapter_state_dict
 
 R, ALPHA = 2, 4.0
 TOLERANCE = 1e-9
@@ -121,7 +122,7 @@ PEFT = Library(
 )
 OURS = Library(
     inject=inject_ours,
-    tensors=lora_plus.adapter_state_dict,
+    tensors=adapter_state_dict,
     merge=lora_plus.merge_lora,
     unmerge=lora_plus.unmerge_lora,
     disabled=lora_plus.disabled,

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import lora_plus
+from lora_plus.files import adapter_state_dict
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -200,7 +201,7 @@ class ParameterCase:
     def explicit(self, model: nn.Module, dtype: torch.dtype = torch.float64, adapter: str = "default") -> nn.Module:
         """A plain float64 model with the weights that the adapter of ``model``, of this dtype, shall give."""
         plain = self.model(dtype).double().train(model.training)
-        state = {name: value.double() for name, value in lora_plus.adapter_state_dict(model, adapter=adapter).items()}
+        state = {name: value.double() for name, value in adapter_state_dict(model, adapter=adapter).items()}
         plain.load_state_dict(self.explicit_weights(plain.state_dict(), state), strict=False)
         return plain
 

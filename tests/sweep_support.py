@@ -11,7 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_plus import Candidate, adapter_state_dict, create_loraplus_optimizer, inject_lora
+from lora_plus import create_loraplus_optimizer, inject_lora
+from lora_plus.files import adapter_state_dict
+from lora_plus.training import Candidate
 
 STEPS = 20
 silent: Callable[..., None] = lambda step, losses: None  # noqa: E731

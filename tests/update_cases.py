@@ -14,6 +14,7 @@ from parameter_cases import PARAMETER_CASES, ParameterCase
 from torch import Tensor, nn
 
 import lora_plus
+from lora_plus.files import adapter_state_dict
 
 
 @dataclass(frozen=True, repr=False)
@@ -70,7 +71,7 @@ some_subjects = pytest.mark.parametrize(
 
 def updates(model: nn.Module, adapter: str) -> dict[str, Tensor]:
     """``s B A`` for each place, by hand."""
-    state = lora_plus.adapter_state_dict(model, adapter=adapter)
+    state = adapter_state_dict(model, adapter=adapter)
     return {
         row.name: row.scale
         * torch.einsum("...or,...ri->...oi", state[f"{row.name}.lora_B"], state[f"{row.name}.lora_A"])

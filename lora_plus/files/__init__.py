@@ -1,5 +1,7 @@
 """Adapters on the disk: formats, saving, loading."""
 
+from lora_plus.model.adapters import adapter_state_dict as adapter_state_dict
+
 from . import native as native
 
 from .peft import folder as folder  # isort: skip

@@ -1,1 +1,22 @@
 """LoRA+ learning rates, and what guards a run."""
+
+from .candidates import Candidate as Candidate
+from .candidates import SweepResult as SweepResult
+from .candidates import SweepRow as SweepRow
+from .candidates import grid as grid
+from .fold import fold_lr_ratio as fold_lr_ratio
+from .gauge import GaugeReport as GaugeReport
+from .gauge import GaugeRow as GaugeRow
+from .gauge import LoRAPlusGauge as LoRAPlusGauge
+from .gradient_init import init_from_gradients as init_from_gradients
+from .groups import convert_lr as convert_lr
+from .groups import create_loraplus_optimizer as create_loraplus_optimizer
+from .groups import loraplus_param_groups as loraplus_param_groups
+from .groups import split_loraplus_groups as split_loraplus_groups
+from .optimizer import check_optimizer as check_optimizer
+from .rebind import rebind_optimizer as rebind_optimizer
+from .reset import reset_lora_parameters as reset_lora_parameters
+from .schedule import check_lr_ratio as check_lr_ratio
+from .schedule import watch_lr_ratio as watch_lr_ratio
+from .side_by_side import Sweep as Sweep
+from .sweep import sweep as sweep

@@ -24,7 +24,7 @@ from lora_plus.cli import app as cli
 from lora_plus.cli import arguments
 from lora_plus.files import save as saving
 from lora_plus.files.formats import FORMATS
-from lora_plus.surgery import methods
+from lora_plus.surgery import combine_adapters, methods, resize_adapter
 
 COMMANDS = ["inspect", "convert", "diff", "combine", "resize", "merge", "extract", "verify"]
 
@@ -206,7 +206,7 @@ def test_combine_is_that_of_the_library(options: dict[str, Any], a: Path, b: Pat
     found = as_json("combine", a, b, out, *flags, "--weight", "1", "--weight", "-0.5", "--seed", 4)
     model = bare_model({"a": a, "b": b})
     generator = torch.Generator().manual_seed(4) if options["method"].startswith("dare") else None
-    report = lora_plus.combine_adapters(model, ["a", "b"], weights=[1, -0.5], generator=generator, **options)
+    report = combine_adapters(model, ["a", "b"], weights=[1, -0.5], generator=generator, **options)
     save_adapter(model, tmp_path / "wanted.safetensors", adapter="combined")
     assert out.read_bytes() == (tmp_path / "wanted.safetensors").read_bytes()
     assert (found["ranks"], found["errors"]) == (report.ranks, report.errors)
@@ -224,7 +224,7 @@ def test_combine_sums_three_and_their_names_may_have_dots(a: Path, tmp_path: Pat
 def test_resize_is_that_of_the_library(r: int, a: Path, tmp_path: Path) -> None:
     found = as_json("resize", a, tmp_path / "out.safetensors", "--r", r)
     model = load_adapter(small(), a)
-    report = lora_plus.resize_adapter(model, r=r, generator=torch.Generator().manual_seed(0))
+    report = resize_adapter(model, r=r, generator=torch.Generator().manual_seed(0))
     save_adapter(model, tmp_path / "wanted.safetensors", metadata={"task_type": "CAUSAL_LM"})
     assert (tmp_path / "out.safetensors").read_bytes() == (tmp_path / "wanted.safetensors").read_bytes()
     assert (found["ranks"], found["errors"]) == (report.ranks, report.errors)

@@ -34,6 +34,7 @@ from typer.testing import CliRunner
 import lora_plus
 from lora_plus.cli import app as cli
 from lora_plus.errors import Problems
+from lora_plus.files import adapter_state_dict
 from lora_plus.files.checks import is_finite
 from lora_plus.files.formats import FORMATS
 from lora_plus.files.save import describe
@@ -248,7 +249,7 @@ def load(count: int, seed: int, first: int, folder: Path) -> None:
             wrong, model = f"{type(error).__name__}: {error}", material.model()
             before = snapshot(model)
         else:
-            state_dict = lora_plus.adapter_state_dict(model)
+            state_dict = adapter_state_dict(model)
             wrong = not all(map(is_finite, state_dict.values())) and "values that are not finite"
             wrong = wrong or (not state_dict and "no adapter")
             model = material.model()  # draws what the next one starts from

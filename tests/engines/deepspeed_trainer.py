@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import lora_plus as lp
+from lora_plus.files import adapter_state_dict
 
 STEPS = 6
 ADVICE = {"type": "AdamW", "params": {"lr": "auto", "weight_decay": "auto", "torch_adam": True, "adam_w_mode": True}}
@@ -54,4 +55,4 @@ def trained(sections: dict[str, Any], ratio: float) -> tuple[list[str], dict[str
         trainer.train()
     assert trainer.is_deepspeed_enabled
     groups = [group.get("name", "unnamed") for group in trainer.optimizer.param_groups]
-    return groups, {name: tensor.clone() for name, tensor in lp.adapter_state_dict(model).items()}
+    return groups, {name: tensor.clone() for name, tensor in adapter_state_dict(model).items()}

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import lora_plus as lp
+from lora_plus.files import adapter_state_dict
 
 VOCABULARY, WIDTH, LENGTH = 48, 32, 8
 LR, LR_RATIO, WEIGHT_DECAY = 1e-3, 16.0, 0.05
@@ -105,7 +106,7 @@ def train(
 
 def trained(state: Any) -> dict[str, Tensor]:
     """What training changes, as whole plain tensors on the CPU, under the plain model's names; on every rank."""
-    return {name: tensor.detach().cpu().clone() for name, tensor in lp.adapter_state_dict(state).items()}
+    return {name: tensor.detach().cpu().clone() for name, tensor in adapter_state_dict(state).items()}
 
 
 def reference(steps: int, **settings: Any) -> dict[str, Tensor]:

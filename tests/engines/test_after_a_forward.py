@@ -12,6 +12,8 @@ from sharded_models import TOKENS, by_fsdp1, by_fully_shard
 from torch import Tensor, nn
 
 import lora_plus as lp
+from lora_plus.files import adapter_state_dict
+from lora_plus.training import fold_lr_ratio
 
 WAYS: dict[str, Callable[[nn.Module], nn.Module]] = {"fully_shard": by_fully_shard, "FSDP1": by_fsdp1}
 
@@ -41,14 +43,14 @@ def chosen(way: str) -> float:
     for model, data in sharded_and_alone(way):
         lp.set_adapter(model, "second", trainable=True)
         train(model, optimizer_for(model), data)
-        ends.append({name: lp.adapter_state_dict(model, adapter=name) for name in ("default", "second")})
+        ends.append({name: adapter_state_dict(model, adapter=name) for name in ("default", "second")})
     return max(distance(ends[0][name], ends[1][name]) for name in ends[0])
 
 
 def folded(way: str) -> float:
     ends = []
     for model, data in sharded_and_alone(way):
-        lp.fold_lr_ratio(model, 4.0)
+        fold_lr_ratio(model, 4.0)
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
         train(model, torch.optim.AdamW(trainable, lr=1e-3), data)
         ends.append(trained(model))

@@ -15,18 +15,22 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import lora_plus as lp
+from lora_plus.files import adapter_state_dict
+from lora_plus.model import adapter_names
+from lora_plus.surgery import combine_adapters, extract_adapter, resize_adapter
+from lora_plus.training import LoRAPlusGauge, init_from_gradients
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # torch's, about what DeepSpeed calls
     deepspeed = pytest.importorskip("deepspeed")
 
 CALLS: dict[str, Callable[[nn.Module], Any]] = {
-    "combine": lambda model: lp.combine_adapters(model, ["default", "second"]),
-    "resize": lambda model: lp.resize_adapter(model, r=2),
-    "extract": lambda model: lp.extract_adapter(model, base_model(3), targets=["head"], r=2, adapter="third"),
-    "gradients": lambda model: lp.init_from_gradients(model, lambda x: loss_of(model, x), [TOKENS], adapter="second"),
+    "combine": lambda model: combine_adapters(model, ["default", "second"]),
+    "resize": lambda model: resize_adapter(model, r=2),
+    "extract": lambda model: extract_adapter(model, base_model(3), targets=["head"], r=2, adapter="third"),
+    "gradients": lambda model: init_from_gradients(model, lambda x: loss_of(model, x), [TOKENS], adapter="second"),
     "check": lambda model: lp.check_adapters(model, TOKENS),
-    "gauge": lambda model: lp.LoRAPlusGauge(model, optimizer_for(model)),
+    "gauge": lambda model: LoRAPlusGauge(model, optimizer_for(model)),
 }
 
 
@@ -55,7 +59,7 @@ def refused() -> dict[str, str]:
             before = trained(model)
             with pytest.raises(ValueError) as raised:
                 CALLS[call](model)
-            assert distance(trained(model), before) == 0 and lp.adapter_names(model) == ["default", "second"]
+            assert distance(trained(model), before) == 0 and adapter_names(model) == ["default", "second"]
             texts[f"{name}, {call}"] = str(raised.value)
     return texts
 
@@ -69,7 +73,7 @@ def test_what_needs_whole_parameters_says_so(two_processes: Processes) -> None:
 def added() -> float:
     plain = lp.inject_lora(base_model(), ["q", "up"], r=4, generator=torch.Generator().manual_seed(1))
     lp.add_adapter(plain, "second", generator=torch.Generator().manual_seed(2))
-    return distance(*(lp.adapter_state_dict(model, adapter="second") for model in (partitioned(), plain)))
+    return distance(*(adapter_state_dict(model, adapter="second") for model in (partitioned(), plain)))
 
 
 def test_an_adapter_is_added_to_a_partitioned_model(two_processes: Processes) -> None:

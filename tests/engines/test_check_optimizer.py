@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor, Replicate, distribute_module, dist
 from torch.nn.parallel import DistributedDataParallel
 
 import lora_plus as lp
+from lora_plus.training import rebind_optimizer
 
 STEPS = 3
 RANKS = 2
@@ -156,7 +157,7 @@ def built_before() -> tuple[float, str, float, str]:
     model = lora_model()
     optimizer = optimizer_for(model)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
-    with lp.rebind_optimizer(optimizer, model):
+    with rebind_optimizer(optimizer, model):
         shard(model)
     checked = refusal(optimizer, model, lr_ratio=LR_RATIO)
     train(model, optimizer, shares())
@@ -175,7 +176,7 @@ def test_an_optimizer_built_before_sharding_trains_nothing_unless_rebound(two_pr
 def distributed() -> tuple[str, str, int, bool]:
     model = lora_model()
     before, optimizer = optimizer_for(model), optimizer_for(model)
-    with lp.rebind_optimizer(optimizer, model):
+    with rebind_optimizer(optimizer, model):
         distribute_module(model, init_device_mesh("cpu", (RANKS,)))
     members = [p for group in optimizer.param_groups for p in group["params"]]
     return (

@@ -33,6 +33,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_ac
 from torch.nn.parallel import DistributedDataParallel
 
 import lora_plus as lp
+from lora_plus.files import adapter_state_dict
 
 STEPS = 5
 RANKS = 2
@@ -286,7 +287,7 @@ def resumed(before: int) -> tuple[float, bool]:
     state = torch.load(stored)
     again = lora_model(embedding=True)
     with torch.no_grad():
-        for name, tensor in lp.adapter_state_dict(again).items():
+        for name, tensor in adapter_state_dict(again).items():
             tensor.copy_(state["model"][name])
     wrapped = DistributedDataParallel(again)
     resuming = optimizer_for(wrapped, lr=9e-9, lr_ratio=2.0)

@@ -29,7 +29,9 @@ from processes import Processes
 from torch import Tensor, nn
 
 import lora_plus as lp
+from lora_plus.files import adapter_state_dict
 from lora_plus.tensors import fused as fused_linear
+from lora_plus.training import fold_lr_ratio, reset_lora_parameters
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # torch's, about what these packages call
@@ -276,7 +278,7 @@ def drawn_inside_zero_init() -> tuple[list[torch.dtype], bool]:
     with deepspeed.zero.Init(dtype=torch.bfloat16, config_dict_or_path=config_of(3)):
         model = lp.inject_lora(nn.Sequential(nn.Linear(16, 8)), ["0"], r=4, generator=generator)
     plain = lp.inject_lora(nn.Sequential(nn.Linear(16, 8)), ["0"], r=4, generator=torch.Generator().manual_seed(1))
-    ours, theirs = lp.adapter_state_dict(model), lp.adapter_state_dict(plain)
+    ours, theirs = adapter_state_dict(model), adapter_state_dict(plain)
     return [tensor.dtype for tensor in ours.values()], torch.equal(ours["0.lora_A"], theirs["0.lora_A"])
 
 
@@ -492,10 +494,10 @@ def trained_by_hand(stage: int) -> list[str]:
         warnings.simplefilter("always")
         engine = by_client(model, stage)
         check_engine(engine)
-        lp.adapter_state_dict(engine)
+        adapter_state_dict(engine)
     told = {str(each.message) for each in caught if "saved with no adapter" in str(each.message)}
     model.blocks[0].q.weight.requires_grad_(True)
-    return [*told, complaint(lambda: check_engine(engine)), complaint(lambda: lp.adapter_state_dict(engine))]
+    return [*told, complaint(lambda: check_engine(engine)), complaint(lambda: adapter_state_dict(engine))]
 
 
 @pytest.mark.parametrize("stage", [0, 2, 3])
@@ -509,7 +511,7 @@ def values_that_would_be_lost(stage: int) -> list[str]:
     prepare()
     engine = by_client(lora_model(non_zero=True), stage)
     before = trained(engine)
-    said = [complaint(lambda: lp.reset_lora_parameters(engine)), complaint(lambda: lp.fold_lr_ratio(engine, 4))]
+    said = [complaint(lambda: reset_lora_parameters(engine)), complaint(lambda: fold_lr_ratio(engine, 4))]
     assert distance(trained(engine), before) == 0
     return said
 

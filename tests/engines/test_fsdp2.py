@@ -19,8 +19,10 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 import lora_plus as lp
+from lora_plus.files import adapter_state_dict
 from lora_plus.layers import linear
 from lora_plus.tensors import fused as fused_linear
+from lora_plus.training import check_lr_ratio
 
 STEPS = 5
 
@@ -119,9 +121,9 @@ def other_adapter_later() -> dict[str, float]:
     for model, data in ((by_fully_shard(build()), mine()), (build(), batches(STEPS))):
         usual(model, data)
         lp.set_adapter(model, "second", trainable=True)
-        start = {name: tensor.clone() for name, tensor in lp.adapter_state_dict(model, adapter="second").items()}
+        start = {name: tensor.clone() for name, tensor in adapter_state_dict(model, adapter="second").items()}
         usual(model, data)
-        ends.append({name: lp.adapter_state_dict(model, adapter=name) for name in ("default", "second")})
+        ends.append({name: adapter_state_dict(model, adapter=name) for name in ("default", "second")})
         assert distance(ends[-1]["second"], start) > 1e-3
     return {name: distance(ends[0][name], ends[1][name]) for name in ends[0]}
 
@@ -167,7 +169,7 @@ def clipped_and_scheduled(model: nn.Module, data: list[Tensor]) -> None:
         optimizer.step()
         optimizer.zero_grad()
         scheduler.step()
-        lp.check_lr_ratio(optimizer)
+        check_lr_ratio(optimizer)
 
 
 def accumulated(model: nn.Module, data: list[Tensor]) -> None:

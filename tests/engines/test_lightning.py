@@ -16,6 +16,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, DistributedSampler
 
 import lora_plus as lp
+from lora_plus.training import check_lr_ratio, rebind_optimizer
 
 L = pytest.importorskip("lightning")
 strategies = pytest.importorskip("lightning.pytorch.strategies")
@@ -47,7 +48,7 @@ class Scheduled(Module):
     def configure_optimizers(self) -> Any:
         optimizer = optimizer_for(self.model)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
-        lp.check_lr_ratio(optimizer, scheduler)
+        check_lr_ratio(optimizer, scheduler)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
@@ -236,7 +237,7 @@ def optimizer_before_sharding(rebound: bool) -> tuple[float, float, str]:
     """How far training ends from one process and from where it began, and what `check_optimizer` says before it."""
     engine, said = fabric_of_shards(), ""
     optimizer = optimizer_for(m := lora_model())
-    with lp.rebind_optimizer(optimizer, m) if rebound else nullcontext():
+    with rebind_optimizer(optimizer, m) if rebound else nullcontext():
         model = engine.setup_module(m)
     try:
         lp.check_optimizer(optimizer, model)

@@ -18,7 +18,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 import lora_plus as lp
 from lora_plus.engines import trained_state
+from lora_plus.files import adapter_state_dict
 from lora_plus.files.formats import FORMATS
+from lora_plus.model import adapter_names
 from lora_plus.tensors.distributed import whole
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -47,14 +49,14 @@ def saved_by_two(folder: str) -> list[str]:
     for name, settings in SETTINGS.items():
         plain = lora_model(non_zero=True, **settings)
         expected = save_all(Path(folder) / f"rank {rank}" / name, plain)
-        state = lp.adapter_state_dict(plain)
+        state = adapter_state_dict(plain)
         for engine in SHARDED if name == "lora" else ("fully_shard", "FullyShardedDataParallel"):
             model = SHARDED[engine](lora_model(non_zero=True, **settings))
             if save_all(Path(folder) / f"{engine} {name}", model) != expected:
                 wrong.append(f"{engine}, {name}: files")
             if engine in FULLY_SHARDED or engine == "FullyShardedDataParallel":
                 model(TOKENS)
-            gathered = lp.adapter_state_dict(model)
+            gathered = adapter_state_dict(model)
             if gathered.keys() != state.keys() or not all(torch.equal(gathered[key], state[key]) for key in state):
                 wrong.append(f"{engine}, {name}: state after a forward")
             if lp.lora_summary(model) != lp.lora_summary(plain):
@@ -144,7 +146,7 @@ def saves_at_once(folder: str) -> bool:
     model = lora_model(non_zero=True, r=2 + rank)
     for _ in range(5):
         lp.save_adapter(model, path)
-        assert lp.adapter_state_dict(lp.load_adapter(lora_model_base(), path))["blocks.0.q.lora_A"].shape[0] in (2, 3)
+        assert adapter_state_dict(lp.load_adapter(lora_model_base(), path))["blocks.0.q.lora_A"].shape[0] in (2, 3)
     torch.distributed.barrier()
     return [each.name for each in Path(folder).iterdir()] == ["a.safetensors"]
 
@@ -167,14 +169,14 @@ def loads(folder: str) -> list[str]:
     for name in ("a.safetensors", "peft"):
         path = Path(folder) / name
         source = lp.load_adapter(lora_model_base(), path, trainable=True)
-        state = lp.adapter_state_dict(source)
+        state = adapter_state_dict(source)
         for engine in DISTRIBUTED:
             model = DISTRIBUTED[engine](lora_model(embedding=True))
             parameters = list(model.parameters())
             if engine in FULLY_SHARDED:
                 model(TOKENS)
             lp.load_adapter(model, path, trainable=True)
-            if not equal(lp.adapter_state_dict(model), state):
+            if not equal(adapter_state_dict(model), state):
                 wrong.append(f"{engine}, {name}: values")
             if [id(p) for p in model.parameters()] != [id(p) for p in parameters]:
                 wrong.append(f"{engine}, {name}: other parameters")
@@ -210,7 +212,7 @@ def resumed(folder: str) -> float:
                         parameter.zero_()
             lp.load_adapter(model, path, trainable=True)
         train(model, optimizer, data[2:])
-        states.append(lp.adapter_state_dict(model))
+        states.append(adapter_state_dict(model))
     return max(float((states[0][name] - states[1][name]).abs().max()) for name in states[0])
 
 
@@ -222,7 +224,7 @@ def refused_loads(folder: str) -> list[tuple[str, str]]:
     """The errors of files that do not fit the adapter there, and whether anything was changed."""
     rank, path = torch.distributed.get_rank(), Path(folder)
     model = by_fully_shard(lora_model())
-    before = lp.adapter_state_dict(model)
+    before = adapter_state_dict(model)
     found = [errors_of(lambda name=name: lp.load_adapter(model, path / name)) for name in ("other", "full")]
     mine = path / ("fits" if rank == 0 else "is not there")  # one rank alone cannot read it
     found.append(errors_of(lambda: lp.load_adapter(model, mine)))
@@ -232,7 +234,7 @@ def refused_loads(folder: str) -> list[tuple[str, str]]:
     lp.merge_lora(model)
     found.append(errors_of(lambda: lp.load_adapter(model, path / "fits")))
     lp.unmerge_lora(model)
-    return [*found, ("unchanged", str(equal(lp.adapter_state_dict(model), before)))]
+    return [*found, ("unchanged", str(equal(adapter_state_dict(model), before)))]
 
 
 def test_a_file_that_does_not_fit_is_refused_on_all_ranks(two_processes: Processes, tmp_path: Path) -> None:
@@ -279,7 +281,7 @@ def other_operations() -> list[str]:
         change = lp.remove_lora if engine == "fully_shard" else lambda each: lp.delete_adapter(each, "default")
         for each in (plain, model):
             change(each)
-        if (plain(TOKENS) - model(TOKENS)).abs().max() > 1e-12 or lp.adapter_names(model):
+        if (plain(TOKENS) - model(TOKENS)).abs().max() > 1e-12 or adapter_names(model):
             wrong.append(f"{engine}: removed")
         state = {name: whole(tensor) for name, tensor in model.state_dict().items()}
         if not equal(state, plain.state_dict()):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 import lora_plus as lp
+from lora_plus.files import adapter_state_dict
 from lora_plus.model.storage import reshard
 from lora_plus.model.tree import adapted_weights, adapters_of
 from lora_plus.tensors.distributed import whole
@@ -55,7 +56,7 @@ def near(model: nn.Module, expected: Tensor) -> bool:
 def merge_cycles(engine: str, settings: dict[str, Any]) -> list[str]:
     """What is wrong with merging after each kind of use, and with what the model computes then."""
     plain = lora_model(non_zero=True, **settings).double().eval()
-    base, adapted, adapter = weights(plain), plain(TOKENS).detach(), lp.adapter_state_dict(plain)
+    base, adapted, adapter = weights(plain), plain(TOKENS).detach(), adapter_state_dict(plain)
     with lp.disabled(plain):
         original = plain(TOKENS).detach()
     lp.merge_lora(plain)
@@ -80,7 +81,7 @@ def merge_cycles(engine: str, settings: dict[str, Any]) -> list[str]:
             wrong += [f"{use}, cycle {cycle}: {what}" for what, right in checks if not right]
     with lp.merged(model):
         wrong += [] if same(weights(model), merged) else ["merged block"]
-    return wrong if same(lp.adapter_state_dict(model), adapter) else [*wrong, "adapter"]
+    return wrong if same(adapter_state_dict(model), adapter) else [*wrong, "adapter"]
 
 
 @pytest.mark.parametrize(("engine", "settings"), CASES)

@@ -16,7 +16,9 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_
 from torch.distributed.device_mesh import init_device_mesh
 
 import lora_plus as lp
+from lora_plus.files import adapter_state_dict
 from lora_plus.tensors.distributed import whole
+from lora_plus.training import reset_lora_parameters
 
 
 def seeded(seed: int = 1) -> torch.Generator:
@@ -95,13 +97,13 @@ def moved_to_meta() -> dict[str, Any]:
     """A model whose adapters lose their values, too, as they do when a model is sharded that only rank 0 has loaded."""
     model = by_fully_shard(transformer(base_model()).to("meta"))
     model.to_empty(device="cpu")
-    tensors = lp.adapter_state_dict(model).items()
+    tensors = adapter_state_dict(model).items()
     emptied = all(bool(tensor.isnan().all()) for name, tensor in tensors if "lora" in name)
     load_on_all_ranks(model, base_model().state_dict())
     without = loss(model)
-    lp.reset_lora_parameters(model, generator=seeded(2))
+    reset_lora_parameters(model, generator=seeded(2))
     alone = transformer(base_model())
-    lp.reset_lora_parameters(alone, generator=seeded(2))
+    reset_lora_parameters(alone, generator=seeded(2))
     return {"emptied": emptied, "loss": without, "wrong": differing(values(model), values(alone))}
 
 
@@ -147,8 +149,8 @@ def reset(name: str, keep: bool) -> list[str]:
     loss_of(model, batches(1)[0]).backward()
     # what the other rank draws is of no account
     own = seeded(5 + torch.distributed.get_rank())
-    lp.reset_lora_parameters(model, init=init, generator=own)
-    lp.reset_lora_parameters(alone, init=init, generator=seeded(5))
+    reset_lora_parameters(model, init=init, generator=own)
+    reset_lora_parameters(alone, init=init, generator=seeded(5))
     assert abs(loss(model) - loss(alone)) < 1e-5
     return differing(values(model), values(alone))
 
@@ -163,7 +165,7 @@ def test_reset_draws_what_one_process_draws(two_processes: Processes, name: str,
 def replicas() -> bool:
     mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicate", "shard"))
     model = by_fully_shard(lora_model(), mesh=mesh)
-    lp.reset_lora_parameters(model, generator=seeded(torch.distributed.get_rank()))
+    reset_lora_parameters(model, generator=seeded(torch.distributed.get_rank()))
     digest = torch.stack([whole(parameter).double().sum() for parameter in model.parameters()]).sum().reshape(1)
     digests = [torch.empty_like(digest) for _ in range(2)]
     torch.distributed.all_gather(digests, digest)
@@ -178,11 +180,11 @@ def refused() -> None:
     model = by_fully_shard(lora_model())
     before = values(model)
     with pytest.raises(ValueError, match="init 'pissa' needs tensors that the adapter 'default' does not have"):
-        lp.reset_lora_parameters(model, init="pissa")
+        reset_lora_parameters(model, init="pissa")
     with pytest.raises(KeyError, match="no adapter 'other'"):
-        lp.reset_lora_parameters(model, adapter="other")
+        reset_lora_parameters(model, adapter="other")
     with lp.disabled(model), pytest.raises(ValueError, match="are disabled"):
-        lp.reset_lora_parameters(model)
+        reset_lora_parameters(model)
     assert not differing(values(model), before)
 
 

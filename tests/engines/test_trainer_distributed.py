@@ -15,6 +15,7 @@ from trainer_model import BEST, SAVED, STEPS, STOCK, llama, lora_llama, randomis
 
 import lora_plus as lp
 from lora_plus.engines.trained_state import load_run, run_tensors
+from lora_plus.files import adapter_state_dict
 from lora_plus.model.storage import shards_of
 
 FSDP2 = {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
@@ -100,9 +101,9 @@ def test_two_processes_do_what_one_does(engine: str, two_processes: Processes, t
         assert distance(answer["best"], read(folder / "checkpoint-2")) == 0.0
         assert distance(answer["ratio one"], answer["plain"]) == 0.0
         assert answer["groups"] == [groups_of(alone)] * 2
-    adapter = lp.adapter_state_dict(lp.load_adapter(llama(), folder / "checkpoint-2"))
+    adapter = adapter_state_dict(lp.load_adapter(llama(), folder / "checkpoint-2"))
     load_run(model, tmp_path / "alone" / "checkpoint-2" / "run.safetensors")
-    assert distance(adapter, lp.adapter_state_dict(model)) <= 1e-6
+    assert distance(adapter, adapter_state_dict(model)) <= 1e-6
     base = sum(parameter.numel() * 4 for parameter in llama().parameters())
     files = [path for path in folder.rglob("*") if path.is_file() and "optim" not in path.name]
     assert files and all(path.stat().st_size < base for path in files)

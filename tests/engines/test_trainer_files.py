@@ -26,6 +26,7 @@ from trainer_model import (
 )
 
 import lora_plus as lp
+from lora_plus.files import adapter_state_dict
 
 RATIO, LR = SETTINGS["loraplus_lr_ratio"], SETTINGS["learning_rate"]
 
@@ -69,13 +70,13 @@ def test_other_adapters_and_those_that_peft_cannot_express(tmp_path: Path) -> No
     model = lora_llama()
     lp.add_adapter(model, "second", r=2)
     trainer(model, tmp_path).save_model()
-    assert same(lp.adapter_state_dict(lp.load_adapter(llama(), tmp_path / "second")),
-                lp.adapter_state_dict(model, adapter="second"))  # fmt: skip
+    assert same(adapter_state_dict(lp.load_adapter(llama(), tmp_path / "second")),
+                adapter_state_dict(model, adapter="second"))  # fmt: skip
     model = lp.inject_lora(Bilinear(), ["pairs"])
     run = trainer(model, tmp_path / "pairs", **SAVED)
     run.train()
     saved = tmp_path / "pairs" / f"checkpoint-{STEPS}" / "default.adapter.safetensors"
-    assert same(lp.adapter_state_dict(lp.load_adapter(Bilinear(), saved)), lp.adapter_state_dict(model))
+    assert same(adapter_state_dict(lp.load_adapter(Bilinear(), saved)), adapter_state_dict(model))
 
 
 def test_an_adapter_of_an_earlier_save_does_not_stay_beside_the_new_one(tmp_path: Path) -> None:
@@ -92,9 +93,7 @@ def test_an_adapter_of_an_earlier_save_does_not_stay_beside_the_new_one(tmp_path
         assert ("second.adapter.safetensors" in there) == native and peft_files <= there
         assert (peft_files <= {path.name for path in (tmp_path / "second").iterdir()}) != native
         path = tmp_path / ("second.adapter.safetensors" if native else "second")
-        assert same(
-            lp.adapter_state_dict(lp.load_adapter(llama(), path)), lp.adapter_state_dict(run.model, adapter="second")
-        )
+        assert same(adapter_state_dict(lp.load_adapter(llama(), path)), adapter_state_dict(run.model, adapter="second"))
 
 
 def test_only_what_peft_cannot_express_is_saved_in_another_format(
@@ -179,7 +178,7 @@ def test_the_best_model_is_loaded_at_the_end(tmp_path: Path) -> None:
     assert Path(run.state.best_model_checkpoint).name == "checkpoint-2"
     trainer(last, tmp_path / "other").train()
     half = lp.load_adapter(llama(), tmp_path / "checkpoint-2")
-    assert same(lp.adapter_state_dict(best), lp.adapter_state_dict(half)) and not same(run_state(best), run_state(last))
+    assert same(adapter_state_dict(best), adapter_state_dict(half)) and not same(run_state(best), run_state(last))
 
 
 def test_the_base_that_save_pretrained_writes_is_whole(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import torch
 from trainer_model import OF_OTHERS, SAVED, integration, llama, lora_llama, run_state, same, trainer, transformers
 
 import lora_plus as lp
+from lora_plus.files import adapter_state_dict
 
 trl = pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")
@@ -76,8 +77,8 @@ def test_ratio_one_is_trls_trainer_and_others_are_not(case: Any, tmp_path: Path)
         run.train()
     assert same(run_state(one), run_state(stock)) and not same(run_state(plus), run_state(stock))
     assert [group["name"] for group in run.optimizer.param_groups][:2] == ["lora_A", "lora_B"]
-    saved = lp.adapter_state_dict(lp.load_adapter(llama(), tmp_path / "checkpoint-2"))
-    assert same(saved, lp.adapter_state_dict(plus))
+    saved = adapter_state_dict(lp.load_adapter(llama(), tmp_path / "checkpoint-2"))
+    assert same(saved, adapter_state_dict(plus))
 
 
 @pytest.mark.filterwarnings(*OF_OTHERS)

@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import lora_plus as lp
+from lora_plus.files import adapter_state_dict
 
 RANKS = 2
 ENGINES: dict[str, Callable[[nn.Module], nn.Module]] = SHARDED | {"DDP": DistributedDataParallel}
@@ -42,7 +43,7 @@ def told(name: str, folder: str, *, wrong: bool) -> list[list[str]]:
     path = Path(folder, f"{name}.safetensors")
     found = [
         attempt(lambda: lp.save_adapter(model, path)),
-        attempt(lambda: lp.adapter_state_dict(model)),
+        attempt(lambda: adapter_state_dict(model)),
         attempt(lambda: lp.loraplus_param_groups(model, lr=1e-3) and None),
         [f"{name} {size}" for name, size in lp.lora_summary(model).unsaved],
     ]

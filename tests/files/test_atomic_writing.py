@@ -30,8 +30,10 @@ from files_support import (
 from torch import Tensor
 
 import lora_plus
+from lora_plus.files import adapter_state_dict, tensor_file
 from lora_plus.files import save as saving
-from lora_plus.files import tensor_file
+from lora_plus.model import adapter_names
+from lora_plus.surgery import extract_checkpoint
 
 
 @pytest.mark.skipif(os.name != "posix", reason="file modes are POSIX")
@@ -134,7 +136,7 @@ def test_an_empty_path_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         lambda: lora_plus.export_adapter(adapted_net(2), "", for_="peft"),
         lambda: lora_plus.load_adapter(net(), ""),
         lambda: lora_plus.merge_checkpoint("", "", "x"),
-        lambda: lora_plus.extract_checkpoint("a", "b", "", r=1),
+        lambda: extract_checkpoint("a", "b", "", r=1),
     ]
     for call in calls:
         with pytest.raises(ValueError, match="the path is empty"):
@@ -164,9 +166,7 @@ def test_saving_through_a_link_keeps_the_link(tmp_path: Path) -> None:
     model = adapted_net(2)
     lora_plus.save_adapter(model, link)
     assert link.is_symlink()
-    assert_same_tensors(
-        lora_plus.adapter_state_dict(lora_plus.load_adapter(net(), target)), lora_plus.adapter_state_dict(model)
-    )
+    assert_same_tensors(adapter_state_dict(lora_plus.load_adapter(net(), target)), adapter_state_dict(model))
 
 
 class Interrupted(Exception):
@@ -421,7 +421,7 @@ def test_a_file_that_is_replaced_while_it_is_read_is_read_as_one_of_them(
 
     monkeypatch.setattr(json, "loads", replaced)
     tensors = read_file(files[0])
-    expected = lora_plus.adapter_state_dict(lora_plus.load_adapter(net(), files[0]))
+    expected = adapter_state_dict(lora_plus.load_adapter(net(), files[0]))
     assert_same_tensors(tensors, expected)
 
 
@@ -465,4 +465,4 @@ def test_a_file_that_changes_each_time_it_is_read_is_an_error_that_names_it(
     monkeypatch.setattr(json, "loads", changing)
     with pytest.raises(ValueError, match=r"a\.safetensors' was replaced or written to while it was read, 10 times"):
         lora_plus.load_adapter(model, path)
-    assert not lora_plus.adapter_names(model)
+    assert not adapter_names(model)

@@ -29,6 +29,7 @@ from files_support import (
 from torch import nn
 
 import lora_plus
+from lora_plus.files import adapter_state_dict
 
 
 @pytest.fixture
@@ -250,7 +251,7 @@ def test_a_wrong_native_file_is_refused_with_the_reason(corruption: str, native_
 def test_the_file_that_is_corrupted_is_right_before(native_parts: Parts, tmp_path: Path) -> None:
     (tmp_path / "a.safetensors").write_bytes(native_parts.bytes())
     model = lora_plus.load_adapter(net(), tmp_path / "a.safetensors")
-    assert_same_tensors(lora_plus.adapter_state_dict(model), lora_plus.adapter_state_dict(adapted_net()))
+    assert_same_tensors(adapter_state_dict(model), adapter_state_dict(adapted_net()))
 
 
 def test_many_problems_are_counted(native_parts: Parts, tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ from files_support import (
 )
 
 import lora_plus
+from lora_plus.files import adapter_state_dict
 
 
 @dataclass
@@ -284,7 +285,7 @@ def test_a_usual_name_of_a_head_that_nothing_has_is_passed_over(peft_parts: Peft
     peft_parts.config.update(modules_to_save=["classifier", "head"])
     loaded = lora_plus.load_adapter(plain_net(), peft_parts.write(tmp_path / "more"))
     right = lora_plus.load_adapter(plain_net(), tmp_path / "right")
-    assert_same_tensors(lora_plus.adapter_state_dict(loaded), lora_plus.adapter_state_dict(right))
+    assert_same_tensors(adapter_state_dict(loaded), adapter_state_dict(right))
 
 
 @pytest.mark.parametrize("version", ["0.22.0", "0.22.0.dev0", "1.0", "0.100.1"])
@@ -299,7 +300,7 @@ def test_an_unknown_field_of_a_newer_peft_is_warned_of(version: str, peft_parts:
     assert f"was written by peft {version}" in text and "some_field is 16" in text and "empty_field" not in text
     assert len(text) < 700 and text.isprintable()
     right = lora_plus.load_adapter(plain_net(), tmp_path / "right")
-    assert_same_tensors(lora_plus.adapter_state_dict(loaded), lora_plus.adapter_state_dict(right))
+    assert_same_tensors(adapter_state_dict(loaded), adapter_state_dict(right))
 
 
 @pytest.mark.parametrize("version", ["0.21.2", "0.21", "0.9.0", "", None, 22, "x", [], "9" * 5000])
@@ -348,7 +349,7 @@ def test_the_folder_that_is_corrupted_is_right_before(peft_parts: PeftParts, tmp
     one = lora_plus.load_adapter(plain_net(), tmp_path / "right")
     other = lora_plus.load_adapter(plain_net(), peft_parts.write(tmp_path / "same"))
     assert settings_of(other)["proj"]["r"] == 3
-    assert_same_tensors(lora_plus.adapter_state_dict(other), lora_plus.adapter_state_dict(one))
+    assert_same_tensors(adapter_state_dict(other), adapter_state_dict(one))
 
 
 def test_an_incomplete_peft_folder_names_what_is_missing(peft_parts: PeftParts, tmp_path: Path) -> None:

@@ -30,6 +30,8 @@ from files_support import (
 from torch import nn
 
 import lora_plus
+from lora_plus.files import adapter_state_dict
+from lora_plus.model import adapter_names
 from lora_plus.model.tree import adapted_weights
 
 NOT_IN_PEFT = {
@@ -63,7 +65,7 @@ def test_round_trip_gives_back_every_bit(case: Case, dtype: torch.dtype, format:
     model = case.model(dtype)
     loaded = lora_plus.load_adapter(model, path)
     assert loaded is model
-    assert_same_tensors(lora_plus.adapter_state_dict(loaded), lora_plus.adapter_state_dict(saved))
+    assert_same_tensors(adapter_state_dict(loaded), adapter_state_dict(saved))
     given, wanted = settings_of(loaded)["layer"], settings_of(saved)["layer"]
     if format == "native":
         assert given == wanted
@@ -86,10 +88,10 @@ def test_a_whole_model_comes_back_with_its_head_and_buffers(format: str, trainab
     saved, path = adapted_net(), tmp_path / PATHS[format]
     lora_plus.save_adapter(saved, path)
     loaded = lora_plus.load_adapter(net(), path, adapter="other", trainable=trainable)
-    assert lora_plus.adapter_names(loaded) == ["other"]
-    state = lora_plus.adapter_state_dict(loaded, adapter="other")
+    assert adapter_names(loaded) == ["other"]
+    state = adapter_state_dict(loaded, adapter="other")
     assert {"head.1.running_var", "head.1.num_batches_tracked", "proj.lora_B"} <= set(state)
-    assert_same_tensors(state, lora_plus.adapter_state_dict(saved))
+    assert_same_tensors(state, adapter_state_dict(saved))
     assert {path: spec["r"] for path, spec in settings_of(loaded, "other").items()} == {
         "embed": 2,
         "conv": 2,
@@ -116,9 +118,7 @@ def test_two_adapters_of_one_model_are_two_files(format: str, tmp_path: Path) ->
     both = net()
     for name in ("default", "second"):
         lora_plus.load_adapter(both, tmp_path / name / PATHS[format], adapter=name)
-        assert_same_tensors(
-            lora_plus.adapter_state_dict(both, adapter=name), lora_plus.adapter_state_dict(model, adapter=name)
-        )
+        assert_same_tensors(adapter_state_dict(both, adapter=name), adapter_state_dict(model, adapter=name))
     lora_plus.set_adapter(model, ["default", "second"])
     lora_plus.set_adapter(both, ["default", "second"])
     torch.testing.assert_close(both(TOKENS), model(TOKENS), rtol=1e-6, atol=1e-6)
@@ -130,8 +130,8 @@ def test_the_model_itself_as_the_adapted_layer(tmp_path: Path) -> None:
     saved = randomise(lora_plus.inject_lora(copy.deepcopy(base), [""], r=2))
     lora_plus.save_adapter(saved, tmp_path / "root.safetensors")
     loaded = lora_plus.load_adapter(base, tmp_path / "root.safetensors")
-    assert list(lora_plus.adapter_state_dict(loaded)) == ["lora_A", "lora_B"]
-    assert_same_tensors(lora_plus.adapter_state_dict(loaded), lora_plus.adapter_state_dict(saved))
+    assert list(adapter_state_dict(loaded)) == ["lora_A", "lora_B"]
+    assert_same_tensors(adapter_state_dict(loaded), adapter_state_dict(saved))
     with pytest.raises(ValueError, match="the model itself is adapted, and PEFT names only modules inside a model"):
         lora_plus.save_adapter(saved, tmp_path / "root")
 
@@ -176,12 +176,12 @@ def test_a_base_without_values_gets_real_adapters(format: str, tmp_path: Path) -
     with torch.device("meta"):
         model = Net().eval()
     lora_plus.load_adapter(model, path)
-    assert not any(tensor.is_meta for tensor in lora_plus.adapter_state_dict(model).values())
+    assert not any(tensor.is_meta for tensor in adapter_state_dict(model).values())
     model.to_empty(device="cpu")
     missing, unexpected = model.load_state_dict(net().state_dict(), strict=False)
     assert unexpected == []
     assert all(".lora_" in name for name in missing)
-    assert_same_tensors(lora_plus.adapter_state_dict(model), lora_plus.adapter_state_dict(saved))
+    assert_same_tensors(adapter_state_dict(model), adapter_state_dict(saved))
     torch.testing.assert_close(model(TOKENS), saved(TOKENS), rtol=1e-6, atol=1e-6)
 
 
@@ -308,7 +308,7 @@ def test_golden_file_read_and_written_byte_for_byte(tmp_path: Path) -> None:
     path = tmp_path / "golden.safetensors"
     path.write_bytes(golden_bytes())
     model = lora_plus.load_adapter(golden_model(), path)
-    state = {name: tensor.tolist() for name, tensor in lora_plus.adapter_state_dict(model).items()}
+    state = {name: tensor.tolist() for name, tensor in adapter_state_dict(model).items()}
     assert state == {
         "a.lora_A": [[1, 2]],
         "a.lora_B": [[3]],

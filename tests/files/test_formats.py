@@ -22,6 +22,7 @@ from lora_plus.files import (
     SavedAdapter,
     SavedLayer,
     Target,
+    adapter_state_dict,
     read_adapter,
     write_adapter,
 )
@@ -95,8 +96,7 @@ def test_other_formats_are_written_without_a_model_as_with_it(form: FormatName, 
     lora_plus.save_adapter(model, tmp_path / "with" / "x", format=form)
     write_adapter(read_adapter(tmp_path / "native.safetensors"), tmp_path / "without" / "x", format=form)
     ours, theirs = (
-        lora_plus.adapter_state_dict(lora_plus.load_adapter(layers(), tmp_path / folder / "x"))
-        for folder in ("without", "with")
+        adapter_state_dict(lora_plus.load_adapter(layers(), tmp_path / folder / "x")) for folder in ("without", "with")
     )
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 

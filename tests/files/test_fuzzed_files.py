@@ -33,6 +33,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import lora_plus
+from lora_plus.files import adapter_state_dict
 
 SCALARS = (
     st.none()
@@ -105,7 +106,7 @@ def test_any_native_document_loads_right_or_is_refused(data: st.DataObject, nati
         model = net()
         if not loads_right_or_is_refused(model, path):
             return
-    state = lora_plus.adapter_state_dict(model)
+    state = adapter_state_dict(model)
     assert {name: bits(tensor) for name, tensor in state.items()} == {
         name: raw for name, (_, _, raw) in file.tensors.items()
     }
@@ -150,7 +151,7 @@ def test_any_peft_config_loads_right_or_is_refused(data: st.DataObject, peft_mod
         loaded = plain_net()
         if not loads_right_or_is_refused(loaded, folder):
             return
-    assert_same_tensors(lora_plus.adapter_state_dict(loaded), lora_plus.adapter_state_dict(saved))
+    assert_same_tensors(adapter_state_dict(loaded), adapter_state_dict(saved))
     deciding = ("lora_alpha", "alpha_pattern", "use_rslora")
     if all(mutated.get(key, "none") == config[key] for key in deciding):
         scales = {name: spec["scale"] for name, spec in settings_of(saved).items()}

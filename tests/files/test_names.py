@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import lora_plus
+from lora_plus.files import adapter_state_dict
 
 FORMATS = {"native": "a.safetensors", "peft": "folder"}
 ADAPTED = ["q", "xq", "conv", "embed", "attn.q", "attn.v", "attn.out_proj", "experts.w"]
@@ -77,7 +78,7 @@ def file(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 
 def moved(model: nn.Module) -> dict[str, Tensor]:
-    return {renamed(name): tensor for name, tensor in lora_plus.adapter_state_dict(model).items()}
+    return {renamed(name): tensor for name, tensor in adapter_state_dict(model).items()}
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:the file says W")  # of what peft does with out_proj
@@ -92,7 +93,7 @@ def test_every_kind_of_layer_moves_with_its_settings(names: Any, file: Path) -> 
         names = {old: new for old, new in names.items() if old != "model"}  # no name in it needs that one
     expected = lora_plus.load_adapter(theirs(), file)
     loaded = lora_plus.load_adapter(ours(), file, names=names)
-    given, wanted = lora_plus.adapter_state_dict(loaded), moved(expected)
+    given, wanted = adapter_state_dict(loaded), moved(expected)
     assert given.keys() == wanted.keys()
     assert all(torch.equal(tensor, wanted[name]) for name, tensor in given.items())
     assert settings_of(loaded) == {renamed(name): value for name, value in settings_of(expected).items()}
@@ -102,8 +103,8 @@ def test_a_prefix_may_be_all_or_nothing(file: Path) -> None:
     expected = lora_plus.load_adapter(theirs(), file)
     inside = nn.ModuleDict({"deep": nn.ModuleDict({"er": theirs()})})
     loaded = lora_plus.load_adapter(inside, file, names={"": "deep.er"})
-    given = lora_plus.adapter_state_dict(loaded)
-    wanted = {f"deep.er.{name}": tensor for name, tensor in lora_plus.adapter_state_dict(expected).items()}
+    given = adapter_state_dict(loaded)
+    wanted = {f"deep.er.{name}": tensor for name, tensor in adapter_state_dict(expected).items()}
     assert given.keys() == wanted.keys()
     assert all(torch.equal(tensor, wanted[name]) for name, tensor in given.items())
 
@@ -112,7 +113,7 @@ def test_a_prefix_may_go(file: Path) -> None:
     torch.manual_seed(0)
     body = nn.ModuleDict({"layers": nn.ModuleList([layer(), layer()]), "head": nn.Sequential(nn.Linear(4, 3))})
     loaded = lora_plus.load_adapter(body, file, names={"model": ""})
-    assert {name.split(".")[0] for name in lora_plus.adapter_state_dict(loaded)} == {"layers", "head"}
+    assert {name.split(".")[0] for name in adapter_state_dict(loaded)} == {"layers", "head"}
 
 
 def test_what_is_left_out_is_left_alone(file: Path) -> None:

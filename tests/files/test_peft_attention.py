@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import lora_plus
+from lora_plus.files import adapter_state_dict
 from lora_plus.model.tree import adapter_sites
 
 pytestmark = pytest.mark.peers
@@ -89,7 +90,7 @@ def test_parts_of_attention_share_copies_of_peft_s_a(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match=DOUBLED):
         loaded = lora_plus.load_adapter(OUT.base(), tmp_path)
     tensors = load_file(tmp_path / "adapter_model.safetensors")
-    own = lora_plus.adapter_state_dict(loaded)
+    own = adapter_state_dict(loaded)
     shared = [tensor for name, tensor in own.items() if "lora_A" in name and "out_proj" not in name]
     assert len(shared) == 3 and len({tensor.data_ptr() for tensor in shared}) == 3
     assert all(torch.equal(tensor, tensors["base_model.model.part.attn.lora_A.weight"]) for tensor in shared)

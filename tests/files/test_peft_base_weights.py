@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import lora_plus
+from lora_plus.files import adapter_state_dict
 
 transformers = pytest.importorskip("transformers")
 
@@ -65,7 +66,7 @@ def test_what_peft_saves_by_default_opens(targets: tuple[str, ...], tmp_path: Pa
     assert torch.equal(reader(IDS).logits, theirs(IDS).logits)
     torch.testing.assert_close(ours(IDS).logits, reader(IDS).logits, rtol=0, atol=1e-12)
     held = {name.replace(".default", ""): tensor for name, tensor in reader.state_dict().items() if "lora_" in name}
-    read = lora_plus.adapter_state_dict(ours)
+    read = adapter_state_dict(ours)
     assert len(read) == len(held) == 2 * len(targets)
     assert sorted(tensor.flatten().tolist() for tensor in read.values()) == sorted(
         tensor.flatten().tolist() for tensor in held.values()
@@ -124,10 +125,10 @@ def test_a_weight_that_cannot_be_compared_is_passed_over_with_a_warning(tmp_path
     )
     with pytest.warns(UserWarning, match=message):
         ours = lora_plus.load_adapter(llama().to("meta"), tmp_path / "a")
-    assert "lm_head.lora_A" in lora_plus.adapter_state_dict(ours)
+    assert "lm_head.lora_A" in adapter_state_dict(ours)
     with pytest.warns(UserWarning, match=message):
         bare = lora_plus.bare_model(tmp_path / "a")
-    assert len(lora_plus.adapter_state_dict(bare)) == 4
+    assert len(adapter_state_dict(bare)) == 4
 
 
 def test_a_checkpoint_s_own_weights_are_compared(tmp_path: Path) -> None:

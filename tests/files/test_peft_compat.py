@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import lora_plus
+from lora_plus.files import adapter_state_dict
 
 pytestmark = pytest.mark.peers
 
@@ -100,8 +101,8 @@ def test_what_peft_saves_again_is_still_the_adapter(peer_case: Case, dtype: torc
     loaded = lora_plus.load_adapter(peer_case.model(dtype).eval(), tmp_path / "theirs")
     torch.testing.assert_close(loaded(x), model(x), rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
     assert loaded.layer.lora_adapters["default"].spec.r == peer_case.settings["r"]
-    for name, tensor in lora_plus.adapter_state_dict(loaded).items():
-        assert torch.equal(tensor, lora_plus.adapter_state_dict(model)[name]), name
+    for name, tensor in adapter_state_dict(loaded).items():
+        assert torch.equal(tensor, adapter_state_dict(model)[name]), name
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -118,7 +119,7 @@ def test_we_open_what_peft_writes(peer_case: Case, dtype: torch.dtype, tmp_path:
     torch.testing.assert_close(loaded(x), theirs(x), rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
     if groups == 1:
         written = load_file(tmp_path / "adapter_model.safetensors")
-        assert numbers(lora_plus.adapter_state_dict(loaded)) == numbers(written)
+        assert numbers(adapter_state_dict(loaded)) == numbers(written)
 
 
 def _unmix(model: nn.Module, groups: int) -> None:

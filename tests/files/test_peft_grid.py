@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import lora_plus
+from lora_plus.files import adapter_state_dict
 from lora_plus.model.tree import adapted_weights
 
 pytestmark = pytest.mark.peers
@@ -107,7 +108,7 @@ def test_pefts_opens_here_and_goes_back(kind: str, option: str, tmp_path: Path) 
     model = lora_plus.load_adapter(base(kind), tmp_path / "theirs")
     same(model(x), theirs(x))
     assert [name for name, _ in adapted_weights(model)] == ["first", "second"]
-    assert count(lora_plus.adapter_state_dict(model)) == count(load_file(tmp_path / "theirs/adapter_model.safetensors"))
+    assert count(adapter_state_dict(model)) == count(load_file(tmp_path / "theirs/adapter_model.safetensors"))
     lora_plus.save_adapter(model, tmp_path / "ours")
     same(opened_by_peft(base(kind), tmp_path / "ours")(x), theirs(x))
     same(lora_plus.merge_and_unload(model)(x), theirs(x))

@@ -28,6 +28,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import lora_plus
+from lora_plus.files import adapter_state_dict
 from lora_plus.model.tree import adapted_weights
 
 pytestmark = pytest.mark.peers
@@ -98,7 +99,7 @@ def test_a_whole_model_goes_to_peft_and_back(name: str, dtype: torch.dtype, tmp_
     theirs.save_pretrained(str(tmp_path / "theirs"))
     again = lora_plus.load_adapter(net(dtype), tmp_path / "theirs")
     torch.testing.assert_close(again(TOKENS), wanted, rtol=tolerance, atol=tolerance)
-    state, first = lora_plus.adapter_state_dict(again), lora_plus.adapter_state_dict(model)
+    state, first = adapter_state_dict(again), adapter_state_dict(model)
     assert state.keys() == first.keys()
     assert all(torch.equal(state[key], first[key]) for key in first)
 
@@ -199,7 +200,7 @@ def test_we_open_a_whole_peft_model(name: str, dtype: torch.dtype, tmp_path: Pat
     wanted = theirs(TOKENS)
     assert (wanted - net(dtype)(TOKENS)).abs().max() > 1e-3
     torch.testing.assert_close(loaded(TOKENS), wanted, rtol=tolerance, atol=tolerance)
-    assert count(lora_plus.adapter_state_dict(loaded)) == count(load_file(tmp_path / "adapter_model.safetensors"))
+    assert count(adapter_state_dict(loaded)) == count(load_file(tmp_path / "adapter_model.safetensors"))
     assert {layer.lora_adapters["default"].spec.dropout for _, layer in adapted_weights(loaded)} == {
         config.get("lora_dropout", 0)
     }

@@ -27,6 +27,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import lora_plus
+from lora_plus.files import adapter_state_dict
 
 pytestmark = pytest.mark.peers
 
@@ -175,7 +176,7 @@ def test_experts_and_rows_have_peft_s_shapes(tmp_path: Path) -> None:
 def test_rows_of_one_scale_keep_their_tensors(tmp_path: Path) -> None:
     model = AWAY["rows"].adapted()
     lora_plus.save_adapter(model, tmp_path)
-    config, own = read_config(tmp_path), lora_plus.adapter_state_dict(model)
+    config, own = read_config(tmp_path), adapter_state_dict(model)
     assert (config["r"], config["lora_alpha"]) == (4, 6)
     B = load_file(tmp_path / "adapter_model.safetensors")["base_model.model.part.c_attn.lora_B.weight"]
     assert torch.equal(B[:4, :2], next(t for name, t in own.items() if "q" in name and "lora_B" in name))

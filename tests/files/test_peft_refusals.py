@@ -17,6 +17,7 @@ from peft_support import assert_refused, net, peft, read_config
 from torch import Tensor, nn
 
 import lora_plus
+from lora_plus.files import adapter_state_dict
 from lora_plus.files.peft import config as peft_config
 
 pytestmark = pytest.mark.peers
@@ -87,8 +88,8 @@ def test_a_head_that_peft_would_misread_is_not_written(name: str, tmp_path: Path
     assert str(error.value) == f"the adapter cannot be written in PEFT's format:\n  train_also {head!r}: {reason}"
     assert not (tmp_path / "a").exists()
     lora_plus.save_adapter(model, tmp_path / "a.safetensors")
-    loaded = lora_plus.adapter_state_dict(lora_plus.load_adapter(base(), tmp_path / "a.safetensors"))
-    assert all(torch.equal(tensor, loaded[key]) for key, tensor in lora_plus.adapter_state_dict(model).items())
+    loaded = adapter_state_dict(lora_plus.load_adapter(base(), tmp_path / "a.safetensors"))
+    assert all(torch.equal(tensor, loaded[key]) for key, tensor in adapter_state_dict(model).items())
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------------

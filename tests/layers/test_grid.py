@@ -12,6 +12,7 @@ from parameter_cases import PARAMETER_CASES, At, ParameterCase, distance, double
 from torch import Tensor, nn
 
 import lora_plus
+from lora_plus.files import adapter_state_dict
 
 LAYERS = {
     "linear": "oi",
@@ -111,7 +112,7 @@ def runs(plain: nn.Module, inputs: Any) -> bool:
 )
 def test_a_thousand_steps_in_bfloat16_leave_every_bit_of_the_base(case: ParameterCase) -> None:
     model, inputs = case.inject(case.model(torch.bfloat16)), case.input(torch.bfloat16)
-    start = {name: value.clone() for name, value in lora_plus.adapter_state_dict(model).items()}
+    start = {name: value.clone() for name, value in adapter_state_dict(model).items()}
     optimizer = lora_plus.create_loraplus_optimizer(
         model, torch.optim.AdamW, lr=1e-3, weight_decay=0.1, embedding_lr=None
     )
@@ -122,5 +123,5 @@ def test_a_thousand_steps_in_bfloat16_leave_every_bit_of_the_base(case: Paramete
     state = model.state_dict()
     for name, tensor in case.model(torch.bfloat16).state_dict().items():
         assert torch.equal(state[name], tensor), name
-    for name, tensor in lora_plus.adapter_state_dict(model).items():
+    for name, tensor in adapter_state_dict(model).items():
         assert torch.isfinite(tensor).all() and not torch.equal(tensor, start[name]), name

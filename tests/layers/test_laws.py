@@ -13,6 +13,15 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import lora_plus
+from lora_plus.layers import (
+    LoRAConv1d,
+    LoRAConv2d,
+    LoRAConv3d,
+    LoRAConvTranspose1d,
+    LoRAConvTranspose2d,
+    LoRAConvTranspose3d,
+    LoRAEmbedding,
+)
 from lora_plus.layers.layer import LoRALayer
 from lora_plus.model.tree import adapted_weights
 from lora_plus.tensors.variant import VARIANTS
@@ -300,20 +309,20 @@ def test_arguments_given_by_name_may_come_in_any_order() -> None:
     x = torch.randn(2, 4, 5)
     model = Case("own", lambda: ScaledLinear(5, 3), lambda g, d: x).adapted(torch.float32)
     assert torch.equal(model.layer(shift=3.0, x=x), model.layer(x, 3.0))
-    layer = randomise(lora_plus.LoRAConvTranspose1d(4, 6, 3, stride=2, r=2))
+    layer = randomise(LoRAConvTranspose1d(4, 6, 3, stride=2, r=2))
     assert torch.equal(layer(output_size=[12], input=x), layer(x, [12]))
 
 
 def test_direct_construction_takes_the_base_layer_s_arguments() -> None:
     made = [
         lora_plus.LoRALinear(4, 3, bias=False, dtype=torch.bfloat16, r=2, alpha=4),
-        lora_plus.LoRAEmbedding(5, 4, padding_idx=1, r=2),
-        lora_plus.LoRAConv1d(4, 6, 3, padding=1, r=2),
-        lora_plus.LoRAConv2d(4, 6, (3, 1), groups=2, r=2),
-        lora_plus.LoRAConv3d(4, 6, 1, r=2),
-        lora_plus.LoRAConvTranspose1d(4, 6, 3, stride=2, r=2),
-        lora_plus.LoRAConvTranspose2d(4, 6, (3, 1), groups=2, r=2),
-        lora_plus.LoRAConvTranspose3d(4, 6, 1, r=2),
+        LoRAEmbedding(5, 4, padding_idx=1, r=2),
+        LoRAConv1d(4, 6, 3, padding=1, r=2),
+        LoRAConv2d(4, 6, (3, 1), groups=2, r=2),
+        LoRAConv3d(4, 6, 1, r=2),
+        LoRAConvTranspose1d(4, 6, 3, stride=2, r=2),
+        LoRAConvTranspose2d(4, 6, (3, 1), groups=2, r=2),
+        LoRAConvTranspose3d(4, 6, 1, r=2),
     ]
     for layer in made:
         assert [n for n, p in layer.named_parameters() if p.requires_grad] == ["lora_A.default", "lora_B.default"]

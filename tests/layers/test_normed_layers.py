@@ -15,6 +15,7 @@ from torch.nn.utils import spectral_norm as old_spectral_norm
 from torch.nn.utils import weight_norm as old_weight_norm
 
 import lora_plus
+from lora_plus.layers import LoRALayer
 
 
 def unparametrize(layer: nn.Module) -> None:
@@ -65,7 +66,7 @@ def test_the_adapter_works_and_goes_again(rule: str, when: str) -> None:
     assert all(parameter.grad.any() for name, parameter in model.named_parameters() if "lora_" in name)
     lora_plus.remove_lora(model)
     torch.testing.assert_close(model(x), base, rtol=1e-12, atol=1e-12)
-    assert not isinstance(model.layer, lora_plus.LoRALayer)
+    assert not isinstance(model.layer, LoRALayer)
 
 
 @pytest.mark.parametrize("when", ["before", "after"])

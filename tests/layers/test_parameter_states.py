@@ -15,6 +15,7 @@ from parameter_cases import PARAMETER_CASES, Inputs, ParameterCase, assert_close
 from torch import Tensor, nn
 
 import lora_plus
+from lora_plus.files import adapter_state_dict
 from lora_plus.model.tree import adapted_weights
 
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
@@ -97,7 +98,7 @@ def test_a_base_checkpoint_loads_after_injection(case: ParameterCase) -> None:
     result = model.load_state_dict(other.state_dict(), strict=False)
     assert set(result.missing_keys) == wanted and not result.unexpected_keys
     assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in other.state_dict().items())
-    weights = case.explicit_weights(other.state_dict(), lora_plus.adapter_state_dict(model))
+    weights = case.explicit_weights(other.state_dict(), adapter_state_dict(model))
     other.load_state_dict(weights, strict=False)
     assert_close(case.run(model), case.run(other))
 
@@ -169,7 +170,7 @@ def test_two_adapters_are_chosen_summed_merged_and_deleted(case: ParameterCase) 
     second = replace(case, options={**case.options, "variant": "lora", "r": 3})
     model = randomise(second.inject(case.inject(case.model(), adapter="first"), adapter="second")).eval()
     base = bits(plain)
-    states = {name: lora_plus.adapter_state_dict(model, adapter=name) for name in ("first", "second")}
+    states = {name: adapter_state_dict(model, adapter=name) for name in ("first", "second")}
     rescaled = {**base, **case.explicit_weights(base, states["first"])}
     weights = {
         (): base,

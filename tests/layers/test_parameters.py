@@ -27,6 +27,7 @@ from torch.nn import functional
 from torch.utils import _pytree as pytree
 
 import lora_plus
+from lora_plus.files import adapter_state_dict
 from lora_plus.layers.weight import AdaptedWeight
 from lora_plus.model import parts
 from lora_plus.model.tree import adapter_sites
@@ -122,7 +123,7 @@ def test_gradients_are_those_of_the_weight_written_by_hand(case: ParameterCase) 
     model, plain = case.adapted(), case.model()
     inputs, asked = asking(case.input())
     loss(case.run(model, inputs)).backward()
-    factors = {name: value.clone().requires_grad_() for name, value in lora_plus.adapter_state_dict(model).items()}
+    factors = {name: value.clone().requires_grad_() for name, value in adapter_state_dict(model).items()}
     (args, kwargs), asked_by_hand = asking(case.input())
     weights = case.explicit_weights(plain.state_dict(), factors)
     loss(tensors(torch.func.functional_call(plain, weights, args, kwargs))).backward()

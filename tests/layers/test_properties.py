@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import lora_plus
+from lora_plus.files import adapter_state_dict
 from lora_plus.model.tree import adapted_weights
 
 NAMES = [
@@ -122,8 +123,8 @@ def test_save_and_load_gives_equal_tensors(tree: dict, adapter: str, again: str,
         path = Path(folder, "a.safetensors")
         lora_plus.save_adapter(model, path, adapter=adapter)
         loaded = lora_plus.load_adapter(copy.deepcopy(base), path, adapter=again)
-    wanted = lora_plus.adapter_state_dict(model, adapter=adapter)
-    got = lora_plus.adapter_state_dict(loaded, adapter=again)
+    wanted = adapter_state_dict(model, adapter=adapter)
+    got = adapter_state_dict(loaded, adapter=again)
     assert wanted.keys() == got.keys() and all(torch.equal(wanted[name], got[name]) for name in wanted)
     assert {n: layer.lora_adapters[adapter].spec for n, layer in adapted_weights(model)} == {
         n: layer.lora_adapters[again].spec for n, layer in adapted_weights(loaded)

@@ -12,6 +12,7 @@ from parameter_cases import At, Inputs, ParameterCase, Source, assert_close, dis
 from torch import Tensor, nn
 
 import lora_plus
+from lora_plus.files import adapter_state_dict
 
 pytestmark = pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")
 
@@ -179,7 +180,7 @@ def test_every_way_computes_with_the_weight_written_by_hand(case: ParameterCase)
 def test_gradients_are_those_of_the_weight_written_by_hand(case: ParameterCase) -> None:
     for mask in masks(case):
         model, plain = case.adapted(), case.model()
-        adapter = lora_plus.adapter_state_dict(model)
+        adapter = adapter_state_dict(model)
         factors = {name: value.clone().requires_grad_() for name, value in adapter.items()}
         weights = case.explicit_weights(plain.state_dict(), factors)
         args, _ = case.input()

@@ -14,9 +14,13 @@ from conftest import randomise
 from torch import nn
 
 import lora_plus
-from lora_plus import LoRALayer, LoRALinear, inject_lora, lora_summary, remove_lora
+from lora_plus import LoRALinear, inject_lora, lora_summary, remove_lora
+from lora_plus.files import adapter_state_dict
+from lora_plus.layers import LoRALayer
 from lora_plus.layers import kinds as layers
+from lora_plus.model import adapter_names
 from lora_plus.model.tree import adapted_weights
+from lora_plus.training import reset_lora_parameters
 
 
 class Block(nn.Module):
@@ -215,7 +219,7 @@ def test_a_second_injection_needs_another_name() -> None:
     with pytest.raises(ValueError, match="the model has an adapter 'default' already"):
         inject_lora(model, ["v"])
     inject_lora(model, ["q", "v"], adapter="second", r=2)
-    assert lora_plus.adapter_names(model) == ["default", "second"]
+    assert adapter_names(model) == ["default", "second"]
     assert all(layer.active_names() == ["second"] for _, layer in adapted_weights(model))
 
 
@@ -431,7 +435,7 @@ def test_reset_draws_anew_in_place() -> None:
     A = layer.lora_A["default"]
     start = A.detach().clone()
     randomise(model)
-    lora_plus.reset_lora_parameters(model, generator=torch.Generator().manual_seed(1))
+    reset_lora_parameters(model, generator=torch.Generator().manual_seed(1))
     assert layer.lora_A["default"] is A and torch.equal(A, start)
     assert not torch.count_nonzero(layer.lora_B["default"])
 
@@ -500,7 +504,7 @@ def test_an_adapter_is_not_saved_while_disabled(tmp_path: Path) -> None:
         lora_plus.save_adapter(model, tmp_path / "a.safetensors")
     assert not list(tmp_path.iterdir())
     with lora_plus.disabled(model), pytest.raises(ValueError, match=r"'blocks.0.norm' shows its original values"):
-        lora_plus.adapter_state_dict(model)
+        adapter_state_dict(model)
 
 
 def test_suggested_names_are_ones_that_can_be_adapted() -> None:

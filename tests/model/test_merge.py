@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import lora_plus
 from lora_plus import inject_lora, merge_and_unload, merge_lora, merged, unmerge_lora
+from lora_plus.model import active_adapters
 from lora_plus.tensors import matrix as functional
 
 
@@ -200,12 +201,12 @@ def test_merged_others_than_the_active_ones_are_as_if_they_were_chosen(active: A
     wanted = model(x)
     plain = [key for key in model.state_dict() if "lora" not in key]
     lora_plus.set_adapter(model, active)
-    y, names = model(x), lora_plus.active_adapters(model)
+    y, names = model(x), active_adapters(model)
     assert not torch.allclose(y, wanted)
     with lora_plus.disabled(model):
         base = model(x)
     with merged(model, adapters=["a"]):
-        assert lora_plus.active_adapters(model) == names
+        assert active_adapters(model) == names
         torch.testing.assert_close(model(x), wanted, rtol=1e-12, atol=1e-12)
         assert list(model.state_dict()) == plain
         with lora_plus.disabled(model):
@@ -214,7 +215,7 @@ def test_merged_others_than_the_active_ones_are_as_if_they_were_chosen(active: A
         twin = copy.deepcopy(model)
         with merged(model, adapters=["a"]):
             pass
-    assert torch.equal(model(x), y) and lora_plus.active_adapters(model) == names
+    assert torch.equal(model(x), y) and active_adapters(model) == names
     torch.testing.assert_close(twin(x), wanted, rtol=1e-12, atol=1e-12)
     unmerge_lora(twin)
     assert torch.equal(twin(x), y)

@@ -13,8 +13,8 @@ from conftest import Conv1D, randomise
 from torch import Tensor, nn
 from torch.nn.utils import fusion, parametrizations, parametrize, prune, remove_weight_norm, weight_norm
 
-import lora_plus
 from lora_plus import disabled, inject_lora, merge_and_unload, merge_lora, remove_lora, rename_adapter, unmerge_lora
+from lora_plus.model import adapter_names
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
 
@@ -175,7 +175,7 @@ def test_a_shallow_copy_keeps_its_adapters(make: Callable[[], nn.Module], settin
     remove_lora(model)
     assert torch.equal(run(model["layer"]), plain)
     assert torch.equal(run(copied), y)
-    assert lora_plus.adapter_names(copied) == ["default"]
+    assert adapter_names(copied) == ["default"]
     if merged:
         unmerge_lora(copied)
     remove_lora(copied)

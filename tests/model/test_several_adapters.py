@@ -16,8 +16,11 @@ from torch import nn
 from torch._dynamo.testing import CompileCounter
 
 import lora_plus
-from lora_plus import active_adapters, adapter_names, add_adapter, inject_lora, rename_adapter, set_adapter
+from lora_plus import add_adapter, inject_lora, rename_adapter, set_adapter
+from lora_plus.files import adapter_state_dict
+from lora_plus.model import active_adapters, adapter_names
 from lora_plus.model.tree import adapters_of
+from lora_plus.training import fold_lr_ratio
 
 
 class Mixed(nn.Module):
@@ -238,7 +241,7 @@ def test_factors_hold_in_row_blocks_and_adapted_parameters_and_are_not_saved(tmp
     with torch.no_grad():
         for _, site, _ in lora_plus.model.tree.adapter_sites(explicit):
             site.lora_B["a"].mul_(0.3)
-    state = lora_plus.adapter_state_dict(model, adapter="a")
+    state = adapter_state_dict(model, adapter="a")
     lora_plus.save_adapter(model, tmp_path / "plain.safetensors", adapter="a")
     set_adapter(model, {"a": 0.3})
     close(model(TOKENS), explicit(TOKENS))
@@ -246,9 +249,7 @@ def test_factors_hold_in_row_blocks_and_adapted_parameters_and_are_not_saved(tmp
         close(model(TOKENS), explicit(TOKENS))
     lora_plus.save_adapter(model, tmp_path / "weighted.safetensors", adapter="a")
     assert (tmp_path / "plain.safetensors").read_bytes() == (tmp_path / "weighted.safetensors").read_bytes()
-    assert all(
-        torch.equal(value, state[name]) for name, value in lora_plus.adapter_state_dict(model, adapter="a").items()
-    )
+    assert all(torch.equal(value, state[name]) for name, value in adapter_state_dict(model, adapter="a").items())
     assert all(row.note == "scale times 0.3" for row in lora_plus.lora_summary(model).rows)
     add_adapter(model, "b", like="a")
     set_adapter(model, {"a": 0.3, "b": 1})
@@ -332,7 +333,7 @@ def test_another_factor_breaks_no_graph() -> None:
 
 def test_an_adapter_like_a_folded_one_has_its_alpha() -> None:
     model = adapted()
-    lora_plus.fold_lr_ratio(model, 4, adapter="a")
+    fold_lr_ratio(model, 4, adapter="a")
     add_adapter(model, "b", like="a", generator=torch.Generator().manual_seed(3))
     rows = lora_plus.lora_summary(model).rows
     alphas, others = ({row.name: row.alpha for row in rows if row.adapter == name} for name in ("a", "b"))

@@ -35,7 +35,11 @@ from hypothesis.stateful import (
 from torch import Tensor, nn
 
 import lora_plus
+from lora_plus.files import adapter_state_dict
+from lora_plus.model import active_adapters, adapter_names
 from lora_plus.model.tree import adapted_weights
+from lora_plus.surgery import combine_adapters, resize_adapter
+from lora_plus.training import fold_lr_ratio, reset_lora_parameters
 
 REFUSED = (ValueError, KeyError, TypeError)
 TOLERANCE = {"rtol": 1e-9, "atol": 1e-10}
@@ -165,9 +169,9 @@ class Machine(RuleBasedStateMachine):
     @invariant()
     def holds_what_it_must(self) -> None:
         dense, model = self.dense, self.model
-        assert set(lora_plus.adapter_names(model)) == dense.adapters.keys()
+        assert set(adapter_names(model)) == dense.adapters.keys()
         here = {name for name in dense.active if dense.adapters[name].spots}
-        assert set(lora_plus.active_adapters(model)) == here
+        assert set(active_adapters(model)) == here
         if not self.disabled:
             for name in dense.adapters:
                 self.same_tensors(name)
@@ -198,7 +202,7 @@ class Machine(RuleBasedStateMachine):
         wanted = {f"{spot}.{key}": value for spot, held in adapter.spots.items() for key, value in held.tensors.items()}
         for path in adapter.full:
             wanted |= self.dense.tensors_of(path)
-        got = lora_plus.adapter_state_dict(self.model, adapter=name)
+        got = adapter_state_dict(self.model, adapter=name)
         assert got.keys() == wanted.keys()
         torch.testing.assert_close(got, wanted, **TOLERANCE)
 
@@ -224,7 +228,7 @@ class Machine(RuleBasedStateMachine):
     def read(self, name: str) -> Adapter:
         """An adapter as the model holds it now."""
         spots: dict[str, Factors] = {}
-        state = lora_plus.adapter_state_dict(self.model, adapter=name)
+        state = adapter_state_dict(self.model, adapter=name)
         variants = {row.name: row for row in lora_plus.lora_summary(self.model).rows if row.adapter == name}
         for spot, row in variants.items():
             tensors = {k.rpartition(".")[2]: v.clone() for k, v in state.items() if k.rpartition(".")[0] == spot}
@@ -415,7 +419,7 @@ class Machine(RuleBasedStateMachine):
             for key, value in held.tensors.items()
             if key in ("lora_A", "lora_B")
         }
-        state = lora_plus.adapter_state_dict(self.model, adapter=name)
+        state = adapter_state_dict(self.model, adapter=name)
         for spot, held in self.dense.adapters[name].spots.items():
             for key in held.tensors:
                 if f"{spot}.{key}" not in noise:
@@ -632,10 +636,7 @@ class Machine(RuleBasedStateMachine):
         name = self.known(name)
         adapter = self.dense.adapters.get(name)
         expected = adapter is not None and self.changeable
-        if (
-            self.call(expected, lambda: lora_plus.reset_lora_parameters(self.model, adapter=name, init=init))
-            is not None
-        ):
+        if self.call(expected, lambda: reset_lora_parameters(self.model, adapter=name, init=init)) is not None:
             self.dense.adapters[name] = replace(adapter, spots=self.read(name).spots)
 
     @precondition(lambda self: self.worth_trying)
@@ -648,7 +649,7 @@ class Machine(RuleBasedStateMachine):
         factor = ratio if rule_ == "adam" else ratio**0.5
         assume(all(0.1 < abs(adapter.spots[spot].scale) * factor < 10 for spot in spots))  # training stays stable
         expected = bool(spots) and self.changeable
-        done = self.call(expected, lambda: lora_plus.fold_lr_ratio(self.model, ratio, rule=rule_, adapter=name))
+        done = self.call(expected, lambda: fold_lr_ratio(self.model, ratio, rule=rule_, adapter=name))
         for held in (adapter.spots[spot] for spot in (spots if done is not None else ())):
             held.scale *= factor
             divided = {key: held.tensors[key] / factor for key in ("lora_B", "lora_B0") if key in held.tensors}
@@ -663,7 +664,7 @@ class Machine(RuleBasedStateMachine):
         before = {} if adapter is None else dense.update(name)
         flags = None if adapter is None else adapter.trainable
         expected = adapter is not None and self.changeable
-        if self.call(expected, lambda: lora_plus.resize_adapter(self.model, r=r, adapter=name)) is not None:
+        if self.call(expected, lambda: resize_adapter(self.model, r=r, adapter=name)) is not None:
             ranks = [
                 held.tensors["lora_B"].shape[-1] * (2 if "lora_A0" in held.tensors else 1)
                 for held in adapter.spots.values()
@@ -691,7 +692,7 @@ class Machine(RuleBasedStateMachine):
         )
         done = self.call(
             expected,
-            lambda: lora_plus.combine_adapters(self.model, list(weights), weights=list(weights.values()), adapter=name),
+            lambda: combine_adapters(self.model, list(weights), weights=list(weights.values()), adapter=name),
         )
         if done is not None:
             parts = [(dense.update(each), factor) for each, factor in weights.items()]

@@ -19,6 +19,9 @@ from torch.distributed.fsdp import fully_shard
 
 import lora_plus
 from lora_plus import disabled, inject_lora, merge_and_unload, merge_lora, merged, remove_lora, unmerge_lora
+from lora_plus.files import adapter_state_dict
+from lora_plus.model import adapter_names
+from lora_plus.surgery import resize_adapter
 
 
 class Tied(nn.Module):
@@ -383,7 +386,7 @@ def test_wrappers_leave_no_mark_in_files(wrap: Any, tmp_path: Path) -> None:
     lora_plus.save_adapter(wrap(model), tmp_path / "a.safetensors")
     fresh = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     lora_plus.load_adapter(wrap(fresh), tmp_path / "a.safetensors")
-    assert set(lora_plus.adapter_state_dict(wrap(fresh))) == {f"{n}.lora_{part}" for n in "01" for part in "AB"}
+    assert set(adapter_state_dict(wrap(fresh))) == {f"{n}.lora_{part}" for n in "01" for part in "AB"}
     assert torch.equal(fresh[0].lora_B["default"], model[0].lora_B["default"])
 
 
@@ -460,7 +463,7 @@ def test_no_adapter_is_added_or_renamed_behind_fully_shard_s_back(tmp_path: Path
         mesh = init_device_mesh("cpu", (1,))
         plain = fully_shard(nn.Sequential(nn.Linear(4, 4)), mesh=mesh)
         model = randomise(inject_lora(nn.Sequential(nn.Linear(4, 4)), ["0"], r=2))
-        y, state = model(X), lora_plus.adapter_state_dict(model)
+        y, state = model(X), adapter_state_dict(model)
         for part in (model[0], model):
             fully_shard(part, mesh=mesh)
         for change in (
@@ -468,14 +471,14 @@ def test_no_adapter_is_added_or_renamed_behind_fully_shard_s_back(tmp_path: Path
             lambda: lora_plus.load_adapter(plain, tmp_path / "a.safetensors"),
             lambda: lora_plus.add_adapter(model, "b"),
             lambda: lora_plus.load_adapter(model, tmp_path / "a.safetensors", adapter="b"),
-            lambda: lora_plus.resize_adapter(model, r=1),
+            lambda: resize_adapter(model, r=1),
             lambda: lora_plus.rename_adapter(model, "default", "b"),
         ):
             with pytest.raises(ValueError, match=r"is sharded by fully_shard.*before the model is sharded"):
                 change()
-        assert type(plain[0]) is nn.Linear and lora_plus.adapter_names(model) == ["default"]
+        assert type(plain[0]) is nn.Linear and adapter_names(model) == ["default"]
         torch.testing.assert_close(model(X), y)
-        torch.testing.assert_close(lora_plus.adapter_state_dict(model), state)
+        torch.testing.assert_close(adapter_state_dict(model), state)
     finally:
         torch.distributed.destroy_process_group()
 
@@ -495,6 +498,6 @@ def test_an_adapter_is_not_added_behind_ddp_s_back(tmp_path: Path) -> None:
         optimizer.step()
         assert torch.count_nonzero(plain[0].lora_B["default"])
         lora_plus.save_adapter(wrapped, tmp_path / "a.safetensors")
-        assert set(lora_plus.adapter_state_dict(wrapped)) == {"0.lora_A", "0.lora_B"}
+        assert set(adapter_state_dict(wrapped)) == {"0.lora_A", "0.lora_B"}
     finally:
         torch.distributed.destroy_process_group()

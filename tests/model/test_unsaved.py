@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 
 import lora_plus as lp
+from lora_plus.files import adapter_state_dict
+from lora_plus.training import split_loraplus_groups
 
 
 class Net(nn.Module):
@@ -49,7 +51,7 @@ SAVES: dict[str, Callable[[nn.Module, Path], object]] = {
     "a file": lambda model, path: lp.save_adapter(model, path / "a.safetensors"),
     "a folder": lambda model, path: lp.save_adapter(model, path / "peft"),
     "an export": lambda model, path: lp.export_adapter(model, path / "export"),
-    "tensors": lambda model, path: lp.adapter_state_dict(model),
+    "tensors": lambda model, path: adapter_state_dict(model),
 }
 SHOWS: dict[str, Callable[[nn.Module, Path], object]] = {
     **SAVES,
@@ -107,7 +109,7 @@ def test_other_adapters_and_their_modules_are_not_named(tmp_path: Path) -> None:
         parameter.requires_grad_(True)
     for adapter in ("default", "second"):
         lp.save_adapter(model, tmp_path / "a.safetensors", adapter=adapter)
-        lp.adapter_state_dict(model, adapter=adapter)
+        adapter_state_dict(model, adapter=adapter)
     assert lp.lora_summary(model).unsaved == []
 
 
@@ -206,7 +208,7 @@ def test_it_is_refused_before_it_is_trained(
         adamw(model)
     assert all(line in str(caught.value) for line in lines)
     with pytest.raises(ValueError, match="the groups were not split"):
-        lp.split_loraplus_groups([{"params": trained, "lr": 1e-3}], model, lr_ratio=4)
+        split_loraplus_groups([{"params": trained, "lr": 1e-3}], model, lr_ratio=4)
     with pytest.raises(ValueError, match="training would not do") as caught:
         lp.check_optimizer(AdamW(trained), model)
     assert all(line in str(caught.value) for line in lines)
@@ -248,7 +250,7 @@ def test_a_base_that_is_quantized_or_computed_passes(tmp_path: Path) -> None:
     model = Net().double()
     nn.utils.parametrizations.weight_norm(model.up)
     lp.inject_lora(model, ["up"], r=2)
-    lp.adapter_state_dict(model)
+    adapter_state_dict(model)
     model.up.parametrizations.weight.original0.requires_grad_(True)
     (text,) = told(SAVES["tensors"], model, tmp_path)
     assert text.startswith("trained, but saved with no adapter: 'up.parametrizations.weight.original0';")

@@ -16,6 +16,8 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import lora_plus as lp
+from lora_plus.files import adapter_state_dict
+from lora_plus.model import adapter_names
 
 WRAP: dict[str, Callable[[nn.Module], nn.Module]] = {
     "compile": partial(torch.compile, backend="eager"),
@@ -51,7 +53,7 @@ def test_a_wrapped_model_is_saved_and_described_as_the_plain_one(wrap: Any, tmp_
     wrapped = wrap(model)
     assert saved(wrapped, tmp_path / "wrapped") == saved(model, tmp_path / "plain")
     assert lp.lora_summary(wrapped) == lp.lora_summary(model)
-    state, expected = lp.adapter_state_dict(wrapped), lp.adapter_state_dict(model)
+    state, expected = adapter_state_dict(wrapped), adapter_state_dict(model)
     assert state.keys() == expected.keys() and all(torch.equal(state[key], expected[key]) for key in state)
     with lp.merged(wrapped) as merged:
         torch.testing.assert_close(merged(X), model(X), rtol=1e-12, atol=1e-12)
@@ -64,7 +66,7 @@ def test_verbs_reach_the_model_inside(wrap: Any) -> None:
     wrapped = wrap(adapted())
     lp.rename_adapter(wrapped, "default", "other")
     lp.set_adapter(wrapped, "other", trainable=False)
-    assert lp.adapter_names(wrapped) == ["other"] and not any(p.requires_grad for p in wrapped.parameters())
+    assert adapter_names(wrapped) == ["other"] and not any(p.requires_grad for p in wrapped.parameters())
     lp.remove_lora(wrapped)
     assert torch.equal(wrapped.eval()(X), plain().eval()(X))
 
@@ -81,12 +83,12 @@ def test_the_averaged_adapter_is_what_is_saved(settings: dict[str, Any], tmp_pat
         randomise(model, seed=step)
         averaged.update_parameters(model)
         weight = (0.25 if "multi_avg_fn" in settings else 1 / (step + 1)) if step else 1.0
-        for key, tensor in lp.adapter_state_dict(model).items():
+        for key, tensor in adapter_state_dict(model).items():
             before = means.get(key, torch.zeros_like(tensor))
             means[key] = before + weight * (tensor - before) if tensor.is_floating_point() else tensor.clone()
     lp.save_adapter(averaged, tmp_path / "a.safetensors")
     loaded = lp.load_adapter(plain(), tmp_path / "a.safetensors")
-    state = lp.adapter_state_dict(loaded)
+    state = adapter_state_dict(loaded)
     assert state.keys() == means.keys()
     for key, tensor in state.items():
         torch.testing.assert_close(tensor, means[key].to(tensor.dtype), rtol=1e-12, atol=1e-12)

@@ -16,6 +16,7 @@ from processes import Processes
 
 import lora_plus as lp
 from examples.demo.assets import AssetError
+from lora_plus.files import adapter_state_dict
 
 transformers = pytest.importorskip("transformers")
 state = pytest.importorskip("accelerate.state")
@@ -129,7 +130,7 @@ def instruct_on_a_rank(folder: Path, out: str, more: list[str]) -> dict[str, flo
 
 
 def adapter_of(model: torch.nn.Module, folder: Path) -> dict[str, torch.Tensor]:
-    return lp.adapter_state_dict(lp.load_adapter(model, folder))
+    return adapter_state_dict(lp.load_adapter(model, folder))
 
 
 def test_two_processes_under_ddp_and_zero_3_train_as_one(tmp_path: Path, two_processes: Processes) -> None:

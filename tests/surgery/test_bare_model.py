@@ -25,8 +25,10 @@ from parameter_cases import PARAMETER_CASES, ParameterCase
 from torch import nn
 
 import lora_plus
-from lora_plus import adapter_state_dict, bare_model, inject_lora, save_adapter
+from lora_plus import bare_model, inject_lora, save_adapter
+from lora_plus.files import adapter_state_dict
 from lora_plus.files.save import describe
+from lora_plus.surgery import combine_adapters, resize_adapter
 
 ALL = [*CASES, *PARAMETER_CASES]
 
@@ -132,9 +134,9 @@ def test_combining_files_is_combining_in_the_model(case: Case | ParameterCase, m
     randomise(model, seed=1)
     save_adapter(model, tmp_path / "b.safetensors")
     bare = bare_model({"a": path, "b": tmp_path / "b.safetensors"})
-    lora_plus.combine_adapters(bare, ["a", "b"], weights=[1, -0.5], **method)
+    combine_adapters(bare, ["a", "b"], weights=[1, -0.5], **method)
     lora_plus.load_adapter(model, path, adapter="a")
-    lora_plus.combine_adapters(model, ["a", "default"], weights=[1, -0.5], **method)
+    combine_adapters(model, ["a", "default"], weights=[1, -0.5], **method)
     assert_same_file(bare, model, tmp_path, adapter="combined")
 
 
@@ -145,7 +147,7 @@ def test_resizing_a_file_is_resizing_in_the_model(case: Case, tmp_path: Path) ->
     # a file does not say which row is padding, and gets new entries there
     for r in (1,) if case.name == "embedding-padding" else (1, 5):
         for each in (bare, model):
-            lora_plus.resize_adapter(each, r=r, generator=torch.Generator().manual_seed(3))
+            resize_adapter(each, r=r, generator=torch.Generator().manual_seed(3))
         assert_same_file(bare, model, tmp_path)
 
 

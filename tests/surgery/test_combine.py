@@ -27,7 +27,9 @@ from update_cases import (
 )
 
 import lora_plus
-from lora_plus.surgery import methods
+from lora_plus.files import adapter_state_dict
+from lora_plus.model import adapter_names
+from lora_plus.surgery import combine_adapters, methods
 from lora_plus.tensors import low_rank
 
 WEIGHTS = [0.5, -2.0]
@@ -47,7 +49,7 @@ def test_the_sum_is_what_both_adapters_do_together(subject: Subject) -> None:
     model = subject.adapted()
     lora_plus.set_adapter(model, ["a", "b"])
     wanted = subject.run(model)
-    report = lora_plus.combine_adapters(model, ["a", "b"])
+    report = combine_adapters(model, ["a", "b"])
     close(subject.run(model), wanted)
     ranks = {row.name: 0 for row in lora_plus.lora_summary(model).rows}
     for row in lora_plus.lora_summary(model).rows:
@@ -59,14 +61,14 @@ def test_the_sum_is_what_both_adapters_do_together(subject: Subject) -> None:
 @every_subject
 def test_the_weighted_sum_is_the_sum_of_the_weights_changes(subject: Subject) -> None:
     model = subject.adapted()
-    before = {name: lora_plus.adapter_state_dict(model, adapter=name) for name in "ab"}
+    before = {name: adapter_state_dict(model, adapter=name) for name in "ab"}
     before = {name: {key: tensor.clone() for key, tensor in state.items()} for name, state in before.items()}
     separate = changes(model, ["a"]), changes(model, ["b"])
-    lora_plus.combine_adapters(model, ["a", "b"], weights=WEIGHTS, adapter="c")
+    combine_adapters(model, ["a", "b"], weights=WEIGHTS, adapter="c")
     wanted = {name: WEIGHTS[0] * one + WEIGHTS[1] * separate[1][name] for name, one in separate[0].items()}
     close(changes(model, ["c"]), wanted)
     for name, state in before.items():
-        now = lora_plus.adapter_state_dict(model, adapter=name)
+        now = adapter_state_dict(model, adapter=name)
         assert state.keys() == now.keys() and all(torch.equal(now[key], tensor) for key, tensor in state.items())
 
 
@@ -77,8 +79,8 @@ def test_the_sum_is_exact_to_the_rounding_of_float32() -> None:
         lora_plus.inject_lora(model, ["0"], r=16, adapter=name)
     wanted = weighted(randomise(model).double())["0"]
     model.float()
-    lora_plus.combine_adapters(model, ["a", "b"], weights=WEIGHTS)
-    state = lora_plus.adapter_state_dict(model, adapter="combined")
+    combine_adapters(model, ["a", "b"], weights=WEIGHTS)
+    state = adapter_state_dict(model, adapter="combined")
     update = state["0.lora_B"].double() @ state["0.lora_A"].double()
     assert (update - wanted).norm() < 1e-7 * wanted.norm()
     assert {tensor.dtype for tensor in state.values()} == {torch.float32}
@@ -91,7 +93,7 @@ def test_bfloat16_adapters_give_a_float32_one() -> None:
     randomise(model)
     wanted = {name: tensor.float() for name, tensor in weighted(copy.deepcopy(model).double()).items()}
     for method in ({}, {"method": "svd", "r": 4}):
-        lora_plus.combine_adapters(model, ["a", "b"], weights=WEIGHTS, **method)
+        combine_adapters(model, ["a", "b"], weights=WEIGHTS, **method)
         assert updates(model, "combined")["0"].dtype == torch.float32
         close(updates(model, "combined"), wanted, 1e-5)
         lora_plus.delete_adapter(model, "combined")
@@ -102,10 +104,10 @@ def test_a_layer_that_only_one_has_counts_as_zero_in_the_other() -> None:
     lora_plus.inject_lora(model, ["0", "1"], r=2, adapter="a")
     lora_plus.inject_lora(model, ["1", "2"], r=1, adapter="b")
     a, b = updates(randomise(model), "a"), updates(model, "b")
-    assert lora_plus.combine_adapters(model, ["b", "a"], weights=[3, -1]).ranks == {"0": 2, "1": 3, "2": 1}
+    assert combine_adapters(model, ["b", "a"], weights=[3, -1]).ranks == {"0": 2, "1": 3, "2": 1}
     close(updates(model, "combined"), {"0": -a["0"], "1": 3 * b["1"] - a["1"], "2": 3 * b["2"]})
     ties = {"method": "ties", "r": 3, "density": 1.0}
-    lora_plus.combine_adapters(model, ["b", "a"], adapter="ties", weights=[3, -1], **ties)
+    combine_adapters(model, ["b", "a"], adapter="ties", weights=[3, -1], **ties)
     close([updates(model, "ties")[name] for name in "02"], [-a["0"], 3 * b["2"]])
 
 
@@ -113,8 +115,8 @@ def test_a_layer_that_only_one_has_counts_as_zero_in_the_other() -> None:
 def test_the_new_adapter_is_the_active_one_and_the_others_are_frozen(trainable: bool) -> None:
     model = BY_NAME["linear"].adapted()
     model.layer.lora_adapters["a"].spec = lora_plus.tensors.variant.AdapterSpec(r=3, alpha=5, dropout=0.5)
-    lora_plus.combine_adapters(model, ["a"], adapter="c", trainable=trainable)
-    assert lora_plus.adapter_names(model) == ["a", "b", "c"] and model.layer.active_names() == ["c"]
+    combine_adapters(model, ["a"], adapter="c", trainable=trainable)
+    assert adapter_names(model) == ["a", "b", "c"] and model.layer.active_names() == ["c"]
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert trained == ({"layer.lora_A.c", "layer.lora_B.c"} if trainable else set())
     assert model.layer.lora_adapters["c"].spec == lora_plus.tensors.variant.AdapterSpec(r=3, alpha=3)
@@ -129,11 +131,11 @@ def test_the_new_adapter_is_the_active_one_and_the_others_are_frozen(trainable: 
 def test_svd_is_exact_at_full_rank_and_the_best_below(subject: Subject) -> None:
     model = subject.adapted()
     wanted = weighted(model)
-    report = lora_plus.combine_adapters(model, ["a", "b"], weights=WEIGHTS, method="svd", r=99, adapter="full")
+    report = combine_adapters(model, ["a", "b"], weights=WEIGHTS, method="svd", r=99, adapter="full")
     close(updates(model, "full"), wanted)
     assert max(report.errors.values()) < 1e-14
     assert all(rank <= min(wanted[name].shape[-2:]) for name, rank in report.ranks.items())
-    report = lora_plus.combine_adapters(model, ["a", "b"], weights=WEIGHTS, method="svd", r=1, adapter="low")
+    report = combine_adapters(model, ["a", "b"], weights=WEIGHTS, method="svd", r=1, adapter="low")
     for name, update in updates(model, "low").items():
         assert report.ranks[name] == 1
         best = least_error(wanted[name], 1)
@@ -169,10 +171,10 @@ def test_an_update_of_zero_and_columns_of_zeros_stay_zero_to_the_bit() -> None:
         for name in "ab":
             model[0].lora_A[name][:, 0] = 0
     for options in ({"method": "svd", "r": 2}, {"method": "ties", "r": 2, "density": 0.9}):
-        lora_plus.combine_adapters(model, ["a", "b"], **options)
+        combine_adapters(model, ["a", "b"], **options)
         assert not updates(model, "combined")["0"][:, 0].any() and updates(model, "combined")["0"][:, 1:].all()
         lora_plus.delete_adapter(model, "combined")
-        report = lora_plus.combine_adapters(model, ["a"], weights=[0], **options)
+        report = combine_adapters(model, ["a"], weights=[0], **options)
         assert not updates(model, "combined")["0"].any() and report.errors == {"0": 0.0}
         lora_plus.delete_adapter(model, "combined")
 
@@ -211,13 +213,13 @@ def test_ties_is_the_literal_algorithm(subject: Subject, density: float) -> None
     model = subject.adapted()
     a, b = updates(model, "a"), updates(model, "b")
     options = {"method": "ties", "weights": WEIGHTS, "density": density}
-    lora_plus.combine_adapters(model, ["a", "b"], r=99, **options)
+    combine_adapters(model, ["a", "b"], r=99, **options)
     wanted = {
         name: literal_elect([literal_trim(WEIGHTS[0] * a[name], density), literal_trim(WEIGHTS[1] * b[name], density)])
         for name in a
     }
     close(updates(model, "combined"), wanted)
-    report = lora_plus.combine_adapters(model, ["a", "b"], r=1, adapter="low", **options)
+    report = combine_adapters(model, ["a", "b"], r=1, adapter="low", **options)
     for name, matrix in wanted.items():
         assert report.errors[name] == pytest.approx(least_error(matrix, 1), rel=1e-10, abs=1e-13)
 
@@ -232,13 +234,13 @@ def test_dare_is_the_literal_algorithm(subject: Subject, method: str) -> None:
     a, b = updates(model, "a"), updates(model, "b")
     state, generator = torch.get_rng_state(), torch.Generator().manual_seed(3)
     options = {"method": method, "weights": WEIGHTS, "density": 0.6, "r": 99}
-    lora_plus.combine_adapters(model, ["a", "b"], generator=generator, **options)
+    combine_adapters(model, ["a", "b"], generator=generator, **options)
     assert torch.equal(state, torch.get_rng_state())
     generator.manual_seed(3)
     join: Callable[[list[Tensor]], Tensor] = sum if method == "dare" else literal_elect  # type: ignore[assignment]
     wanted = {
         name: join([literal_drop(w * d[name], 0.6, generator) for w, d in zip(WEIGHTS, (a, b), strict=True)])
-        for name in lora_plus.combine_adapters(model, ["a", "b"], adapter="order").ranks
+        for name in combine_adapters(model, ["a", "b"], adapter="order").ranks
     }
     close(updates(model, "combined"), wanted)
 
@@ -273,7 +275,7 @@ def test_a_saved_combination_loads_with_the_same_output(subject: Subject, tmp_pa
     model = subject.adapted()
     for method, options in METHODS.items() if subject.name == "linear" else [("svd", METHODS["svd"])]:
         path = tmp_path / f"{method}.safetensors"
-        lora_plus.combine_adapters(model, ["a", "b"], adapter=method, method=method, **options)
+        combine_adapters(model, ["a", "b"], adapter=method, method=method, **options)
         lora_plus.save_adapter(model, path, adapter=method)
         fresh = lora_plus.load_adapter(subject.model().eval(), path)
         assert all(map(torch.equal, subject.run(fresh), subject.run(model)))
@@ -287,7 +289,7 @@ def test_peft_opens_a_combination(method: str, tmp_path: Path) -> None:
     lora_plus.inject_lora(model, ["embed", "q", "xq", "conv", "fc"], r=3, adapter="a", rank_pattern={"conv": 2})
     lora_plus.inject_lora(model, ["q", "conv", support.V], r=2, alpha=3, scaling="rslora", adapter="b")
     randomise(model)
-    lora_plus.combine_adapters(model, ["a", "b"], weights=WEIGHTS, method=method, **METHODS[method])
+    combine_adapters(model, ["a", "b"], weights=WEIGHTS, method=method, **METHODS[method])
     lora_plus.save_adapter(model, tmp_path / "peft", adapter="combined")
     theirs = support.opened_by_peft(support.net(), tmp_path / "peft")
     close(theirs(support.TOKENS), model(support.TOKENS), 1e-11)
@@ -357,7 +359,7 @@ def test_what_cannot_be_combined_is_refused_and_changes_nothing(
     model = arguments.pop("model")()
     before = snapshot(model)
     with pytest.raises(error, match=rf"^{re.escape(message)}$"):
-        lora_plus.combine_adapters(model, arguments.pop("adapters"), **arguments)
+        combine_adapters(model, arguments.pop("adapters"), **arguments)
     assert snapshot(model) == before
 
 
@@ -366,20 +368,20 @@ def test_merged_and_disabled_models_are_refused() -> None:
     lora_plus.merge_lora(model)
     before = snapshot(model)
     with pytest.raises(ValueError, match=r"the model is merged \('0' is\); call unmerge_lora\(model\) before"):
-        lora_plus.combine_adapters(model, ["a", "b"])
+        combine_adapters(model, ["a", "b"])
     assert snapshot(model) == before
     lora_plus.unmerge_lora(model)
     with lora_plus.disabled(model), pytest.raises(ValueError, match=r"leave the disabled\(model\) block first"):
-        lora_plus.combine_adapters(model, ["a", "b"])
+        combine_adapters(model, ["a", "b"])
 
 
 @some_subjects
 def test_autocast_does_not_reach_the_arithmetic(subject: Subject) -> None:
     plain, cast = subject.adapted(torch.float32), subject.adapted(torch.float32)
     for method in ("svd", "ties"):
-        lora_plus.combine_adapters(plain, ["a", "b"], adapter=method, method=method, **METHODS[method])
+        combine_adapters(plain, ["a", "b"], adapter=method, method=method, **METHODS[method])
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            lora_plus.combine_adapters(cast, ["a", "b"], adapter=method, method=method, **METHODS[method])
+            combine_adapters(cast, ["a", "b"], adapter=method, method=method, **METHODS[method])
         one, other = updates(plain, method), updates(cast, method)
         assert all(torch.equal(one[name], other[name]) for name in one)
 
@@ -389,8 +391,8 @@ def test_the_report_in_words() -> None:
     lora_plus.inject_lora(model, ["0"], r=2, adapter="a")
     lora_plus.inject_lora(model, ["0", "1"], r=1, adapter="b")
     randomise(model)
-    assert str(lora_plus.combine_adapters(model, ["a", "b"])) == "adapter 'combined': 2 layers, rank 1 to 3"
-    report = lora_plus.combine_adapters(model, ["a", "b"], adapter="c", method="svd", r=1)
+    assert str(combine_adapters(model, ["a", "b"])) == "adapter 'combined': 2 layers, rank 1 to 3"
+    report = combine_adapters(model, ["a", "b"], adapter="c", method="svd", r=1)
     worst = f"{report.errors['0']:.2g}"
     assert str(report) == (
         f"adapter 'c': 2 layers, rank 1\nrelative error of the update: {worst} in the median layer, {worst} in '0'"

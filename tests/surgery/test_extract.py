@@ -25,6 +25,7 @@ from update_cases import (
 )
 
 import lora_plus
+from lora_plus.surgery import CombineReport, extract_adapter
 
 
 def tuned_by(subject: Subject, **changes: Any) -> nn.Module:
@@ -37,7 +38,7 @@ def test_an_update_of_that_rank_is_extracted_exactly(subject: Subject) -> None:
     tuned, model = tuned_by(subject), subject.model().eval()
     base = subject.run(subject.model().eval())
     r = 99 if subject in DORA else subject.settings["r"]  # a rescaling has the full rank
-    report = lora_plus.extract_adapter(model, tuned, r=r, **subject.selection)
+    report = extract_adapter(model, tuned, r=r, **subject.selection)
     close(subject.run(model), subject.run(tuned), 1e-11)
     assert any((one - other).abs().max() > 1e-3 for one, other in zip(base, subject.run(model), strict=True))
     assert max(report.errors.values()) < 1e-13 and report.ignored == []
@@ -49,7 +50,7 @@ def test_a_state_dict_serves_as_a_model_does(subject: Subject) -> None:
     tuned, states = tuned_by(subject), []
     for given in (tuned, tuned.state_dict()):
         model = subject.model()
-        lora_plus.extract_adapter(model, given, r=2, **subject.selection)
+        extract_adapter(model, given, r=2, **subject.selection)
         states.append(model.state_dict())
     assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
 
@@ -57,8 +58,8 @@ def test_a_state_dict_serves_as_a_model_does(subject: Subject) -> None:
 @every_subject
 def test_a_lower_rank_is_the_best_one(subject: Subject) -> None:
     tuned, model = randomise_weights(subject.model()), subject.model()
-    report = lora_plus.extract_adapter(model, tuned, r=1, **subject.selection, adapter="low")
-    lora_plus.extract_adapter(model, tuned, r=99, **subject.selection, adapter="full")
+    report = extract_adapter(model, tuned, r=1, **subject.selection, adapter="low")
+    extract_adapter(model, tuned, r=99, **subject.selection, adapter="full")
     whole = updates(model, "full")
     for name, update in updates(model, "low").items():
         best = least_error(whole[name], 1)
@@ -98,7 +99,7 @@ def test_everything_else_that_differs_is_named() -> None:
         tuned["norm"].num_batches_tracked += 1
         tuned["attn"].in_proj_weight[4:8] = model["attn"].in_proj_weight[4:8]
     extra = {**tuned.state_dict(), "head.weight": torch.zeros(2, 2), "note": "text"}
-    report = lora_plus.extract_adapter(model, extra, targets=["attn.q", "a"], r=2, adapter="x")
+    report = extract_adapter(model, extra, targets=["attn.q", "a"], r=2, adapter="x")
     assert report.ignored == [
         "attn.in_proj_weight", "attn.in_proj_bias", "attn.out_proj.weight", "attn.out_proj.bias", "a.bias",
         "norm.weight", "norm.bias", "norm.num_batches_tracked", "head.weight",
@@ -110,9 +111,9 @@ def test_everything_else_that_differs_is_named() -> None:
         f"{max(report.errors, key=report.errors.__getitem__)!r}",
         f"not in it, though they differ: {', '.join(map(repr, report.ignored))}",
     ]
-    many = lora_plus.CombineReport("x", {"a": 1}, {"a": 0.0}, [f"t{i}" for i in range(12)])
+    many = CombineReport("x", {"a": 1}, {"a": 0.0}, [f"t{i}" for i in range(12)])
     assert str(many).endswith("'t8', 't9' and 2 more")
-    report = lora_plus.extract_adapter(
+    report = extract_adapter(
         make(), {name: extra[name] for name in ("attn.in_proj_weight", "a.weight")}, targets=["a", "attn.in_proj"], r=2
     )
     assert report.ignored == [] and report.errors["attn.k"] == 0.0
@@ -121,7 +122,7 @@ def test_everything_else_that_differs_is_named() -> None:
 def test_the_rules_of_selection_are_those_of_an_injection() -> None:
     model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 2)).double()
     tuned = randomise_weights(nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 2)).double())
-    report = lora_plus.extract_adapter(
+    report = extract_adapter(
         model, tuned, targets="all-linear", exclude=["1"], rank_pattern={"2": 1}, r=4, trainable=True
     )
     assert report.ranks == {"0": 4, "2": 1}
@@ -129,7 +130,7 @@ def test_the_rules_of_selection_are_those_of_an_injection() -> None:
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert trained == {"0.lora_A.default", "0.lora_B.default", "2.lora_A.default", "2.lora_B.default"}
     with pytest.raises(ValueError, match="target 'nope' matches no module or parameter"):
-        lora_plus.extract_adapter(model, tuned, targets=["nope"], r=4, adapter="other")
+        extract_adapter(model, tuned, targets=["nope"], r=4, adapter="other")
 
 
 def test_half_precision_models_are_compared_in_float32() -> None:
@@ -139,7 +140,7 @@ def test_half_precision_models_are_compared_in_float32() -> None:
     update = torch.randn(32, 2) @ torch.randn(2, 32) / 100
     with torch.no_grad():
         tuned[0].weight.copy_(base[0].weight.float() + update)
-    assert lora_plus.extract_adapter(base, tuned, targets=["0"], r=2).errors["0"] < 1e-5
+    assert extract_adapter(base, tuned, targets=["0"], r=2).errors["0"] < 1e-5
     close(updates(base, "default")["0"], update, 1e-5)
     assert base[0].lora_A["default"].dtype == torch.float32
 
@@ -148,7 +149,7 @@ def test_a_merged_model_is_a_tuned_one() -> None:
     subject = BY_NAME["attention"]
     model, tuned = subject.model().eval(), randomise(subject.inject(subject.model())).eval()
     lora_plus.merge_lora(tuned)
-    report = lora_plus.extract_adapter(model, tuned, r=2, **subject.selection)
+    report = extract_adapter(model, tuned, r=2, **subject.selection)
     close(subject.run(model), subject.run(tuned))
     assert report.ignored == []
 
@@ -156,7 +157,7 @@ def test_a_merged_model_is_a_tuned_one() -> None:
 def test_adapters_that_the_model_has_do_not_count() -> None:
     subject = BY_NAME["linear"]
     model = randomise(subject.inject(subject.model(), adapter="a"))
-    lora_plus.extract_adapter(model, tuned_by(subject, r=2), r=2, **subject.selection)
+    extract_adapter(model, tuned_by(subject, r=2), r=2, **subject.selection)
     close(subject.run(model), subject.run(tuned_by(subject, r=2)))
     assert model.layer.active_names() == ["default"]
 
@@ -198,14 +199,14 @@ def test_what_cannot_be_extracted_is_refused_and_changes_nothing(
     model, given = make(), tuned()
     before = snapshot(model)
     with pytest.raises(error, match=rf"^{re.escape(message)}$"):
-        lora_plus.extract_adapter(model, given, targets=["0", "1"], r=2)
+        extract_adapter(model, given, targets=["0", "1"], r=2)
     assert snapshot(model) == before
 
 
 def test_merged_models_and_names_that_are_taken_are_refused() -> None:
     model = adapted()
     with pytest.raises(ValueError, match="the model has an adapter 'a' already"):
-        lora_plus.extract_adapter(model, randomise_weights(two()), targets=["0"], r=2, adapter="a")
+        extract_adapter(model, randomise_weights(two()), targets=["0"], r=2, adapter="a")
     lora_plus.merge_lora(model)
     with pytest.raises(ValueError, match="the model is merged"):
-        lora_plus.extract_adapter(model, randomise_weights(two()), targets=["0"], r=2)
+        extract_adapter(model, randomise_weights(two()), targets=["0"], r=2)

@@ -13,7 +13,8 @@ from test_checkpoint import replace_file, save, shard, written_to
 from torch import nn
 
 import lora_plus
-from lora_plus import extract_checkpoint
+from lora_plus.files import adapter_state_dict
+from lora_plus.surgery import extract_adapter, extract_checkpoint
 
 
 class Base(nn.Module):
@@ -62,12 +63,12 @@ def test_equals_extracting_in_the_model(r: int, tmp_path: Path) -> None:
     report = extract_checkpoint(*files(tmp_path, *ADAPTED, "norm.bias"), tmp_path / "a.safetensors", r=r, kinds=KINDS)
     model = base()
     targets = [name.removesuffix(".weight") for name in ADAPTED]
-    wanted = lora_plus.extract_adapter(model, tuned(*ADAPTED, "norm.bias"), targets=targets, r=r)
+    wanted = extract_adapter(model, tuned(*ADAPTED, "norm.bias"), targets=targets, r=r)
     assert report.errors == wanted.errors
     assert report.ranks == wanted.ranks
     assert report.ignored == wanted.ignored == ["norm.bias"]
     loaded = lora_plus.load_adapter(base(), tmp_path / "a.safetensors")
-    ours, theirs = (lora_plus.adapter_state_dict(each) for each in (loaded, model))
+    ours, theirs = (adapter_state_dict(each) for each in (loaded, model))
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
 

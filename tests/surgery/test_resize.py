@@ -22,19 +22,21 @@ from update_cases import (
 )
 
 import lora_plus
+from lora_plus.files import adapter_state_dict
+from lora_plus.surgery import resize_adapter
 
 
 @pytest.mark.parametrize("subject", SUBJECTS + DORA, ids=repr)
 def test_a_higher_rank_keeps_the_update_and_can_learn(subject: Subject) -> None:
     model = randomise(subject.inject(subject.model()))
     wanted, before, active = subject.run(model.eval()), updates(model, "default"), lora_plus.lora_summary(model).rows
-    report = lora_plus.resize_adapter(model, r=9)
+    report = resize_adapter(model, r=9)
     assert set(report.ranks.values()) == {9} and set(report.errors.values()) == {0.0}
     close(updates(model, "default"), before)
     close(subject.run(model), wanted)
     for old, new in zip(active, lora_plus.lora_summary(model).rows, strict=True):
         assert new.scale == pytest.approx(old.scale, rel=1e-15) and new.r == 9 and new.note.count("inactive") == 0
-        state = lora_plus.adapter_state_dict(model)
+        state = adapter_state_dict(model)
         A, B = state[f"{new.name}.lora_A"], state[f"{new.name}.lora_B"]
         rows = A[..., old.r :, :]
         assert not B[..., old.r :].any() and rows.any(dim=-1).all() and rows.abs().max() <= A.shape[-1] ** -0.5
@@ -47,7 +49,7 @@ def test_a_higher_rank_keeps_the_update_and_can_learn(subject: Subject) -> None:
 def test_a_lower_rank_is_the_best_one(subject: Subject) -> None:
     model = randomise(subject.inject(subject.model(), rank_pattern=None, r=3))
     wanted = updates(model, "default")
-    report = lora_plus.resize_adapter(model, r=1)
+    report = resize_adapter(model, r=1)
     for name, update in updates(model, "default").items():
         best = least_error(wanted[name], 1)
         assert report.ranks[name] == 1
@@ -58,7 +60,7 @@ def test_a_lower_rank_is_the_best_one(subject: Subject) -> None:
 def test_resizing_below_the_rank_but_above_the_full_one_is_exact() -> None:
     model = randomise(BY_NAME["linear-high-rank"].inject(BY_NAME["linear-high-rank"].model(), adapter="a"))
     wanted = updates(model, "a")
-    assert lora_plus.resize_adapter(model, adapter="a", r=5).errors["layer"] < 1e-14
+    assert resize_adapter(model, adapter="a", r=5).errors["layer"] < 1e-14
     assert model.layer.lora_A["a"].shape == (5, 3) and model.layer.lora_B["a"].shape == (2, 5)
     close(updates(model, "a"), wanted)
 
@@ -69,7 +71,7 @@ def test_resizing_leaves_the_rest_alone() -> None:
     flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
     state = torch.get_rng_state()
-    lora_plus.resize_adapter(model, adapter="a", r=2, generator=torch.Generator().manual_seed(0))
+    resize_adapter(model, adapter="a", r=2, generator=torch.Generator().manual_seed(0))
     now = model.state_dict(keep_vars=True)
     assert all(now[name] is tensor for name, tensor in kept.items())
     assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == flags
@@ -93,11 +95,11 @@ def test_merged_and_disabled_models_are_refused() -> None:
     lora_plus.merge_lora(model)
     before = snapshot(model)
     with pytest.raises(ValueError, match=r"the model is merged \('0' is\); call unmerge_lora\(model\) before"):
-        lora_plus.resize_adapter(model, adapter="a", r=5)
+        resize_adapter(model, adapter="a", r=5)
     assert snapshot(model) == before
     lora_plus.unmerge_lora(model)
     with lora_plus.disabled(model), pytest.raises(ValueError, match=r"leave the disabled\(model\) block first"):
-        lora_plus.resize_adapter(model, adapter="a", r=5)
+        resize_adapter(model, adapter="a", r=5)
 
 
 @pytest.mark.parametrize(
@@ -123,6 +125,6 @@ def test_what_cannot_be_resized_is_refused_and_changes_nothing(
     ids = {name: id(tensor) for name, tensor in model.state_dict(keep_vars=True).items()}
     spec, text = model[0].lora_adapters["b"].spec, repr(model)
     with pytest.raises(error, match=rf"^{re.escape(message)}$"):
-        lora_plus.resize_adapter(model, **arguments)
+        resize_adapter(model, **arguments)
     assert {name: id(tensor) for name, tensor in model.state_dict(keep_vars=True).items()} == ids
     assert model[0].lora_adapters["b"].spec == spec and repr(model) == text

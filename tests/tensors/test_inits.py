@@ -12,7 +12,9 @@ from conftest import CASES, Case, explicit, randomise
 from torch import nn
 
 import lora_plus as lp
+from lora_plus.surgery import resize_adapter
 from lora_plus.tensors.init import INITS, PRINCIPAL, milora, olora, pissa
+from lora_plus.training import fold_lr_ratio, reset_lora_parameters
 
 BY_NAME = {case.name: case for case in CASES}
 KINDS = [BY_NAME[name] for name in ("linear", "linear-dora", "conv1d-gpt2", "embedding-padding", "conv2d-groups",
@@ -220,7 +222,7 @@ def test_resizing_makes_a_plain_adapter_of_the_same_update(r: int) -> None:
     model, x = nn.Sequential(nn.Linear(12, 10)).double(), torch.randn(4, 12, dtype=torch.float64)
     randomise(lp.inject_lora(model, ["0"], r=3, init="pissa"))
     before = model(x)
-    report = lp.resize_adapter(model, r=r)
+    report = resize_adapter(model, r=r)
     assert list(dict(model[0].named_parameters())) == ["weight", "bias", "lora_A.default", "lora_B.default"]
     assert model[0].lora_A["default"].shape == (r, 12) and model[0].lora_A["default"].requires_grad
     if r >= 6:
@@ -235,13 +237,13 @@ def test_state_dicts_go_on_where_they_were() -> None:
     other = lp.inject_lora(copy.deepcopy(base), ["0"], r=3, init="pissa")
     other.load_state_dict(model.state_dict())
     assert torch.equal(other(x), model(x))
-    lp.reset_lora_parameters(other, init="pissa")
+    reset_lora_parameters(other, init="pissa")
     torch.testing.assert_close(other(x), base(x))
-    lp.reset_lora_parameters(other)  # kaiming takes nothing out
+    reset_lora_parameters(other)  # kaiming takes nothing out
     assert torch.equal(other(x), base(x))
     plain = lp.inject_lora(copy.deepcopy(base), ["0"], r=3)
     with pytest.raises(ValueError, match="init 'pissa' needs tensors that the adapter 'default' does not have"):
-        lp.reset_lora_parameters(plain, init="pissa")
+        reset_lora_parameters(plain, init="pissa")
 
 
 def test_a_start_needs_the_weight_and_enough_directions() -> None:
@@ -278,10 +280,10 @@ def test_folding_a_ratio_in_does_not_change_what_is_computed(init: str, variant:
     model, x = nn.Sequential(nn.Linear(12, 10)).double(), torch.randn(4, 12, dtype=torch.float64)
     randomise(lp.inject_lora(model, ["0"], r=3, alpha=5, init=init, variant=variant))
     before = model(x)
-    lp.fold_lr_ratio(model, 3)
+    fold_lr_ratio(model, 3)
     torch.testing.assert_close(model(x), before, rtol=1e-12, atol=1e-12)
     lp.save_adapter(model, tmp_path / "folded.safetensors")
     loaded = lp.load_adapter(lp.remove_lora(copy.deepcopy(model)), tmp_path / "folded.safetensors")
     torch.testing.assert_close(loaded(x), before, rtol=1e-12, atol=1e-12)
-    lp.resize_adapter(model, r=8)
+    resize_adapter(model, r=8)
     torch.testing.assert_close(model(x), before, rtol=1e-12, atol=1e-12)

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 import lora_plus
 from lora_plus import LoRALinear
+from lora_plus.surgery import combine_adapters, resize_adapter
+from lora_plus.training import init_from_gradients, reset_lora_parameters
 
 
 def wide() -> nn.Module:
@@ -52,18 +54,18 @@ REFUSED: dict[str, tuple[Callable[[], Any], Callable[[Any, Any], Any]]] = {
         lambda m, g: lora_plus.inject_lora(m, ["0", "1"], variant="lora_fa", init="kaiming_B", generator=g),
     ),
     "add": (adapted, lambda m, g: lora_plus.add_adapter(m, "b", variant="dora", generator=g)),
-    "reset": (adapted, lambda m, g: lora_plus.reset_lora_parameters(m, init=failing_init(), generator=g)),
-    "reset, pissa": (adapted, lambda m, g: lora_plus.reset_lora_parameters(m, init="pissa", generator=g)),
-    "resize": (not_finite, lambda m, g: lora_plus.resize_adapter(m, r=4, generator=g)),
+    "reset": (adapted, lambda m, g: reset_lora_parameters(m, init=failing_init(), generator=g)),
+    "reset, pissa": (adapted, lambda m, g: reset_lora_parameters(m, init="pissa", generator=g)),
+    "resize": (not_finite, lambda m, g: resize_adapter(m, r=4, generator=g)),
     "combine": (
         not_finite,
-        lambda m, g: lora_plus.combine_adapters(m, ["default", "other"], method="dare", r=2, density=0.5, generator=g),
+        lambda m, g: combine_adapters(m, ["default", "other"], method="dare", r=2, density=0.5, generator=g),
     ),
     "constructor": (lambda: None, lambda _, g: LoRALinear(4, 3, variant="lora_fa", init="kaiming_B", generator=g)),
     "constructor, name": (lambda: None, lambda _, g: LoRALinear(4, 3, adapter="a.b", generator=g)),
     "gradients": (
         adapted,
-        lambda m, g: lora_plus.init_from_gradients(m, lambda x: m(x * torch.rand(())).sum(), [torch.zeros(1, 6)]),
+        lambda m, g: init_from_gradients(m, lambda x: m(x * torch.rand(())).sum(), [torch.zeros(1, 6)]),
     ),
 }  # fmt: skip
 

@@ -13,8 +13,11 @@ from conftest import CASES, Case, Conv1D, Holder, randomise
 from torch import Tensor, nn
 
 import lora_plus
+from lora_plus.files import adapter_state_dict
+from lora_plus.surgery import combine_adapters, resize_adapter
 from lora_plus.tensors import matrix as functional
 from lora_plus.tensors.variant import VARIANTS, HasFactors, HasWeight, LoRA, TensorSpec
+from lora_plus.training import reset_lora_parameters
 
 PLAIN_CASES = [case for case in CASES if "variant" not in case.options]
 
@@ -162,7 +165,7 @@ def test_it_is_saved_and_loaded(tmp_path: Path, x: Tensor) -> None:
     fresh = lora_plus.remove_lora(copy.deepcopy(model))
     loaded = lora_plus.load_adapter(fresh, tmp_path / "a.safetensors")
     assert torch.equal(loaded(x), model(x))
-    state = lora_plus.adapter_state_dict(loaded)
+    state = adapter_state_dict(loaded)
     assert sorted(state) == [f"{name}.lora_{part}" for name in "ab" for part in ("A", "B", "gain")]
     again = lora_plus.bare_model(tmp_path / "a.safetensors")
     lora_plus.save_adapter(again, tmp_path / "b.safetensors")
@@ -231,7 +234,7 @@ def test_nothing_of_it_is_left(x: Tensor) -> None:
 def test_it_is_live_and_drawn_anew(x: Tensor) -> None:
     model = randomise(net())
     assert lora_plus.check_adapters(model, x) == ["a", "b"]
-    lora_plus.reset_lora_parameters(model)
+    reset_lora_parameters(model)
     assert torch.equal(model.a.lora_gain["default"], torch.ones(5, dtype=torch.float64))
 
 
@@ -250,11 +253,11 @@ def test_each_sample_has_its_own(x: Tensor) -> None:
 def test_it_keeps_its_update_at_another_rank(x: Tensor) -> None:
     model = randomise(net())
     right = model(x)
-    lora_plus.resize_adapter(model, r=5)
+    resize_adapter(model, r=5)
     torch.testing.assert_close(model(x), right, rtol=0, atol=1e-12)
     lens = lora_plus.inject_lora(Net().double(), ["a"], variant="lens")
     with pytest.raises(ValueError, match="'a' is of the variant 'lens', whose lora_core cannot have another rank"):
-        lora_plus.resize_adapter(lens, r=5)
+        resize_adapter(lens, r=5)
 
 
 def test_a_difference_in_its_tensor_is_a_difference(tmp_path: Path) -> None:
@@ -295,7 +298,7 @@ def test_what_takes_sums_only_refuses_it(tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match="'a': 'default' is of the variant 'gain', which is more than a product of A and B"
     ):
-        lora_plus.combine_adapters(model, ["default", "plain"])
+        combine_adapters(model, ["default", "plain"])
     fused = Holder(nn.Linear(6, 4))
     with pytest.raises(ValueError, match="variant 'gain' is no plain sum and cannot act on some rows of a weight"):
         lora_plus.inject_lora(fused, ["layer.q"], fused={"layer": ["q", "k"]}, variant="gain")

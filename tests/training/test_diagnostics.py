@@ -19,8 +19,9 @@ from parameter_cases import PARAMETER_CASES, ParameterCase, loss
 from torch import Tensor, nn
 
 import lora_plus
-from lora_plus import GaugeReport, GaugeRow, LoRAPlusGauge, create_loraplus_optimizer, inject_lora
+from lora_plus import create_loraplus_optimizer, inject_lora
 from lora_plus.model.tree import adapter_sites, adapters_of
+from lora_plus.training import GaugeReport, GaugeRow, LoRAPlusGauge
 from lora_plus.training import gauge as diagnostics
 
 

@@ -15,8 +15,11 @@ from files_support import assert_same_tensors, bits, snapshot
 from torch import Tensor, nn
 
 import lora_plus
-from lora_plus import create_loraplus_optimizer, fold_lr_ratio, inject_lora
+from lora_plus import create_loraplus_optimizer, inject_lora
+from lora_plus.files import adapter_state_dict
 from lora_plus.model.tree import adapters_of
+from lora_plus.surgery import combine_adapters, resize_adapter
+from lora_plus.training import fold_lr_ratio
 
 FOLDABLE = [case for case in CASES if not isinstance(case.layer(), nn.Embedding)]
 
@@ -59,7 +62,7 @@ def test_any_other_fold_is_the_same_up_to_rounding(foldable: Case, ratio: float)
     with lora_plus.merged(plain), lora_plus.merged(folded):
         torch.testing.assert_close(folded.layer.weight, plain.layer.weight, rtol=1e-12, atol=1e-12)
     fold_lr_ratio(folded, 1 / ratio)
-    one, other = lora_plus.adapter_state_dict(folded), lora_plus.adapter_state_dict(plain)
+    one, other = adapter_state_dict(folded), adapter_state_dict(plain)
     torch.testing.assert_close(one, other, rtol=1e-15, atol=0)
 
 
@@ -150,7 +153,7 @@ def test_one_rate_on_a_folded_adapter_is_two_rates(start: Callable[..., nn.Modul
     train(folded, one_rate(folded, RULES[rule]))
     train(plain, one_rate(plain, RULES[rule]))
     fold_lr_ratio(folded, 1 / 16, rule=rule)
-    wanted, got, other = (lora_plus.adapter_state_dict(model) for model in (plus, folded, plain))
+    wanted, got, other = (adapter_state_dict(model) for model in (plus, folded, plain))
     assert_same_tensors(got, wanted)
     assert any(not torch.equal(other[name], wanted[name]) for name in wanted)
 
@@ -165,7 +168,7 @@ def test_training_goes_on_from_a_file_as_if_it_had_not_stopped(tmp_path: Path) -
     lora_plus.load_adapter(stopped, tmp_path / "a.safetensors", trainable=True)
     for model in (through, stopped):
         train(model, one_rate(model, torch.optim.SGD), seed=2)
-    assert_same_tensors(lora_plus.adapter_state_dict(stopped), lora_plus.adapter_state_dict(through))
+    assert_same_tensors(adapter_state_dict(stopped), adapter_state_dict(through))
 
 
 def difference(clip: float = 0.0, **settings: float) -> float:
@@ -175,9 +178,7 @@ def difference(clip: float = 0.0, **settings: float) -> float:
     fold_lr_ratio(folded, 16)
     train(folded, one_rate(folded, adam, **settings), clip=clip)
     fold_lr_ratio(folded, 1 / 16)
-    tensors = [
-        torch.cat([t.flatten() for t in lora_plus.adapter_state_dict(m).values()]) for m in (start, plus, folded)
-    ]
+    tensors = [torch.cat([t.flatten() for t in adapter_state_dict(m).values()]) for m in (start, plus, folded)]
     return float((tensors[2] - tensors[1]).norm() / (tensors[1] - tensors[0]).norm())
 
 
@@ -209,11 +210,9 @@ def test_adapters_made_of_a_folded_one_are_those_made_of_the_plain_one() -> None
     plain, folded = mixed(), mixed()
     fold_lr_ratio(folded, 8)
     for model in (plain, folded):
-        lora_plus.combine_adapters(model, ["default"], weights=[0.5], adapter="halved")
+        combine_adapters(model, ["default"], weights=[0.5], adapter="halved")
     torch.testing.assert_close(folded(x), plain(x), rtol=1e-12, atol=1e-12)
-    assert_same_tensors(
-        lora_plus.adapter_state_dict(folded, adapter="halved"), lora_plus.adapter_state_dict(plain, adapter="halved")
-    )
+    assert_same_tensors(adapter_state_dict(folded, adapter="halved"), adapter_state_dict(plain, adapter="halved"))
 
 
 @pytest.mark.parametrize("r", [1, 2, 3])
@@ -223,7 +222,7 @@ def test_a_resized_adapter_keeps_its_scale(r: int, scaling: str) -> None:
     folded = copy.deepcopy(plain)
     fold_lr_ratio(folded, 8)
     for model in (plain, folded):
-        lora_plus.resize_adapter(model, r=r, generator=torch.Generator().manual_seed(0))
+        resize_adapter(model, r=r, generator=torch.Generator().manual_seed(0))
     spec, wanted = folded.lora_adapters["default"].spec, plain.lora_adapters["default"].spec
     assert (spec.scale, spec.alpha) == pytest.approx((8 * wanted.scale, 8 * wanted.alpha))
     x = torch.eye(5, dtype=torch.float64)

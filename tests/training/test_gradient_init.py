@@ -11,7 +11,9 @@ from conftest import Case
 from torch import Tensor, nn
 
 import lora_plus as lp
+from lora_plus.files import adapter_state_dict
 from lora_plus.tensors import matrix as functional
+from lora_plus.training import init_from_gradients
 
 
 def _loss(model: nn.Module) -> Callable[[Tensor], Tensor]:
@@ -31,7 +33,7 @@ def test_A_spans_the_top_right_singular_vectors_and_nothing_else_changes(case: C
     lp.inject_lora(model, ["layer"], **{**case.settings, "r": r})
     flags = [p.requires_grad for p in model.parameters()]
     layer = model.layer
-    lp.init_from_gradients(model, _loss(model), [x])
+    init_from_gradients(model, _loss(model), [x])
     G = functional.to_matrix(plain.layer.weight.grad, layer.layout)
     S, Vh = torch.linalg.svd(G, full_matrices=False)[1:]
     A = layer.lora_A["default"].detach()
@@ -46,8 +48,8 @@ def test_A_spans_the_top_right_singular_vectors_and_nothing_else_changes(case: C
 def test_several_batches_add_up() -> None:
     base, x = nn.Sequential(nn.Linear(6, 5)).double(), torch.randn(8, 6, dtype=torch.float64)
     whole, parts = (lp.inject_lora(copy.deepcopy(base), ["0"], r=2) for _ in "ab")
-    lp.init_from_gradients(whole, _loss(whole), [x])
-    lp.init_from_gradients(parts, _loss(parts), iter(x.split(2)))
+    init_from_gradients(whole, _loss(whole), [x])
+    init_from_gradients(parts, _loss(parts), iter(x.split(2)))
     torch.testing.assert_close(
         _projector(whole[0].lora_A["default"].detach()), _projector(parts[0].lora_A["default"].detach())
     )
@@ -58,7 +60,7 @@ def test_the_first_step_of_B_moves_along_the_best_approximation_of_the_gradient(
     model, plain = lp.inject_lora(copy.deepcopy(base), ["0"], r=2, alpha=2), copy.deepcopy(base)
     _loss(plain)(x).backward()
     U, S, Vh = torch.linalg.svd(plain[0].weight.grad)
-    lp.init_from_gradients(model, _loss(model), [x])
+    init_from_gradients(model, _loss(model), [x])
     optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
     _loss(model)(x).backward()
     optimizer.step()
@@ -73,9 +75,9 @@ def test_attention_blocks_of_rows_and_stacks() -> None:
     plain = copy.deepcopy(attention)
     plain(x, x, x)[0].pow(3).mean().backward()
     lp.inject_lora(attention, ["q", "v"], r=2)
-    lp.init_from_gradients(attention, lambda x: attention(x, x, x)[0].pow(3).mean(), [x])
+    init_from_gradients(attention, lambda x: attention(x, x, x)[0].pow(3).mean(), [x])
     for place, rows in (("q", slice(0, 8)), ("v", slice(16, 24))):
-        A = lp.adapter_state_dict(attention)[f"{place}.lora_A"]
+        A = adapter_state_dict(attention)[f"{place}.lora_A"]
         Vh = torch.linalg.svd(plain.in_proj_weight.grad[rows])[2]
         torch.testing.assert_close(_projector(A), _projector(Vh[:2]), rtol=0, atol=1e-8)
 
@@ -85,7 +87,7 @@ def test_buffers_gradients_and_random_states_are_left_alone() -> None:
     lp.inject_lora(model, ["0"], r=2, train_also=["3"])
     model[3].weight.grad = torch.ones(3, 5)
     batch, buffers, state = torch.randn(8, 6), copy.deepcopy(dict(model.named_buffers())), torch.get_rng_state()
-    lp.init_from_gradients(model, _loss(model), [batch])
+    init_from_gradients(model, _loss(model), [batch])
     assert all(torch.equal(value, buffers[name]) for name, value in model.named_buffers())
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(model[3].weight.grad, torch.ones(3, 5)) and model[0].weight.grad is None
@@ -104,23 +106,23 @@ def test_layers_without_a_gradient_are_named_and_nothing_changes() -> None:
     model = lp.inject_lora(_TwoLayers(), ["used", "idle"], r=2)
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(ValueError, match="'idle': the loss does not depend on it"):
-        lp.init_from_gradients(model, _loss(model), [torch.randn(3, 4)])
+        init_from_gradients(model, _loss(model), [torch.randn(3, 4)])
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_what_cannot_start_from_gradients_is_refused() -> None:
     model = lp.inject_lora(_TwoLayers(), ["used"], r=2)
     with pytest.raises(ValueError, match="no batch given"):
-        lp.init_from_gradients(model, _loss(model), [])
+        init_from_gradients(model, _loss(model), [])
     with pytest.raises(KeyError, match="no adapter 'other'"):
-        lp.init_from_gradients(model, _loss(model), [torch.randn(3, 4)], adapter="other")
+        init_from_gradients(model, _loss(model), [torch.randn(3, 4)], adapter="other")
     with torch.no_grad():
         model.used.lora_B["default"][0, 0] = 1
     with pytest.raises(ValueError, match="'used': its B is not zero"):
-        lp.init_from_gradients(model, _loss(model), [torch.randn(3, 4)])
+        init_from_gradients(model, _loss(model), [torch.randn(3, 4)])
     assert not model.used.weight.requires_grad
     with lp.merged(model), pytest.raises(ValueError, match="before starting an adapter from gradients"):
-        lp.init_from_gradients(model, _loss(model), [torch.randn(3, 4)])
+        init_from_gradients(model, _loss(model), [torch.randn(3, 4)])
     lp.inject_lora(model, ["used"], r=2, init="pissa", adapter="pissa")
     with pytest.raises(ValueError, match="injected with an init that leaves B zero"):
-        lp.init_from_gradients(model, _loss(model), [torch.randn(3, 4)], adapter="pissa")
+        init_from_gradients(model, _loss(model), [torch.randn(3, 4)], adapter="pissa")

@@ -16,15 +16,8 @@ import torch
 from torch import nn
 from torch.optim import lr_scheduler
 
-from lora_plus import (
-    check_lr_ratio,
-    convert_lr,
-    create_loraplus_optimizer,
-    inject_lora,
-    loraplus_param_groups,
-    split_loraplus_groups,
-    watch_lr_ratio,
-)
+from lora_plus import create_loraplus_optimizer, inject_lora, loraplus_param_groups
+from lora_plus.training import check_lr_ratio, convert_lr, split_loraplus_groups, watch_lr_ratio
 from lora_plus.training import fold as lr_fold
 from lora_plus.training import groups as optim
 from lora_plus.training import schedule as lr_guard

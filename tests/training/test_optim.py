@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 import lora_plus
-from lora_plus import create_loraplus_optimizer, inject_lora, loraplus_param_groups, split_loraplus_groups
+from lora_plus import create_loraplus_optimizer, inject_lora, loraplus_param_groups
+from lora_plus.training import split_loraplus_groups
 
 
 class Net(nn.Module):

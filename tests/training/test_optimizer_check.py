@@ -19,12 +19,11 @@ from lora_plus import (
     inject_lora,
     loraplus_param_groups,
     merged,
-    rebind_optimizer,
     remove_lora,
     set_adapter,
-    split_loraplus_groups,
 )
 from lora_plus.engines.ranks import checksum
+from lora_plus.training import rebind_optimizer, split_loraplus_groups
 
 AdamW = torch.optim.AdamW
 

@@ -13,17 +13,10 @@ import torch
 from sweep_support import CANDIDATES, MLP, RATES, TASKS, Task, close, name_of, points, separate_run, silent, squares
 from torch import Tensor, nn
 
-from lora_plus import (
-    Candidate,
-    Sweep,
-    active_adapters,
-    adapter_names,
-    adapter_state_dict,
-    inject_lora,
-    load_adapter,
-    save_adapter,
-    sweep,
-)
+from lora_plus import inject_lora, load_adapter, save_adapter
+from lora_plus.files import adapter_state_dict
+from lora_plus.model import active_adapters, adapter_names
+from lora_plus.training import Candidate, Sweep, sweep
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "lora": {},

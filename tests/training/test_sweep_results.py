@@ -12,7 +12,9 @@ import torch
 from sweep_support import CANDIDATES, MLP, close, name_of, points, silent, squares
 from torch import Tensor, nn
 
-from lora_plus import Candidate, Sweep, SweepResult, adapter_names, grid, inject_lora, sweep
+from lora_plus import inject_lora
+from lora_plus.model import adapter_names
+from lora_plus.training import Candidate, Sweep, SweepResult, grid, sweep
 
 
 class Normed(nn.Module):

@@ -12,14 +12,8 @@ from test_lr_ratio import KEEP
 from torch import Tensor, nn
 from torch.optim import lr_scheduler
 
-from lora_plus import (
-    check_lr_ratio,
-    create_loraplus_optimizer,
-    inject_lora,
-    loraplus_param_groups,
-    rebind_optimizer,
-    split_loraplus_groups,
-)
+from lora_plus import create_loraplus_optimizer, inject_lora, loraplus_param_groups
+from lora_plus.training import check_lr_ratio, rebind_optimizer, split_loraplus_groups
 
 LR, RATIO = 1e-3, 4.0
 SETTINGS: dict[str, dict[str, Any]] = {

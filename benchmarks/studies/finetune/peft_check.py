@@ -13,7 +13,8 @@ from tasks import Setting, Task
 from torch import nn
 from training import ALPHA, RANK, adapted, optimizer_of, train
 
-from lora_plus import LoRAConv2d, LoRALinear
+from lora_plus import LoRALinear
+from lora_plus.layers import LoRAConv2d
 
 CHECKED = ("LoRA+ x4", "DoRA")
 """Methods that are checked; of those in the table PEFT has the same ones."""

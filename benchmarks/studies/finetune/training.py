@@ -14,6 +14,7 @@ from tasks import Setting, Split, Task
 from torch import Tensor, nn
 
 import lora_plus
+from lora_plus.training import init_from_gradients
 
 RANK, ALPHA = 8, 16.0
 GRADIENT_BATCHES = 4
@@ -79,9 +80,7 @@ def adapted(task: Task, setting: Setting, method: Method, seed: int) -> nn.Modul
     )
     if method.from_gradients:
         extra = batches(task.train, setting.batch, torch.Generator().manual_seed(seed + 10**6))
-        lora_plus.init_from_gradients(
-            model, lambda batch: loss_of(model, batch), [next(extra) for _ in range(GRADIENT_BATCHES)]
-        )
+        init_from_gradients(model, lambda batch: loss_of(model, batch), [next(extra) for _ in range(GRADIENT_BATCHES)])
     return model
 
 

@@ -29,7 +29,8 @@ import torch
 from gauge_tasks import Outcome, Task, matrix, pretrained, toy, train
 from torch import Tensor, nn
 
-from lora_plus import LoRAPlusGauge, create_loraplus_optimizer, inject_lora
+from lora_plus import create_loraplus_optimizer, inject_lora
+from lora_plus.training import LoRAPlusGauge
 
 sys.path.append(str(Path(__file__).parents[2]))  # where the other benchmarks are
 from report import versions

@@ -27,6 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import lora_plus
+from lora_plus.training import fold_lr_ratio
 
 
 @dataclass
@@ -88,7 +89,7 @@ def trained(case: Case) -> nn.Module:
     model = built(case.model_class, case.dtype)
     lora_plus.inject_lora(model, case.targets, **{"r": 2, "alpha": 3, **case.options})
     if case.fold is not None:
-        lora_plus.fold_lr_ratio(model, case.fold)
+        fold_lr_ratio(model, case.fold)
     computed = case.options.get("init") == "pissa"
     for seed, (name, tensor) in enumerate(sorted(model.state_dict(keep_vars=True).items()), 60):
         moved = numbers(*tensor.shape, seed=seed).to(tensor.dtype) / 2
