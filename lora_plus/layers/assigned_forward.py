@@ -22,11 +22,6 @@ class AssignedForward(SwappedModule):
     lora_base_forward: Callable[..., Tensor] | None
     """The assigned forward that is the base computation, such as that of a hook from before the injection."""
 
-    def take_assigned_forward(self) -> None:
-        """Take in a forward that the layer object has from before it was adapted."""
-        if "forward" in self.__dict__:
-            self.forward = self.__dict__["forward"]
-
     def run_assigned_forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Compute the base by the assigned forward."""
         assert self.lora_base_forward is not None

@@ -103,15 +103,14 @@ def swap_class(module: nn.Module, change: Callable[[Any], type[nn.Module]]) -> N
     A module under ``torch.nn.utils.parametrizations`` or ``fully_shard`` has a class of its own that derives from the
     module's. It stays on top, so that parametrizations can be added and removed before and after.
     """
-    top = type(module)
-    if not _is_on_top(module):
-        _set_class(module, change(top))
-        return
-    *others, old = top.__bases__
-    below = change(old)
-    body = {name: value for name, value in top.__dict__.items() if name not in ("__dict__", "__weakref__")}
-    name = top.__name__.removesuffix(old.__name__) + below.__name__
-    _set_class(module, type(name, (*others, below), body))
+    top, new = type(module), None
+    if _is_on_top(module):
+        *others, old = top.__bases__
+        below = change(old)
+        body = {name: value for name, value in top.__dict__.items() if name not in ("__dict__", "__weakref__")}
+        new = type(top.__name__.removesuffix(old.__name__) + below.__name__, (*others, below), body)
+    # a module's own __setattr__ may know only its own attributes
+    object.__setattr__(module, "__class__", new or change(top))
 
 
 def _is_on_top(module: nn.Module) -> bool:
@@ -121,7 +120,3 @@ def _is_on_top(module: nn.Module) -> bool:
     # asking for a submodule that is not there is slow
     parametrized = "parametrizations" in module._modules and parametrize.is_parametrized(module)
     return parametrized or sharded in type(module).__bases__
-
-
-def _set_class(module: nn.Module, new: type[nn.Module]) -> None:
-    object.__setattr__(module, "__class__", new)  # a module's own __setattr__ may know only its own attributes

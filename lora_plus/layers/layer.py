@@ -153,7 +153,8 @@ class LoRALayer(AssignedForward, AdaptedWeight):
         swap_class(module, cls.class_for)
         assert isinstance(module, LoRALayer)
         module.begin()
-        module.take_assigned_forward()
+        if "forward" in module.__dict__:
+            module.__setattr__("forward", module.__dict__["forward"])  # the base computation from now on
         return module
 
     def take_out(self) -> None:

@@ -36,8 +36,10 @@ class AdapterSite(nn.Module):
         for container, tensor in tensors.items():
             if container not in self._modules:
                 self._modules[container] = AdapterTensors()
-            trained = trainable and adapter.is_trained(container)
-            parameter = nn.Parameter(_with_gradients(tensor), requires_grad=trained)
+            if tensor.is_inference():  # made in torch.inference_mode: it could have no gradient
+                with torch.inference_mode(False):
+                    tensor = tensor.clone()
+            parameter = nn.Parameter(tensor, requires_grad=trainable and adapter.is_trained(container))
             self._modules[container]._parameters[name] = parameter  # type: ignore[union-attr]
 
     def drop_adapter(self, name: str) -> None:
@@ -69,14 +71,6 @@ class AdapterSite(nn.Module):
         adapters = ", ".join(f"{name}: r={spec.r}, alpha={spec.alpha:g}" for name, spec in specs.items())
         base = super().extra_repr()
         return f"{base}, lora=({adapters})" if base else f"lora=({adapters})"
-
-
-def _with_gradients(tensor: Tensor) -> Tensor:
-    """The tensor, or a copy of one that was made in ``torch.inference_mode``, which can have no gradient."""
-    if not tensor.is_inference():
-        return tensor
-    with torch.inference_mode(False):
-        return tensor.clone()
 
 
 class RowBlock(AdapterSite):

@@ -28,11 +28,9 @@ class Holders(nn.Module):
 
 
 class Override(Protocol):
-    """What joins a layer's output in the place of its active adapters, for the length of a block."""
+    """What adds to a layer's output for the length of a block, in the place of its active adapters."""
 
-    def output(self, layer: Any, x: Tensor, y: Tensor) -> Tensor:
-        """The layer's output for its input ``x`` and the base's output ``y``."""
-        ...
+    def output(self, layer: Any, x: Tensor, y: Tensor) -> Tensor: ...  # for its input x and the base's output y
 
 
 class AdaptedWeight(AdapterSite):
@@ -56,7 +54,7 @@ class AdaptedWeight(AdapterSite):
     """The attributes of a weight that has adapters, and what they are while it has none."""
     weight: Tensor
     lora_active: tuple[ActiveAdapter, ...]
-    """The adapters that take part in the forward, in the order in which they are applied."""
+    """The adapters that take part in the forward, in the order in which they apply."""
     lora_disabled: int
     """How many ``disabled`` blocks are open: above zero, the base is computed."""
     lora_override: Override | None
@@ -105,10 +103,9 @@ class AdaptedWeight(AdapterSite):
 
     def row_block(self, label: str, rows: tuple[int, int], total: int) -> RowBlock:
         """The block of these rows out of ``total``, which is made if it is not there."""
-        container = self._modules.setdefault(BLOCKS, Holders())
-        assert container is not None
-        block = container._modules.setdefault(label, RowBlock(label, rows, total))
-        assert isinstance(block, RowBlock) and block.rows == rows
+        blocks: Any = self._modules.setdefault(BLOCKS, Holders())
+        block: RowBlock = blocks._modules.setdefault(label, RowBlock(label, rows, total))
+        assert block.rows == rows
         return block
 
     def adapter_names(self) -> list[str]:
@@ -293,8 +290,8 @@ class AdaptedWeight(AdapterSite):
 
     def own_children(self) -> dict[str, nn.Module]:
         """The submodules that hold adapters."""
-        own = dict[str, nn.Module](self.tensor_containers())
-        return own | {name: child for name, child in self._modules.items() if name == BLOCKS and child is not None}
+        blocks = self._modules.get(BLOCKS)
+        return {**self.tensor_containers(), **({} if blocks is None else {BLOCKS: blocks})}
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """As ever; while merged, that of the plain module with the merged weight, without adapter keys."""
