@@ -19,7 +19,7 @@ from lora_plus.tensors.variant import adapter_tensor_specs
 from lora_plus.text import join
 
 from .saved_adapter import SavedAdapter, SavedLayer
-from .tensor_file import read
+from .tensor_file import read_all
 
 
 def base_problem(base: BaseLayer) -> str | None:
@@ -67,9 +67,9 @@ def _layouts(kind: str) -> tuple[str, ...]:
 
 
 def value_problems(name: str, layer: SavedLayer) -> Iterator[str]:
-    """What is wrong with the values of a layer's adapter, which are read."""
+    """What is wrong with the values of a layer's adapter."""
+    read_all([layer.tensors])
     for part, tensor in layer.tensors.items():
-        layer.tensors[part] = tensor = read(tensor)
         if tensor.dtype not in DTYPES:
             yield f"{join(name, part)!r} is {tensor.dtype}, expected one of {DTYPES}"
         elif not is_finite(tensor):

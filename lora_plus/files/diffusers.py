@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .formats import FORMATS, Contents, Files, Format
 from .json_text import parsed
-from .pairs import Dialect, Pair, assemble, find_pairs, inexpressible, is_tensor_of
+from .pairs import Dialect, Pair, assemble, find_pairs, format_problems, is_tensor_of
 from .peft import folder as peft
 from .peft.config import checked_config, settings_of
 from .peft.names import PREFIX
@@ -118,7 +118,7 @@ def _configs(metadata: Mapping[str, str], problems: list[str]) -> dict[str, dict
 
 def write(adapter: SavedAdapter, target: Target, problems: list[str]) -> Files:
     """The file; equal adapters give equal files."""
-    wrong = inexpressible(adapter, DIALECT)
+    wrong = format_problems(adapter, DIALECT)
     parts: dict[str, SavedAdapter] = {}
     for name, layer in adapter.layers.items():
         component = DIALECT.component(name)

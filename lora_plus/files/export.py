@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +19,9 @@ from lora_plus.model.unsaved import check_saved
 from lora_plus.text import join
 
 from .formats import FORMATS, Inexpressible
-from .paths import stated
+from .paths import PathLike, stated
 from .portable import portable, rank
-from .programs import READERS, limits, options
+from .programs import READERS, options, program_problems
 from .save import describe, not_finite, write_files
 from .saved_adapter import SavedAdapter
 from .target import ModelTarget
@@ -41,9 +42,9 @@ class ExportReport:
 
 def export_adapter(
     model: nn.Module,
-    path: str | os.PathLike[str],
+    path: PathLike,
     *,
-    for_: str = "peft",
+    for_: Literal["peft", "vllm", "llama.cpp"] = "peft",
     adapter: str = "default",
     dtype: torch.dtype | None = None,
     base_model: str | None = None,
@@ -51,9 +52,8 @@ def export_adapter(
     """Write one adapter as a PEFT folder that also programs open which read this format in part.
 
     Those take one rank and one scale for all layers, in silence if the config says otherwise. So all layers have one
-    rank r here and alpha = r: the scale alpha / r, or alpha / sqrt(r), is multiplied into B, lower ranks are filled up
-    with zeros, and adapters of rows of one weight become one of the whole weight. The updates are the same. Dropout is
-    not kept: to train on elsewhere, use `save_adapter`.
+    rank r here and alpha = r: scales are multiplied into B, lower ranks are filled up with zeros, and adapters of rows
+    of one weight become one of the whole weight. The updates are the same. Dropout is not kept.
 
     - ``"peft"``: whatever PEFT's format can express, DoRA and modules trained in full too.
     - ``"vllm"``: plain LoRA on linear layers, and on embeddings where vLLM's class of the model serves them. Ranks up
@@ -61,13 +61,12 @@ def export_adapter(
     - ``"llama.cpp"``: plain LoRA on linear layers and the token embedding, for ``convert_lora_to_gguf.py``, which asks
       for the ``base_model``. A layer whose weight is tied to another layer's cannot be expressed there.
 
-    The last two know the layers by their names in transformers' models. Files appear whole or not at all, and the same
-    adapter gives the same bytes. Where parameters are sharded every rank must call this, and one writes.
+    The last two know the layers by their names in transformers' models. Files are written as `save_adapter` does.
 
     Args:
         model: the model that holds the adapter.
         path: the folder; missing folders are made.
-        for_: the reader: ``"peft"``, ``"vllm"`` or ``"llama.cpp"``.
+        for_: the reader.
         adapter: the adapter's name.
         dtype: of A, B and the magnitudes, rounded after the scale has been multiplied in; None for float32, or float64
             where the adapter is. Modules trained in full keep theirs.
@@ -96,7 +95,7 @@ def export_adapter(
         problems = not_finite(whole, model)
         if not problems:
             problems += [f"{line} with its scale in B; choose a wider dtype" for line in not_finite(data, model)]
-        problems += limits(reader, data, _tied(model, data))
+        problems += program_problems(reader, data, _tied(model, data))
         head = f"adapter {adapter!r} was not exported for {reader.name}; merge_and_unload gives a plain model instead"
         broken = len(problems)
         files = FORMATS["peft"].write(data, ModelTarget(model), problems)

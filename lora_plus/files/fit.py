@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -17,45 +17,47 @@ from lora_plus.text import join, near_misses
 from .checks import base_problem, is_finite, shape_problems, value_problems
 from .saved_adapter import SavedAdapter, SavedLayer
 from .target import ModelTarget
+from .tensor_file import read_all
 
 
 def choose_places(data: SavedAdapter, target: ModelTarget, problems: list[str]) -> dict[str, Place]:
     """The place in the model of each layer of the file; what does not fit is added to the problems."""
     chosen: dict[str, Place] = {}
     seen: dict[Any, str] = {}
-    missing: list[str] = []
+    rows: dict[int, tuple[str, float]] = {}
+    lines: dict[str, list[str]] = {}
+    fitting, missing, unlike = dict[str, None](), list[str](), list[str]()
     for name, layer in data.layers.items():
         place = _place(name, layer.base, target)
         if place is None:
             missing.append(name)
             continue
-        chosen[name] = place
+        chosen[name], own = place, lines.setdefault(name, [])
+        dropout = layer.spec.dropout
+        other, theirs = rows.setdefault(id(place.owner), (name, dropout))
+        if place.called and dropout != theirs:  # they have one input between them
+            told = f"dropout {theirs} and {dropout}"
+            unlike.append(f"{other!r} and {name!r} are rows of one weight with {told}; write the same for both")
         reason = place.refusal()
         if reason is not None:
-            problems.append(f"{name!r} cannot be adapted: it is {reason}")
+            own.append(f"{name!r} cannot be adapted: it is {reason}")
             continue
         first = seen.setdefault(place.key, name)
         if first != name:
-            problems.append(f"{name!r} and {first!r} are one module in this model")
+            own.append(f"{name!r} and {first!r} are one module in this model")
+        wrong = _layer_problems(layer, place.base())
+        fitting |= {} if wrong else {name: None}
         unfit = place.misfits(layer.spec)
-        misfits = [f"{name!r}: {line}" for line in _misfits(layer, place.base())]
-        # the values of what does not fit the model can be of any size
-        problems += [*(misfits or value_problems(name, layer)), *([f"{name!r}: {unfit}"] if unfit else [])]
-    problems += _missing_modules(missing, target)
+        own += [f"{name!r}: {line}" for line in (*wrong, *([unfit] if unfit else []))]
+    # the values of what does not fit the model can be of any size
+    read_all(data.layers[name].tensors for name in fitting)
+    for name, own in lines.items():
+        problems += own
+        problems += value_problems(name, data.layers[name]) if name in fitting else ()
+    problems += _missing_modules(missing, target) if missing else ()
     problems += overlaps({place.key: place for place in chosen.values()}.values())
-    problems += _unlike_blocks(data, chosen)
+    problems += unlike
     return chosen
-
-
-def _unlike_blocks(data: SavedAdapter, chosen: Mapping[str, Place]) -> Iterator[str]:
-    """Rows of one weight with different dropout, which have one input between them."""
-    first: dict[int, tuple[str, float]] = {}
-    for name, place in chosen.items():
-        own = data.layers[name].spec.dropout
-        other, dropout = first.setdefault(id(place.owner), (name, own))
-        if place.called and dropout != own:
-            told = f"dropout {dropout} and {own}"
-            yield f"{other!r} and {name!r} are rows of one weight with {told}; write the same for both"
 
 
 def _place(name: str, base: BaseLayer, target: ModelTarget) -> Place | None:
@@ -78,13 +80,12 @@ def _missing_modules(names: list[str], target: ModelTarget) -> list[str]:
     return [f"{name!r}: the model has no such module{hint}" for name, hint in zip(names, hints, strict=True)]
 
 
-_BASE_FIELDS = ("kind", "layout", "shape", "facts")
-
-
-def _misfits(layer: SavedLayer, base: BaseLayer) -> list[str]:
+def _layer_problems(layer: SavedLayer, base: BaseLayer) -> list[str]:
     """How a layer's adapter differs from what this layer of the model needs."""
     if layer.base != base:
-        pairs = [(field, getattr(layer.base, field), getattr(base, field)) for field in _BASE_FIELDS]
+        pairs = [
+            (field, getattr(layer.base, field), getattr(base, field)) for field in ("kind", "layout", "shape", "facts")
+        ]
         return [f"{field} {file!r} in the file, {ours!r} in the model" for field, file, ours in pairs if file != ours]
     # True and 1.0 equal 1, and are no extents
     told = layer.base.facts or not all(type(extent) is int for extent in layer.base.shape)
@@ -112,13 +113,13 @@ def trained_problems(data: SavedAdapter, target: ModelTarget, places: Mapping[st
         wanted: dict[str, Any] = module.state_dict(keep_vars=True)
         problems += [f"{join(name, part)!r} is missing" for part in wanted if part not in tensors]
         for part, tensor in tensors.items():
-            reason = _trained_misfit(tensor, wanted[part]) if part in wanted else f"{name!r} has no such tensor"
+            reason = _tensor_problem(tensor, wanted[part]) if part in wanted else f"{name!r} has no such tensor"
             if reason is not None:
                 problems.append(f"{join(name, part)!r}: {reason}")
     return problems
 
 
-def _trained_misfit(tensor: Tensor, wanted: Tensor) -> str | None:
+def _tensor_problem(tensor: Tensor, wanted: Tensor) -> str | None:
     """Why a tensor of a module trained in full cannot take the place of the model's own; None if it can."""
     if tensor.shape != wanted.shape:
         return f"shape {tuple(tensor.shape)} in the file, {tuple(wanted.shape)} in the model"

@@ -25,7 +25,7 @@ from torch import Tensor
 from lora_plus.tensors.matrix import accumulation_dtype
 
 from .formats import FORMATS, Contents, Files, Format
-from .pairs import Dialect, Pair, assemble, find_pairs, inexpressible, is_tensor_of
+from .pairs import Dialect, Pair, assemble, find_pairs, format_problems, is_tensor_of
 from .saved_adapter import SavedAdapter, alpha_under, most_common
 from .target import Target
 
@@ -78,7 +78,7 @@ def write(adapter: SavedAdapter, target: Target, problems: list[str]) -> Files:
     The target's children ``unet``, ``transformer``, ``text_encoder`` and ``text_encoder_2`` get their prefixes; a
     target that has none of them is taken for a U-Net.
     """
-    problems += inexpressible(adapter, DIALECT)
+    problems += format_problems(adapter, DIALECT)
     names = target.names() or ()
     reasons = {
         "dora": "DoRA's magnitude is read in several ways there",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import nn
@@ -31,16 +31,18 @@ from .saved_adapter import SavedAdapter
 from .target import ModelTarget
 from .tensor_file import read_all
 
+M = TypeVar("M", bound=nn.Module)
+
 
 @collector_paused()
 def load_adapter(
-    model: nn.Module,
+    model: M,
     path: PathLike,
     *,
     adapter: str = "default",
     trainable: bool = False,
     names: Names | None = None,
-) -> nn.Module:
+) -> M:
     """Inject the adapter that a file or a PEFT folder describes, with its tensors, and make it the active one.
 
     No `inject_lora` is needed before: ranks, scales and layers are the file's. Modules that were trained in full get
@@ -52,8 +54,8 @@ def load_adapter(
 
     Args:
         model: a model with the layers that the adapter was made for; it is changed.
-        path: a ``.safetensors`` file in the native format, in kohya's or in diffusers', or a folder in PEFT's; which
-            it is shows in the file. Of a folder that holds folders of several adapters, give one of these.
+        path: a file or folder in any of the formats; which it is shows in the file. Of a folder that holds folders of
+            several adapters, give one of these.
         adapter: the name that it gets in this model.
         trainable: whether the adapter, and the modules trained with it, shall be trained further. Everything else is
             frozen in either case.
@@ -120,7 +122,7 @@ def _fitted(model: nn.Module, path: Path, names: Names | None, existing: str | N
             data = renamed(data, target.rename, problems)
         problems += target.rename.unused()
     places = choose_places(data, target, problems)
-    problems += trained_problems(data, target, places)
+    problems += trained_problems(data, target, places) if data.trained else ()
     if not problems and not data.layers:
         problems.append("it has no adapted layer")
     if existing is not None:

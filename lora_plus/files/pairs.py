@@ -252,7 +252,7 @@ def _lost(component: str, missing: Mapping[str, str], spelled: Collection[str], 
             yield f"{module!r}: the model has no such module{hint}"
 
 
-def inexpressible(adapter: SavedAdapter, dialect: Dialect) -> list[str]:
+def format_problems(adapter: SavedAdapter, dialect: Dialect) -> list[str]:
     """Every reason why an adapter cannot be written as pairs."""
     lines = [
         f"{name!r}: {'some rows of a weight' if 'rows' in layer.base.facts else layer.base.kind}; {dialect.only}"

@@ -48,7 +48,7 @@ READERS = {
 }
 
 
-def limits(reader: Reader, adapter: SavedAdapter, tied: Mapping[str, str]) -> Iterator[str]:
+def program_problems(reader: Reader, adapter: SavedAdapter, tied: Mapping[str, str]) -> Iterator[str]:
     """Why a reader does not take an adapter, beyond what PEFT's format cannot express.
 
     Args:

@@ -31,14 +31,17 @@ def read_adapter(path: PathLike) -> SavedAdapter:
     adapter = described(stated(path), Target(), problems)
     if not problems and not adapter.layers:
         problems.append("it has no adapted layer")
+    lines: dict[str, list[str]] = {}
     for name, layer in adapter.layers.items():
         if layer.base.kind:
             wrong = base_problem(layer.base)
         else:
             shapes = {part: tuple(tensor.shape) for part, tensor in layer.tensors.items()}
             wrong = f"what kind of layer it belongs to cannot be told from its tensors, {shapes}"
-        lines = shape_problems(layer) if wrong is None else [wrong]
-        problems += [f"{name!r}: {line}" for line in lines] or value_problems(name, layer)
+        lines[name] = shape_problems(layer) if wrong is None else [wrong]
+    read_all(layer.tensors for name, layer in adapter.layers.items() if not lines[name])
+    for name, layer in adapter.layers.items():
+        problems += [f"{name!r}: {line}" for line in lines[name]] or value_problems(name, layer)
     problems += overlapping_rows(adapter)
     if problems:
         raise Problems(f"adapter {str(path)!r} cannot be read", problems)
@@ -80,8 +83,7 @@ def _folder(path: Path, problems: list[str]) -> tuple[Format, Files] | None:
     _check_names(path, format.folder, problems)
     if problems:
         return None
-    documents = [name for name in format.folder if not name.endswith(".safetensors")]
-    texts = {name: _text(path / name, problems) for name in documents}
+    texts = {name: _text(path / name, problems) for name in format.folder if name.endswith(".json")}
     files: Files = {name: _document(name, text, problems) for name, text in texts.items()}
     files |= {name: _contents(path / name, problems) for name in format.folder if name not in texts}
     if not problems and any(_text(path / name, []) != text for name, text in texts.items()):

@@ -43,26 +43,19 @@ def save_adapter(
 ) -> None:
     """Write one adapter, and the modules trained with it, to disk.
 
-    A path that ends in ``.safetensors`` gets the native format, one self-describing file; any other path becomes a
-    folder in PEFT's format, but for one with the ending of a pickle, such as ``.pt``, which is refused. The formats of
-    kohya's sd-scripts and of diffusers are one file too. Both name the parts of a pipeline by the model's children
-    ``unet``, ``transformer``, ``text_encoder`` and ``text_encoder_2``, so put them into an ``nn.ModuleDict``; of a
-    model without them, kohya's file is one for a U-Net, and diffusers' names no part.
+    Without a format, a path that ends in ``.safetensors`` gets the native one, and any other path becomes a folder in
+    PEFT's. kohya's format (which keeps no dropout) and diffusers' name the parts of a pipeline by the model's children
+    ``unet``, ``transformer``, ``text_encoder`` and ``text_encoder_2``, so put them into an ``nn.ModuleDict``; a model
+    without them is a U-Net to kohya, and diffusers' file then names no part.
 
-    A file appears whole or not at all: an interrupted save leaves the old one, and the next one removes what was left
-    beside it. A save that is killed just when it renames the files of a PEFT folder with other settings leaves a folder
-    without config, which is refused until the next save. The same adapter gives the same bytes. A file that is replaced
-    keeps its permissions, and only regular files are replaced; a link is followed.
-
-    Where the parameters are sharded (``fully_shard``, tensor parallelism, FullyShardedDataParallel, ZeRO-3) every rank
-    must call this. They are gathered, one rank writes, and all return when the files are there, or raise what the
-    writer raises. Of a model in DistributedDataParallel the first rank writes, and the others return at once.
-
-    Parameters that were unfrozen by hand are saved with no adapter: a warning names those that are trainable.
+    A file appears whole or not at all, and the same adapter gives the same bytes. Only regular files are replaced; they
+    keep their permissions, and a link is followed. Where parameters are sharded every rank must call this: one writes,
+    and all return or raise together. In DistributedDataParallel the first rank writes, and the others return at once. A
+    warning names trainable parameters that no adapter is saved with.
 
     Args:
         model: the model that holds the adapter.
-        path: file or folder; missing folders are made.
+        path: file or folder; missing folders are made. The ending of a pickle, such as ``.pt``, is refused.
         adapter: the adapter's name.
         format: None to go by the path.
         metadata: texts to keep with it. PEFT's format has room for ``base_model_name_or_path``, ``revision`` and
@@ -72,8 +65,8 @@ def save_adapter(
         KeyError: if the model holds no adapter of this name.
         ValueError: if the adapter is not finite, or the format cannot express it exactly, or weights under it or what
             its variant or init holds fixed are trainable. Nothing is written then.
-        OSError: if the disk is full or cannot be written, or at the path is neither a regular file nor nothing, such as
-            a device; it names the path. The old files are as they were.
+        OSError: if the disk is full or cannot be written, or at the path is neither a regular file nor nothing; it
+            names the path. The old files are as they were.
     """
     real, chosen = _destination(path, format)
     for key, text in (metadata or {}).items():

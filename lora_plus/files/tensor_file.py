@@ -317,7 +317,7 @@ def open_safetensors(path: Path, problems: list[str]) -> tuple[dict[str, Tensor]
         raise OSError(
             f"{str(path)!r} was replaced or written to while it was read, {_TRIES} times; read it again later"
         )
-    wrong = {name: why for name, entry in sorted(file.tensors.items()) if (why := _unfit(name, entry)) is not None}
+    wrong = {name: why for name, entry in sorted(file.tensors.items()) if (why := _problem(name, entry)) is not None}
     problems += [f"tensor {name[:LONGEST_NAME]!r} {why}" for name, why in wrong.items()]
     return {name: UnreadTensor.of(file, name) for name in sorted(file.tensors.keys() - wrong.keys())}, file.metadata
 
@@ -326,7 +326,7 @@ _TRIES = 10
 """How often a file is opened that changes meanwhile."""
 
 
-def _unfit(name: str, stored: StoredTensor) -> str | None:
+def _problem(name: str, stored: StoredTensor) -> str | None:
     """Why a tensor is not read; None if it is."""
     if len(name) > LONGEST_NAME:
         return f"has a name of {len(name)} characters, expected at most {LONGEST_NAME}"

@@ -20,7 +20,7 @@ from lora_plus.files.target import Outline, SavedTarget, Target
 from lora_plus.text import endings
 
 from .config import CONFIG, USER_FIELDS, checked_config
-from .limits import inexpressible, starts_transposed, tied_to_others, units
+from .limits import format_problems, starts_transposed, tied_to_others, units
 from .names import PREFIX, anchored, nesting
 from .reader import DOUBLED, Reader
 from .renaming import in_file_names, without_left_out
@@ -65,7 +65,7 @@ def contents(
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors and the config of a folder; what PEFT's format cannot express exactly is added to the problems."""
     found = units(adapter)
-    wrong = inexpressible(adapter, found, outline, ties or [])
+    wrong = format_problems(adapter, found, outline, ties or [])
     if wrong:
         problems += wrong
         return {}, {}

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 from lora_plus.files.saved_adapter import SavedAdapter, SavedLayer
 from lora_plus.files.target import Outline
-from lora_plus.layers.base import PARAMETER
+from lora_plus.layers.base import PARAMETER, BaseLayer
 from lora_plus.tensors.variant import only_adds
 from lora_plus.text import endings, parents
 
 from .config import USER_FIELDS, fan_in_fan_out
-from .tensors import ATTENTION, GROUPED_DORA, stack_refusal
+from .tensors import ATTENTION, stack_problem
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def units(adapter: SavedAdapter) -> Units:
     return found
 
 
-def inexpressible(adapter: SavedAdapter, found: Units, outline: Outline, ties: Iterable[Sequence[str]]) -> list[str]:
+def format_problems(adapter: SavedAdapter, found: Units, outline: Outline, ties: Iterable[Sequence[str]]) -> list[str]:
     """Every reason why an adapter cannot be written in PEFT's format."""
     problems = [
         f"train_also {name!r} is tied to {other!r}, and PEFT would untie them; train both, or save a file"
@@ -67,7 +67,11 @@ def inexpressible(adapter: SavedAdapter, found: Units, outline: Outline, ties: I
     if len({layer.spec.dropout for layer in heard}) > 1:
         problems.append("layers differ in dropout, and PEFT has one setting for all")
     reasons = [
-        *((name, reason) for name, layer in adapter.layers.items() for reason in _of_layer(layer)),
+        *(
+            (name, reason)
+            for name, layer in adapter.layers.items()
+            for reason in layer_problems(layer.base, layer.spec.variant)
+        ),
         *_of_attentions(found, outline),
         *(_of_parameters(found, outline) if outline.whole else ()),
     ]
@@ -91,8 +95,8 @@ def _owners(found: Units) -> list[str]:
     return list(dict.fromkeys(name.rpartition(".")[0] for name in found.parameters))
 
 
-def _of_layer(layer: SavedLayer) -> Iterator[str]:
-    base, variant = layer.base, layer.spec.variant
+def layer_problems(base: BaseLayer, variant: str) -> Iterator[str]:
+    """Why PEFT has no adapter that computes the same on such a layer."""
     dora = variant == "dora"
     if not (dora or only_adds(variant)):
         yield f"PEFT has no variant {variant!r}; save a .safetensors file, or merge it"
@@ -101,7 +105,8 @@ def _of_layer(layer: SavedLayer) -> Iterator[str]:
     if base.kind.startswith("ConvTranspose"):
         yield f"PEFT has no adapter for {base.kind}"
     elif dora and "groups" in base.facts:
-        yield GROUPED_DORA
+        # its product of B and A does not go by the groups (_DoraConvNdLayer.get_lora_weight)
+        yield "PEFT's DoRA of a grouped convolution divides by the norm of another weight than W + s B A"
     if dora and (base.kind == PARAMETER or "rows" in base.facts):
         yield "PEFT has no DoRA for parameters, attention modules and blocks of rows"
 
@@ -125,7 +130,7 @@ def _of_parameters(found: Units, outline: Outline) -> Iterator[tuple[str, str]]:
     for full, layers in found.parameters.items():
         owner = full.rpartition(".")[0]
         base = next(iter(layers.values())).base
-        reasons = [stack_refusal(base, owner in outline.transposed)]
+        reasons = [stack_problem(base, owner in outline.transposed)]
         if not owner:
             reasons.append("PEFT adapts no parameter of the model itself, only of modules inside it")
         if owner in outline.uncalled:

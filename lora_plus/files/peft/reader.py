@@ -14,10 +14,10 @@ from lora_plus.layers.base import BaseLayer
 from lora_plus.text import endings, parents
 
 from .config import USER_FIELDS, fan_in_fan_out, settings_of, warn_of_ambiguous_patterns
+from .limits import layer_problems
 from .names import OUT_PROJECTION, PREFIX, named_parameters, nesting, split_key
 from .tensors import (
     ATTENTION,
-    GROUPED_DORA,
     attention_from_peft,
     convolution_from_peft,
     parameter_from_peft,
@@ -173,16 +173,9 @@ class Reader:
         if layer is None or base is None:
             return layer  # the reader of the file reports modules that are not there or cannot be adapted
         layer.base = base
-        if "max_norm" in base.facts:
-            self.problems.append(
-                f"{name!r}: PEFT adds the update of an embedding after applying max_norm, this library before"
-            )
-            return None
-        if base.kind.startswith("ConvTranspose"):
-            self.problems.append(f"{name!r}: PEFT has no adapter for {base.kind}")
-            return None
-        if "groups" in base.facts and layer.spec.variant == "dora":
-            self.problems.append(f"{name!r}: {GROUPED_DORA}")
+        wrong = [f"{name!r}: {line}" for line in layer_problems(base, layer.spec.variant)]
+        if wrong:
+            self.problems += wrong
             return None
         if name in self.parameters:
             transposed = name.rpartition(".")[0] in self.outline.transposed

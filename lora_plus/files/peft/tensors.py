@@ -24,9 +24,6 @@ from .names import OUT_PROJECTION
 
 ATTENTION = "MultiheadAttention"
 
-GROUPED_DORA = "PEFT's DoRA of a grouped convolution divides by the norm of another weight than W + s B A"
-"""Its product of B and A does not go by the groups (``_DoraConvNdLayer.get_lora_weight``)."""
-
 _WEIGHTS = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "lora_magnitude": "lora_magnitude_vector"}
 _EMBEDDING = _WEIGHTS | {"lora_A": "lora_embedding_A", "lora_B": "lora_embedding_B"}
 
@@ -68,18 +65,18 @@ def _joined_factors(blocks: Sequence[SavedLayer], scale: float) -> tuple[Tensor,
     """A and B of the whole weight under a scale; blocks that have the same A share it there."""
     base = blocks[0].base
     distinct: list[Tensor] = []
+    columns: list[int] = []
     for block in blocks:
-        if not any(_same(block.tensors["lora_A"], A) for A in distinct):
-            distinct.append(block.tensors["lora_A"])
-    starts = [sum(len(A) for A in distinct[:index]) for index in range(len(distinct))]
+        A = block.tensors["lora_A"]
+        first = next((index for index, other in enumerate(distinct) if _same(A, other)), len(distinct))
+        distinct += [A] if first == len(distinct) else []
+        columns.append(sum(map(len, distinct[:first])))
     scaled = [rescaled(block, scale) for block in blocks]
     dtype = reduce(torch.promote_types, (B.dtype for B in scaled))
-    rank, out_features = sum(map(len, distinct)), matrix_shape(base.layout, base.shape)[0]
-    joined = torch.zeros(out_features, rank, dtype=dtype, device=scaled[0].device)
-    for block, B in zip(blocks, scaled, strict=True):
-        first = next(start for start, A in zip(starts, distinct, strict=True) if _same(block.tensors["lora_A"], A))
-        rows = slice(*block.base.facts["rows"])
-        joined[rows, first : first + B.shape[1]] = B.to(dtype)
+    out_features = matrix_shape(base.layout, base.shape)[0]
+    joined = torch.zeros(out_features, sum(map(len, distinct)), dtype=dtype, device=scaled[0].device)
+    for block, B, column in zip(blocks, scaled, columns, strict=True):
+        joined[slice(*block.base.facts["rows"]), column : column + B.shape[1]] = B.to(dtype)
     return torch.cat(distinct), joined
 
 
@@ -227,7 +224,7 @@ def attention_from_peft(
 def parameter_from_peft(path: str, layer: SavedLayer, transposed: bool, problems: list[str]) -> SavedLayer | None:
     """An adapter of a parameter with tensors in our shapes."""
     r, shape = layer.spec.r, layer.base.shape
-    reason = stack_refusal(layer.base, transposed)
+    reason = stack_problem(layer.base, transposed)
     if reason is not None:
         problems.append(f"{path!r}: {reason}")
         return None
@@ -248,7 +245,7 @@ def parameter_from_peft(path: str, layer: SavedLayer, transposed: bool, problems
     return SavedLayer(layer.base, layer.spec, tensors)
 
 
-def stack_refusal(base: BaseLayer, transposed: bool) -> str | None:
+def stack_problem(base: BaseLayer, transposed: bool) -> str | None:
     """Why PEFT's update of a parameter is not one of ours; None if it is."""
     if "(" in base.layout:
         return f"PEFT takes the weight of shape {base.shape} for a stack of matrices, and it is one"
