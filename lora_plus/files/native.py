@@ -61,7 +61,8 @@ def write(adapter: SavedAdapter, target: Target, problems: list[str]) -> Files:
 
 
 def _entry(layer: SavedLayer, common: dict[str, Any]) -> dict[str, Any]:
-    base = {"kind": layer.base.kind, "layout": layer.base.layout, "shape": list(layer.base.shape), **layer.base.facts}
+    base = {"kind": layer.base.kind, "layout": layer.base.layout, "shape": list(layer.base.shape)}
+    base |= {name: layer.base.facts[name] for name in FACTS if name in layer.base.facts}
     return base | {name: value for name, value in settings_of(layer.spec).items() if value != common[name]}
 
 
