@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lora_plus.layers.base import PARAMETER, BaseLayer
 from lora_plus.layers.kinds import DTYPES, kinds_by_name
-from lora_plus.model.parts import PARTS
+from lora_plus.model.places import PLACE_FINDERS
 from lora_plus.model.settings import LAYOUTS
 from lora_plus.tensors import matrix as functional
 from lora_plus.tensors.variant import adapter_tensor_specs
@@ -53,7 +53,7 @@ _FACTS: dict[str, Callable[[BaseLayer, Any], bool]] = {
     "rows": lambda base, rows: (
         isinstance(rows, list) and [type(row) for row in rows] == [int, int] and 0 <= rows[0] < rows[1]
     ),
-    "of": lambda base, reader: base.kind == PARAMETER and reader in [known.__name__ for known in PARTS],
+    "of": lambda base, reader: base.kind == PARAMETER and any(reader in finder.readers() for finder in PLACE_FINDERS),
 }
 """What a file says of a layer besides, and whether it can be so."""
 

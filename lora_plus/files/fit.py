@@ -9,8 +9,7 @@ from torch import Tensor, nn
 
 from lora_plus.layers.base import PARAMETER, BaseLayer
 from lora_plus.layers.kinds import DTYPES
-from lora_plus.model.parameter_places import rows_of_layer
-from lora_plus.model.places import Place, overlaps
+from lora_plus.model.places import Place, find_places, overlaps
 from lora_plus.model.settings import LAYOUTS
 from lora_plus.text import join, near_misses
 
@@ -67,7 +66,8 @@ def _place(name: str, base: BaseLayer, target: ModelTarget) -> Place | None:
     inside = name.startswith(f"{owner_name}.") or not owner_name
     if base.kind != PARAMETER and rows is not None and inside and owner_name in target.modules:
         label = name.removeprefix(owner_name).removeprefix(".")
-        return rows_of_layer(target.found[id(target.modules[owner_name])], label, (rows[0], rows[1]))
+        entry = target.found[id(target.modules[owner_name])]
+        return find_places({0: entry}, {0: {label: (rows[0], rows[1])}})[-1]
     place = target.place(name)
     if place is not None and base.kind == PARAMETER and base.layout in LAYOUTS:
         return place.stored_as(base.layout)

@@ -10,10 +10,8 @@ from torch import Tensor, nn
 
 from lora_plus.layers.base import BaseLayer
 from lora_plus.layers.kinds import DTYPES
-from lora_plus.layers.parameter import raw_parameters
-from lora_plus.layers.quantized import store_of_weight
 from lora_plus.model.places import NamedModule, Place, find_modules, find_parameters, find_places
-from lora_plus.model.tree import named_parameters, submodule
+from lora_plus.model.tree import named_parameters, own_parameters, submodule
 from lora_plus.text import join, parents
 
 from .rename import Renaming
@@ -136,7 +134,7 @@ class ModelTarget(Target):
         if place is None:
             return False
         own = place.stored()
-        if type(own) not in (Tensor, nn.Parameter) or own.is_meta or store_of_weight(own) or own.dtype not in DTYPES:
+        if type(own) not in (Tensor, nn.Parameter) or own.is_meta or own.dtype not in DTYPES:
             return None
         return equal_in_dtype(tensor, own.detach())
 
@@ -153,8 +151,8 @@ class ModelTarget(Target):
     def _outline(self) -> Outline:
         modules = {}
         for entry in self.found.values():
-            raw = raw_parameters(entry.module)
-            modules[entry.name] = [name for name in entry.module._parameters if name in raw]  # in the module's order
+            own = dict(own_parameters(entry.module))
+            modules[entry.name] = [name for name in entry.module._parameters if name in own]  # in the module's order
         readers: dict[str, list[str]] = {}
         for name, place in self.places.items():
             if place.of is not None:

@@ -202,8 +202,10 @@ class _Finder:
     """Finds the parts of modules that read their weights themselves, and blocks of rows of fused layers."""
 
     def described(self) -> str:
-        parts = ", ".join(module.__name__ for module in PARTS)
-        return f"the weights of {parts}, and parameters of two or three dimensions"
+        return f"the weights of {', '.join(self.readers())}, and parameters of two or three dimensions"
+
+    def readers(self) -> list[str]:
+        return [module.__name__ for module in PARTS]
 
     def instead(self, entry: NamedModule, fused: Mapping[str, Rows]) -> list[Place]:
         places: list[Place] = []

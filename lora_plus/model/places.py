@@ -209,6 +209,10 @@ class Finder(Protocol):
         """What it finds, for messages that say what can be adapted."""
         ...
 
+    def readers(self) -> list[str]:
+        """The classes of modules that read their weights themselves, in which it finds places."""
+        ...
+
     def instead(self, entry: NamedModule, fused: Mapping[str, Rows]) -> list[Place]:
         """The places of a module that is no place itself; empty for any other.
 

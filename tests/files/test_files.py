@@ -343,11 +343,11 @@ lora_plus.inject_lora(model, sorted(targets), rank_pattern={"3": 2, "5": 4}, alp
 for name, parameter in model.named_parameters():
     if "lora_B" in name:
         torch.nn.init.normal_(parameter)
-wanted = lora_plus.adapter_state_dict(model)
+wanted = lora_plus.files.adapter_state_dict(model)
 for path in ("adapter.safetensors", "adapter"):
     lora_plus.save_adapter(model, sys.argv[1] + "/" + path, metadata={"task_type": "T", "revision": "r"})
     plain = nn.Sequential(*(nn.Linear(3, 3) for _ in range(12)), nn.BatchNorm1d(3))
-    loaded = lora_plus.adapter_state_dict(lora_plus.load_adapter(plain, sys.argv[1] + "/" + path))
+    loaded = lora_plus.files.adapter_state_dict(lora_plus.load_adapter(plain, sys.argv[1] + "/" + path))
     assert loaded.keys() == wanted.keys() and all(torch.equal(loaded[key], wanted[key]) for key in wanted)
 """
 WITHOUT_NUMPY = """
