@@ -1,20 +1,88 @@
-"""Arguments that users mix up: each error names what was passed and what to write instead."""
+"""Errors that name what is wrong and what to write instead: all problems in one, numbers, arguments mixed up."""
 
 from __future__ import annotations
 
 import functools
 import inspect
+import math
 import sys
 import warnings
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, ParamSpec, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from .text import near_misses, printable
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+
+class Problems(ValueError):
+    """Everything that is wrong with one file, in one error."""
+
+    SHOWN = 30
+    LONGEST = 600
+    """Characters of a line; a file can say a value of any length."""
+
+    def __init__(self, where: object, problems: Sequence[str]) -> None:
+        self.where, self.problems = where, list(problems)
+        shown = [f"  {printable(shortened(line, self.LONGEST))}" for line in self.problems[: self.SHOWN]]
+        if len(self.problems) > self.SHOWN:
+            shown.append(f"  and {len(self.problems) - self.SHOWN} more")
+        super().__init__(f"{where}:\n" + "\n".join(shown))
+
+    def __reduce__(self) -> Any:  # one rank tells the others
+        return type(self), (self.where, self.problems)
+
+
+def shortened(text: str, length: int) -> str:
+    """A text that is at most so long; what is cut out of its middle is counted."""
+    if len(text) <= length:
+        return text
+    note = f"... ({len(text) - length} characters) ..."
+    kept = length // 2
+    return f"{text[:kept]}{note}{text[len(text) - kept :]}"
+
+
+def warn_user(text: str) -> None:
+    """Warn, at the line outside of this package from which it was called."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and str(frame.f_globals.get("__name__")).partition(".")[0] in (
+        "lora_plus",
+        "contextlib",
+    ):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(text, stacklevel=level)
+
+
+RANGES: dict[str, Callable[[float], bool]] = {
+    "finite": lambda number: True,
+    "finite and positive": lambda number: number > 0,
+    "finite and at least 0": lambda number: number >= 0,
+    "finite and not zero (zero would switch the adapter off)": lambda number: number != 0,
+    "in [0, 1)": lambda number: 0 <= number < 1,
+    "above 0 and at most 1": lambda number: 0 < number <= 1,
+}
+"""What numbers can be asked to be, in the words of the message. None of it holds for NaN and infinities."""
+
+
+def check_number(name: str, value: Any, range: str = "finite and positive", *, tensor: bool = False) -> None:
+    """Raise unless the value is a number in one of the `RANGES`; a tensor of one element only where that may be."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, Tensor) if tensor else (int, float)):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    number = float(value)
+    if not math.isfinite(number) or not RANGES[range](number):
+        raise ValueError(f"{name} must be {range}, got {value!r}")
+
+
+def check_count(name: str, value: Any) -> None:
+    """Raise unless the value is a positive int."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an int, got {value!r}")
+    if value <= 0:
+        raise ValueError(f"{name} must be positive, got {value}")
+
 
 _OTHER_WORDS = {
     "adapter_name": "adapter",
@@ -93,41 +161,3 @@ def _check(who: str, keywords: Iterable[str], known: Collection[str]) -> None:
 def _hint(keyword: str, known: Collection[str]) -> str:
     ours = _OTHER_WORDS.get(keyword, "")
     return f" (did you mean {ours}?)" if ours.partition("=")[0] in known else near_misses(keyword, known)
-
-
-class Problems(ValueError):
-    """Everything that is wrong with one file, in one error."""
-
-    SHOWN = 30
-    LONGEST = 600
-    """Characters of a line; a file can say a value of any length."""
-
-    def __init__(self, where: object, problems: Sequence[str]) -> None:
-        self.where, self.problems = where, list(problems)
-        shown = [f"  {printable(shortened(line, self.LONGEST))}" for line in self.problems[: self.SHOWN]]
-        if len(self.problems) > self.SHOWN:
-            shown.append(f"  and {len(self.problems) - self.SHOWN} more")
-        super().__init__(f"{where}:\n" + "\n".join(shown))
-
-    def __reduce__(self) -> Any:  # one rank tells the others
-        return type(self), (self.where, self.problems)
-
-
-def shortened(text: str, length: int) -> str:
-    """A text that is at most so long; what is cut out of its middle is counted."""
-    if len(text) <= length:
-        return text
-    note = f"... ({len(text) - length} characters) ..."
-    kept = length // 2
-    return f"{text[:kept]}{note}{text[len(text) - kept :]}"
-
-
-def warn_user(text: str) -> None:
-    """Warn, at the line outside of this package from which it was called."""
-    level, frame = 1, sys._getframe()
-    while frame.f_back is not None and str(frame.f_globals.get("__name__")).partition(".")[0] in (
-        "lora_plus",
-        "contextlib",
-    ):
-        level, frame = level + 1, frame.f_back
-    warnings.warn(text, stacklevel=level)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from lora_plus.errors import check_number
 from lora_plus.layers.adapter import Adapter, check_adapter_name
 from lora_plus.layers.class_swap import SwappedModule
 from lora_plus.layers.freezing import restore_requires_grad, set_requires_grad
@@ -219,10 +219,7 @@ def check_unmerged(path: str, weight: AdaptedWeight, what: str) -> None:
 
 def _check_strengths(strengths: Mapping[str, float]) -> None:
     for name, factor in strengths.items():
-        if not isinstance(factor, (int, float)) or isinstance(factor, bool):
-            raise TypeError(f"the factor of {name!r} must be a number, got {factor!r}")
-        if not math.isfinite(factor):
-            raise ValueError(f"the factor of {name!r} must be finite, got {factor}")
+        check_number(f"the factor of {name!r}", factor, "finite")
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lora_plus.errors import Problems
 from lora_plus.layers.adapter import check_adapter_name
 from lora_plus.tensors.init import Init, Start
 from lora_plus.tensors.random_state import draws
@@ -74,9 +75,9 @@ def add_adapter(
         for place, site in adapted_places(model)
         if like in site.lora_adapters
     ]
-    misfits = [f"  {place.name!r}: {why}" for place, _, spec in chosen if (why := place.misfits(spec)) is not None]
+    misfits = [f"{place.name!r}: {why}" for place, _, spec in chosen if (why := place.misfits(spec)) is not None]
     if misfits:
-        raise ValueError(f"no adapter like {like!r} with these settings was added, because of\n" + "\n".join(misfits))
+        raise Problems(f"no adapter like {like!r} with these settings was added, because of", misfits)
     prepared = []
     with shards_of(model).outlined():
         for place, site, spec in chosen:

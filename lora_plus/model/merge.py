@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from lora_plus.errors import Problems
 from lora_plus.layers.adapter import ActiveAdapter, summands
 from lora_plus.layers.layer import LoRALayer
 from lora_plus.layers.merged import Merge, MergeInShards, versions
@@ -194,7 +195,7 @@ def _compute(
         report.layers.append(path)
         merges.append((weight, made))
     if problems:
-        raise ValueError("nothing was merged, because of\n" + "\n".join(f"  {line}" for line in problems))
+        raise Problems("nothing was merged, because of", problems)
     if not report.layers:
         raise ValueError("there is no active adapter to merge; call inject_lora or set_adapter first")
     for path, others in report.untied:

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lora_plus.errors import Problems
 from lora_plus.layers.kinds import KINDS, lora_class
 from lora_plus.tensors.matrix import matrix_shape
 from lora_plus.tensors.variant import AdapterSpec
@@ -57,7 +58,7 @@ class Selection:
         if targets.layouts:
             self._by_place("layouts", targets.layouts, loose)
         if self._problems:
-            raise ValueError("nothing was changed, because of\n" + "\n".join(f"  {line}" for line in self._problems))
+            raise Problems("nothing was changed, because of", self._problems)
         self.places = list(zip(places, specs, strict=True))
 
     @functools.cached_property

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lora_plus.errors import check_count, check_number
 from lora_plus.files.save import describe
 from lora_plus.files.saved_adapter import SavedAdapter, SavedLayer
 from lora_plus.layers.adapter import check_adapter_name
@@ -19,7 +19,7 @@ from lora_plus.model.inject import attach, check_injectable, check_whole
 from lora_plus.model.places import adapted_places
 from lora_plus.tensors.matrix import accumulation_dtype
 from lora_plus.tensors.random_state import draws
-from lora_plus.tensors.variant import VARIANTS, AdapterSpec, only_adds
+from lora_plus.tensors.variant import VARIANTS, only_adds
 
 from .draft import CombineReport, Draft, unusable
 from .methods import METHODS, Method, Options, Update
@@ -193,11 +193,8 @@ def _chosen(method: str, given: Mapping[str, Any]) -> tuple[Method, Options]:
             raise ValueError(f"method {method!r} needs {name}")
     options = Options(**{name: value for name, value in given.items() if value is not None})
     if "r" in takes:
-        AdapterSpec(r=options.r, alpha=1)
-    if not isinstance(options.density, (int, float)) or isinstance(options.density, bool):
-        raise TypeError(f"density must be a number, got {options.density!r}")
-    if not 0 < options.density <= 1:
-        raise ValueError(f"density must be above 0 and at most 1, got {options.density}")
+        check_count("r", options.r)
+    check_number("density", options.density, "above 0 and at most 1")
     return METHODS[method], options
 
 
@@ -212,8 +209,5 @@ def _factors(adapters: Sequence[str], weights: Sequence[float] | None) -> dict[s
     if len(numbers) != len(names):
         raise ValueError(f"weights must be one for each of the {len(names)} adapters, got {len(numbers)}")
     for name, number in zip(names, numbers, strict=True):
-        if not isinstance(number, (int, float)) or isinstance(number, bool):
-            raise TypeError(f"the weight of {name!r} must be a number, got {number!r}")
-        if not math.isfinite(number):
-            raise ValueError(f"the weight of {name!r} must be finite, got {number}")
+        check_number(f"the weight of {name!r}", number, "finite")
     return dict(zip(names, numbers, strict=True))

@@ -9,6 +9,7 @@ from functools import partial
 import torch
 from torch import nn
 
+from lora_plus.errors import check_count
 from lora_plus.files.save import describe
 from lora_plus.files.saved_adapter import SavedAdapter, SavedLayer
 from lora_plus.layers.layer import LoRALayer
@@ -49,7 +50,7 @@ def resize_adapter(
         TypeError, ValueError: if r is not a positive int, the model is merged or disabled, or the adapter's values are
             not finite or sharded. The model is then as it was.
     """
-    AdapterSpec(r=r, alpha=1)
+    check_count("r", r)
     check_adapter(model, adapter)
     check_injectable(model, "")  # it gets new parameters, as if an adapter were added
     check_whole(model, "resizing an adapter")
@@ -82,7 +83,7 @@ def resize_saved(
     Raises:
         TypeError, ValueError: if r is not a positive int, or the adapter's values are too large to compute with.
     """
-    AdapterSpec(r=r, alpha=1)
+    check_count("r", r)
     draft = Draft("the adapter cannot be resized")
     _resize(draft, adapter, r, generator, {})
     report = draft.report()

@@ -10,6 +10,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from lora_plus.errors import check_count, check_number
+
 from . import matrix as functional
 
 SUBTRACTED = ("lora_A0", "lora_B0")
@@ -211,18 +213,9 @@ class AdapterSpec:
     """The factor of B A that follows from alpha, r and the scaling rule."""
 
     def __post_init__(self) -> None:
-        if not isinstance(self.r, int) or isinstance(self.r, bool):
-            raise TypeError(f"r must be an int, got {self.r!r}")
-        if self.r <= 0:
-            raise ValueError(f"r must be positive, got {self.r}")
-        if not isinstance(self.alpha, (int, float)) or isinstance(self.alpha, bool):
-            raise TypeError(f"alpha must be a number, got {self.alpha!r}")
-        if not math.isfinite(self.alpha) or self.alpha == 0:
-            raise ValueError(f"alpha must be finite and not zero (zero would switch the adapter off), got {self.alpha}")
-        if not isinstance(self.dropout, (int, float)) or isinstance(self.dropout, bool):
-            raise TypeError(f"dropout must be a number, got {self.dropout!r}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
+        check_count("r", self.r)
+        check_number("alpha", self.alpha, "finite and not zero (zero would switch the adapter off)")
+        check_number("dropout", self.dropout, "in [0, 1)")
         for setting, name, table in (("scaling", self.scaling, SCALINGS), ("variant", self.variant, VARIANTS)):
             if name not in table:
                 raise ValueError(f"unknown {setting} {name!r}; choose one of {sorted(table)}")

@@ -83,7 +83,7 @@ def test_a_refusal_names_the_place_and_changes_nothing(targets: Any, settings: A
     before = snapshot(model)
     with pytest.raises(ValueError) as error:
         inject_lora(model, targets, **settings)
-    assert str(error.value) == "\n".join(["nothing was changed, because of", *(f"  {line}" for line in lines)])
+    assert str(error.value) == "\n".join(["nothing was changed, because of:", *(f"  {line}" for line in lines)])
     assert snapshot(model) == before
 
 

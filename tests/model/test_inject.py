@@ -132,7 +132,7 @@ def same(before: Any, after: Any) -> bool:
 
 REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"targets": ["q", "qq"]}, ValueError,
-     "nothing was changed, because of\n  target 'qq' matches no module or parameter (did you mean 'q'?)"),
+     "nothing was changed, because of:\n  target 'qq' matches no module or parameter (did you mean 'q'?)"),
     ({"targets": ["blocks.0.w"]}, ValueError,
      "target 'blocks.0.w' matches no module or parameter (did you mean 'blocks.0.v' or 'blocks.0.q' or 'blocks.0'?)"),
     ({"targets": ["norm"]}, ValueError,

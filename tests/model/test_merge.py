@@ -52,7 +52,7 @@ def test_a_failed_merge_leaves_the_model_as_it_was() -> None:
     with torch.no_grad():
         model[2].lora_B["default"][0, 0] = torch.nan
     weights, before = [model[0].weight, model[2].weight], model[0](x)
-    with pytest.raises(ValueError, match=r"nothing was merged, because of\n  '2': the merged weight is not finite"):
+    with pytest.raises(ValueError, match=r"nothing was merged, because of:\n  '2': the merged weight is not finite"):
         merge_lora(model)
     assert model[0].weight is weights[0] and model[0].lora_merge is None and torch.equal(model[0](x), before)
     with pytest.raises(ValueError, match="not finite"):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_plus.errors import Problems
+from lora_plus.errors import Problems, check_count
 from lora_plus.files.checks import base_problem
 from lora_plus.files.paths import PathLike, stated
 from lora_plus.files.save import FormatName, save_adapter
@@ -23,7 +23,6 @@ from lora_plus.surgery.bare_tree import bare_tree
 from lora_plus.surgery.draft import CombineReport, Draft
 from lora_plus.surgery.extract import Pair, extract
 from lora_plus.tensors.matrix import to_matrix
-from lora_plus.tensors.variant import AdapterSpec
 from lora_plus.text import join, near_misses
 
 from .folder import Checkpoint
@@ -75,7 +74,7 @@ def extract_checkpoint(
         FileNotFoundError: if a checkpoint is not there.
         OSError: if a file of a checkpoint is replaced or written to meanwhile, or ``out`` cannot be written.
     """
-    AdapterSpec(r=r, alpha=r)
+    check_count("r", r)
     stated(out)
     for path in (base, tuned):
         if not stated(path).exists():
