@@ -11,6 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
+from lora_plus.text import some
+from lora_plus.training.checks import CHECKS, COLLECTIVE, Training
+
 
 @dataclass(frozen=True)
 class _Engine:
@@ -64,17 +67,18 @@ _FSDP1 = _Engine(
 _ENGINES = (_DDP, _FSDP2, _FSDP1)
 
 
-def unreduced(model: nn.Module) -> tuple[list[str], str]:
-    """The names of the trainable parameters that an engine in the model leaves out, and what to do about it.
-
-    None where the model is in no engine.
-    """
+def unreduced(training: Training) -> Iterator[str]:
+    """Trainable parameters that an engine in the model leaves out."""
+    model = training.model
     found = [(engine, module) for module in model.modules() for engine in _ENGINES if isinstance(module, engine.kind)]
-    if not found:
-        return [], ""
     known = {id(parameter) for engine, module in found for parameter in engine.reduced(module)}
-    unknown = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in known]
-    return unknown, found[0][0].advice
+    names = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in known]
+    if found and names:
+        advice = found[0][0].advice
+        yield f"{some(names)} would drift apart between ranks, for their gradients are not reduced: {advice}"
+
+
+CHECKS.append(unreduced)
 
 
 Replicas = dict[Any, dict[str, Tensor]]
@@ -115,6 +119,24 @@ def _placed(tensor: Any) -> Iterator[tuple[Any, Any]]:
     if _is_distributed(tensor):
         for dimension, placement in enumerate(tensor.placements):
             yield tensor.device_mesh.get_group(dimension), placement
+
+
+def told(model: nn.Module, findings: list[str]) -> list[str]:
+    """The findings of all ranks, and replicas that are not equal."""
+    different: list[str] = []
+    for group, tensors in replicas(model).items():
+        findings, names = told_by_all(group, findings, tensors)
+        different += names
+    if not different:
+        return findings
+    return [
+        *findings,
+        f"{some(different)} differ between ranks, which would train replicas of their own: load or draw the same "
+        "values on all ranks, before wrapping or sharding; DistributedDataParallel makes them equal when it wraps",
+    ]
+
+
+COLLECTIVE.append(told)
 
 
 def told_by_all(group: Any, findings: Sequence[str], tensors: Mapping[str, Tensor]) -> tuple[list[str], list[str]]:

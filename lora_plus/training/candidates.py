@@ -1,13 +1,16 @@
-"""The settings that are compared in a sweep, and what came of them."""
+"""The settings that are compared in a sweep, their training, and what came of them."""
 
 from __future__ import annotations
 
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from os import PathLike
+from dataclasses import dataclass, field, fields
 from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from lora_plus.text import aligned
 
@@ -36,7 +39,7 @@ def grid(
 ) -> list[Candidate]:
     """A candidate for each combination of these values, the last ones varying fastest.
 
-    Example:
+    Examples:
         >>> len(grid(lr=[1e-4, 3e-4], lr_ratio=[1, 4, 16], seed=range(2)))
         12
 
@@ -72,6 +75,52 @@ class SweepRow:
         return self.stopped == "diverged", -len(self.losses), self.loss if math.isfinite(self.loss) else math.inf
 
 
+@dataclass
+class Run:
+    """One candidate in training."""
+
+    candidate: Candidate
+    parameters: list[nn.Parameter]
+    optimizer: torch.optim.Optimizer | None
+    """None once it is trained no further."""
+    schedule: LambdaLR | None
+    losses: list[float] = field(default_factory=list)
+    evaluated: float | None = None
+    """The mean loss of an evaluation after the last step."""
+    stopped: str = ""
+
+    def step(self, loss: float, max_norm: float | None) -> None:
+        """Update the adapter by its gradients, or stop if the loss or the gradients are not finite."""
+        assert self.optimizer is not None
+        norm = nn.utils.clip_grad_norm_(self.parameters, math.inf if max_norm is None else max_norm)
+        self.losses.append(loss)
+        self.evaluated = None
+        if not (math.isfinite(loss) and bool(norm.isfinite())):
+            self.stop("diverged")
+            return
+        self.optimizer.step()
+        if self.schedule is not None:
+            self.schedule.step()
+
+    def clear(self) -> None:
+        """Drop the gradients."""
+        for parameter in self.parameters:
+            parameter.grad = None
+
+    def stop(self, why: str) -> None:
+        """Leave the adapter as it is from here on."""
+        self.stopped, self.optimizer, self.schedule = why, None, None
+        self.clear()
+        for parameter in self.parameters:
+            parameter.requires_grad_(False)
+
+    def row(self) -> SweepRow:
+        last = self.losses[-max(1, len(self.losses) // 5) :]
+        mean = sum(last) / len(last) if last else math.nan
+        loss = mean if self.evaluated is None else self.evaluated
+        return SweepRow(self.candidate, loss, tuple(self.losses), self.stopped)
+
+
 @dataclass(frozen=True)
 class SweepResult:
     """What came of a sweep. ``str()`` of it is a table."""
@@ -99,36 +148,3 @@ class SweepResult:
             for row in self.rows
         ]  # fmt: skip
         return "\n".join(aligned([head, *cells]))
-
-    def plot(self, path: str | PathLike[str]) -> None:
-        """Draw the loss over lr and lr_ratio into a file: a panel for each r and alpha, the mean over seeds.
-
-        A cell is empty where there is no candidate, or one diverged. Stopped candidates have the loss they stopped at.
-
-        Raises:
-            ImportError: if matplotlib is not installed.
-        """
-        try:
-            from matplotlib.figure import Figure
-        except ImportError:
-            raise ImportError("the picture of a sweep needs matplotlib: pip install matplotlib") from None
-        chosen = [row.candidate for row in self.rows]
-        panels = sorted({(each.r, each.alpha) for each in chosen})
-        rates, ratios = sorted({each.lr for each in chosen}), sorted({each.lr_ratio for each in chosen})
-        cells: dict[tuple[float, ...], list[float]] = {}
-        for row in self.rows:
-            own = row.candidate
-            loss = math.nan if row.stopped == "diverged" else row.loss
-            cells.setdefault((own.r, own.alpha, own.lr, own.lr_ratio), []).append(loss)
-        means = {cell: sum(losses) / len(losses) for cell, losses in cells.items()}
-        finite = [mean for mean in means.values() if math.isfinite(mean)] or [0.0]
-        figure = Figure(figsize=(1.5 + 3.5 * len(panels), 3.5), layout="constrained")
-        axes = figure.subplots(1, len(panels), squeeze=False)[0]
-        for panel, (r, alpha) in zip(axes, panels, strict=True):
-            shown = [[means.get((r, alpha, lr, ratio), math.nan) for ratio in ratios] for lr in rates]
-            image = panel.imshow(shown, vmin=min(finite), vmax=max(finite), origin="lower", aspect="auto")
-            panel.set_xticks(range(len(ratios)), [f"{ratio:g}" for ratio in ratios])
-            panel.set_yticks(range(len(rates)), [f"{lr:g}" for lr in rates])
-            panel.set(title=f"r = {r}, alpha = {alpha:g}", xlabel="lr_ratio", ylabel="lr")
-        figure.colorbar(image, ax=list(axes), label="loss")
-        figure.savefig(path)

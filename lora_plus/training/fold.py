@@ -9,13 +9,12 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from lora_plus.errors import check_number
 from lora_plus.model.adapters import check_adapter, check_unmerged
 from lora_plus.model.inject import check_uncopied
 from lora_plus.model.storage import shards_of
 from lora_plus.model.tree import adapters_of
 from lora_plus.tensors.variant import SUBTRACTED
-
-from .groups import check_number
 
 FOLDS: dict[str, Callable[[float], float]] = {
     "adam": lambda ratio: ratio,  # a step does not depend on the gradient's size
@@ -63,7 +62,7 @@ def fold_lr_ratio(model: nn.Module, lr_ratio: float, *, rule: str = "adam", adap
         ValueError: if the ratio or the rule is unknown or out of range, the model is merged or disabled, or the adapter
             is on embeddings only. The model is then as it was.
     """
-    check_number("lr_ratio", lr_ratio)
+    check_number("lr_ratio", lr_ratio, tensor=True)
     if rule not in FOLDS:
         raise ValueError(f"unknown rule {rule!r}; choose one of {sorted(FOLDS)}")
     check_adapter(model, adapter)

@@ -1,9 +1,8 @@
-"""Whether a larger ratio may help here: figures of A and B from the gradients and the optimizer's steps."""
+"""Whether a larger ratio may help: what the optimizer's steps of A and B take off the loss, and other measures."""
 
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lora_plus.errors import check_count
 from lora_plus.layers.adapter import whole_factors
 from lora_plus.model.inject import check_whole
 from lora_plus.model.tree import adapters_of, unwrap
@@ -21,22 +21,8 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-class HitRate(NamedTuple):
-    """How often a verdict was right."""
-
-    right: int
-    out_of: int
-
-
-MEASURED = {"no": HitRate(10, 14), "yes": HitRate(17, 26)}
-"""Of the verdicts on the held-out settings of ``benchmarks/results/gauge.md``, all read at a tuned learning rate."""
-
-
 _FEWEST = 10
 """Steps, at least, for a verdict: with B = 0, the first ones are B's alone."""
-
-_YES = "A does most of the work; a larger ratio may help, at the same geometric-mean rate (lr_mode='geometric')"
-_NO = "B does at least as much of the work as A; raising the ratio will probably not help here"
 
 
 def work_share(work_A: float, work_B: float) -> float:
@@ -81,7 +67,7 @@ class GaugeRow:
         return work_share(self.work_A, self.work_B)
 
 
-_COLUMNS: dict[str, tuple[str, Callable[[GaugeRow], float]]] = {
+COLUMNS: dict[str, tuple[str, Callable[[GaugeRow], float]]] = {
     "w": ("+.2f", lambda row: row.work_share),
     "growth of A": (".2f", lambda row: row.growth_A),
     "|sBA|": (".3g", lambda row: row.update),
@@ -107,65 +93,34 @@ class GaugeReport:
 
     @property
     def verdict(self) -> str:
-        """Whether a larger ratio may help, in words, with how often the same words were right in the benchmark."""
-        w = self.work_share
+        """What w says of a larger ratio; the documentation has how often that was right."""
         if self.steps < _FEWEST:
-            return f"No verdict: {self.steps} steps are too few to tell; measure {_FEWEST} or more."
-        if math.isnan(w):
-            return "No verdict: neither A's nor B's steps lowered the loss. Lower the learning rate, or measure longer."
-        said, words = ("yes", _YES) if w > 0 else ("no", _NO)
-        right, out_of = MEASURED[said]
-        helped = MEASURED["yes"].right + MEASURED["no"].out_of - MEASURED["no"].right
-        judged = sum(rate.out_of for rate in MEASURED.values())
-        return (
-            f"w = {w:+.2f}: {words}. A heuristic: right in {right} of the {out_of} held-out small settings in which it "
-            f"said so; a larger ratio helped in {helped} of all {judged}. It was judged at tuned learning rates, so "
-            "read it at one."
-        )
+            return f"no verdict: {self.steps} steps are too few; measure {_FEWEST} or more"
+        if math.isnan(self.work_share):
+            return "no verdict: no step of A or B lowered the loss; lower the learning rate"
+        if self.work_share > 0:
+            return "A does most of the work: a larger ratio may help, with lr_mode='geometric'"
+        return "B does at least as much as A: a larger ratio will probably not help"
 
     def __str__(self) -> str:
-        cells = [("layer", "adapter", *_COLUMNS)] + [
-            (row.name or "(model)", row.adapter, *(format(get(row), style) for style, get in _COLUMNS.values()))
+        cells = [("layer", "adapter", *COLUMNS)] + [
+            (row.name or "(model)", row.adapter, *(format(get(row), style) for style, get in COLUMNS.values()))
             for row in self.rows
         ]
-        return "\n".join([*aligned(cells), f"{self.steps} steps. {self.verdict}"])
-
-    def plot(self, path: str | os.PathLike[str]) -> None:
-        """Draw the table, a bar for each layer and figure, into a file of any type that matplotlib writes.
-
-        Raises:
-            ImportError: if matplotlib is not installed.
-        """
-        try:
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise ImportError("drawing a gauge needs matplotlib; run: pip install matplotlib") from error
-        figure = Figure(figsize=(2.2 * len(_COLUMNS) + 2, 0.2 * len(self.rows) + 1.5), layout="constrained")
-        places = range(len(self.rows))
-        for panel, (title, (_, get)) in zip(
-            figure.subplots(1, len(_COLUMNS), sharey=True), _COLUMNS.items(), strict=True
-        ):
-            figures = [get(row) for row in self.rows]
-            panel.barh(places, [value if math.isfinite(value) else 0.0 for value in figures])
-            panel.set_title(title, fontsize=9)
-            panel.set_yticks(places, [f"{row.name or '(model)'} {row.adapter}" for row in self.rows], fontsize=7)
-        panel.invert_yaxis()  # once for all: they share the axis
-        figure.suptitle(f"w = {self.work_share:+.2f} over all layers, {self.steps} steps", fontsize=9)
-        figure.savefig(path, dpi=120)
+        return "\n".join([*aligned(cells), f"w = {self.work_share:+.2f} over {self.steps} steps; {self.verdict}"])
 
 
 class LoRAPlusGauge:
     """Watches an optimizer's steps, to tell whether a larger ratio of B's rate to A's may help.
 
-    It needs no activations and changes nothing: before a step it copies A and B, after it compares. The gradients are
-    read after the step too, so they are the ones that a closure, clipping or a gradient scaler left for it; an
-    optimizer that evaluates its closure several times (LBFGS) or overwrites gradients is not measured rightly. Steps in
-    which a figure is not finite are passed over. Weight decay is part of a step, as what the optimizer did.
+    It changes nothing: before a step it copies A and B, and after it compares. Gradients are read after the step, so
+    that they are what clipping or a gradient scaler left; an optimizer that evaluates its closure several times (LBFGS)
+    is not measured rightly. Steps in which a figure is not finite are passed over. Weight decay is part of a step.
 
-    Embedding adapters are left out, since the ratio does not set their rates, and so are layers of which the optimizer
-    does not hold both A and B.
+    Embedding adapters, whose rates the ratio does not set, are left out, and so are layers of which the optimizer does
+    not hold both A and B.
 
-    Example:
+    Examples:
         >>> with LoRAPlusGauge(model, optimizer) as gauge:
         ...     train(model, optimizer)
         >>> print(gauge.report())
@@ -182,16 +137,14 @@ class LoRAPlusGauge:
         Raises:
             ValueError: if the optimizer holds both A and B of no layer, if they are sharded, or ``every`` is below 1.
         """
-        if every < 1:
-            raise ValueError(f"every must be at least 1, got {every}")
+        check_count("every", every)
         check_whole(model, "measuring A and B")
         held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         self._pairs = [pair for pair in _pairs(unwrap(model)) if {id(pair.A), id(pair.B)} <= held]
         if not self._pairs:
             raise ValueError(
-                "the optimizer holds both A and B of no layer of this model, and the gauge compares the two; build it "
-                "with create_loraplus_optimizer(model, ...), and give the gauge that very model. (DeepSpeed's "
-                "optimizers hold flat copies and cannot be measured.)"
+                "the optimizer holds both A and B of no layer of this model; build it with "
+                "create_loraplus_optimizer(model, ...), not under DeepSpeed"
             )
         for pair in self._pairs:
             if hasattr(pair.A, "full_tensor"):

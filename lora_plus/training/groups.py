@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import nn
 
-from lora_plus.errors import check_makes_optimizers, check_passed_on, named_keywords
-from lora_plus.layers.adapter import Adapter
-from lora_plus.layers.weight import AdaptedWeight
+from lora_plus.errors import check_makes_optimizers, check_number, check_passed_on, named_keywords
 from lora_plus.model.storage import shards_of
 from lora_plus.model.tree import adapters_of
 from lora_plus.model.unsaved import unsaved
 from lora_plus.tensors.variant import FACTORS, VARIANTS
 
-LR_MODES: dict[str, Callable[[float, float], tuple[float, float]]] = {
+O = TypeVar("O", bound=torch.optim.Optimizer)  # noqa: E741 - an optimizer's class gives its instance's type
+
+LrMode = Literal["A", "geometric", "B"]
+
+LR_MODES: dict[LrMode, Callable[[float, float], tuple[float, float]]] = {
     "A": lambda lr, ratio: (lr, lr * ratio),  # the paper's convention
     "geometric": lambda lr, ratio: (lr / math.sqrt(ratio), lr * math.sqrt(ratio)),
     "B": lambda lr, ratio: (lr / ratio, lr),
@@ -31,9 +33,6 @@ that of its B. Optimizers keep it, also in their ``state_dict``."""
 Roles = Iterable[tuple[str, str, nn.Parameter]]
 """``(adapter, role, parameter)`` for each parameter of an adapter."""
 
-Adapters = Sequence[tuple[str, Adapter, AdaptedWeight]]
-"""The adapters of a model, as `adapters_of` gives them."""
-
 _OTHER_ROLES = {
     "B_bias": ("B", False),  # a column of B whose input is 1
     "embedding_A": ("embedding", True),
@@ -41,8 +40,8 @@ _OTHER_ROLES = {
 }
 
 
-def kind_of_role() -> dict[str, tuple[str, bool]]:
-    """Role -> what the parameter is to the optimizer, and whether it is decayed where no rule is given."""
+def kinds_of_roles() -> dict[str, tuple[str, bool]]:
+    """Role of a tensor -> kind of its group, and whether it is decayed where no rule is given, as variants state it."""
     stated = (tensor for variant in VARIANTS.values() for tensor in (*FACTORS, *variant.tensors))
     return {tensor.role: (tensor.group, tensor.decays) for tensor in stated} | _OTHER_ROLES
 
@@ -50,12 +49,11 @@ def kind_of_role() -> dict[str, tuple[str, bool]]:
 def group_names() -> dict[tuple[str, bool], str]:
     """``(kind, whether it is decayed)`` -> name of the group, in the order of the groups."""
     usual = {"A": True, "B": True, "embedding": True}
-    for kind, decays in kind_of_role().values():
+    for kind, decays in (*kinds_of_roles().values(), ("other", True)):
         usual.setdefault(kind, decays)
-    usual["other"] = usual.pop("other", True)  # the last one
-    names = {kind: kind if kind == "other" else f"lora_{kind}" for kind in usual}
     return {
-        (kind, decays): names[kind] + ("" if decays == usually else "_decay" if decays else "_no_decay")
+        (kind, decays): (kind if kind == "other" else f"lora_{kind}")
+        + ("" if decays == usually else "_decay" if decays else "_no_decay")
         for kind, usually in usual.items()
         for decays in (True, False)
     }
@@ -67,7 +65,7 @@ def loraplus_param_groups(
     *,
     lr: float,
     lr_ratio: float = 4.0,
-    lr_mode: str = "A",
+    lr_mode: LrMode = "A",
     weight_decay: float = 0.0,
     embedding_lr: float | None = 1e-6,
     roles: Roles = (),
@@ -89,8 +87,7 @@ def loraplus_param_groups(
     ``lora_embedding_no_decay`` and ``lora_magnitude_decay``.
 
     With ``lr_ratio=1, embedding_lr=None`` and the same weight decay on each parameter, training follows plain LoRA with
-    the same optimizer bit for bit. Under Adam a ratio is the same as alpha times that ratio at one rate (up to
-    epsilon, weight decay and gradient clipping): `fold_lr_ratio` does that for optimizers that take a single rate.
+    the same optimizer bit for bit. `fold_lr_ratio` is for optimizers that take a single rate.
 
     Args:
         model: a model with adapters; wrapped (DDP, compiled) or not.
@@ -114,55 +111,51 @@ def loraplus_param_groups(
             not one of those above, or a base weight under an adapter is trainable, or what a variant or an init holds
             fixed.
     """
-    rate_A, rate_B = _rates(lr, lr_ratio, lr_mode)
-    check_number("weight_decay", weight_decay, least=0.0)
+    rate_A, rate_B = rates(lr, lr_ratio, lr_mode)
+    check_number("weight_decay", weight_decay, "finite and at least 0", tensor=True)
     if embedding_lr is not None:
-        check_number("embedding_lr", embedding_lr)
+        check_number("embedding_lr", embedding_lr, tensor=True)
     settings: dict[str, dict[str, Any]] = {
         "A": {"lr": rate_A, LR_RATIO: 1.0},
         "B": {"lr": rate_B, LR_RATIO: float(lr_ratio)},
         "embedding": {"lr": lr if embedding_lr is None else embedding_lr},
     }
     shape = shards_of(model).shape  # from here on parameters are the ones that are trained, and not gathered copies
-    adapters = list(adapters_of(model))
-    _check_active(adapters)
+    role_of = _roles(model, roles)
     unsaved(model).check("the groups were not made")
     names = group_names()
+    rule = None if decayed is None else {id(parameter) for parameter in decayed}
     members: dict[tuple[str, bool], list[nn.Parameter]] = {key: [] for key in names}
-    for key, parameter in _grouped(model, _roles(adapters, roles), decayed, shape):
-        members[key].append(parameter)
+    for parameter, kind, decays in _trained(model, role_of, shape):
+        members[kind, decays if rule is None else id(parameter) in rule].append(parameter)
     if all(kind == "other" for (kind, _), held in members.items() if held):
         raise ValueError(
             "every adapter of the model is frozen; choose the one to be trained with "
-            "set_adapter(model, name, trainable=True), or load it with load_adapter(..., trainable=True)"
+            "set_adapter(model, name, trainable=True)"
         )
-    return [
-        {
-            "params": held,
-            "name": names[kind, decays],
-            **setting,
-            "lr": own_rate(setting["lr"]),
-            "weight_decay": weight_decay if decays else 0.0,
-        }
-        for (kind, decays), held in members.items()
-        for setting in [settings.get(kind, {"lr": lr})]
-        if held
-    ]
+    groups = []
+    for (kind, decays), held in members.items():
+        if held:
+            own = settings.get(kind, {"lr": lr})
+            decay = weight_decay if decays else 0.0
+            entries = {**own, "lr": own_rate(own["lr"]), "weight_decay": decay}
+            groups.append({"params": held, "name": names[kind, decays], **entries})
+    return groups
 
 
 def create_loraplus_optimizer(
     model: nn.Module,
-    optimizer_cls: Callable[..., torch.optim.Optimizer],
+    optimizer_cls: Callable[..., O],
     *,
     lr: float,
     lr_ratio: float = 4.0,
-    lr_mode: str = "A",
+    lr_mode: LrMode = "A",
     weight_decay: float = 0.0,
     embedding_lr: float | None = 1e-6,
     roles: Roles = (),
     decayed: Iterable[nn.Parameter] | None = None,
     **kwargs: Any,
-) -> torch.optim.Optimizer:
+) -> O:
     """An optimizer over the groups of `loraplus_param_groups`.
 
     Args:
@@ -177,15 +170,9 @@ def create_loraplus_optimizer(
     check_makes_optimizers(optimizer_cls)
     check_passed_on(create_loraplus_optimizer, optimizer_cls, kwargs)
     groups = loraplus_param_groups(
-        model,
-        lr=lr,
-        lr_ratio=lr_ratio,
-        lr_mode=lr_mode,
-        weight_decay=weight_decay,
-        embedding_lr=embedding_lr,
-        roles=roles,
-        decayed=decayed,
-    )
+        model, lr=lr, lr_ratio=lr_ratio, lr_mode=lr_mode, weight_decay=weight_decay, embedding_lr=embedding_lr,
+        roles=roles, decayed=decayed,
+    )  # fmt: skip
     # some schedulers start from optimizer.defaults["lr"], not from the groups
     optimizer = optimizer_cls(groups, lr=own_rate(lr), **kwargs)
     if weight_decay and "weight_decay" not in optimizer.defaults:
@@ -195,104 +182,21 @@ def create_loraplus_optimizer(
     return optimizer
 
 
-def convert_lr(lr: float, *, lr_ratio: float = 4.0, lr_mode: str = "A") -> float:
-    """The ``lr`` of LoRA+ that goes with a tuned rate of plain LoRA.
-
-    It keeps the geometric mean of the rates of A and B at the tuned rate, which is what transfers between ratios:
-    ``lr / sqrt(lr_ratio)`` in mode "A", ``lr`` in mode "geometric", ``lr * sqrt(lr_ratio)`` in mode "B".
-
-    Example:
-        >>> convert_lr(2e-4, lr_ratio=4)
-        0.0001
-        >>> convert_lr(2e-4, lr_ratio=4, lr_mode="geometric")
-        0.0002
-        >>> convert_lr(2e-4, lr_ratio=4, lr_mode="B")
-        0.0004
-
-    Args:
-        lr: the rate at which plain LoRA does best, with the same optimizer, rank and alpha.
-        lr_ratio, lr_mode: as they will be passed to `loraplus_param_groups`.
-
-    Raises:
-        ValueError: if a number is out of range, or the mode unknown.
-    """
-    check_number("lr", lr)
-    return lr / math.sqrt(math.prod(_rates(1.0, lr_ratio, lr_mode)))
-
-
-def split_loraplus_groups(
-    groups: Iterable[Mapping[str, Any]], model: nn.Module, *, lr_ratio: float, lr_mode: str = "A"
-) -> list[dict[str, Any]]:
-    """Split A and B out of parameter groups that exist already, each at its own group's rate times its factor.
-
-    For groups with several base rates, such as layer-wise decay. Everything else, embedding adapters included, stays at
-    its group's rate. With ``lr_mode="A"`` only the B matrices leave their group.
-
-    Args:
-        groups: dicts with ``"params"`` and ``"lr"``, as for a torch optimizer; they are not changed. Their other
-            entries are passed on to the parts.
-        model: the model that the parameters belong to.
-        lr_ratio, lr_mode: as in `loraplus_param_groups`.
-
-    Returns:
-        New groups, none of them empty. The parts are named after their group and ``lora_A`` or ``lora_B``. Where a
-        group held both, the parts with A and B note their ratio as ``"loraplus_ratio"``.
-
-    Raises:
-        ValueError: if a group has no ``"lr"``, or no group holds a B matrix of the model.
-    """
-    factor_A, factor_B = _rates(1.0, lr_ratio, lr_mode)
-    unsaved(model).check("the groups were not split")
-    role_of = {id(parameter): role for _, adapter, _ in adapters_of(model) for role, parameter in adapter.parameters()}
-    factors = {"A": factor_A, "B": factor_B}
-    part_of = {role: role if factor != 1.0 else "" for role, factor in factors.items()}
-    split: list[dict[str, Any]] = []
-    found_B = False
-    for index, group in enumerate(groups):
-        if "lr" not in group:
-            raise ValueError(f"group {index} has no 'lr'; give each group the rate that B shall learn at a multiple of")
-        parts: dict[str, list[Any]] = {"A": [], "": [], "B": []}  # in this order, A comes before its B
-        roles = set()
-        for member in group["params"]:
-            parameter = member[1] if isinstance(member, tuple) else member
-            role = role_of.get(id(parameter), "")
-            roles.add(role)
-            parts[part_of.get(role, "")].append(member)
-        found_B |= "B" in roles
-        ratios = {part_of["A"]: 1.0, part_of["B"]: factor_B / factor_A} if {"A", "B"} <= roles else {}
-        name = group.get("name", f"group_{index}")
-        for role, members in parts.items():
-            part = {**group, "params": members, "name": f"{name}.lora_{role}" if role else name}
-            part["lr"] = group["lr"] * factors[role] if role else own_rate(group["lr"])
-            if role in ratios:
-                part[LR_RATIO] = ratios[role]
-            if members:
-                split.append(part)
-    if not found_B:
-        raise ValueError(
-            "no group holds a B matrix of this model; call inject_lora first and build the groups from its parameters"
-        )
-    return split
-
-
-def _check_active(adapters: Adapters) -> None:
-    """Raise where only adapters that take no part in the forward are trainable."""
-    trainable = {
-        (adapter.name, adapter.name in weight.active_names())
-        for _, adapter, weight in adapters
-        if any(parameter.requires_grad for _, parameter in adapter.parameters())
-    }
-    if trainable and not any(active for _, active in trainable):
-        names = sorted({adapter for adapter, _ in trainable})
+def _roles(model: nn.Module, given: Roles) -> dict[int, str]:
+    """By id, the role of each parameter of an adapter. Raises where no trainable one takes part in the forward."""
+    roles: dict[int, str] = {}
+    trained: dict[str, bool] = {}
+    for _, adapter, weight in adapters_of(model):
+        for role, parameter in adapter.parameters():
+            roles[id(parameter)] = role
+            if parameter.requires_grad:
+                trained[adapter.name] = trained.get(adapter.name, False) or adapter.name in weight.active_names()
+    if trained and not any(trained.values()):
+        names = sorted(trained)
         raise ValueError(
             f"the trainable adapters {names} are not active and would get no gradient; call "
-            f"set_adapter(model, {names}), or set requires_grad on the parameters of the active one and not on theirs"
+            f"set_adapter(model, {names}, trainable=True)"
         )
-
-
-def _roles(adapters: Adapters, given: Roles) -> dict[int, str]:
-    """By id, the role of each parameter of an adapter."""
-    roles = {id(parameter): role for _, adapter, _ in adapters for role, parameter in adapter.parameters()}
     roles |= {id(parameter): role for _, role, parameter in known_roles(given)}
     if not roles:
         raise ValueError("the model has no LoRA adapter; call inject_lora(model, ...) before building the optimizer")
@@ -301,47 +205,39 @@ def _roles(adapters: Adapters, given: Roles) -> dict[int, str]:
 
 def known_roles(given: Roles) -> Roles:
     """These roles; each is checked as it is taken."""
-    known = kind_of_role()
+    known = kinds_of_roles()
     for adapter, role, parameter in given:
         if role not in known:
             raise ValueError(f"unknown role {role!r} of the adapter {adapter!r}; choose one of {sorted(known)}")
         yield adapter, role, parameter
 
 
-def _grouped(
-    model: nn.Module,
-    roles: Mapping[int, str],
-    decayed: Iterable[nn.Parameter] | None,
-    shape: Callable[[nn.Parameter], Sequence[int]],
-) -> Iterator[tuple[tuple[str, bool], nn.Parameter]]:
-    """``((kind, whether it is decayed), parameter)`` for every trainable parameter, each once.
+_NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
 
-    ``shape`` gives that of the whole parameter.
-    """
-    chosen = None if decayed is None else {id(parameter) for parameter in decayed}
+
+def _trained(
+    model: nn.Module, roles: Mapping[int, str], shape: Callable[[nn.Parameter], Sequence[int]]
+) -> Iterator[tuple[nn.Parameter, str, bool]]:
+    """Every trainable parameter once, the kind of its group, and whether it is decayed where no rule is given."""
     seen: set[int] = set()
-    kinds = kind_of_role()
+    kinds = kinds_of_roles()
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is None or not parameter.requires_grad or id(parameter) in seen:
                 continue
             seen.add(id(parameter))
-            role = roles.get(id(parameter), "")
-            kind, decays = kinds.get(role) or _other_kind(module, name, len(shape(parameter)))
-            yield (kind, decays if chosen is None else id(parameter) in chosen), parameter
+            if id(parameter) in roles:
+                kind, decays = kinds[roles[id(parameter)]]
+            else:
+                kind = "other"
+                decays = len(shape(parameter)) >= 2 and name != "bias" and not isinstance(module, _NORMS)
+            yield parameter, kind, decays
 
 
-_NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
-
-
-def _other_kind(module: nn.Module, name: str, dimensions: int) -> tuple[str, bool]:
-    plain = dimensions >= 2 and name != "bias" and not isinstance(module, _NORMS)
-    return "other", plain
-
-
-def _rates(lr: float, lr_ratio: float, lr_mode: str) -> tuple[float, float]:
-    check_number("lr", lr)
-    check_number("lr_ratio", lr_ratio)
+def rates(lr: float, lr_ratio: float, lr_mode: LrMode) -> tuple[float, float]:
+    """The rates of A and B."""
+    check_number("lr", lr, tensor=True)
+    check_number("lr_ratio", lr_ratio, tensor=True)
     try:
         return LR_MODES[lr_mode](lr, lr_ratio)
     except KeyError:
@@ -351,13 +247,3 @@ def _rates(lr: float, lr_ratio: float, lr_mode: str) -> tuple[float, float]:
 def own_rate(lr: Any) -> Any:
     """The rate for one group: schedulers write into a rate that is a tensor, so that no two groups may share one."""
     return lr.clone() if isinstance(lr, torch.Tensor) else lr
-
-
-def check_number(name: str, value: Any, least: float | None = None) -> None:
-    """Raise unless the value is a finite number (or one-element tensor) that is positive, or at least ``least``."""
-    if isinstance(value, bool) or not isinstance(value, (int, float, torch.Tensor)):
-        raise TypeError(f"{name} must be a number, got {value!r}")
-    number = float(value)
-    if not math.isfinite(number) or (number <= 0 if least is None else number < least):
-        bound = "positive" if least is None else f"at least {least:g}"
-        raise ValueError(f"{name} must be finite and {bound}, got {value!r}")

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
 
-from lora_plus.engines.ranks import replicas, told_by_all, unreduced
+from lora_plus.errors import Problems, check_number
 from lora_plus.layers.weight import AdaptedWeight
 from lora_plus.model.storage import reshard
 from lora_plus.model.tree import adapters_of
-from lora_plus.model.unsaved import Unsaved, unsaved
+from lora_plus.model.unsaved import unsaved
 from lora_plus.text import some
 
-from .groups import LR_RATIO, Adapters, Roles, check_number, group_names, kind_of_role, known_roles
+from .checks import CHECKS, COLLECTIVE, Member, Training
+from .groups import LR_RATIO, Roles, group_names, kinds_of_roles, known_roles
 from .schedule import TOLERANCE
 
 
@@ -30,30 +30,24 @@ def check_optimizer(
 ) -> None:
     """Raise where training with this optimizer would silently do something else than LoRA+ on this model.
 
-    To be called once before training, after the model is wrapped or sharded and the optimizer is built or its state
-    loaded. What is looked at:
+    Call it once before training, after the model is wrapped or sharded and the optimizer is built or its state loaded:
 
     - each trainable parameter is in one group, and each member of a group is a parameter of the model: an optimizer
       built before ``fully_shard``, ``parallelize_module`` or ``to_empty`` holds parameters that the model has no more;
     - each trainable adapter takes part in the forward: it is active, not merged and not disabled;
-    - the rates of A and B of each adapted weight are in the ratio that their groups note (``lr_ratio`` of
-      `loraplus_param_groups`), and the groups hold what their names say: a state loaded into groups in another order
-      changes both;
-    - what adapters are defined by stays fixed: no base weight under an adapter is trainable, nor what a variant
-      (LoRA-FA) or an init (PiSSA) holds fixed;
-    - the engine (DDP, ``fully_shard``, FSDP1) reduces the gradients of all trainable parameters: of adapters that
-      came later, or were made trainable later, it does not know;
+    - the rates of A and B of each adapted weight are in the ratio that their groups note, and the groups hold what
+      their names say: a state loaded into groups in another order changes both;
+    - no base weight under an adapter is trainable, nor what a variant (LoRA-FA) or an init (PiSSA) holds fixed;
+    - the engine (DDP, ``fully_shard``, FSDP1) reduces the gradients of all trainable parameters: it does not know of
+      adapters that came later, or were made trainable later;
     - under DDP, and over the ranks on which a DTensor is replicated, trainable parameters are equal.
 
     A warning names the trainable parameters that will be saved with no adapter: unfrozen by hand, and in no module of
-    ``train_also``.
+    ``train_also``. Where the model is in DDP or has DTensors this is a collective: all ranks must call it, and all
+    raise alike. Parameters that ``fully_shard`` left whole after a forward are sharded again. Engines that give the
+    optimizer flat copies of the parameters need a check of their own (``lora_plus.engines.deepspeed.check_engine``).
 
-    Where the model is in DDP or has DTensors this is a collective: all ranks must call it, and all raise alike.
-    Parameters that ``fully_shard`` left whole after a forward are sharded again; nothing else is touched. Engines that
-    give the optimizer flat copies of the parameters need a check of their own, as
-    ``lora_plus.engines.deepspeed.check_engine`` is.
-
-    Example:
+    Examples:
         >>> optimizer = create_loraplus_optimizer(model, torch.optim.AdamW, lr=1e-3, lr_ratio=4)
         >>> check_optimizer(optimizer, model, lr_ratio=4)
 
@@ -72,21 +66,14 @@ def check_optimizer(
     for each in optimizers:
         _check_kind(each)
     if lr_ratio is not None:
-        check_number("lr_ratio", lr_ratio)
+        check_number("lr_ratio", lr_ratio, tensor=True)
     reshard(model)
-    training = _Training.of(model, [group for each in optimizers for group in each.param_groups], lr_ratio, roles)
-    findings = [finding for check in _CHECKS for finding in check(training)]
-    different: list[str] = []
-    for group, tensors in replicas(model).items():
-        findings, names = told_by_all(group, findings, tensors)
-        different += names
-    if different:
-        findings.append(
-            f"{some(different)} differ between ranks, which would train replicas of their own: load or draw the same "
-            "values on all ranks, before wrapping or sharding; DistributedDataParallel makes them equal when it wraps"
-        )
+    training = _described(model, [group for each in optimizers for group in each.param_groups], lr_ratio, roles)
+    findings = [finding for check in (*_CHECKS, *CHECKS) for finding in check(training)]
+    for tell in COLLECTIVE:
+        findings = tell(model, findings)
     if findings:
-        raise ValueError("\n  ".join(["training would not do what the optimizer is set up for:", *findings]))
+        raise Problems("training would not do what the optimizer is set up for", findings)
     training.beside.warn(stacklevel=2)
 
 
@@ -101,92 +88,57 @@ def _check_kind(optimizer: Any) -> None:
         )
 
 
-_Group = Mapping[str, Any]
+def _described(model: nn.Module, groups: list[Mapping[str, Any]], lr_ratio: float | None, roles: Roles) -> Training:
+    """What is to be trained, as the checks ask for it."""
+    adapters = list(adapters_of(model))
+    own = [
+        Member(adapter.name, role, id(parameter))
+        for _, adapter, _ in adapters
+        for role, parameter in adapter.parameters()
+    ]
+    others = [Member(adapter, role, id(parameter)) for adapter, role, parameter in known_roles(roles)]
+    return Training(
+        model,
+        groups,
+        lr_ratio,
+        labels=[f"group {group.get('name', position)!r}" for position, group in enumerate(groups)],
+        position={id(p): position for position, group in enumerate(groups) for p in group["params"]},
+        names={id(parameter): name for name, parameter in model.named_parameters()},
+        trainable={id(parameter) for parameter in model.parameters() if parameter.requires_grad},
+        adapters=adapters,
+        tensors=own + others,
+        beside=unsaved(model, {tensor.key for tensor in others}),
+    )
 
 
-class _Tensor(NamedTuple):
-    """A tensor of an adapter."""
-
-    adapter: str
-    role: str
-    key: int
-    """The id of the parameter."""
-
-
-@dataclass(frozen=True)
-class _Training:
-    """What is to be trained, and in which groups it is. Parameters go by their ids."""
-
-    model: nn.Module
-    groups: list[_Group]
-    lr_ratio: float | None
-    labels: list[str]
-    """What messages call the groups."""
-    position: dict[int, int]
-    """The position of its group for each parameter that is in one, the last of them."""
-    names: dict[int, str]
-    """The name of each of the model's parameters."""
-    trainable: set[int]
-    """The parameters that are to be trained."""
-    adapters: Adapters
-    tensors: list[_Tensor]
-    """The adapters' tensors; those of a place from A to B."""
-    beside: Unsaved
-    """What is trainable beside them."""
-
-    @classmethod
-    def of(cls, model: nn.Module, groups: list[_Group], lr_ratio: float | None, roles: Roles) -> _Training:
-        adapters = list(adapters_of(model))
-        own = [
-            _Tensor(adapter.name, role, id(parameter))
-            for _, adapter, _ in adapters
-            for role, parameter in adapter.parameters()
-        ]
-        others = [_Tensor(adapter, role, id(parameter)) for adapter, role, parameter in known_roles(roles)]
-        return cls(
-            model,
-            groups,
-            lr_ratio,
-            labels=[f"group {group.get('name', position)!r}" for position, group in enumerate(groups)],
-            position={id(p): position for position, group in enumerate(groups) for p in group["params"]},
-            names={id(parameter): name for name, parameter in model.named_parameters()},
-            trainable={id(parameter) for parameter in model.parameters() if parameter.requires_grad},
-            adapters=adapters,
-            tensors=own + others,
-            beside=unsaved(model, {tensor.key for tensor in others}),
-        )
-
-
-def _stale(training: _Training) -> Iterator[str]:
+def _stale(training: Training) -> Iterator[str]:
     counts = [sum(id(p) not in training.names for p in group["params"]) for group in training.groups]
     rows = zip(counts, training.groups, training.labels, strict=True)
     strangers = [f"{count} of {len(group['params'])} in {label}" for count, group, label in rows if count]
     if strangers:
         yield (
-            "the optimizer holds parameters that are not the model's, and would train them instead "
-            f"({', '.join(strangers)}): build it after fully_shard, parallelize_module, to_empty or whatever gave "
-            "the model other parameters, or do that inside `with rebind_optimizer(optimizer, model):`; DeepSpeed's "
-            "flat copies are checked by lora_plus.engines.deepspeed.check_engine(engine)"
+            f"the optimizer holds parameters that are not the model's ({', '.join(strangers)}): give the model others "
+            "before it is built, or inside `with rebind_optimizer(optimizer, model):`"
         )
 
 
-def _left_out(training: _Training) -> Iterator[str]:
+def _left_out(training: Training) -> Iterator[str]:
     names = [training.names[key] for key in training.names if key in training.trainable - training.position.keys()]
     if names:
         yield (
             f"{some(names)} would not be trained, being in no group of the optimizer: build its groups with "
-            "loraplus_param_groups(model, ...), or set requires_grad=False"
+            "loraplus_param_groups(model, ...), or freeze them"
         )
 
 
-def _twice(training: _Training) -> Iterator[str]:
+def _twice(training: Training) -> Iterator[str]:
     counts = Counter(id(p) for group in training.groups for p in group["params"])
     names = [training.names[key] for key, count in counts.items() if count > 1 and key in training.names]
     if names:
         yield f"{some(names)} would be trained twice a step: leave each parameter in one group of one optimizer"
 
 
-def _untrained(training: _Training) -> Iterator[str]:
+def _untrained(training: Training) -> Iterator[str]:
     if not training.tensors:
         yield "the model has no LoRA adapter: call inject_lora(model, ...) before building the optimizer"
     elif not training.trainable & {tensor.key for tensor in training.tensors}:
@@ -196,8 +148,7 @@ def _untrained(training: _Training) -> Iterator[str]:
 _IDLE: dict[str, tuple[Callable[[AdaptedWeight, str], bool], str]] = {
     "not active": (
         lambda weight, adapter: adapter not in weight.active_names() and weight.lora_override is None,
-        "activate it with set_adapter(model, [...]), or freeze it with set_adapter(model, others, trainable=True), "
-        "under DistributedDataParallel before it wraps the model: its second step fails where a gradient is missing",
+        "activate it, or freeze it with set_adapter(model, others, trainable=True), before DDP wraps the model",
     ),
     "merged": (lambda weight, _: weight.lora_merge is not None, "call unmerge_lora(model)"),
     "disabled": (lambda weight, _: weight.lora_disabled > 0, "leave the disabled(model) block"),
@@ -205,7 +156,7 @@ _IDLE: dict[str, tuple[Callable[[AdaptedWeight, str], bool], str]] = {
 """Why a trainable adapter may get no gradient: how to see it, and what to do."""
 
 
-def _idle(training: _Training) -> Iterator[str]:
+def _idle(training: Training) -> Iterator[str]:
     trained = [
         (adapter.name, weight)
         for _, adapter, weight in training.adapters
@@ -216,13 +167,13 @@ def _idle(training: _Training) -> Iterator[str]:
             yield f"the adapter {name!r} is trainable but {state}, and would get no gradient: {advice}"
 
 
-def _unfit(training: _Training) -> Iterator[str]:
+def _unfit(training: Training) -> Iterator[str]:
     for line in training.beside.wrong():
         yield f"{line} (what is trainable has to stay as it is, or no file of the adapter is right)"
 
 
-def _misnamed(training: _Training) -> Iterator[str]:
-    of_role = kind_of_role()
+def _misnamed(training: Training) -> Iterator[str]:
+    of_role = kinds_of_roles()
     kinds = {tensor.key: of_role[tensor.role][0] for tensor in training.tensors if tensor.role in of_role}
     of_group = {name: kind for (kind, _), name in group_names().items()}
     for group in training.groups:
@@ -231,12 +182,12 @@ def _misnamed(training: _Training) -> Iterator[str]:
         strange = [training.names[key] for key in own if named not in (None, kinds.get(key, "other"))]
         if strange:
             yield (
-                f"group {group['name']!r} holds {some(strange)}, which the name does not fit: load only the state of "
-                "an optimizer with the same groups in the same order, for it is matched by position"
+                f"group {group['name']!r} holds {some(strange)}, which the name does not fit: load the state of an "
+                "optimizer with the same groups in the same order"
             )
 
 
-def _off_ratio(training: _Training) -> Iterator[str]:
+def _off_ratio(training: Training) -> Iterator[str]:
     noted = {group[LR_RATIO] for group in training.groups if LR_RATIO in group}
     wanted = {training.lr_ratio} if training.lr_ratio is not None else noted - {1.0} or noted
     pairs: dict[tuple[int, int], list[str]] = defaultdict(list)
@@ -247,25 +198,19 @@ def _off_ratio(training: _Training) -> Iterator[str]:
             position_A[adapter] = position
         elif role == "B" and position is not None and (partner := position_A.get(adapter)) is not None:
             pairs[partner, position].append(training.names[key])
+    expected = " or ".join(f"{value:.4g}" for value in sorted(wanted))
     for (of_A, of_B), names in pairs.items():
         rate_A, rate_B = (float(training.groups[position]["lr"]) for position in (of_A, of_B))
         if wanted and all(abs(rate_B - each * rate_A) > TOLERANCE * max(rate_B, each * rate_A) for each in wanted):
             found = f"{rate_B / rate_A:.4g}" if rate_A else "infinite"
             yield (
                 f"{some(names)} learns at {rate_B:.4g} in {training.labels[of_B]}, and the A beside it at "
-                f"{rate_A:.4g} in {training.labels[of_A]}: a ratio of {found}, where {_numbers(wanted)} is expected; "
-                "make the groups with loraplus_param_groups, load the state of such groups only, and look for a "
-                "schedule that changes the ratio with check_lr_ratio(optimizer, scheduler)"
+                f"{rate_A:.4g} in {training.labels[of_A]}: a ratio of {found}, where {expected} is expected; try "
+                "check_lr_ratio(optimizer, scheduler)"
             )
 
 
-def _not_reduced(training: _Training) -> Iterator[str]:
-    names, advice = unreduced(training.model)
-    if names:
-        yield f"{some(names)} would drift apart between ranks, for their gradients are not reduced: {advice}"
-
-
-_CHECKS: tuple[Callable[[_Training], Iterator[str]], ...] = (
+_CHECKS: tuple[Callable[[Training], Iterator[str]], ...] = (
     _stale,
     _left_out,
     _twice,
@@ -274,9 +219,4 @@ _CHECKS: tuple[Callable[[_Training], Iterator[str]], ...] = (
     _unfit,
     _misnamed,
     _off_ratio,
-    _not_reduced,
 )
-
-
-def _numbers(values: set[float]) -> str:
-    return " or ".join(f"{value:.4g}" for value in sorted(values))

@@ -22,7 +22,7 @@ def rebind_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> Iter
     Groups, their settings and schedulers that were made with the optimizer stay. Where the block raises, nothing is
     rebound.
 
-    Example:
+    Examples:
         >>> optimizer = create_loraplus_optimizer(model, torch.optim.AdamW, lr=1e-3)
         >>> with rebind_optimizer(optimizer, model):
         ...     for block in model.blocks:
@@ -62,10 +62,7 @@ def rebind_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> Iter
             else:
                 bound[-1].append(found)
     if gone:
-        raise ValueError(
-            f"the model holds no parameter any more in the places of {gone}, so the optimizer cannot be rebound; build "
-            "it after the model is changed"
-        )
+        raise ValueError(f"the model holds no parameter any more in the places of {gone}; build the optimizer anew")
     for group, live in zip(optimizer.param_groups, bound, strict=True):
         group["params"] = live
 
@@ -75,8 +72,8 @@ def _check_fresh(optimizer: torch.optim.Optimizer) -> None:
     kind = type(optimizer).__name__
     if optimizer.state:
         raise ValueError(
-            f"the {kind} has state, which cannot be moved to other parameters; build a new one after the model is "
-            "changed, and load the state with torch.distributed.checkpoint.state_dict.set_optimizer_state_dict"
+            f"the {kind} has state, which cannot be moved to other parameters; build a new one and load the state with "
+            "torch.distributed.checkpoint.state_dict.set_optimizer_state_dict"
         )
     inner = [type(value).__name__ for value in vars(optimizer).values() if isinstance(value, torch.optim.Optimizer)]
     if inner:

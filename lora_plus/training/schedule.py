@@ -18,15 +18,17 @@ def check_lr_ratio(optimizer: torch.optim.Optimizer, scheduler: Any = None, *, s
     """Raise if the rates of A and B are, or under this schedule will be, in another ratio than they were set up with.
 
     The schedule is tried out: a copy of it runs on an optimizer without parameters, and the rates are compared after
-    every step, whatever class it is of. Where ``step`` wants a loss (`ReduceLROnPlateau`) it gets one that never
-    improves. A schedule that ends, as `OneCycleLR` does, is followed to its end. Neither the scheduler nor the
-    optimizer is touched. Functions and methods that the scheduler calls are called for the steps ahead, and what they
-    raise is raised: for a table of rates give its length as ``steps``.
+    every step. Where ``step`` wants a loss (`ReduceLROnPlateau`) it gets one that never improves. A schedule that ends,
+    as `OneCycleLR` does, is followed to its end. Functions that the scheduler calls are called for the steps ahead, and
+    what they raise is raised: for a table of rates give its length as ``steps``.
 
-    A ratio of 1 is kept by whatever treats all groups alike. Rates of zero, as at the start of a warm-up, have every
-    ratio. Rates below a thousandth of the highest so far move nothing any more and are passed over.
+    Rates of zero, as at the start of a warm-up, have every ratio. Rates below a thousandth of the highest so far move
+    nothing any more and are passed over. Where the ratio is lost, multiply the rates of all groups by one factor
+    instead. In a scheduler, give a list of rates, one for each group, where it takes one (``max_lr=[...]``,
+    ``base_lr=[...]``, ``min_lr=[...]``), ``eta_min=0``, ``eps=0``, or one function for all groups (`LambdaLR`); in a
+    loop, set ``group["lr"] = factor * group["initial_lr"]``.
 
-    Example:
+    Examples:
         >>> optimizer = create_loraplus_optimizer(model, torch.optim.AdamW, lr=1e-3, lr_ratio=4)
         >>> scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=1000)
         >>> check_lr_ratio(optimizer, scheduler)
@@ -115,15 +117,8 @@ class _Watch:
                 found = f"{rate / slow[1]:.4g}" if slow[1] else "infinite"
                 raise ValueError(
                     f"{when} group {name!r} learns at {rate:.4g} and {slow[0]!r} at {slow[1]:.4g}: a ratio of {found}, "
-                    f"where LoRA+ was set up with {ratio:.4g}; {_ADVICE.format(len(groups))}"
+                    f"where LoRA+ was set up with {ratio:.4g}; multiply all rates by one factor"
                 )
-
-
-_ADVICE = (
-    "multiply the rates of all groups by one factor instead. In a scheduler, give a list of {} rates, one for each "
-    "group, where it takes one (max_lr=[...], base_lr=[...], min_lr=[...]), eta_min=0, eps=0, or one function for all "
-    'groups (LambdaLR); in a loop, set group["lr"] = factor * group["initial_lr"]'
-)
 
 
 def _noted(groups: Sequence[Mapping[str, Any]]) -> list[tuple[int, Mapping[str, Any]]]:
@@ -132,7 +127,7 @@ def _noted(groups: Sequence[Mapping[str, Any]]) -> list[tuple[int, Mapping[str, 
     if not noted:
         raise ValueError(
             f"no group of the optimizer notes the ratio of the rates of A and B (as {LR_RATIO!r}); make the groups "
-            "with loraplus_param_groups, and load no state of an optimizer made otherwise, which replaces the notes"
+            "with loraplus_param_groups, and load the state of such groups only"
         )
     return noted
 

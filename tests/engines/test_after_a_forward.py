@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import lora_plus as lp
 from lora_plus.files import adapter_state_dict
+from lora_plus.model.tree import adapters_of
 from lora_plus.training import fold_lr_ratio
 
 WAYS: dict[str, Callable[[nn.Module], nn.Module]] = {"fully_shard": by_fully_shard, "FSDP1": by_fsdp1}
@@ -23,7 +24,7 @@ def two_adapters() -> nn.Module:
     model = lp.inject_lora(base_model(), [*TARGETS, "embedding", "head"], r=4, generator=generator)
     lp.add_adapter(model, "second", generator=generator)
     lp.set_adapter(model, "default", trainable=True)
-    for _, adapter, _ in lp.model.tree.adapters_of(model):
+    for _, adapter, _ in adapters_of(model):
         nn.init.normal_(adapter.tensors()["lora_B"], std=0.05, generator=generator)
     return model.double()
 

@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor, Replicate, distribute_module, dist
 from torch.nn.parallel import DistributedDataParallel
 
 import lora_plus as lp
+from lora_plus.model.tree import adapters_of
 from lora_plus.training import rebind_optimizer
 
 STEPS = 3
@@ -41,7 +42,7 @@ def unseeded(model: nn.Module) -> nn.Module:
     """With other A on each rank, as without a seed."""
     generator = torch.Generator().manual_seed(10 + torch.distributed.get_rank())
     with torch.no_grad():
-        for _, adapter, _ in lp.model.tree.adapters_of(model):
+        for _, adapter, _ in adapters_of(model):
             for role, parameter in adapter.parameters():
                 if role == "A":
                     parameter.normal_(std=0.1, generator=generator)

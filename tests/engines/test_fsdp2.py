@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 import lora_plus as lp
 from lora_plus.files import adapter_state_dict
 from lora_plus.layers import linear
+from lora_plus.model.tree import adapters_of
 from lora_plus.tensors import fused as fused_linear
 from lora_plus.training import check_lr_ratio
 
@@ -96,7 +97,7 @@ def second_adapter(inactive_trains: bool) -> float:
     def build() -> nn.Module:
         model = lp.add_adapter(lora_model(), "second", generator=torch.Generator().manual_seed(3))
         lp.set_adapter(model, "default", trainable=True)
-        for _, adapter, _ in lp.model.tree.adapters_of(model, "second"):
+        for _, adapter, _ in adapters_of(model, "second"):
             if inactive_trains:
                 adapter.set_trainable(True)
         return model

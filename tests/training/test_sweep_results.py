@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lora_plus import inject_lora
 from lora_plus.model import adapter_names
 from lora_plus.training import Candidate, Sweep, SweepResult, grid, sweep
+from lora_plus.training.plots import plot_sweep
 
 
 class Normed(nn.Module):
@@ -53,7 +54,7 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "a head": ({"train_also": ["4"]}, ValueError, "train_also: a module trained in full would be one for all"),
     "a target": ({"targets": ["nope"]}, ValueError, "nope"),
     "a setting": ({"rank": 3}, TypeError, "rank"),
-    "together": ({"together": 0}, ValueError, "together must be at least 1, got 0"),
+    "together": ({"together": 0}, ValueError, "together must be positive, got 0"),
     "no batches": ({"batches": iter(())}, ValueError, "there are no batches to train on"),
     "no validation": ({"validation": iter(())}, ValueError, "there are no batches to evaluate on"),
     "a mean": ({"loss": lambda m, b: squares(m, b).mean()}, ValueError, r"each of the 20 samples.* got \(\)"),
@@ -141,7 +142,7 @@ def test_the_heat_map_shows_means_over_seeds_and_leaves_diverged_cells_empty(
     result = sweep(MLP.model(), MLP.targets, candidates, squares, MLP.batches(2), report=silent)
     bad = next(row for row in result.rows if row.candidate == replace(candidates[0], name="candidate_0"))
     rows = [replace(row, stopped="diverged") if row is bad else row for row in result.rows]
-    SweepResult(rows).plot(tmp_path / "map.png")
+    plot_sweep(SweepResult(rows), tmp_path / "map.png")
     assert (tmp_path / "map.png").stat().st_size > 1000
     assert len(shown) == 2 and math.isnan(shown[0][0][0])
     losses = {row.candidate.name: row.loss for row in result.rows}
@@ -153,5 +154,5 @@ def test_the_heat_map_shows_means_over_seeds_and_leaves_diverged_cells_empty(
 def test_without_matplotlib_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     result = sweep(MLP.model(), MLP.targets, CANDIDATES, squares, MLP.batches(1), report=silent)
-    with pytest.raises(ImportError, match="needs matplotlib: pip install matplotlib"):
-        result.plot("map.png")
+    with pytest.raises(ImportError, match="drawing needs matplotlib; run: pip install matplotlib"):
+        plot_sweep(result, "map.png")

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_lr_ratio import KEEP
+from test_schedule import KEEP
 from torch import Tensor, nn
 from torch.optim import lr_scheduler
 

@@ -1,10 +1,11 @@
-"""Adapters of one frozen model trained side by side, each with its own optimizer."""
+"""A sweep: adapters of one frozen model trained side by side, each with its own optimizer, and the best one kept."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.lr_scheduler import LambdaLR
 
+from lora_plus.errors import check_count, check_number
 from lora_plus.layers.adapter import check_adapter_name
 from lora_plus.model.adapters import adapter_names, delete_adapter, rename_adapter, set_adapter
 from lora_plus.model.dry_run import left_as_it_was, repeat_samples
@@ -20,24 +22,106 @@ from lora_plus.model.patterns import Pattern
 from lora_plus.model.per_sample import adapter_per_sample
 from lora_plus.model.tree import named_modules
 
-from .candidates import Candidate, SweepResult, SweepRow
-from .groups import create_loraplus_optimizer
+from .candidates import Candidate, Run, SweepResult
+from .groups import LrMode, create_loraplus_optimizer
 
 Loss = Callable[[nn.Module, Any], Tensor]
 """``(model, batch) -> (samples,)``."""
+
+
+Report = Callable[[int, Mapping[str, float]], None]
+"""Called after each step with its number, from 1, and the training losses by the name of the candidate."""
+
+
+def sweep(
+    model: nn.Module,
+    targets: Pattern | Sequence[Pattern],
+    candidates: Sequence[Candidate],
+    loss: Loss,
+    batches: Iterable[Any],
+    *,
+    validation: Iterable[Any] | None = None,
+    halving: Mapping[int, float] | None = None,
+    report: Report | None = None,
+    adapter: str | None = "default",
+    **settings: Any,
+) -> SweepResult:
+    """Train all candidates side by side on the same batches, and keep the best one's adapter in the model.
+
+    Each candidate's training is, to rounding, what it would be in a run of its own; see `Sweep`.
+
+    Examples:
+        >>> import torch
+        >>> from lora_plus import adapter_names
+        >>> model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 1))
+        >>> data = [(torch.randn(8, 4), torch.randn(8, 1)) for _ in range(5)]
+        >>> candidates = [Candidate(lr=lr, lr_ratio=ratio, r=2) for lr in (1e-3, 1e-2) for ratio in (1, 4)]
+        >>> squares = lambda model, batch: (model(batch[0]) - batch[1]).square().mean(1)
+        >>> result = sweep(model, ["0"], candidates, squares, data, report=lambda step, losses: None)
+        >>> len(result.rows), adapter_names(model)
+        (4, ['default'])
+
+    Args:
+        model, targets, candidates, loss: as in `Sweep`.
+        batches: the batches to train on, one a step.
+        validation: batches to rank the candidates by, at every halving and at the end; None for the training losses.
+        halving: ``{step: fraction}``: after this step only the best fraction of those that are left is trained on
+            (successive halving, Jamieson & Talwalkar 2016, arXiv:1502.07943).
+        report: called after every step; None for a line on stderr, if that is a terminal.
+        adapter: the name that the best adapter gets, the others being deleted; None keeps all, under their own names.
+        settings: the keywords of `Sweep` and of `inject_lora`.
+
+    Returns:
+        The candidates in the order of their losses. If all of them diverged, the model is left without adapters.
+
+    Raises:
+        ValueError: as `Sweep`, or if there are no batches. After any exception the model is left without adapters.
+    """
+    if adapter is not None:
+        check_adapter_name(adapter)
+    report = _line(batches, len(candidates)) if report is None else report
+    running = Sweep(model, targets, candidates, loss, **settings)
+    try:
+        step = 0
+        for step, batch in enumerate(batches, 1):
+            report(step, running.step(batch))
+            if step in (halving or {}):
+                if validation is not None:
+                    running.evaluate(validation)
+                running.keep_best((halving or {})[step])
+            if not running.names:
+                break
+        if not step:
+            raise ValueError("there are no batches to train on; an iterator may have been used up before")
+        if validation is not None:
+            running.evaluate(validation)
+        return running.finish(adapter)
+    except BaseException:
+        remove_lora(model)
+        raise
+
+
+def _line(batches: Iterable[Any], candidates: int) -> Report:
+    """A report that rewrites one line on stderr, if that is a terminal."""
+    total = f"/{len(batches)}" if isinstance(batches, Sized) else ""
+
+    def report(step: int, losses: Mapping[str, float]) -> None:
+        best = min(losses, key=lambda name: losses[name] if math.isfinite(losses[name]) else math.inf)
+        text = f"step {step}{total}, {len(losses)} of {candidates} in training, lowest {losses[best]:.4g} ({best})"
+        sys.stderr.write(f"{text:<100}\r")
+
+    return report if sys.stderr.isatty() else lambda step, losses: None
 
 
 class Sweep:
     """Candidates that are trained side by side, one step at a time.
 
     All see the same batch: its samples are repeated for each candidate and go through the frozen model together, each
-    with its candidate's adapter (`adapter_per_sample`). Every candidate has an optimizer of its own and its loss is the
-    mean over its own samples, so its adapter gets the gradients of a run of its own. Random numbers drawn in the
-    forward (dropout) differ between candidates.
+    with its candidate's adapter (`adapter_per_sample`). Each candidate has an optimizer and a mean loss of its own, so
+    its adapter gets the gradients of a run of its own; only random numbers of the forward (dropout) differ. A candidate
+    whose loss or gradient is not finite is stopped before the update.
 
-    A candidate whose loss or gradient is not finite is stopped before the update, and the others go on without it.
-
-    Example:
+    Examples:
         >>> model = nn.Sequential(nn.Linear(4, 4))
         >>> squares = lambda model, x: model(x).square().mean(1)
         >>> running = Sweep(model, ["0"], [Candidate(lr=1e-3, name="low"), Candidate(lr=1e-2, name="high")], squares)
@@ -48,12 +132,11 @@ class Sweep:
         >>> result = running.finish()
 
     Args:
-        model: a model without adapters; it gets one for each candidate. Its mode stays as it is.
+        model: a model without adapters; it gets one for each candidate.
         targets: as in `inject_lora`.
         candidates: what is compared.
-        loss: ``(model, batch) -> (samples,)``: the loss of each sample, which must depend on that sample alone; so
-            contrastive losses and others over a whole batch cannot be had. For a mean over tokens, multiply each
-            sample's sum by the number of samples over the number of tokens in the batch: both are repeated.
+        loss: ``(model, batch) -> (samples,)``: the loss of each sample, which must depend on that sample alone. For a
+            mean over tokens, multiply each sample's sum by the number of samples over that of tokens in the batch.
         optimizer: an optimizer's class, or a function ``(groups, lr=...)``, such as a ``functools.partial`` of one.
         lr_mode, weight_decay, embedding_lr: as in `loraplus_param_groups`.
         schedule: ``step -> factor`` of all rates, from step 0, as in ``LambdaLR``.
@@ -75,7 +158,7 @@ class Sweep:
         loss: Loss,
         *,
         optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW,
-        lr_mode: str = "A",
+        lr_mode: LrMode = "A",
         weight_decay: float = 0.0,
         embedding_lr: float | None = 1e-6,
         schedule: Callable[[int], float] | None = None,
@@ -87,7 +170,7 @@ class Sweep:
         _check(model, [each.name for each in named], together, settings)
         self.model = model
         self._loss, self._max_norm, self._together = loss, max_norm, together or len(named)
-        self._runs: dict[str, _Run] = {}
+        self._runs: dict[str, Run] = {}
         try:
             for candidate in named:
                 inject_lora(
@@ -101,7 +184,7 @@ class Sweep:
                 )  # fmt: skip
                 parameters = [parameter for group in made.param_groups for parameter in group["params"]]
                 rates = None if schedule is None else LambdaLR(made, schedule)
-                self._runs[candidate.name] = _Run(candidate, parameters, made, rates)
+                self._runs[candidate.name] = Run(candidate, parameters, made, rates)
             with adapter_per_sample(model, self.names):
                 pass  # refuses what a batch has only one of
         except BaseException:
@@ -135,16 +218,8 @@ class Sweep:
         for name in self.names:
             self._runs[name].clear()
         losses, _ = self._losses(batch, train=True)
-        bound = math.inf if self._max_norm is None else self._max_norm
         for name, loss in losses.items():
-            run = self._runs[name]
-            norm = nn.utils.clip_grad_norm_(run.parameters, bound)
-            run.losses.append(loss)
-            run.evaluated = None
-            if math.isfinite(loss) and bool(norm.isfinite()):
-                run.update()
-            else:
-                run.stop("diverged")
+            self._runs[name].step(loss, self._max_norm)
         return losses
 
     def evaluate(self, batches: Iterable[Any]) -> dict[str, float]:
@@ -172,8 +247,7 @@ class Sweep:
         Raises:
             ValueError: if the fraction is not above 0 and at most 1.
         """
-        if not 0 < fraction <= 1:
-            raise ValueError(f"the fraction of candidates to keep must be above 0 and at most 1, got {fraction}")
+        check_number("the fraction of candidates to keep", fraction, "above 0 and at most 1")
         ranked = sorted(self.names, key=lambda name: self._runs[name].row().rank)
         for name in ranked[math.ceil(fraction * len(ranked)) :]:
             self._runs[name].stop("halved")
@@ -228,45 +302,6 @@ class Sweep:
         return found, size
 
 
-@dataclass
-class _Run:
-    """One candidate in training."""
-
-    candidate: Candidate
-    parameters: list[nn.Parameter]
-    optimizer: torch.optim.Optimizer | None
-    """None once it is trained no further."""
-    schedule: LambdaLR | None
-    losses: list[float] = field(default_factory=list)
-    evaluated: float | None = None
-    """The mean loss of an evaluation after the last step."""
-    stopped: str = ""
-
-    def update(self) -> None:
-        assert self.optimizer is not None
-        self.optimizer.step()
-        if self.schedule is not None:
-            self.schedule.step()
-
-    def clear(self) -> None:
-        """Drop the gradients."""
-        for parameter in self.parameters:
-            parameter.grad = None
-
-    def stop(self, why: str) -> None:
-        """Leave the adapter as it is from here on."""
-        self.stopped, self.optimizer, self.schedule = why, None, None
-        self.clear()
-        for parameter in self.parameters:
-            parameter.requires_grad_(False)
-
-    def row(self) -> SweepRow:
-        last = self.losses[-max(1, len(self.losses) // 5) :]
-        mean = sum(last) / len(last) if last else math.nan
-        loss = mean if self.evaluated is None else self.evaluated
-        return SweepRow(self.candidate, loss, tuple(self.losses), self.stopped)
-
-
 def _check(model: nn.Module, names: Sequence[str], together: int | None, settings: Mapping[str, Any]) -> None:
     if not names:
         raise ValueError("there are no candidates; give a list of Candidate, or a grid(...)")
@@ -276,23 +311,22 @@ def _check(model: nn.Module, names: Sequence[str], together: int | None, setting
     if adapter_names(model):
         raise ValueError(
             f"a sweep starts from a model without adapters, and this one has {adapter_names(model)}; call "
-            "merge_and_unload(model) to train on top of them, or remove_lora(model)"
+            "merge_and_unload(model) or remove_lora(model)"
         )
     if settings.get("train_also"):
         raise ValueError(
-            "train_also: a module trained in full would be one for all candidates; make it a target instead, or train "
-            "the candidates one by one"
+            "train_also: a module trained in full would be one for all candidates; make it a target instead"
         )
-    if together is not None and together < 1:
-        raise ValueError(f"together must be at least 1, got {together}")
+    if together is not None:
+        check_count("together", together)
 
 
 def _check_losses(losses: Any, samples: int) -> None:
     if not isinstance(losses, Tensor) or losses.shape != (samples,):
         got = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
         raise ValueError(
-            f"the loss function must return a loss for each of the {samples} samples, of shape ({samples},), got "
-            f"{got}; with torch's losses say reduction='none' and take the mean over all dimensions but the first"
+            f"the loss function must return a loss for each of the {samples} samples, got {got}; "
+            "use reduction='none' and a mean over all dimensions but the first"
         )
 
 
@@ -301,6 +335,6 @@ def _check_statistics(model: nn.Module) -> None:
     for name, module in named_modules(model):
         if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
             raise ValueError(
-                f"{name!r} ({type(module).__name__}) takes the statistics of the whole batch, which has the samples of "
-                "several candidates; put it in evaluation mode with .eval()"
+                f"{name!r} ({type(module).__name__}) takes the statistics of the whole batch, which several candidates "
+                "share; call .eval() on it"
             )

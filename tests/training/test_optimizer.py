@@ -162,14 +162,11 @@ def test_stale_parameters_are_found() -> None:
         check_optimizer(optimizer, model)
     assert str(caught.value) == (
         "training would not do what the optimizer is set up for:\n"
-        "  the optimizer holds parameters that are not the model's, and would train them instead (5 of 5 in group "
-        "'lora_A', 5 of 5 in group 'lora_B', 2 of 2 in group 'lora_embedding', 1 of 1 in group 'other', 1 of 1 in "
-        "group 'other_no_decay'): build it after fully_shard, parallelize_module, to_empty or whatever gave the model "
-        "other parameters, or do that inside `with rebind_optimizer(optimizer, model):`; DeepSpeed's flat copies are "
-        "checked by lora_plus.engines.deepspeed.check_engine(engine)\n"
+        "  the optimizer holds parameters that are not the model's (5 of 5 in group 'lora_A', 5 of 5 in group "
+        "'lora_B', 2 of 2 in group 'lora_embedding', 1 of 1 in group 'other', 1 of 1 in group 'other_no_decay'): give "
+        "the model others before it is built, or inside `with rebind_optimizer(optimizer, model):`\n"
         "  'embed.lora_A.default', 'embed.lora_B.default', 'up.lora_A.default' and 11 more would not be trained, being "
-        "in no group of the optimizer: build its groups with loraplus_param_groups(model, ...), or set "
-        "requires_grad=False"
+        "in no group of the optimizer: build its groups with loraplus_param_groups(model, ...), or freeze them"
     )
 
 

@@ -1,0 +1,68 @@
+"""LoRA+ for groups that exist already, such as those of layer-wise learning rates."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import nn
+
+from lora_plus.model.tree import adapters_of
+from lora_plus.model.unsaved import unsaved
+
+from .groups import LR_RATIO, LrMode, own_rate, rates
+
+
+def split_loraplus_groups(
+    groups: Iterable[Mapping[str, Any]], model: nn.Module, *, lr_ratio: float, lr_mode: LrMode = "A"
+) -> list[dict[str, Any]]:
+    """Split A and B out of parameter groups that exist already, each at its own group's rate times its factor.
+
+    For groups with several base rates, such as layer-wise decay. Everything else, embedding adapters included, stays at
+    its group's rate. With ``lr_mode="A"`` only the B matrices leave their group.
+
+    Args:
+        groups: dicts with ``"params"`` and ``"lr"``, as for a torch optimizer; they are not changed. Their other
+            entries are passed on to the parts.
+        model: the model that the parameters belong to.
+        lr_ratio, lr_mode: as in `loraplus_param_groups`.
+
+    Returns:
+        New groups, none of them empty. The parts are named after their group and ``lora_A`` or ``lora_B``. Where a
+        group held both, the parts with A and B note their ratio as ``"loraplus_ratio"``.
+
+    Raises:
+        ValueError: if a group has no ``"lr"``, or no group holds a B matrix of the model.
+    """
+    factor_A, factor_B = rates(1.0, lr_ratio, lr_mode)
+    unsaved(model).check("the groups were not split")
+    role_of = {id(parameter): role for _, adapter, _ in adapters_of(model) for role, parameter in adapter.parameters()}
+    factors = {"A": factor_A, "B": factor_B}
+    part_of = {role: role if factor != 1.0 else "" for role, factor in factors.items()}
+    split: list[dict[str, Any]] = []
+    found_B = False
+    for index, group in enumerate(groups):
+        if "lr" not in group:
+            raise ValueError(f"group {index} has no 'lr'; give each group the rate that B shall learn at a multiple of")
+        parts: dict[str, list[Any]] = {"A": [], "": [], "B": []}  # in this order, A comes before its B
+        roles = set()
+        for member in group["params"]:
+            parameter = member[1] if isinstance(member, tuple) else member
+            role = role_of.get(id(parameter), "")
+            roles.add(role)
+            parts[part_of.get(role, "")].append(member)
+        found_B |= "B" in roles
+        ratios = {part_of["A"]: 1.0, part_of["B"]: factor_B / factor_A} if {"A", "B"} <= roles else {}
+        name = group.get("name", f"group_{index}")
+        for role, members in parts.items():
+            part = {**group, "params": members, "name": f"{name}.lora_{role}" if role else name}
+            part["lr"] = group["lr"] * factors[role] if role else own_rate(group["lr"])
+            if role in ratios:
+                part[LR_RATIO] = ratios[role]
+            if members:
+                split.append(part)
+    if not found_B:
+        raise ValueError(
+            "no group holds a B matrix of this model; call inject_lora first and build the groups from its parameters"
+        )
+    return split
