@@ -70,14 +70,8 @@ _ENDED = "Tried to step"
 def watch_lr_ratio(optimizer: torch.optim.Optimizer) -> RemovableHandle:
     """Compare the rates of A and B before every step of the optimizer, and raise at the first with another ratio.
 
-    For loops that set the rates themselves, and for schedules that depend on the run. It costs some microseconds a
-    step; rates that are tensors are read, which waits for their device.
-
-    Args:
-        optimizer: one with the groups of `loraplus_param_groups` or `split_loraplus_groups`.
-
-    Returns:
-        A handle; its ``remove()`` ends the watch.
+    For loops that set the rates themselves, and for schedules that depend on the run. Rates that are tensors are read,
+    which waits for their device. The handle's ``remove()`` ends the watch.
 
     Raises:
         ValueError: if the groups note no ratio. In training, a step raises as `check_lr_ratio` does, before it changes
@@ -156,22 +150,16 @@ def _on_trial(optimizer: torch.optim.Optimizer, scheduler: Any, name: str) -> An
 
 def _owners(scheduler: Any) -> dict[int, Any]:
     """By id, whose methods the scheduler calls: not to be copied, for it may be a trainer with the model in it."""
-    parts = [scheduler, *_parts(scheduler)]
+    parts = [scheduler, *getattr(scheduler, "_schedulers", ())]
     values = [value for part in parts for value in vars(part).values()]
     called = [each for value in values for each in (value if isinstance(value, (list, tuple)) else [value])]
     owners = [each.__self__ for each in called if inspect.ismethod(each)]
     return {id(owner): owner for owner in owners if not any(owner is part for part in parts)}
 
 
-def _parts(scheduler: Any) -> Sequence[Any]:
-    """The schedulers that it is made of."""
-    parts: Sequence[Any] = getattr(scheduler, "_schedulers", ())
-    return parts
-
-
 def _described(scheduler: Any) -> str:
     """The scheduler's class, and those of its parts."""
-    parts = ", ".join(_described(part) for part in _parts(scheduler))
+    parts = ", ".join(map(_described, getattr(scheduler, "_schedulers", ())))
     return f"{type(scheduler).__name__}({parts})" if parts else type(scheduler).__name__
 
 

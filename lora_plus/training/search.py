@@ -28,7 +28,6 @@ from .groups import LrMode, create_loraplus_optimizer
 Loss = Callable[[nn.Module, Any], Tensor]
 """``(model, batch) -> (samples,)``."""
 
-
 Report = Callable[[int, Mapping[str, float]], None]
 """Called after each step with its number, from 1, and the training losses by the name of the candidate."""
 
@@ -52,7 +51,7 @@ def sweep(
 
     Examples:
         >>> import torch
-        >>> from lora_plus import adapter_names
+        >>> from lora_plus.model import adapter_names
         >>> model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 1))
         >>> data = [(torch.randn(8, 4), torch.randn(8, 1)) for _ in range(5)]
         >>> candidates = [Candidate(lr=lr, lr_ratio=ratio, r=2) for lr in (1e-3, 1e-2) for ratio in (1, 4)]
@@ -145,9 +144,7 @@ class Sweep:
         settings: the other keywords of `inject_lora`, but ``train_also``.
 
     Raises:
-        TypeError: if a setting is unknown.
-        ValueError: if there are no candidates or two of one name, the model has adapters, modules are to be trained in
-            full, a target is adapted in the weight, or a number is out of range. The model is then as it was.
+        TypeError, ValueError: if candidates, settings or the model do not fit. The model is then as it was.
     """
 
     def __init__(
@@ -200,18 +197,14 @@ class Sweep:
         return [name for name, run in self._runs.items() if run.optimizer is not None]
 
     def step(self, batch: Any) -> dict[str, float]:
-        """Train each candidate on a batch.
+        """Train each candidate on a batch, and return the losses before the update, by the name of the candidate.
 
         Args:
-            batch: tensors, which all have the samples as their first dimension (or no dimension), inside any mappings,
-                sequences and dataclasses. What is not a tensor is given to the loss function as it is.
-
-        Returns:
-            The losses before the update, by the name of the candidate.
+            batch: tensors with the samples as their first dimension (or no dimension), inside any mappings, sequences
+                and dataclasses. What is not a tensor is given to the loss function as it is.
 
         Raises:
-            ValueError: if no candidate is in training, tensors have different numbers of samples, the loss function
-                does not return a loss for each sample, or a batch norm takes statistics of the batch.
+            ValueError: if no candidate is in training, or the batch or its losses are not one for each sample.
         """
         if not self.names:
             raise ValueError("no candidate is in training: all diverged or were stopped")
@@ -242,11 +235,7 @@ class Sweep:
         return losses
 
     def keep_best(self, fraction: float) -> None:
-        """Train only the best of the candidates on: this fraction of those in training, rounded up.
-
-        Raises:
-            ValueError: if the fraction is not above 0 and at most 1.
-        """
+        """Train only the best of the candidates on: this fraction of those in training, rounded up."""
         check_number("the fraction of candidates to keep", fraction, "above 0 and at most 1")
         ranked = sorted(self.names, key=lambda name: self._runs[name].row().rank)
         for name in ranked[math.ceil(fraction * len(ranked)) :]:
@@ -257,13 +246,10 @@ class Sweep:
         return SweepResult(sorted((run.row() for run in self._runs.values()), key=lambda row: row.rank))
 
     def finish(self, adapter: str | None = "default") -> SweepResult:
-        """End the training with the best adapter as the active and trainable one.
+        """End the training with the best adapter as the active and trainable one, and return `result`.
 
-        Args:
-            adapter: the name that it gets, the others being deleted; None keeps all, under their own names.
-
-        Returns:
-            `result`. If all candidates diverged and none is to be kept as it is, the model is left without adapters.
+        ``adapter`` is the name that it gets, the others being deleted; None keeps all, under their own names. If all
+        candidates diverged and only the best is to be kept, the model is left without adapters.
         """
         if adapter is not None:
             check_adapter_name(adapter)
