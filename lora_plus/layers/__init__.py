@@ -1,5 +1,6 @@
 """One module and its adapters: kinds of layers, adapted weights, merged state."""
 
+from . import recurrent as recurrent
 from .convolution import LoRAConv1d as LoRAConv1d
 from .convolution import LoRAConv2d as LoRAConv2d
 from .convolution import LoRAConv3d as LoRAConv3d

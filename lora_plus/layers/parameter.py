@@ -1,44 +1,18 @@
-"""LoRA on weights that somebody else reads: the parameter's attribute gives the weight with the adapters in it.
-
-``nn.MultiheadAttention`` hands ``in_proj_weight`` to a function, an ``nn.LSTM`` hands its weights to a kernel, stacked
-experts are bare parameters. There is no layer to call, so the update is a dense matrix, made anew whenever the
-attribute is read. The module keeps its identity, its state-dict keys and its code; its class becomes one on which the
-adapted attribute is a property, and the parameter itself moves into a `LoRAParameter` inside the module.
-"""
+"""A parameter with adapters on its own, because no layer that computes with it is called."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
-from .calls import Calls
-from .class_swap import SwappedModule, derived_class, swap_class
-from .kinds import REFUSALS
 from .merged import Slot
-from .shallow_copy import shallow_copy
 from .site import BaseParameters
-from .weight import AdaptedWeight, Holders
+from .weight import AdaptedWeight
 
 if TYPE_CHECKING:
     from typing_extensions import Self
-
-_CALLS = Calls()
-"""The calls of owners that run in this thread, and what each has read."""
-
-HOLDERS = "lora_parameters"
-"""The submodule of an owner that has a `LoRAParameter` for each adapted parameter, by the parameter's name."""
-
-
-BASE = "_checkpoint_wrapped_module"
-"""The submodule of an owner that has its adapted parameters themselves.
-
-Torch leaves this part out of a parameter's name where it compares names with keys of a state dict, as it must for its
-own checkpoint wrappers (``torch.distributed.checkpoint.state_dict``). So the parameter's name is its key there.
-"""
 
 
 class LoRAParameter(AdaptedWeight):
@@ -80,9 +54,8 @@ class LoRAParameter(AdaptedWeight):
         return bound
 
     def weight_slot(self) -> Slot:
-        return Slot(
-            self._parameters if self.weight_name in self._parameters else self.base._parameters, self.weight_name
-        )
+        here = self.weight_name in self._parameters
+        return Slot(self._parameters if here else self.base._parameters, self.weight_name)
 
     def holders(self) -> list[nn.Module]:
         return [self.base, *super().holders()]
@@ -108,228 +81,3 @@ class LoRAParameter(AdaptedWeight):
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         if self.lora_merge is not None:
             super()._load_from_state_dict(state_dict, prefix, *args)
-
-
-class LoRAOwner(SwappedModule):
-    """A module some of whose own parameters have adapters; comes before the module's class among the bases."""
-
-    adapted_names: ClassVar[tuple[str, ...]]
-    """The adapted parameters."""
-
-    @classmethod
-    def class_body(cls, base_class: type[Any], names: tuple[str, ...]) -> dict[str, Any]:
-        return {name: _effective(name) for name in names} | {"__doc__": base_class.__doc__, "adapted_names": names}
-
-    def take_out(self) -> None:
-        for name, holder in parameter_holders(self).items():
-            self._parameters[name] = holder.weight
-        del self._modules[HOLDERS], self._modules[BASE]
-
-    def drop(self, adapter: str) -> None:
-        for name, holder in parameter_holders(self).items():
-            if adapter in holder.adapter_names():
-                holder.delete_adapter(adapter)
-            if not holder.adapter_names():
-                self._restore_parameter(name)
-
-    def _restore_parameter(self, name: str) -> None:
-        """Make one adapted parameter plain again; with the last one the module becomes plain."""
-        holders = parameter_holders(self)
-        if len(holders) == 1:
-            self.restore()
-            return
-        self._parameters[name] = holders[name].weight
-        del self._modules[HOLDERS]._modules[name]  # type: ignore[union-attr]
-        del self._modules[BASE]._parameters[name]  # type: ignore[union-attr]
-        rest = tuple(other for other in holders if other != name)
-        swap_class(self, lambda swapped: owner_class(swapped, rest))
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        raise TypeError(
-            f"{type(self).__name__} is the class of one {self.base_class.__name__} with adapters and makes no others, "
-            f"as slicing it may try to; construct a {self.base_class.__name__}"
-        )
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        # code that reads a weight many times, once for each expert say, gets the same tensor for the length of a call
-        outer = _CALLS.begin(self)
-        try:
-            return super().__call__(*args, **kwargs)
-        finally:
-            _CALLS.end(outer)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        with torch.no_grad():  # recurrent layers read here, and keep, the weights that they compute with
-            return super()._apply(fn, recurse)
-
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        # fully_shard makes shards again of what a module has when it is saved; that would come after this
-        for hook in self._modules[BASE]._state_dict_pre_hooks.values():  # type: ignore[union-attr]
-            hook(self._modules[BASE], prefix, keep_vars)
-        with _in_place(self):
-            super()._save_to_state_dict(destination, prefix, keep_vars)
-
-    def _load_from_state_dict(self, *args: Any) -> None:
-        for hook in self._modules[BASE]._load_state_dict_pre_hooks.values():  # type: ignore[union-attr]
-            hook(*args)
-        with _in_place(self, merged=False):  # those report that they are merged
-            super()._load_from_state_dict(*args)
-
-    def _fqn_modifiers(self) -> dict[str, str]:
-        """By adapted parameter, the submodule that has it: torch's checkpoints follow names by reading attributes."""
-        return dict.fromkeys(self.adapted_names, BASE)
-
-    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """As ever; a parameter given to an adapted name becomes the base of its adapters."""
-        if name not in self.adapted_names:
-            self._check_places()
-            super().register_parameter(name, param)
-            return
-        if self._parameters.get(name) is not None:  # it is in its old place for a moment, as in loading
-            self._parameters[name] = param
-            return
-        holder = parameter_holders(self)[name]
-        if param is None or param.shape != holder.weight.shape or holder.lora_merge is not None:
-            raise ValueError(
-                f"{name!r} has adapters, so it can only be replaced by a parameter of its shape "
-                f"{tuple(holder.weight.shape)} while it is not merged; call remove_lora(model) first"
-            )
-        holder.weight_slot().bind(param)
-
-    def __delattr__(self, name: str) -> None:
-        if name in self.adapted_names:
-            raise ValueError(_STAYS.format(name))
-        super().__delattr__(name)
-
-    def _check_places(self) -> None:
-        for name in self.adapted_names:
-            if name not in self._parameters:  # as the older torch.nn.utils.weight_norm takes it out
-                self._parameters[name] = None
-                raise ValueError(_STAYS.format(name))
-
-    def __copy__(self) -> Self:
-        copied = shallow_copy(self, (HOLDERS, BASE))
-        for holder in parameter_holders(copied).values():
-            holder.__dict__["base"] = copied._modules[BASE]
-            holder.own_adapters()
-            holder.__setstate__(holder.__dict__)
-        return copied
-
-
-_STAYS = "{!r} has adapters, so it cannot be deleted or parametrized; call merge_and_unload or remove_lora first"
-
-
-class LoRARecurrentOwner(LoRAOwner):
-    """An ``nn.LSTM`` or another one of torch's recurrent layers.
-
-    In a forward torch writes the weights that it finds into a list on the layer, and computes with that list. Weights
-    that are computed belong to one call, so that there the list does, too.
-    """
-
-    _flat_weights_names: list[str]
-    flatten_parameters: Callable[[], None]
-
-    @property
-    def _flat_weights(self) -> list[Tensor]:
-        if not self._lora_computes():
-            return self.__dict__["_flat_weights"]  # type: ignore[no-any-return]
-        noted = _CALLS.noted(self)
-        if noted is not None and "_flat_weights" in noted:
-            return noted["_flat_weights"]  # type: ignore[no-any-return]
-        found = [getattr(self, name) for name in self._flat_weights_names]
-        if noted is not None:
-            # for cuDNN torch moves all of them into one memory; what other threads use must stay where it is
-            found = [w.clone() if w.is_cuda and isinstance(w, nn.Parameter) else w for w in found]
-            noted["_flat_weights"] = found
-            self.flatten_parameters()
-        return found
-
-    @_flat_weights.setter
-    def _flat_weights(self, weights: list[Tensor]) -> None:
-        self.__dict__["_flat_weights"] = weights
-
-    def _update_flat_weights(self) -> None:
-        if not self._lora_computes():
-            super()._update_flat_weights()  # type: ignore[misc]
-
-    def _lora_computes(self) -> bool:
-        return any(holder.computes() for holder in parameter_holders(self).values())
-
-
-def parameter_holders(module: nn.Module) -> dict[str, LoRAParameter]:
-    """The adapted parameters of a module, by their names."""
-    container = module._modules.get(HOLDERS) if isinstance(module, LoRAOwner) else None
-    return {} if container is None else dict(container._modules)  # type: ignore[arg-type]
-
-
-def raw_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
-    """A module's own parameters without their adapters, by name."""
-    own = {name: parameter for name, parameter in module._parameters.items() if parameter is not None}
-    return own | {name: holder.weight for name, holder in parameter_holders(module).items()}
-
-
-def adopt_parameter(owner: nn.Module, name: str, layout: str, label: str, of: str | None = None) -> LoRAParameter:
-    """The `LoRAParameter` of an owner's parameter, which is made, still without adapters, if it is not there."""
-    holders = parameter_holders(owner)
-    if name not in holders:
-        parameter = owner._parameters[name]
-        assert parameter is not None
-        swap_class(owner, lambda swapped: owner_class(swapped, (*holders, name)))
-        container = owner._modules.setdefault(HOLDERS, Holders())
-        assert container is not None
-        base = owner._modules.setdefault(BASE, BaseParameters())
-        assert isinstance(base, BaseParameters)
-        base.register_parameter(name, parameter)
-        holders[name] = LoRAParameter(base, name, layout, label, of)
-        holders[name].train(owner.training)
-        container._modules[name] = holders[name]
-        owner._parameters[name] = None  # which keeps its place among the keys
-    assert holders[name].layout == layout
-    return holders[name]
-
-
-@contextmanager
-def _in_place(owner: LoRAOwner, *, merged: bool = True) -> Iterator[None]:
-    """The adapted parameters back among the owner's own, with those that are merged or without."""
-    holders = {name: holder for name, holder in parameter_holders(owner).items() if merged or not holder.lora_merge}
-    for name, holder in holders.items():
-        owner._parameters[name] = holder.weight
-    try:
-        yield
-    finally:
-        for name, holder in holders.items():
-            holder.weight_slot().bind(owner._parameters[name])  # type: ignore[arg-type]  # another one after assign=True
-            owner._parameters[name] = None
-
-
-def owner_class(swapped: Any, names: tuple[str, ...]) -> type[LoRAOwner]:
-    """The class of a module, of this class or without adapters, in which these parameters are adapted."""
-    plain = swapped.base_class if issubclass(swapped, LoRAOwner) else swapped
-    return derived_class(LoRARecurrentOwner if issubclass(plain, nn.RNNBase) else LoRAOwner, plain, names)
-
-
-def _effective(name: str) -> property:
-    def read(owner: LoRAOwner) -> Tensor:
-        holder: Any = owner._modules[HOLDERS]._modules[name]  # type: ignore[union-attr]
-        # torch.func.functional_call and fully_shard put what shall be computed with where the parameter was
-        base, known = owner._parameters.get(name), _CALLS.noted(owner)
-        if known is None:
-            return holder(base)  # type: ignore[no-any-return]
-        state = (name, id(base), torch.is_grad_enabled(), holder.acting())
-        if state not in known:
-            known[state] = holder(base)
-        return known[state]
-
-    return property(read, doc=f"The parameter {name!r} with its adapters in it.")
-
-
-def _why_no_layer(layer: nn.Module) -> str | None:
-    holders = parameter_holders(layer)
-    return f"{type(layer).__name__} whose parameters {sorted(holders)} have adapters" if holders else None
-
-
-REFUSALS.append(_why_no_layer)
-
-_STATED = (name for name in dir(LoRAOwner) if not name.startswith("__"))
-OWN_NAMES = frozenset((HOLDERS, BASE, *_STATED)) - set(dir(nn.Module))
-"""What a module must not have for itself in order to become an owner."""

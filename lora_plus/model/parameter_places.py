@@ -11,15 +11,15 @@ from torch import Tensor, nn
 from lora_plus.layers.base import PARAMETER, BaseLayer
 from lora_plus.layers.kinds import DTYPES, why_no_numbers
 from lora_plus.layers.layer import LoRALayer
-from lora_plus.layers.parameter import (
+from lora_plus.layers.owner import (
     OWN_NAMES,
     LoRAOwner,
-    LoRAParameter,
     adopt_parameter,
     owner_class,
     parameter_holders,
     raw_parameters,
 )
+from lora_plus.layers.parameter import LoRAParameter
 from lora_plus.layers.site import AdapterSite, RowBlock
 from lora_plus.layers.weight import AdaptedWeight
 from lora_plus.tensors.distributed import whole, without_values
