@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_plus.tensors import matrix as functional
-from lora_plus.tensors.init import Init, Start
+from lora_plus.tensors.init import Init, InitName, Start
 from lora_plus.tensors.random_state import draws
-from lora_plus.tensors.variant import AdapterSpec
+from lora_plus.tensors.variant import AdapterSpec, Scaling, VariantName
 
 from .adapter import ActiveAdapter, check_adapter_name
 from .assigned_forward import AssignedForward
@@ -119,9 +119,9 @@ class LoRALayer(AssignedForward, AdaptedWeight):
         r: int = 8,
         alpha: float = 16,
         dropout: float = 0.0,
-        scaling: str = "standard",
-        init: str | Init = "kaiming",
-        variant: str = "lora",
+        scaling: Scaling = "standard",
+        init: InitName | Init = "kaiming",
+        variant: VariantName = "lora",
         adapter: str = "default",
         generator: torch.Generator | None = None,
         **base_kwargs: Any,

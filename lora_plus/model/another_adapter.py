@@ -10,8 +10,9 @@ from torch import nn
 
 from lora_plus.errors import Problems
 from lora_plus.layers.adapter import check_adapter_name
-from lora_plus.tensors.init import Init, Start
+from lora_plus.tensors.init import Init, InitName, Start
 from lora_plus.tensors.random_state import draws
+from lora_plus.tensors.variant import Scaling, VariantName
 
 from .adapters import check_adapter
 from .collector import collector_paused
@@ -30,9 +31,9 @@ def add_adapter(
     r: int | None = None,
     alpha: float | None = None,
     dropout: float | None = None,
-    scaling: str | None = None,
-    variant: str | None = None,
-    init: str | Init = "kaiming",
+    scaling: Scaling | None = None,
+    variant: VariantName | None = None,
+    init: InitName | Init = "kaiming",
     dtype: torch.dtype | None = None,
     generator: torch.Generator | None = None,
 ) -> nn.Module:

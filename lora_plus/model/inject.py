@@ -18,9 +18,9 @@ from lora_plus.layers.kinds import why_no_numbers
 from lora_plus.layers.layer import LoRALayer
 from lora_plus.layers.site import AdapterSite
 from lora_plus.layers.weight import AdaptedWeight
-from lora_plus.tensors.init import Init, Start
+from lora_plus.tensors.init import Init, InitName, Start
 from lora_plus.tensors.random_state import draws
-from lora_plus.tensors.variant import AdapterSpec
+from lora_plus.tensors.variant import AdapterSpec, Scaling, VariantName
 
 from .collector import collector_paused
 from .patterns import Pattern
@@ -45,9 +45,9 @@ def inject_lora(
     exclude: Pattern | Sequence[Pattern] = (),
     rank_pattern: Mapping[Any, int] | None = None,
     alpha_pattern: Mapping[Any, float] | None = None,
-    scaling: str = "standard",
-    init: str | Init = "kaiming",
-    variant: str = "lora",
+    scaling: Scaling = "standard",
+    init: InitName | Init = "kaiming",
+    variant: VariantName = "lora",
     train_also: Pattern | Sequence[Pattern] = (),
     fused: Mapping[Any, Sequence[str] | Mapping[str, int]] | None = None,
     layouts: Mapping[Any, str] | None = None,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -21,6 +21,9 @@ SCALINGS: dict[str, Callable[[float, int], float]] = {
     "standard": lambda alpha, r: alpha / r,  # Hu et al. 2021, arXiv:2106.09685
     "rslora": lambda alpha, r: alpha / math.sqrt(r),  # Kalajdzievski 2023, arXiv:2312.03732
 }
+
+Scaling = Literal["standard", "rslora"]
+"""The names in `SCALINGS`, for signatures."""
 
 
 @dataclass(frozen=True)
@@ -176,6 +179,9 @@ class DoRA:
 
 
 VARIANTS: dict[str, Variant] = {"lora": LoRA(), "lora_fa": LoRAFA(), "dora": DoRA()}
+
+VariantName = Literal["lora", "lora_fa", "dora"]
+"""The names in `VARIANTS`, for signatures."""
 
 
 def only_adds(variant: str) -> bool:

@@ -10,7 +10,7 @@ from lora_plus.model.inject import check_uncopied
 from lora_plus.model.places import adapted_places
 from lora_plus.model.storage import shards_of
 from lora_plus.model.tree import adapted_weights
-from lora_plus.tensors.init import Init, Start
+from lora_plus.tensors.init import Init, InitName, Start
 from lora_plus.tensors.random_state import draws
 
 
@@ -19,7 +19,7 @@ def reset_lora_parameters(
     model: nn.Module,
     *,
     adapter: str = "default",
-    init: str | Init = "kaiming",
+    init: InitName | Init = "kaiming",
     generator: torch.Generator | None = None,
 ) -> None:
     """Draw an adapter's tensors anew on all its layers, in place: its start, from which it can be trained again.

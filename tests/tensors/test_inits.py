@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -13,7 +14,8 @@ from torch import nn
 
 import lora_plus as lp
 from lora_plus.surgery import resize_adapter
-from lora_plus.tensors.init import INITS, PRINCIPAL, milora, olora, pissa
+from lora_plus.tensors.init import INITS, PRINCIPAL, InitName, milora, olora, pissa
+from lora_plus.tensors.variant import SCALINGS, VARIANTS, Scaling, VariantName
 from lora_plus.training import fold_lr_ratio, reset_lora_parameters
 
 BY_NAME = {case.name: case for case in CASES}
@@ -287,3 +289,9 @@ def test_folding_a_ratio_in_does_not_change_what_is_computed(init: str, variant:
     torch.testing.assert_close(loaded(x), before, rtol=1e-12, atol=1e-12)
     resize_adapter(model, r=8)
     torch.testing.assert_close(model(x), before, rtol=1e-12, atol=1e-12)
+
+
+def test_signatures_name_the_entries_of_the_tables() -> None:
+    tables = {InitName: (*INITS, *PRINCIPAL), Scaling: SCALINGS, VariantName: VARIANTS}
+    for names, table in tables.items():
+        assert get_args(names) == tuple(table)

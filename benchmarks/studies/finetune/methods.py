@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from lora_plus.tensors.variant import VariantName
+
 
 @dataclass(frozen=True)
 class Method:
@@ -11,7 +13,7 @@ class Method:
 
     lr_ratio: float = 1.0
     """Rate of B over rate of A; their geometric mean is the rate of the sweep."""
-    variant: str = "lora"
+    variant: VariantName = "lora"
     from_gradients: bool = False
     """Whether A starts from the gradient of a few batches."""
 

@@ -12,6 +12,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 import lora_plus as lp
 from lora_plus.engines.transformers import LoraPlusTrainer
+from lora_plus.tensors.init import InitName
 
 
 def loading(arguments: ModelArguments) -> dict[str, Any]:
@@ -20,7 +21,12 @@ def loading(arguments: ModelArguments) -> dict[str, Any]:
 
 
 def adapt(
-    model: Any, source: str | None, arguments: RecipeArguments, *, init: str = "kaiming", train_also: Sequence[str] = ()
+    model: Any,
+    source: str | None,
+    arguments: RecipeArguments,
+    *,
+    init: InitName = "kaiming",
+    train_also: Sequence[str] = (),
 ) -> None:
     """Load the adapter at ``source``, or put the one in that the arguments describe.
 

@@ -42,6 +42,7 @@ from transformers.hf_argparser import HfArg
 from transformers.models.roberta.modeling_roberta import RobertaClassificationHead
 
 from lora_plus.engines.transformers import LoraPlusTrainer
+from lora_plus.tensors.init import InitName
 
 
 @dataclass
@@ -92,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     model.config.pad_token_id = tokenizer.pad_token_id
-    init = "kaiming" if args.lora_use_original_init else "kaiming_B"
+    init: InitName = "kaiming" if args.lora_use_original_init else "kaiming_B"
     adapt(model, source.adapter_path, args, init=init, train_also=heads(model))
     model.apply(freeze_first_layer)
     model.accepts_loss_kwargs = False  # takes them, ignores them: its mean would count once for every process and part
