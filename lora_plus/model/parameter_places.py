@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +28,7 @@ from lora_plus.tensors.matrix import matrix_shape, to_matrix
 from lora_plus.tensors.variant import VARIANTS, AdapterSpec, only_adds
 from lora_plus.text import join
 
-from .parts import PARTS, Part, parts_of
+from .parts import PARTS, Part
 from .places import PLACE_FINDERS, LayerPlace, Layouts, NamedModule, Place, Rows, described, rows_overlap
 
 Names = Sequence[tuple[str, nn.Module]]
@@ -190,10 +191,6 @@ class RowsPlace(Place):
         base = self.whole.base()
         return replace(base, facts=base.facts | {"parameter": self.weight_path, "rows": list(self.rows or ())})
 
-    def stored_as(self, layout: str) -> RowsPlace:
-        assert self.rows is not None
-        return RowsPlace(self.whole.stored_as(layout), self.rows, self.label, self.names, self.aliases)
-
 
 # ---- finding them ----------------------------------------------------------------------------------------------------
 
@@ -208,13 +205,12 @@ class _Finder:
         return [module.__name__ for module in PARTS]
 
     def instead(self, entry: NamedModule, fused: Mapping[str, Rows]) -> list[Place]:
-        places: list[Place] = []
-        for part in parts_of(entry.module):
+        places: list[Place] = [rows_of_layer(entry, label, rows) for label, rows in fused.items()]
+        reader: Any = next((parent for parent in type(entry.module).__mro__ if parent in PARTS), None)
+        for part in PARTS[reader](entry.module) if reader is not None else ():
             owner = entry.module._modules.get(part.child) if part.child else entry.module
             if owner is not None:
-                places.append(_part_place(entry, part, owner))
-        for label, rows in fused.items():
-            places.append(rows_of_layer(entry, label, rows))
+                places.append(_part_place(entry, part, owner, reader.__name__))
         return places
 
     def parameters(self, entry: NamedModule, layouts: Layouts) -> list[Place]:
@@ -249,12 +245,11 @@ def rows_of_layer(entry: NamedModule, label: str, rows: Rows) -> RowsPlace:
     return RowsPlace(layer, rows, label, names, layer.names)
 
 
-def _part_place(entry: NamedModule, part: Part, owner: nn.Module) -> Place:
+def _part_place(entry: NamedModule, part: Part, owner: nn.Module, of: str) -> Place:
     own_name = join(part.child, part.label)
     names = [(join(name, own_name), owner) for name in entry.names]
     inner = (*part.aliases, join(part.child, part.parameter), "")
     aliases = [(join(name, alias), entry.module) for name in entry.names for alias in inner]
-    of = next(parent.__name__ for parent in type(entry.module).__mro__ if parent in PARTS)
     own = part if part.rows is None else replace(part, label=part.parameter)
     place = ParameterPlace(owner, join(entry.name, part.child), names, own, aliases, of)
     return place if part.rows is None else RowsPlace(place, part.rows, part.label, names, aliases)

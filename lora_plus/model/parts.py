@@ -31,12 +31,6 @@ PARTS: dict[type[nn.Module], Callable[[nn.Module], list[Part]]] = {}
 """Module class -> the parts of such a module; a subclass is served by the nearest entry."""
 
 
-def parts_of(module: nn.Module) -> list[Part]:
-    """The parts of a module that computes with its weights itself; empty for any other."""
-    described_by = next((PARTS[parent] for parent in type(module).__mro__ if parent in PARTS), None)
-    return [] if described_by is None else described_by(module)
-
-
 def _attention(module: nn.Module) -> list[Part]:
     assert isinstance(module, nn.MultiheadAttention)
     width = module.embed_dim

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from lora_plus.layers.base import BaseLayer
+from lora_plus.layers.class_swap import SwappedModule
 from lora_plus.layers.kinds import lora_class, why_unsupported
 from lora_plus.layers.layer import LoRALayer
 from lora_plus.layers.site import AdapterSite, RowBlock
@@ -305,7 +306,7 @@ def overlaps(places: Iterable[Place]) -> list[str]:
         layer = layers.get(id(place.owner))
         if layer is not None and not place.called:
             lines.append(f"{place.name!r} and its layer {layer.name!r} are both to be adapted; choose one")
-        if (reason := place.overlapped()) is not None:
+        if isinstance(place.owner, SwappedModule) and (reason := place.overlapped()) is not None:
             lines.append(f"{place.name!r} cannot be adapted: {reason}")
         others = weights.setdefault(place.weight_key, [])
         lines += [f"{place.name!r} and {it.name!r} overlap" for it in others if rows_overlap(place.rows, it.rows)]
