@@ -23,6 +23,8 @@ class SwappedModule(nn.Module):
 
     base_class: ClassVar[type[nn.Module]]
     """The class that the module has without adapters."""
+    adapted_names: ClassVar[tuple[str, ...]] = ()
+    """The parameters that have adapters on their own."""
     made_from: ClassVar[tuple[Any, ...] | None] = None
     """What `derived_class` made the class from; None for one that is written in a file."""
 

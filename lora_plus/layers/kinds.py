@@ -10,13 +10,11 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from .class_swap import SwappedModule
 from .layer import LoRALayer, argument_names
 
 KINDS: dict[type[nn.Module], list[type[LoRALayer]]] = {}
 """Layer class -> the kinds for it and its subclasses. The first one that fits a layer adapts it."""
-
-REFUSALS: list[Callable[[nn.Module], str | None]] = []
-"""Each says why a layer cannot be adapted, whatever its kind, as a noun phrase; None if it knows of no reason."""
 
 FORMS: list[Callable[[Tensor], str | None]] = []
 """Each says how a weight is stored, such as ``"quantized (torchao)"``, if an update cannot be added to it there."""
@@ -57,9 +55,8 @@ def kinds_by_name() -> dict[str, type[LoRALayer]]:
 def why_unsupported(module: nn.Module, kind: type[LoRALayer] | None) -> str | None:
     """Why a layer of this kind, or of none, cannot be adapted; None if it can."""
     name, weight = type(module).__name__, getattr(module, "weight", None)
-    for refusal in REFUSALS:
-        if (reason := refusal(module)) is not None:
-            return reason
+    if isinstance(module, SwappedModule) and module.adapted_names:
+        return f"{name} whose parameters {sorted(module.adapted_names)} have adapters"
     if kind is None:
         return name
     stored = None if kind.stored_quantized else why_no_numbers(weight)

@@ -10,14 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from .calls import Calls
 from .class_swap import SwappedModule, derived_class, swap_class
-from .kinds import REFUSALS
 from .parameter import LoRAParameter
 from .shallow_copy import shallow_copy
 from .site import BaseParameters
@@ -44,9 +43,6 @@ _STAYS = "{!r} has adapters, so it cannot be deleted or parametrized; call merge
 
 class LoRAOwner(SwappedModule):
     """A module some of whose own parameters have adapters; comes before the module's class among the bases."""
-
-    adapted_names: ClassVar[tuple[str, ...]]
-    """The adapted parameters."""
 
     @classmethod
     def class_body(cls, base_class: type[Any], names: tuple[str, ...]) -> dict[str, Any]:
@@ -215,13 +211,6 @@ def _effective(name: str) -> property:
 
     return property(read, doc=f"The parameter {name!r} with its adapters in it.")
 
-
-def _why_no_layer(layer: nn.Module) -> str | None:
-    holders = parameter_holders(layer)
-    return f"{type(layer).__name__} whose parameters {sorted(holders)} have adapters" if holders else None
-
-
-REFUSALS.append(_why_no_layer)
 
 _STATED = (name for name in dir(LoRAOwner) if not name.startswith("__"))
 OWN_NAMES = frozenset((HOLDERS, BASE, *_STATED)) - set(dir(nn.Module))

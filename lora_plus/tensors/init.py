@@ -33,21 +33,16 @@ def uniform(shape: tuple[int, ...], bound: float, like: Tensor, generator: torch
 
     They are drawn on the generator's own device, so one seed gives the same numbers on every device.
     """
-    home = _home(like)
-    device = home if generator is None else generator.device
-    drawn = torch.empty(shape, dtype=accumulation_dtype(like.dtype), device=device)
+    home, dtype = "cpu" if like.is_meta else like.device, accumulation_dtype(like.dtype)
+    drawn = torch.empty(shape, dtype=dtype, device=home if generator is None else generator.device)
     return drawn.uniform_(-bound, bound, generator=generator).to(home)
 
 
 def normal(shape: tuple[int, ...], like: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """Standard normal numbers, as `uniform` draws them."""
-    home, dtype = _home(like), accumulation_dtype(like.dtype)
-    device = home if generator is None else generator.device
-    return torch.randn(shape, dtype=dtype, device=device, generator=generator).to(home)
-
-
-def _home(like: Tensor) -> torch.device:
-    return torch.device("cpu") if like.is_meta else like.device
+    home, dtype = "cpu" if like.is_meta else like.device, accumulation_dtype(like.dtype)
+    drawn = torch.empty(shape, dtype=dtype, device=home if generator is None else generator.device)
+    return drawn.normal_(generator=generator).to(home)
 
 
 def kaiming(weight: Tensor, r: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
