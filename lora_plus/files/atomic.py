@@ -68,7 +68,7 @@ def replacing(*paths: Path) -> Iterator[list[Path]]:
             for path, temporary in zip(paths, temporaries, strict=True):
                 os.replace(temporary, path)
             (folder / _RENAMING).unlink(missing_ok=True)
-        flush_folder(last.parent)
+        flush(last.parent)
 
 
 _RENAMING, _ASIDE = ".renaming", ".aside"
@@ -183,7 +183,7 @@ def publish(made: Path, path: Path) -> None:
                 f"{str(path)!r} appeared meanwhile and was left as it is; give another name"
             ) from error
         raise
-    flush_folder(path.parent)
+    flush(path.parent)
 
 
 def _rename_file(made: Path, path: Path) -> None:
@@ -236,18 +236,11 @@ def _locked(folder: Path, *, wait: bool) -> Iterator[bool]:
 
 
 def flush(path: Path) -> None:
-    """Have a file's contents on the disk."""
-    _flush(path, os.O_RDWR)  # Windows flushes only what is open for writing
-
-
-def flush_folder(path: Path) -> None:
-    """Have the names in a folder on the disk; elsewhere than on POSIX systems folders cannot be opened."""
-    if os.name == "posix":
-        _flush(path, os.O_RDONLY)
-
-
-def _flush(path: Path, how: int) -> None:
-    handle = os.open(path, how)
+    """Have a file's contents, or the names in a folder, on the disk; folders can be opened on POSIX systems only."""
+    folder = path.is_dir()
+    if folder and os.name != "posix":
+        return
+    handle = os.open(path, os.O_RDONLY if folder else os.O_RDWR)  # Windows flushes only what is open for writing
     try:
         os.fsync(handle)
     finally:

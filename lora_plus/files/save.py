@@ -12,10 +12,9 @@ from typing import Literal
 from torch import nn
 
 from lora_plus.errors import Problems
-from lora_plus.layers.base import BaseLayer
 from lora_plus.model.adapters import check_adapter
-from lora_plus.model.places import Place, adapted_places
-from lora_plus.model.storage import Shards, shards_of
+from lora_plus.model.places import adapted_places
+from lora_plus.model.storage import shards_of
 from lora_plus.model.train_also import trained_modules
 from lora_plus.model.tree import is_spare_replica, submodule
 from lora_plus.model.unsaved import check_saved
@@ -141,7 +140,10 @@ def describe(model: nn.Module, adapter: str, metadata: Mapping[str, str] | None 
     for place, site in adapted_places(model):
         if adapter in site.lora_adapters:
             spec, tensors = site.lora_adapters[adapter].as_saved(shards.whole)
-            layers[place.name] = SavedLayer(_base(place, shards), spec, tensors)
+            base = place.base()
+            if shards.flat:
+                base = replace(base, shape=tuple(shards.shape(place.stored())))
+            layers[place.name] = SavedLayer(base, spec, tensors)
     found = list(trained_modules(model, adapter))
     if any(record.exchanged for _, _, record in found):
         raise ValueError("the modules trained in full show their original values; save outside of disabled(model)")
@@ -150,11 +152,6 @@ def describe(model: nn.Module, adapter: str, metadata: Mapping[str, str] | None 
         path: shards.whole(module.state_dict(keep_vars=True)) for path, module, _ in found if id(module) not in inside
     }
     return SavedAdapter(layers, trained, dict(metadata or {}))
-
-
-def _base(place: Place, shards: Shards) -> BaseLayer:
-    base = place.base()
-    return replace(base, shape=tuple(shards.shape(place.stored()))) if shards.flat else base
 
 
 def not_finite(data: SavedAdapter, model: nn.Module) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from torch import Tensor, nn
 
@@ -33,8 +33,6 @@ class Outline:
     """Those of modules that have no forward of their own."""
     transposed: Collection[str] = ()
     """Those of modules that say of themselves that they store experts as (stack, in, out)."""
-    readers: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    """Modules that read their weights themselves, with the names of the places for adapters in each."""
     whole: bool = True
     """Whether these are all parts of the model; if not, they are those that an adapter names."""
 
@@ -53,8 +51,11 @@ class Target:
         rename: the user's map from the names in the file to those here.
     """
 
+    rename = Renaming()
+
     def __init__(self, rename: Renaming | None = None) -> None:
-        self.rename = rename or Renaming()
+        if rename is not None:
+            self.rename = rename
 
     def names(self) -> Collection[str] | None:
         """The names of all modules; None if they are not known."""
@@ -63,6 +64,10 @@ class Target:
     def outline(self, child: str = "") -> Outline | None:
         """How the model, or the module of this name in it, is built; None if that is not known."""
         return None
+
+    def readers(self) -> Mapping[str, Sequence[str]]:
+        """The modules that read their weights themselves, with the names of the places for adapters in each."""
+        return {}
 
     def base(self, name: str) -> BaseLayer | None:
         """The base layer of this name; None if it cannot be adapted, or is not known."""
@@ -123,6 +128,13 @@ class ModelTarget(Target):
     def names(self) -> Collection[str]:
         return self.modules
 
+    def readers(self) -> dict[str, list[str]]:
+        found: dict[str, list[str]] = {}
+        for name, place in self.places.items():
+            if place.of is not None:
+                found.setdefault(name.rpartition(".")[0], []).append(name)
+        return found
+
     def base(self, name: str) -> BaseLayer | None:
         place = self.place(name)
         return None if place is None or place.refusal() else place.base()
@@ -153,31 +165,23 @@ class ModelTarget(Target):
         for entry in self.found.values():
             own = dict(own_parameters(entry.module))
             modules[entry.name] = [name for name in entry.module._parameters if name in own]  # in the module's order
-        readers: dict[str, list[str]] = {}
-        for name, place in self.places.items():
-            if place.of is not None:
-                readers.setdefault(name.rpartition(".")[0], []).append(name)
         named = self.modules.items()
         return Outline(
             modules,
             dict.fromkeys(self.modules),
             {name for name, module in named if isinstance(module, _CONTAINERS)},
-            {name for name, module in named if _has_no_forward(module)},
+            {name for name, module in named if type(module).forward is _NONE and "forward" not in vars(module)},
             {name for name, module in named if getattr(module, "is_transposed", False)},
-            readers,
             whole=not getattr(self.model, "is_outline", False),
         )
 
 
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
+_NONE = nn.Module.forward
 
 
 def _by_name(places: Iterable[Place]) -> dict[str, Place]:
     return {name: place for place in places for name, _ in place.names}
-
-
-def _has_no_forward(module: nn.Module) -> bool:
-    return type(module).forward is nn.Module.forward and "forward" not in vars(module)
 
 
 class SavedTarget(Target):
@@ -188,7 +192,6 @@ class SavedTarget(Target):
     """
 
     def __init__(self, adapter: SavedAdapter) -> None:
-        super().__init__()
         self.adapter = adapter
 
     def names(self) -> Collection[str]:

@@ -27,6 +27,14 @@ class Units:
     parameters: dict[str, dict[str, SavedLayer]]
     """By the full name of a parameter."""
 
+    def has_transposed(self) -> bool:
+        """Whether there is a linear layer that stores its weight as (in, out)."""
+        return any(layer.base.kind == "TransposedLinear" for own in self.modules.values() for layer in own.values())
+
+    def owners(self) -> list[str]:
+        """The modules that have the parameters."""
+        return list(dict.fromkeys(name.rpartition(".")[0] for name in self.parameters))
+
     def kinds(self, outline: Outline) -> dict[str, str]:
         """The kind of each adapted module, in the order of the model."""
         kinds = {name: next(iter(layers.values())).base.kind for name, layers in self.modules.items()}
@@ -73,12 +81,13 @@ def format_problems(adapter: SavedAdapter, found: Units, outline: Outline, ties:
             for reason in layer_problems(layer.base, layer.spec.variant)
         ),
         *_of_attentions(found, outline),
-        *(_of_parameters(found, outline) if outline.whole else ()),
+        *(_of_parameters(found, outline) if outline.whole and found.parameters else ()),
     ]
     problems += [f"{name!r}: {reason}" for name, reason in reasons]
-    problems += _of_transposition(found, outline)
-    problems += [] if outline.whole else _of_unknown_modules(found)
-    owners = _owners(found)
+    if found.attentions or found.parameters:
+        problems += _of_transposition(found, outline)
+        problems += [] if outline.whole else _of_unknown_modules(found)
+    owners = found.owners()
     for path in adapter.trained:
         trained_reasons = _of_trained(path, adapter, sorted(modules), outline)
         if path in outline.containers:
@@ -89,10 +98,6 @@ def format_problems(adapter: SavedAdapter, found: Units, outline: Outline, ties:
     unknown = sorted(set(adapter.metadata) - set(USER_FIELDS))
     problems += [f"metadata {name!r}: PEFT's config has no such field; it knows {USER_FIELDS}" for name in unknown]
     return problems
-
-
-def _owners(found: Units) -> list[str]:
-    return list(dict.fromkeys(name.rpartition(".")[0] for name in found.parameters))
 
 
 def layer_problems(base: BaseLayer, variant: str) -> Iterator[str]:
@@ -119,7 +124,7 @@ def _of_attentions(found: Units, outline: Outline) -> Iterator[tuple[str, str]]:
 
 
 def _of_parameters(found: Units, outline: Outline) -> Iterator[tuple[str, str]]:
-    owners, adapted = set(_owners(found)), {**found.modules, **found.attentions}
+    owners, adapted = set(found.owners()), {**found.modules, **found.attentions}
     # PEFT looks among the parameters of its own adapters too
     others = [*outline.parameters, *(f"{name}.lora_{part}.default.weight" for name in adapted for part in "AB")]
     alike: dict[str, list[str]] = {}
@@ -165,20 +170,16 @@ def _of_unknown_modules(found: Units) -> Iterator[str]:
     """What PEFT does according to parts of the model that are not known."""
     for full in found.parameters:
         yield f"{full!r}: how PEFT adapts a parameter depends on its module; {_LOAD}"
-    if found.attentions and any(layer.base.kind == "TransposedLinear" for layer in _module_layers(found)):
+    if found.attentions and found.has_transposed():
         yield f"{sorted(found.attentions)}: PEFT may transpose out_proj, by the order of the layers; {_LOAD}"
 
 
 _LOAD = "load the adapter into its model and save it from there"
 
 
-def _module_layers(found: Units) -> Iterator[SavedLayer]:
-    return (layer for group in found.modules.values() for layer in group.values())
-
-
 def starts_transposed(found: Units) -> bool:
     """What the config says of fan_in_fan_out: the setting with which PEFT comes to the first layer."""
-    return any(layer.base.kind == "TransposedLinear" for layer in _module_layers(found)) and not found.attentions
+    return not found.attentions and found.has_transposed()
 
 
 def _of_trained(path: str, adapter: SavedAdapter, modules: Sequence[str], outline: Outline) -> list[str]:

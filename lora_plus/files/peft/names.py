@@ -65,7 +65,7 @@ class Nesting:
 def nesting(parameters: Collection[str], outline: Outline) -> Nesting:
     """The wrappers for these parameters, which are given by their full names."""
     wanted, owners = set(parameters), dict[str, list[str]]()
-    for full in outline.parameters:
+    for full in outline.parameters if wanted else ():
         if full in wanted:
             owner, _, name = full.rpartition(".")
             owners.setdefault(owner, []).append(name)

@@ -50,7 +50,7 @@ class Reader:
         assert outline is not None
         self.config, self.target, self.outline, self.problems = config, target, outline, problems
         entries = config.get("target_parameters") or []
-        self.parameters = dict.fromkeys(named_parameters(entries, outline))
+        self.parameters = dict.fromkeys(named_parameters(entries, outline) if entries else ())
         named = {end for full in self.parameters for end in (full, *endings(full))}
         self.problems += [
             f"target_parameters {entry!r} names no parameter inside the model"
@@ -62,7 +62,7 @@ class Reader:
         self.unsure: list[str] = []
         """Weights of the base model that cannot be compared with its own."""
         self.attentions: dict[str, dict[str, BaseLayer]] = {}
-        for module, names in outline.readers.items():
+        for module, names in target.readers().items():
             bases = {name: base for name in names if (base := target.base(name)) is not None}
             if any(base.facts.get("of") == ATTENTION for base in bases.values()):
                 self.attentions[module] = bases

@@ -6,8 +6,9 @@ loaded into takes these on.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor
@@ -52,14 +53,24 @@ class FolderTarget(Target):
         target: what the adapter belongs to.
         outline: its parts, under the names of the folder.
         base: from such a name to the base layer.
+        readers: modules that read their weights themselves, with the places in each.
     """
 
-    def __init__(self, target: Target, outline: Outline, base: Callable[[str], BaseLayer | None]) -> None:
+    def __init__(
+        self,
+        target: Target,
+        outline: Outline,
+        base: Callable[[str], BaseLayer | None],
+        readers: Mapping[str, Sequence[str]] = MappingProxyType({}),
+    ) -> None:
         super().__init__(target.rename)
-        self._target, self._outline, self._base = target, outline, base
+        self._target, self._outline, self._base, self._readers = target, outline, base, readers
 
     def outline(self, child: str = "") -> Outline:
         return self._outline
+
+    def readers(self) -> Mapping[str, Sequence[str]]:
+        return self._readers
 
     def base(self, name: str) -> BaseLayer | None:
         return self._base(name)
@@ -112,9 +123,10 @@ def in_file_names(target: Target, outline: Outline, tensors: Mapping[str, Tensor
         each(outline.containers).keys(),
         each(outline.uncalled).keys(),
         each(outline.transposed).keys(),
-        {old: list(each(outline.readers[name])) for old, name in each(outline.readers).items()},
     )
-    return FolderTarget(target, inner, base)
+    there = target.readers()
+    readers = {old: list(each(there[name])) for old, name in each(there).items()}
+    return FolderTarget(target, inner, base, readers)
 
 
 def _module(key: str) -> str:

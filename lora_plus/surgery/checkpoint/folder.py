@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from lora_plus.errors import Problems
-from lora_plus.files.atomic import flush, flush_folder, publish, workspace
+from lora_plus.files.atomic import flush, publish, workspace
 from lora_plus.files.paths import irregular
 from lora_plus.files.tensor_file import StoredTensor, TensorFile
 
@@ -178,5 +178,5 @@ def appearing(out: Path, single: bool) -> Iterator[Path]:
     """
     with workspace(out) as folder:
         yield folder
-        flush_folder(folder)
+        flush(folder)
         publish(next(folder.iterdir()) if single else folder, out)
