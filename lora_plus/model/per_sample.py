@@ -20,7 +20,7 @@ from lora_plus.layers.adapter import ActiveAdapter
 from lora_plus.layers.layer import LoRALayer
 from lora_plus.layers.weight import AdaptedWeight
 from lora_plus.tensors.distributed import is_dtensor
-from lora_plus.tensors.matrix import accumulation_dtype, linear_update_each
+from lora_plus.tensors.matrix import accumulation_dtype
 from lora_plus.tensors.variant import only_adds
 
 from .adapters import check_adapter, check_any_adapter, check_unmerged
@@ -203,7 +203,7 @@ class SampleAdapters:
             x = x.index_select(0, rows)
         if dropout:
             x = F.dropout(x, dropout)
-        update = linear_update_each(x, *self._factors(layer, x.dtype)).to(y.dtype)
+        update = _update_of_each(x, *self._factors(layer, x.dtype)).to(y.dtype)
         return y + update if rows is None else y.index_add(0, rows, update)
 
     def _of(self, name: str | None) -> list[ActiveAdapter]:
@@ -247,6 +247,21 @@ class _Stacked(NamedTuple):
     state: list[tuple[int, int]]
     held: list[nn.Parameter]
     factors: tuple[Tensor, Tensor, Tensor]
+
+
+def _update_of_each(x: Tensor, A: Tensor, B: Tensor, scales: Tensor) -> Tensor:
+    """``scale_i * B_i A_i x_i`` for each part i of a batch: ``(batch, ..., in) -> (batch, ..., out)``.
+
+    Args:
+        x: ``(batch, ..., in)``, which is so many equal parts as there are factors, one after the other.
+        A: ``(parts, r, in)``.
+        B: ``(parts, r, out)``, transposed.
+        scales: ``(parts,)``, float32 or better: the factor of each part's update.
+    """
+    rows = x.reshape(len(A), -1, x.shape[-1])
+    h = torch.bmm(rows, A.mT)  # (parts, rows, r)
+    h = (h * scales[:, None, None]).to(h.dtype)
+    return torch.bmm(h, B).reshape(*x.shape[:-1], B.shape[-1])
 
 
 def _widened(factor: Tensor, rank: int) -> Tensor:

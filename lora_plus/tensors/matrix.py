@@ -168,18 +168,3 @@ def linear_update(x: Tensor, A: Tensor, B: Tensor, scale: float, dropout: float 
         x = F.dropout(x, dropout)
     h = F.linear(x, A) * scale  # (..., in) -> (..., r)
     return F.linear(h, B)
-
-
-def linear_update_each(x: Tensor, A: Tensor, B: Tensor, scales: Tensor) -> Tensor:
-    """``scale_i * B_i A_i x_i`` for each part i of a batch: ``(batch, ..., in) -> (batch, ..., out)``.
-
-    Args:
-        x: ``(batch, ..., in)``, which is so many equal parts as there are factors, one after the other.
-        A: ``(parts, r, in)``.
-        B: ``(parts, r, out)``, transposed.
-        scales: ``(parts,)``, float32 or better: the factor of each part's update.
-    """
-    rows = x.reshape(len(A), -1, x.shape[-1])
-    h = torch.bmm(rows, A.mT)  # (parts, rows, r)
-    h = (h * scales[:, None, None]).to(h.dtype)
-    return torch.bmm(h, B).reshape(*x.shape[:-1], B.shape[-1])
