@@ -48,10 +48,6 @@ class ParameterPlace(Place):
     called = False
 
     @property
-    def weight_name(self) -> str:  # type: ignore[override]
-        return self.part.parameter
-
-    @property
     def key(self) -> tuple[int, str]:  # type: ignore[override]
         return id(self.owner), self.part.parameter
 
@@ -116,7 +112,7 @@ class ParameterPlace(Place):
         return adopt_parameter(self.owner, self.part.parameter, self.part.layout, self.part.label, self.of)
 
     def base(self) -> BaseLayer:
-        facts = {"parameter": self.weight_path} | ({} if self.of is None else {"of": self.of})
+        facts = {"parameter": join(self.owner_name, self.part.parameter)} | ({} if self.of is None else {"of": self.of})
         return BaseLayer(PARAMETER, self.part.layout, tuple(self.stored().shape), facts)
 
     def stored_as(self, layout: str) -> ParameterPlace:
@@ -136,7 +132,7 @@ class RowsPlace(Place):
 
     def __init__(self, whole: Place, rows: Rows, label: str, names: Names, aliases: Names = ()) -> None:
         self.whole, self.rows, self.label, self.names, self.aliases = whole, rows, label, names, aliases
-        self.owner, self.owner_name, self.weight_name = whole.owner, whole.owner_name, whole.weight_name
+        self.owner, self.owner_name = whole.owner, whole.owner_name
         self.key, self.weight_key = (whole.key, rows), whole.key
         self.of, self.called, self.linear = whole.of, whole.called, whole.linear
 
@@ -189,7 +185,8 @@ class RowsPlace(Place):
 
     def base(self) -> BaseLayer:
         base = self.whole.base()
-        return replace(base, facts=base.facts | {"parameter": self.weight_path, "rows": list(self.rows or ())})
+        weight = base.weight_name(self.owner_name)
+        return replace(base, facts=base.facts | {"parameter": weight, "rows": list(self.rows or ())})
 
 
 # ---- finding them ----------------------------------------------------------------------------------------------------
@@ -197,9 +194,6 @@ class RowsPlace(Place):
 
 class _Finder:
     """Finds the parts of modules that read their weights themselves, and blocks of rows of fused layers."""
-
-    def described(self) -> str:
-        return f"the weights of {', '.join(self.readers())}, and parameters of two or three dimensions"
 
     def readers(self) -> list[str]:
         return [module.__name__ for module in PARTS]

@@ -19,7 +19,6 @@ from lora_plus.layers.weight import AdaptedWeight, Holders
 from lora_plus.tensors.distributed import whole, without_values
 from lora_plus.tensors.init import Start
 from lora_plus.tensors.variant import VARIANTS, AdapterSpec
-from lora_plus.text import join
 
 from .storage import shards_of
 from .tree import named_modules, owner_path
@@ -47,8 +46,6 @@ class Place(ABC):
     owner: nn.Module
     """The layer, or the module that has the parameter."""
     owner_name: str
-    weight_name: str
-    """The weight's name in its owner."""
     names: Sequence[tuple[str, nn.Module]]
     """Its own name, once for each name of the owner, with the module that a type or a function is asked about."""
     aliases: Sequence[tuple[str, nn.Module]] = ()
@@ -70,11 +67,6 @@ class Place(ABC):
     def name(self) -> str:
         """Its own name: what files and summaries call it."""
         return self.names[0][0]
-
-    @property
-    def weight_path(self) -> str:
-        """The full name of the weight."""
-        return join(self.owner_name, self.weight_name)
 
     @abstractmethod
     def refusal(self) -> str | None:
@@ -143,7 +135,7 @@ class LayerPlace(Place):
         names: its names in the model.
     """
 
-    weight_name, called = "weight", True
+    called = True
 
     def __init__(self, layer: nn.Module, names: Sequence[str]) -> None:
         self.owner, self.owner_name = layer, names[0]
@@ -205,10 +197,6 @@ Layouts = Callable[[str, nn.Module], str | None]
 
 class Finder(Protocol):
     """Finds places that are no layers."""
-
-    def described(self) -> str:
-        """What it finds, for messages that say what can be adapted."""
-        ...
 
     def readers(self) -> list[str]:
         """The classes of modules that read their weights themselves, in which it finds places."""

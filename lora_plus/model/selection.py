@@ -225,5 +225,8 @@ def _rows(module: nn.Module, sizes: Sequence[str] | Mapping[str, int]) -> dict[s
 
 def _supported() -> str:
     layers = sorted(base.__name__ for base in KINDS if base is not nn.Module)
-    supported = ", ".join([*layers, "GPT-2's Conv1D", *(finder.described() for finder in PLACE_FINDERS)])
-    return f"supported are {supported}"
+    readers = ", ".join(reader for finder in PLACE_FINDERS for reader in finder.readers())
+    return (
+        f"supported are {', '.join(layers)}, GPT-2's Conv1D, the weights of {readers}, and parameters of two or three "
+        "dimensions"
+    )
