@@ -112,29 +112,24 @@ def check_model(model: Any) -> None:
         raise TypeError(f"the model must be an nn.Module, got {got}")
 
 
-def check_makes_optimizers(optimizer_cls: Any) -> None:
-    """Raise unless it can be called."""
+def check_makes_optimizers(optimizer_cls: Any, function: Callable[..., Any], keywords: Collection[str]) -> None:
+    """Raise unless it can be called, and takes the keywords that a function would pass on to it."""
+    own = type(optimizer_cls).__name__
     if not callable(optimizer_cls):
-        got = (
-            repr(optimizer_cls) if isinstance(optimizer_cls, str) else f"an instance of {type(optimizer_cls).__name__}"
-        )
+        got = repr(optimizer_cls) if isinstance(optimizer_cls, str) else f"an instance of {own}"
         raise TypeError(f"optimizer_cls must be an optimizer's class, such as torch.optim.AdamW, got {got}")
-
-
-def check_passed_on(function: Callable[..., Any], optimizer_cls: Any, keywords: Collection[str]) -> None:
-    """Raise if an optimizer's class does not take keywords that a function would pass on to it."""
     try:
         parameters = inspect.signature(optimizer_cls).parameters
     except (TypeError, ValueError):  # there are callables that do not tell
         return
     if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
-        own = _keywords(function)
-        _check(f"{function.__name__} and {_name(optimizer_cls)}", keywords, {*parameters, *own})
+        who = f"{function.__name__} and {getattr(optimizer_cls, '__name__', own)}"
+        _check(who, keywords, {*parameters, *inspect.signature(function).parameters})
 
 
 def named_keywords(function: Callable[P, R]) -> Callable[P, R]:
     """Have a function name the right word for each keyword that it does not know."""
-    known = _keywords(function)
+    known = list(inspect.signature(function).parameters)
 
     @functools.wraps(function)
     def checked(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -142,14 +137,6 @@ def named_keywords(function: Callable[P, R]) -> Callable[P, R]:
         return function(*args, **kwargs)
 
     return checked
-
-
-def _keywords(function: Callable[..., Any]) -> list[str]:
-    return list(inspect.signature(function).parameters)
-
-
-def _name(optimizer_cls: Any) -> str:
-    return getattr(optimizer_cls, "__name__", type(optimizer_cls).__name__)
 
 
 def _check(who: str, keywords: Iterable[str], known: Collection[str]) -> None:

@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import nn
 
-from lora_plus.errors import check_makes_optimizers, check_number, check_passed_on, named_keywords
+from lora_plus.errors import check_makes_optimizers, check_number, named_keywords
 from lora_plus.model.storage import shards_of
 from lora_plus.model.tree import adapters_of
 from lora_plus.model.unsaved import unsaved
@@ -167,8 +167,7 @@ def create_loraplus_optimizer(
         ValueError: as `loraplus_param_groups`, and if the optimizer knows no weight decay but one is asked for.
         TypeError: if ``optimizer_cls`` cannot be called, or does not take one of ``kwargs``.
     """
-    check_makes_optimizers(optimizer_cls)
-    check_passed_on(create_loraplus_optimizer, optimizer_cls, kwargs)
+    check_makes_optimizers(optimizer_cls, create_loraplus_optimizer, kwargs)
     groups = loraplus_param_groups(
         model, lr=lr, lr_ratio=lr_ratio, lr_mode=lr_mode, weight_decay=weight_decay, embedding_lr=embedding_lr,
         roles=roles, decayed=decayed,
