@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from lora_plus.text import some
-from lora_plus.training.checks import CHECKS, COLLECTIVE, Training
+from lora_plus.training.checks import CHECKS
 
 
 @dataclass(frozen=True)
@@ -67,18 +67,14 @@ _FSDP1 = _Engine(
 _ENGINES = (_DDP, _FSDP2, _FSDP1)
 
 
-def unreduced(training: Training) -> Iterator[str]:
-    """Trainable parameters that an engine in the model leaves out."""
-    model = training.model
+def unreduced(model: nn.Module) -> list[str]:
+    """What is wrong where an engine in the model leaves trainable parameters out."""
     found = [(engine, module) for module in model.modules() for engine in _ENGINES if isinstance(module, engine.kind)]
     known = {id(parameter) for engine, module in found for parameter in engine.reduced(module)}
     names = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in known]
-    if found and names:
-        advice = found[0][0].advice
-        yield f"{some(names)} would drift apart between ranks, for their gradients are not reduced: {advice}"
-
-
-CHECKS.append(unreduced)
+    if not found or not names:
+        return []
+    return [f"{some(names)} would drift apart between ranks, for their gradients are not reduced: {found[0][0].advice}"]
 
 
 Replicas = dict[Any, dict[str, Tensor]]
@@ -121,22 +117,22 @@ def _placed(tensor: Any) -> Iterator[tuple[Any, Any]]:
             yield tensor.device_mesh.get_group(dimension), placement
 
 
-def told(model: nn.Module, findings: list[str]) -> list[str]:
-    """The findings of all ranks, and replicas that are not equal."""
+def found_on_all_ranks(model: nn.Module, findings: list[str]) -> list[str]:
+    """What all ranks have found, parameters that are not reduced, and replicas that are not equal."""
+    findings = [*findings, *unreduced(model)]
     different: list[str] = []
     for group, tensors in replicas(model).items():
         findings, names = told_by_all(group, findings, tensors)
         different += names
-    if not different:
-        return findings
-    return [
-        *findings,
-        f"{some(different)} differ between ranks, which would train replicas of their own: load or draw the same "
-        "values on all ranks, before wrapping or sharding; DistributedDataParallel makes them equal when it wraps",
-    ]
+    if different:
+        findings.append(
+            f"{some(different)} differ between ranks, which would train replicas of their own: load or draw the same "
+            "values on all ranks before wrapping or sharding"
+        )
+    return findings
 
 
-COLLECTIVE.append(told)
+CHECKS.append(found_on_all_ranks)
 
 
 def told_by_all(group: Any, findings: Sequence[str], tensors: Mapping[str, Tensor]) -> tuple[list[str], list[str]]:

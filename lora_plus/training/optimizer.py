@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from lora_plus.errors import Problems, check_number
+from lora_plus.layers.adapter import Adapter
 from lora_plus.layers.weight import AdaptedWeight
 from lora_plus.model.storage import reshard
 from lora_plus.model.tree import adapters_of
-from lora_plus.model.unsaved import unsaved
+from lora_plus.model.unsaved import Unsaved, unsaved
 from lora_plus.text import some
 
-from .checks import CHECKS, COLLECTIVE, Member, Training
+from .checks import CHECKS
 from .groups import LR_RATIO, Roles, group_names, kinds_of_roles, known_roles
 from .schedule import TOLERANCE
 
@@ -68,10 +70,10 @@ def check_optimizer(
     if lr_ratio is not None:
         check_number("lr_ratio", lr_ratio, tensor=True)
     reshard(model)
-    training = _described(model, [group for each in optimizers for group in each.param_groups], lr_ratio, roles)
-    findings = [finding for check in (*_CHECKS, *CHECKS) for finding in check(training)]
-    for tell in COLLECTIVE:
-        findings = tell(model, findings)
+    training = _Training.of(model, [group for each in optimizers for group in each.param_groups], lr_ratio, roles)
+    findings = [finding for check in _CHECKS for finding in check(training)]
+    for add in CHECKS:
+        findings = add(model, findings)
     if findings:
         raise Problems("training would not do what the optimizer is set up for", findings)
     training.beside.warn(stacklevel=2)
@@ -88,30 +90,58 @@ def _check_kind(optimizer: Any) -> None:
         )
 
 
-def _described(model: nn.Module, groups: list[Mapping[str, Any]], lr_ratio: float | None, roles: Roles) -> Training:
-    """What is to be trained, as the checks ask for it."""
-    adapters = list(adapters_of(model))
-    own = [
-        Member(adapter.name, role, id(parameter))
-        for _, adapter, _ in adapters
-        for role, parameter in adapter.parameters()
-    ]
-    others = [Member(adapter, role, id(parameter)) for adapter, role, parameter in known_roles(roles)]
-    return Training(
-        model,
-        groups,
-        lr_ratio,
-        labels=[f"group {group.get('name', position)!r}" for position, group in enumerate(groups)],
-        position={id(p): position for position, group in enumerate(groups) for p in group["params"]},
-        names={id(parameter): name for name, parameter in model.named_parameters()},
-        trainable={id(parameter) for parameter in model.parameters() if parameter.requires_grad},
-        adapters=adapters,
-        tensors=own + others,
-        beside=unsaved(model, {tensor.key for tensor in others}),
-    )
+class _Tensor(NamedTuple):
+    """A tensor of an adapter."""
+
+    adapter: str
+    role: str
+    key: int
+    """The id of the parameter."""
 
 
-def _stale(training: Training) -> Iterator[str]:
+@dataclass(frozen=True)
+class _Training:
+    """What is to be trained, and in which groups it is. Parameters go by their ids."""
+
+    groups: list[Mapping[str, Any]]
+    lr_ratio: float | None
+    labels: list[str]
+    """What messages call the groups."""
+    position: dict[int, int]
+    """The position of its group for each parameter that is in one, the last of them."""
+    names: dict[int, str]
+    """The name of each of the model's parameters."""
+    trainable: set[int]
+    """The parameters that are to be trained."""
+    adapters: list[tuple[str, Adapter, AdaptedWeight]]
+    tensors: list[_Tensor]
+    """The adapters' tensors; those of a place from A to B."""
+    beside: Unsaved
+    """What is trainable beside them."""
+
+    @classmethod
+    def of(cls, model: nn.Module, groups: list[Mapping[str, Any]], lr_ratio: float | None, roles: Roles) -> _Training:
+        adapters = list(adapters_of(model))
+        own = [
+            _Tensor(adapter.name, role, id(parameter))
+            for _, adapter, _ in adapters
+            for role, parameter in adapter.parameters()
+        ]
+        others = [_Tensor(adapter, role, id(parameter)) for adapter, role, parameter in known_roles(roles)]
+        return cls(
+            groups,
+            lr_ratio,
+            labels=[f"group {group.get('name', position)!r}" for position, group in enumerate(groups)],
+            position={id(p): position for position, group in enumerate(groups) for p in group["params"]},
+            names={id(parameter): name for name, parameter in model.named_parameters()},
+            trainable={id(parameter) for parameter in model.parameters() if parameter.requires_grad},
+            adapters=adapters,
+            tensors=own + others,
+            beside=unsaved(model, {tensor.key for tensor in others}),
+        )
+
+
+def _stale(training: _Training) -> Iterator[str]:
     counts = [sum(id(p) not in training.names for p in group["params"]) for group in training.groups]
     rows = zip(counts, training.groups, training.labels, strict=True)
     strangers = [f"{count} of {len(group['params'])} in {label}" for count, group, label in rows if count]
@@ -122,7 +152,7 @@ def _stale(training: Training) -> Iterator[str]:
         )
 
 
-def _left_out(training: Training) -> Iterator[str]:
+def _left_out(training: _Training) -> Iterator[str]:
     names = [training.names[key] for key in training.names if key in training.trainable - training.position.keys()]
     if names:
         yield (
@@ -131,14 +161,14 @@ def _left_out(training: Training) -> Iterator[str]:
         )
 
 
-def _twice(training: Training) -> Iterator[str]:
+def _twice(training: _Training) -> Iterator[str]:
     counts = Counter(id(p) for group in training.groups for p in group["params"])
     names = [training.names[key] for key, count in counts.items() if count > 1 and key in training.names]
     if names:
         yield f"{some(names)} would be trained twice a step: leave each parameter in one group of one optimizer"
 
 
-def _untrained(training: Training) -> Iterator[str]:
+def _untrained(training: _Training) -> Iterator[str]:
     if not training.tensors:
         yield "the model has no LoRA adapter: call inject_lora(model, ...) before building the optimizer"
     elif not training.trainable & {tensor.key for tensor in training.tensors}:
@@ -156,7 +186,7 @@ _IDLE: dict[str, tuple[Callable[[AdaptedWeight, str], bool], str]] = {
 """Why a trainable adapter may get no gradient: how to see it, and what to do."""
 
 
-def _idle(training: Training) -> Iterator[str]:
+def _idle(training: _Training) -> Iterator[str]:
     trained = [
         (adapter.name, weight)
         for _, adapter, weight in training.adapters
@@ -167,12 +197,12 @@ def _idle(training: Training) -> Iterator[str]:
             yield f"the adapter {name!r} is trainable but {state}, and would get no gradient: {advice}"
 
 
-def _unfit(training: Training) -> Iterator[str]:
+def _unfit(training: _Training) -> Iterator[str]:
     for line in training.beside.wrong():
         yield f"{line} (what is trainable has to stay as it is, or no file of the adapter is right)"
 
 
-def _misnamed(training: Training) -> Iterator[str]:
+def _misnamed(training: _Training) -> Iterator[str]:
     of_role = kinds_of_roles()
     kinds = {tensor.key: of_role[tensor.role][0] for tensor in training.tensors if tensor.role in of_role}
     of_group = {name: kind for (kind, _), name in group_names().items()}
@@ -187,7 +217,7 @@ def _misnamed(training: Training) -> Iterator[str]:
             )
 
 
-def _off_ratio(training: Training) -> Iterator[str]:
+def _off_ratio(training: _Training) -> Iterator[str]:
     noted = {group[LR_RATIO] for group in training.groups if LR_RATIO in group}
     wanted = {training.lr_ratio} if training.lr_ratio is not None else noted - {1.0} or noted
     pairs: dict[tuple[int, int], list[str]] = defaultdict(list)
@@ -210,7 +240,7 @@ def _off_ratio(training: Training) -> Iterator[str]:
             )
 
 
-_CHECKS: tuple[Callable[[Training], Iterator[str]], ...] = (
+_CHECKS: tuple[Callable[[_Training], Iterator[str]], ...] = (
     _stale,
     _left_out,
     _twice,
