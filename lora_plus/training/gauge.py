@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_plus.errors import check_count
-from lora_plus.layers.adapter import whole_factors
+from lora_plus.layers.adapter import Adapter
 from lora_plus.model.inject import check_whole
 from lora_plus.model.tree import adapters_of, unwrap
 from lora_plus.tensors.matrix import accumulation_dtype
@@ -135,7 +135,7 @@ class LoRAPlusGauge:
             every: measure the first of this many steps, to save time.
 
         Raises:
-            ValueError: if the optimizer holds both A and B of no layer, if they are sharded, or ``every`` is below 1.
+            ValueError: if the optimizer holds both A and B of no layer, or they are sharded.
         """
         check_count("every", every)
         check_whole(model, "measuring A and B")
@@ -154,11 +154,7 @@ class LoRAPlusGauge:
         self._tallies: list[_Tally] = []
 
     def start(self) -> None:
-        """Measure from here on; figures of an earlier start are dropped.
-
-        Raises:
-            RuntimeError: if it is measuring already.
-        """
+        """Measure from here on; figures of an earlier start are dropped."""
         if self._handles:
             raise RuntimeError("the gauge is measuring already; call stop() first")
         devices = list(dict.fromkeys(pair.A.device for pair in self._pairs))
@@ -183,16 +179,12 @@ class LoRAPlusGauge:
         self.stop()
 
     def report(self) -> GaugeReport:
-        """The figures so far, with A and B as they are at this moment.
-
-        Raises:
-            ValueError: if no step has been measured.
-        """
+        """The figures so far, with A and B as they are at this moment."""
         steps = max((int(tally.steps) for tally in self._tallies), default=0)
         if not steps:
             raise ValueError("the gauge has measured no step; call start() before training, or train inside its block")
-        rows = {pair: row for tally in self._tallies for pair, row in tally.rows(self._seen).items()}
-        return GaugeReport([rows[pair.name, pair.adapter] for pair in self._pairs], steps)
+        rows = {key: row for tally in self._tallies for key, row in tally.rows(self._seen).items()}
+        return GaugeReport([rows[id(pair)] for pair in self._pairs], steps)
 
     def _before(self, *_: object) -> None:
         if self._seen % self._every == 0:
@@ -210,21 +202,18 @@ class _Pair(NamedTuple):
     """A and B of one adapter on one layer."""
 
     name: str
-    adapter: str
+    adapter: Adapter
     A: nn.Parameter
     """``(..., r, in)``"""
     B: nn.Parameter
     """``(..., out, r)``"""
-    scale: float
-    tensors: dict[str, nn.Parameter]
-    """All that the adapter has there, by the name of their container."""
 
 
 def _pairs(model: nn.Module) -> Iterator[_Pair]:
     for name, adapter, _ in adapters_of(model):
         roles = dict(adapter.parameters())
         if {"A", "B"} <= roles.keys():
-            yield _Pair(name, adapter.name, roles["A"], roles["B"], adapter.spec.scale, adapter.tensors())
+            yield _Pair(name, adapter, roles["A"], roles["B"])
 
 
 class _Tally:
@@ -262,22 +251,22 @@ class _Tally:
         self._sums += torch.where(finite, figures, 0.0)
         self.steps += finite
 
-    def rows(self, seen: int) -> dict[tuple[str, str], GaugeRow]:
-        """The figures by name and adapter, after ``seen`` steps of which some were measured."""
+    def rows(self, seen: int) -> dict[int, GaugeRow]:
+        """The figures by the id of the pair, after ``seen`` steps of which some were measured."""
         work, gradient, moved = (self._sums.double() / self.steps).unflatten(1, (-1, 2)).tolist()
         rows = {}
         for n, (pair, (start_A, start_B)) in enumerate(zip(self._pairs, self._start, strict=True)):
-            A, B = (factor.detach().double() for factor in whole_factors(pair.tensors))
+            A, B = (factor.detach().double() for factor in pair.adapter.factors())
             core = B.mT @ B @ (A @ A.mT)  # (..., r, r): its eigenvalues are the squared singular values of B A
             first, second = float(core.diagonal(dim1=-2, dim2=-1).sum()), float((core * core.mT).sum())
             path = moved[n][1] * seen
-            rows[pair.name, pair.adapter] = GaugeRow(
+            rows[id(pair)] = GaugeRow(
                 name=pair.name,
-                adapter=pair.adapter,
+                adapter=pair.adapter.name,
                 work_A=work[n][0],
                 work_B=work[n][1],
                 growth_A=_ratio(float(torch.linalg.vector_norm(pair.A.detach().double())), start_A),
-                update=abs(pair.scale) * math.sqrt(max(first, 0.0)),
+                update=abs(pair.adapter.spec.scale) * math.sqrt(max(first, 0.0)),
                 effective_rank=_ratio(first**2, second),
                 gradient_A=gradient[n][0],
                 gradient_B=gradient[n][1],
