@@ -8,7 +8,6 @@ from .fold import fold_lr_ratio as fold_lr_ratio
 from .gauge import GaugeReport as GaugeReport
 from .gauge import GaugeRow as GaugeRow
 from .gauge import LoRAPlusGauge as LoRAPlusGauge
-from .gradient_init import init_from_gradients as init_from_gradients
 from .groups import create_loraplus_optimizer as create_loraplus_optimizer
 from .groups import loraplus_param_groups as loraplus_param_groups
 from .layerwise import split_loraplus_groups as split_loraplus_groups
@@ -16,9 +15,10 @@ from .optimizer import check_optimizer as check_optimizer
 from .plots import plot_gauge as plot_gauge
 from .plots import plot_sweep as plot_sweep
 from .rebind import rebind_optimizer as rebind_optimizer
-from .reset import reset_lora_parameters as reset_lora_parameters
 from .schedule import check_lr_ratio as check_lr_ratio
 from .schedule import watch_lr_ratio as watch_lr_ratio
 from .search import Sweep as Sweep
 from .search import sweep as sweep
+from .start import init_from_gradients as init_from_gradients
+from .start import reset_lora_parameters as reset_lora_parameters
 from .transfer import convert_lr as convert_lr

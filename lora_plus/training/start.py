@@ -1,4 +1,4 @@
-"""An adapter that starts along the gradient of the loss: the directions that full fine-tuning would move in first."""
+"""Another start for an adapter that a model has: drawn anew, or along the gradient of the loss."""
 
 from __future__ import annotations
 
@@ -14,11 +14,62 @@ from lora_plus.errors import Problems
 from lora_plus.layers.site import AdapterSite
 from lora_plus.model.adapters import check_adapter, check_unmerged
 from lora_plus.model.dry_run import left_as_it_was
-from lora_plus.model.inject import check_whole
+from lora_plus.model.inject import check_uncopied, check_whole
 from lora_plus.model.places import Place, adapted_places
+from lora_plus.model.storage import shards_of
 from lora_plus.model.tree import adapted_weights, replica_group, unwrap
 from lora_plus.tensors import matrix as functional
+from lora_plus.tensors.init import Init, InitName, Start
 from lora_plus.tensors.low_rank import truncated
+from lora_plus.tensors.random_state import draws
+
+
+@draws
+def reset_lora_parameters(
+    model: nn.Module,
+    *,
+    adapter: str = "default",
+    init: InitName | Init = "kaiming",
+    generator: torch.Generator | None = None,
+) -> None:
+    """Draw an adapter's tensors anew on all its layers, in place: its start, from which it can be trained again.
+
+    The parameters stay the same objects, and so do the settings of the adapter; modules that are trained in full with
+    it are left alone. A DoRA magnitude becomes the norm of the weight that is loaded by then. On a sharded model every
+    rank must call this, and the tensors are those of one process with the same generator.
+
+    Examples:
+        >>> model = inject_lora(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2)), ["0"], r=2)
+        >>> reset_lora_parameters(model, generator=torch.Generator().manual_seed(1))
+
+    Args:
+        model: a model with adapters; wrapped, sharded or not.
+        adapter: the adapter's name.
+        init, generator: as in `inject_lora`. An init that takes a start out of the update again (``"pissa"``) needs an
+            adapter that was injected with such a one.
+
+    Raises:
+        KeyError: if the model holds no adapter of this name.
+        ValueError: if the model is merged or disabled, or the init does not fit. The adapter is then as it was.
+    """
+    check_adapter(model, adapter)
+    check_uncopied(model, "resetting an adapter")
+    for path, weight in adapted_weights(model):
+        weight.check_enabled()
+        check_unmerged(path, weight, "resetting an adapter")
+    start = Start(init, None, generator)
+    shards = shards_of(model)
+    prepared = []
+    for place, site in adapted_places(model):
+        if adapter in site.lora_adapters:
+            held = site.lora_adapters[adapter]
+            with shards.gathered([place.stored()]):
+                fresh = place.new_tensors(held.spec, start)
+            held.check_refill(fresh, init)
+            prepared.append((held, fresh))
+    for held, fresh in prepared:
+        with shards.gathered(held.tensors().values(), write=True):
+            held.refill(fresh)
 
 
 def init_from_gradients(
@@ -28,13 +79,13 @@ def init_from_gradients(
 
     With G the gradient of the loss by a layer's weight (its matrix view), summed over the batches, the rows of A become
     the top r right singular vectors of G, of norm ``1/sqrt(3)``, about that of the default init's rows. The first step
-    of B then moves the layer along the best approximation of G of rank r, as the inits of LoRA-GA (arXiv:2407.05000)
-    and LoRA-One (arXiv:2502.01235) do, but neither is the weight changed nor are learning rate and scale tied to it.
+    of B then moves the layer along the best approximation of G of rank r, as in LoRA-GA (arXiv:2407.05000) and LoRA-One
+    (arXiv:2502.01235), but the weight, the learning rate and the scale stay.
 
     While it runs, it holds a gradient of the size of each adapted weight. The model's mode is used as it is (dropout
     included). Gradients, buffers and random states are as before afterwards.
 
-    Example:
+    Examples:
         >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
         >>> _ = inject_lora(model, "all-linear", r=2)
         >>> batches = [torch.randn(16, 8) for _ in range(2)]
@@ -50,12 +101,11 @@ def init_from_gradients(
         KeyError: if the model holds no adapter of this name.
         ValueError: naming the layers whose B is not zero, whose weight has no gradient (quantized, sharded, on the meta
             device or not used by the loss), or whose gradient is not finite; if the model is merged, disabled or
-            wrapped in DistributedDataParallel, or there is no batch. The adapter is then as it was.
+            replicated, or there is no batch. The adapter is then as it was.
     """
     if replica_group(model) is not None:
         raise ValueError(
-            "the model is wrapped for several processes, and the gradients of each one's batches would start "
-            "its adapter elsewhere; start the adapter from gradients before the model is wrapped"
+            "the model is wrapped for several processes, whose batches differ; start the adapter from gradients before"
         )
     model = unwrap(model)
     check_adapter(model, adapter)
