@@ -55,6 +55,8 @@ class _Package(ModuleType):
     def __setattr__(self, name: str, value: Any) -> None:
         if not (isinstance(value, ModuleType) and name in __all__):  # as importing lora_plus.sweep would do
             super().__setattr__(name, value)
+        if name == "model":  # Python sets it when the room has been imported, whichever name was asked for
+            import_module(f"{self.__name__}.engines")  # they enter themselves in its tables
 
     def __dir__(self) -> list[str]:
         return sorted({*vars(self), *__all__})

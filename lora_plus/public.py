@@ -1,6 +1,5 @@
 """The public names, all of which import torch. ``lora_plus`` gives them when one is asked for."""
 
-from . import engines as engines
 from .files import export_adapter as export_adapter
 from .files import load_adapter as load_adapter
 from .files import save_adapter as save_adapter

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 PACKAGE = Path(__file__).parent.parent / "lora_plus"
 
@@ -96,3 +99,30 @@ def test_public_names_are_all_there_and_no_others() -> None:
         "assert set(lora_plus.__all__) <= set(dir(lora_plus)) and not hasattr(lora_plus, 'nothing')"
     )
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    "first", ["lora_plus.model.storage", "lora_plus.training.groups", "lora_plus.files.load", "lora_plus.engines.zero"]
+)
+def test_engines_are_known_whatever_is_imported_first(first: str) -> None:
+    code = (
+        f"import sys, {first}\n"
+        "from lora_plus.model.storage import FINDERS\n"
+        "from lora_plus.model.tree import WRAPPERS\n"
+        "assert {'lora_plus.engines.' + name for name in ('fsdp1', 'zero', 'dtensor')} == "
+        "{find.__module__ for find in FINDERS}\n"
+        "assert {'FullyShardedDataParallel', 'DeepSpeedEngine'} < {wrapper.name for wrapper in WRAPPERS}\n"
+        "assert not {'deepspeed', 'torch.distributed.fsdp', 'torch.distributed.tensor'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
+
+
+def test_the_core_knows_no_engine_by_name() -> None:
+    for module, path in MODULES.items():
+        if room(module) in ("tensors", "layers", "model"):
+            tree = ast.parse(path.read_text())
+            docs = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+            words = [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and id(node) not in docs]
+            words += [node.id for node in ast.walk(tree) if isinstance(node, ast.Name)]
+            found = [word for word in words if isinstance(word, str) and re.search("(?i)deepspeed|FullySharded", word)]
+            assert not found, module

@@ -1,3 +1,12 @@
-"""One optional framework a file; the library itself imports none of them."""
+"""Engines: how each holds a model's parameters, and what training under it needs.
 
+Importing this enters the engines in the tables of `lora_plus.model` and `lora_plus.training`. They look for their
+frameworks among the modules that are loaded, and import none.
+"""
+
+from lora_plus.model.storage import FINDERS
+
+from . import dtensor, fsdp1, zero
 from . import ranks as ranks
+
+FINDERS += [fsdp1.find, zero.find, dtensor.find]

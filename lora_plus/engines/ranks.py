@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
+from lora_plus.tensors.distributed import is_dtensor
 from lora_plus.text import some
 from lora_plus.training.checks import CHECKS
 
@@ -39,7 +40,7 @@ def _in_buckets(ddp: Any) -> Iterator[Tensor]:
 
 
 def _in_shards(fsdp: Any) -> Iterator[Tensor]:
-    return filter(_is_distributed, fsdp.parameters())
+    return filter(is_dtensor, fsdp.parameters())
 
 
 def _flattened(fsdp: Any) -> Iterator[Tensor]:
@@ -95,7 +96,7 @@ def replicas(model: nn.Module) -> Replicas:
         if not parameter.requires_grad or parameter.is_meta:
             continue
         held: Any = parameter.detach()
-        if _is_distributed(held):
+        if is_dtensor(held):
             equal_over = [group for group, placement in _placed(held) if placement.is_replicate()]
             held = held.to_local()
         else:
@@ -105,14 +106,9 @@ def replicas(model: nn.Module) -> Replicas:
     return found
 
 
-def _is_distributed(tensor: Any) -> bool:
-    """Whether it is a DTensor, whose module takes long to import."""
-    return hasattr(tensor, "placements")
-
-
 def _placed(tensor: Any) -> Iterator[tuple[Any, Any]]:
     """For each dimension of a DTensor's mesh, the process group of this rank and how the tensor lies there."""
-    if _is_distributed(tensor):
+    if is_dtensor(tensor):
         for dimension, placement in enumerate(tensor.placements):
             yield tensor.device_mesh.get_group(dimension), placement
 

@@ -14,9 +14,8 @@ from torch import Tensor, nn
 
 from lora_plus.errors import Problems
 from lora_plus.files.tensor_writer import write_safetensors
-from lora_plus.model.storage import Shards, shards_of
+from lora_plus.model.storage import Storage, storage_of
 from lora_plus.model.tree import adapters_of, named_modules, named_parameters
-from lora_plus.tensors.distributed import fill
 from lora_plus.text import join
 
 
@@ -41,9 +40,9 @@ def save_run(model: nn.Module, path: Path, *, write: bool = True) -> None:
     Where the model is sharded every rank must call this: tensors are gathered, and where one rank cannot write its file
     all raise its error.
     """
-    shards = shards_of(model)
-    tensors = shards.whole(run_tensors(model))
-    shards.on_every_rank(lambda: write_safetensors(path, tensors, {}) if write else None)
+    storage = storage_of(model)
+    tensors = storage.read(run_tensors(model))
+    storage.on_every_rank(lambda: write_safetensors(path, tensors, {}) if write else None)
 
 
 def load_run(model: nn.Module, path: Path) -> None:
@@ -54,20 +53,19 @@ def load_run(model: nn.Module, path: Path) -> None:
     Raises:
         Problems: a ValueError with every difference between file and model, which is unchanged then.
     """
-    own, shards = run_tensors(model), shards_of(model)
-    tensors = shards.on_every_rank(lambda: _read(path, own, shards))
-    with shards.gathered(own.values(), write=True):
-        for name, tensor in own.items():
-            fill(tensor, tensors[name])
+    own, storage = run_tensors(model), storage_of(model)
+    tensors = storage.on_every_rank(lambda: _read(path, own, storage))
+    storage.write((tensor, tensors[name]) for name, tensor in own.items())
 
 
-def _read(path: Path, own: Mapping[str, Tensor], shards: Shards) -> dict[str, Tensor]:
+def _read(path: Path, own: Mapping[str, Tensor], storage: Storage) -> dict[str, Tensor]:
     """The tensors of a file, which must be those of the model."""
     tensors = load_file(path)
     problems = [f"{name!r} is in the file, and not in the model" for name in tensors.keys() - own.keys()]
     problems += [f"{name!r} is in the model, and not in the file" for name in own.keys() - tensors.keys()]
     for name in own.keys() & tensors.keys():
-        in_file, in_model = (tensors[name].shape, tensors[name].dtype), (shards.shape(own[name]), own[name].dtype)
+        in_file = tuple(tensors[name].shape), tensors[name].dtype
+        in_model = storage.shape(own[name]), own[name].dtype
         if in_file != in_model:
             problems.append(f"{name!r} is {in_file} in the file, {in_model} in the model")
     if problems:

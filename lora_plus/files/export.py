@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from lora_plus.errors import Problems
 from lora_plus.layers.kinds import DTYPES
-from lora_plus.model.adapters import check_adapter
-from lora_plus.model.storage import shards_of
+from lora_plus.model.state import require
+from lora_plus.model.storage import storage_of
 from lora_plus.model.tree import adapted_weights, is_spare_replica, named_parameters, unwrap
 from lora_plus.model.unsaved import check_saved
 from lora_plus.text import join
@@ -84,7 +84,7 @@ def export_adapter(
         raise ValueError(f"unknown reader {for_!r}; choose one of {sorted(READERS)}")
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {DTYPES} or None, got {dtype!r}")
-    check_adapter(model, adapter)
+    require(model, "exporting an adapter", adapters=[adapter])
     check_saved(model, adapter, f"adapter {adapter!r} was not exported")
     real = Path(os.path.realpath(stated(path)))
     spare, reader, model = is_spare_replica(model), READERS[for_], unwrap(model)
@@ -104,7 +104,7 @@ def export_adapter(
         write_files(real, files)
 
     if not spare:
-        shards_of(model).on_one_rank(write)
+        storage_of(model).on_one_rank(write)
     r = rank(data)
     return ExportReport(r, options(reader, r))
 

@@ -13,13 +13,13 @@ from torch import nn
 from lora_plus.errors import Problems
 from lora_plus.layers.adapter import Adapter, check_adapter_name
 from lora_plus.layers.freezing import set_requires_grad
-from lora_plus.model.adapters import adapter_names, check_unmerged, set_adapter
-from lora_plus.model.collector import collector_paused
-from lora_plus.model.inject import attach, check_injectable, check_selection, check_unsharded
+from lora_plus.model.adapters import adapter_names, set_adapter
+from lora_plus.model.inject import attach, check_selection, gc_paused
 from lora_plus.model.places import Place, adapted_places
-from lora_plus.model.storage import shards_of
+from lora_plus.model.state import Need, State, require
+from lora_plus.model.storage import storage_of
 from lora_plus.model.train_also import trained_modules
-from lora_plus.model.tree import adapted_weights, named_modules
+from lora_plus.model.tree import named_modules
 from lora_plus.tensors.distributed import fill
 from lora_plus.text import join
 
@@ -34,7 +34,7 @@ from .tensor_file import read_all
 M = TypeVar("M", bound=nn.Module)
 
 
-@collector_paused()
+@gc_paused()
 def load_adapter(
     model: M,
     path: PathLike,
@@ -71,27 +71,23 @@ def load_adapter(
         FileNotFoundError: if there is no such file or folder.
     """
     check_adapter_name(adapter)
-    shards = shards_of(model)
-    refills = shards.fixed and not shards.flat and adapter in adapter_names(model)
+    storage = storage_of(model)
+    refills = storage.fixed and not storage.flat and adapter in adapter_names(model)
     if refills:
-        for name, weight in adapted_weights(model):
-            weight.check_enabled()
-            check_unmerged(name, weight, "loading into it")
+        state = require(model, "loading into an adapter", Need.CHANGEABLE)
     else:
-        instead = "" if shards.flat else ", or inject one of its name and settings before, to be loaded into after"
-        check_unsharded(model, f"load the adapter before the model is sharded{instead}")
-        check_injectable(model, adapter)
-    with shards.outlined():
-        fitted = shards.on_every_rank(lambda: _fitted(model, stated(path), names, adapter if refills else None))
+        before = ", or inject one of its name and settings before, to be loaded into after"
+        instead = before if storage.fixed and not storage.flat else ""
+        state = require(model, "loading an adapter", Need.GROWABLE, new=adapter, instead=instead)
+    with storage.outlined():
+        fitted = storage.on_every_rank(lambda: _fitted(state, stated(path), names, adapter if refills else None))
         if refills:
             _refill(model, adapter, fitted, trainable=trainable)
         else:
-            _attach(model, adapter, fitted, trainable=trainable)
+            _attach(state, adapter, fitted, trainable=trainable)
     for name, tensors in fitted.data.trained.items():
         held = fitted.modules[name].state_dict(keep_vars=True)
-        with shards.gathered(held.values(), write=True):
-            for part, tensor in held.items():
-                fill(tensor, tensors[part])
+        storage.write((tensor, tensors[part]) for part, tensor in held.items())
     return model
 
 
@@ -105,15 +101,16 @@ class _Fitted(NamedTuple):
     """The model's modules by their names."""
 
 
-def _fitted(model: nn.Module, path: Path, names: Names | None, existing: str | None) -> _Fitted:
+def _fitted(state: State, path: Path, names: Names | None, existing: str | None) -> _Fitted:
     """What a file holds, and where in the model it belongs; all is checked.
 
     Args:
-        model: the model.
+        state: the model's.
         path: of the file or folder.
         names: the user's map of names.
         existing: the adapter of the model that gets the values; None for a new one.
     """
+    model = state.model
     target = ModelTarget(model, Renaming(names))
     problems: list[str] = []
     data = described(path, target, problems)
@@ -130,19 +127,19 @@ def _fitted(model: nn.Module, path: Path, names: Names | None, existing: str | N
     if problems:
         raise Problems(f"adapter {str(path)!r} cannot be loaded; the model is unchanged", problems)
     if existing is None:
-        check_selection(model, list(places.values()), [target.found[id(target.modules[name])] for name in data.trained])
+        check_selection(state, list(places.values()), [target.found[id(target.modules[name])] for name in data.trained])
     read_all([*(layer.tensors for layer in data.layers.values()), *data.trained.values()])
     return _Fitted(data, places, target.modules)
 
 
-def _attach(model: nn.Module, adapter: str, fitted: _Fitted, *, trainable: bool) -> None:
+def _attach(state: State, adapter: str, fitted: _Fitted, *, trainable: bool) -> None:
     prepared = []
     for name, layer in fitted.data.layers.items():
         place = fitted.places[name]
         weight = place.stored()
         home = torch.device("cpu") if weight.is_meta else weight.device
         prepared.append((place, layer.spec, {part: tensor.to(home) for part, tensor in layer.tensors.items()}))
-    attach(model, adapter, prepared, [fitted.modules[name] for name in fitted.data.trained], trainable=trainable)
+    attach(state, adapter, prepared, [fitted.modules[name] for name in fitted.data.trained], trainable=trainable)
 
 
 # ---- into an adapter that a sharded model has already ----------------------------------------------------------------

@@ -12,10 +12,9 @@ from typing import Literal
 from torch import nn
 
 from lora_plus.errors import Problems
-from lora_plus.model.adapters import check_adapter
 from lora_plus.model.places import adapted_places
-from lora_plus.model.storage import shards_of
-from lora_plus.model.train_also import trained_modules
+from lora_plus.model.state import Need, require
+from lora_plus.model.storage import storage_of
 from lora_plus.model.tree import is_spare_replica, submodule
 from lora_plus.model.unsaved import check_saved
 from lora_plus.text import join
@@ -71,7 +70,7 @@ def save_adapter(
     for key, text in (metadata or {}).items():
         if not isinstance(key, str) or not isinstance(text, str):
             raise TypeError(f"metadata must map str to str, got {key!r}: {text!r}")
-    check_adapter(model, adapter)
+    require(model, "saving an adapter", adapters=[adapter])
     check_saved(model, adapter, f"adapter {adapter!r} was not saved")
     if is_spare_replica(model):
         return
@@ -83,7 +82,7 @@ def save_adapter(
             raise Problems(f"adapter {adapter!r} was not saved", broken)
         _write(data, real, chosen, ModelTarget(model))
 
-    shards_of(model).on_one_rank(write)
+    storage_of(model).on_one_rank(write)
 
 
 def write_adapter(adapter: SavedAdapter, path: PathLike, *, format: FormatName | None = None) -> None:
@@ -134,22 +133,19 @@ def write_files(path: Path, files: Files) -> None:
 
 def describe(model: nn.Module, adapter: str, metadata: Mapping[str, str] | None = None) -> SavedAdapter:
     """One adapter of a model as plain data. Sharded tensors are gathered, so every rank must call this."""
-    check_adapter(model, adapter)
-    shards = shards_of(model)
-    layers = {}
+    state = require(model, "saving an adapter", Need.TRAINED, adapters=[adapter])
+    storage, layers = state.storage, {}
     for place, site in adapted_places(model):
         if adapter in site.lora_adapters:
-            spec, tensors = site.lora_adapters[adapter].as_saved(shards.whole)
+            spec, tensors = site.lora_adapters[adapter].as_saved(storage.read)
             base = place.base()
-            if shards.flat:
-                base = replace(base, shape=tuple(shards.shape(place.stored())))
+            if storage.flat:
+                base = replace(base, shape=storage.shape(place.stored()))
             layers[place.name] = SavedLayer(base, spec, tensors)
-    found = list(trained_modules(model, adapter))
-    if any(record.exchanged for _, _, record in found):
-        raise ValueError("the modules trained in full show their original values; save outside of disabled(model)")
+    found = list(state.trained(adapter))
     inside = {id(child) for _, module, _ in found for child in module.modules() if child is not module}
     trained = {
-        path: shards.whole(module.state_dict(keep_vars=True)) for path, module, _ in found if id(module) not in inside
+        path: storage.read(module.state_dict(keep_vars=True)) for path, module, _ in found if id(module) not in inside
     }
     return SavedAdapter(layers, trained, dict(metadata or {}))
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lora_plus.layers.base import BaseLayer
 from lora_plus.layers.kinds import DTYPES
 from lora_plus.model.places import NamedModule, Place, find_modules, find_parameters, find_places
-from lora_plus.model.tree import named_parameters, own_parameters, submodule
+from lora_plus.model.tree import named_modules, named_parameters, own_parameters, submodule
 from lora_plus.text import join, parents
 
 from .rename import Renaming
@@ -104,7 +104,7 @@ class ModelTarget(Target):
     @functools.cached_property
     def found(self) -> dict[int, NamedModule]:
         """The modules."""
-        return find_modules(self.model)
+        return find_modules(named_modules(self.model, every_name=True))
 
     @functools.cached_property
     def modules(self) -> dict[str, nn.Module]:

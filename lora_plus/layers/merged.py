@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from lora_plus.tensors.distributed import is_dtensor
+from lora_plus.tensors.distributed import local
 
 Key = tuple[str, str, str]
 """One tensor of one adapter of a weight: the label of its rows, its container, the adapter's name."""
@@ -116,39 +116,6 @@ class Merge:
             self.bound = weight if shown else self.bound
 
 
-@dataclass(kw_only=True)
-class MergeInShards(Merge):
-    """The same of a weight that is a DTensor: the merged values are written into the parameter that it has.
-
-    An engine that shards parameters puts its own in the place of any other at the next forward.
-    """
-
-    own: Tensor
-    bound: Tensor
-    parameters: dict[Key, Tensor]
-    """The adapters' parameters: in a forward others are in their place, with counters of their own."""
-
-    @torch.no_grad()
-    def show(self, slot: Slot | None) -> None:
-        """Exchange the values of the weight and those kept in ``bound``."""
-        shown = self.own.detach().clone()
-        self.own.copy_(self.bound)
-        self.bound = shown
-
-    hide = show
-
-    def is_shown(self, slot: Slot | None) -> bool:
-        return True
-
-    def watched(self, tensors: Tensors) -> Tensors:
-        return self.parameters
-
-    def follow(self, fn: Callable[[Tensor], Tensor], weight: Tensor, tensors: Tensors, shown: bool) -> None:
-        self.copies = {key: fn(copy) for key, copy in self.copies.items()}
-        self.versions = None
-        self.own, self.bound, self.parameters = weight, fn(self.bound), dict(tensors)
-
-
 def _renamed(noted: dict[Key, Value], old: str, new: str) -> dict[Key, Value]:
     return {
         (label, container, new if name == old else name): value for (label, container, name), value in noted.items()
@@ -165,5 +132,4 @@ def _same(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors have the same values here; of DTensors, the same parts."""
     if one.is_meta or other.is_meta or one.shape != other.shape or one.dtype != other.dtype:
         return one.is_meta and other.is_meta
-    local = [tensor.to_local() if is_dtensor(tensor) else tensor for tensor in (one, other)]  # type: ignore[attr-defined]
-    return torch.equal(*local)
+    return torch.equal(local(one), local(other))

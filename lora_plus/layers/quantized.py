@@ -13,6 +13,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from lora_plus.tensors.distributed import is_dtensor
+
 from .kinds import FORMS, adapts
 from .linear import LoRALinear
 
@@ -75,7 +77,7 @@ STORES: dict[str, Store] = {
     ),
     "torchao": Store(
         # a sharded weight is such a subclass too, and can be gathered
-        lambda weight: hasattr(weight, "__tensor_flatten__") and not hasattr(weight, "full_tensor"),
+        lambda weight: hasattr(weight, "__tensor_flatten__") and not is_dtensor(weight),
         _tensor_subclass,
         ("extra_repr",),
     ),

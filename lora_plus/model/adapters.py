@@ -1,27 +1,32 @@
-"""Over a whole model: its adapters' tensors, which of them are active, and what was adapted."""
+"""The adapters of a model: which it has, which take part, and adding, renaming, deleting and disabling them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
+from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 
-from lora_plus.errors import check_number
-from lora_plus.layers.adapter import Adapter, check_adapter_name
+from lora_plus.errors import Problems, check_number
 from lora_plus.layers.class_swap import SwappedModule
 from lora_plus.layers.freezing import restore_requires_grad, set_requires_grad
 from lora_plus.layers.fused_kernels import resume_nesting
-from lora_plus.layers.layer import LoRALayer
-from lora_plus.layers.weight import AdaptedWeight
-from lora_plus.text import aligned, join
+from lora_plus.tensors.init import Init, InitName, Start
+from lora_plus.tensors.random_state import draws
+from lora_plus.tensors.variant import Scaling, VariantName
+from lora_plus.text import join
 
-from .inject import check_exchangeable, check_restorable, check_unsharded
-from .storage import reshard, shards_of
-from .train_also import originals, trained_modules, unmark_trained
-from .tree import adapted_weights, adapter_sites, adapters_of, named_modules
-from .unsaved import check_saved, unsaved
+from .inject import attach, gc_paused
+from .places import adapted_places
+from .state import Need, require
+from .train_also import originals, restore_trained
+from .tree import adapted_weights, adapters_of
+from .unsaved import check_saved
+
+M = TypeVar("M", bound=nn.Module)
 
 
 def adapter_names(model: nn.Module) -> list[str]:
@@ -29,7 +34,7 @@ def adapter_names(model: nn.Module) -> list[str]:
 
     They are in the order of the layers that they are on, and on one layer in the order in which they were added.
     """
-    return list(dict.fromkeys(name for _, site, _ in adapter_sites(model) for name in site.lora_adapters))
+    return list(dict.fromkeys(adapter.name for _, adapter, _ in adapters_of(model)))
 
 
 def active_adapters(model: nn.Module) -> list[str]:
@@ -38,15 +43,6 @@ def active_adapters(model: nn.Module) -> list[str]:
     They are in the order of the layers that they are on, and on one layer in the order in which they are applied.
     """
     return list(dict.fromkeys(name for _, weight in adapted_weights(model) for name in weight.active_names()))
-
-
-def check_adapter(model: nn.Module, *adapters: str) -> None:
-    """Raise a KeyError if the model does not hold adapters of all these names."""
-    names = adapter_names(model)
-    for adapter in adapters:
-        if adapter not in names:
-            there = f"it has {', '.join(map(repr, names))}" if names else "it has none; call inject_lora first"
-            raise KeyError(f"the model has no adapter {adapter!r}: {there}")
 
 
 def set_adapter(
@@ -72,13 +68,10 @@ def set_adapter(
     """
     names = (adapters,) if isinstance(adapters, str) else tuple(dict.fromkeys(adapters))
     strengths = adapters if isinstance(adapters, Mapping) else dict.fromkeys(names, 1.0)
-    check_adapter(model, *names)
     _check_strengths(strengths)
-    reshard(model)  # or parameters that are whole after a forward get the flags, not those that are trained
-    weights = list(adapted_weights(model))
+    state = require(model, "choosing adapters", Need.CHANGEABLE, adapters=names)
+    weights = list(state.weights)
     for path, weight in weights:
-        weight.check_enabled()
-        check_unmerged(path, weight, "choosing its adapters")
         for each in weight.in_order(names):
             factor = strengths[each.name]
             if each.variant.rescales and factor != 1:
@@ -90,10 +83,75 @@ def set_adapter(
     for _, weight in weights:
         weight.activate(names, strengths)
     if trainable is not None:
-        for _, held, _ in adapters_of(model):
-            held.set_trainable(trainable and held.name in names)
-        for _, module, record in trained_modules(model):
+        for _, adapter, _ in state.adapters():
+            adapter.set_trainable(trainable and adapter.name in names)
+        for _, module, record in state.trained():
             set_requires_grad(module.modules(), trainable and record.adapter in names)
+
+
+@gc_paused()
+@draws
+def add_adapter(
+    model: M,
+    adapter: str,
+    *,
+    like: str = "default",
+    r: int | None = None,
+    alpha: float | None = None,
+    dropout: float | None = None,
+    scaling: Scaling | None = None,
+    variant: VariantName | None = None,
+    init: InitName | Init = "kaiming",
+    dtype: torch.dtype | None = None,
+    generator: torch.Generator | None = None,
+) -> M:
+    """Add another adapter on the same layers and with the same settings as one that the model has.
+
+    Its tensors are drawn anew. As after `inject_lora`, it is the active and trainable one, and the others are frozen.
+    Modules that are trained in full with the other one (``train_also``) are not shared: this one has none. It has
+    the other one's alpha, and with it a ratio that `fold_lr_ratio` has moved there.
+
+    Example:
+        >>> from lora_plus import adapter_names, inject_lora
+        >>> model = inject_lora(nn.Sequential(nn.Linear(8, 8)), ["0"], r=4, adapter="math")
+        >>> adapter_names(add_adapter(model, "code", like="math"))
+        ['math', 'code']
+
+    Args:
+        model: a model with adapters; it is changed.
+        adapter: the name of the new one.
+        like: the name of the one that it is to be like.
+        r, alpha, dropout, scaling, variant: as in `inject_lora`, on all layers; None for those of each layer.
+        init, generator: as in `inject_lora`.
+        dtype: of A and B; None for that of the other's.
+
+    Returns:
+        The same model.
+
+    Raises:
+        KeyError: if the model holds no adapter ``like``.
+        TypeError, ValueError: if a setting is out of range or does not fit a layer, if it cannot have this name or
+            another one has it, or if the model is merged or disabled. The model is then as it was.
+    """
+    state = require(model, "adding an adapter", Need.GROWABLE, adapters=[like], new=adapter)
+    start = Start(init, dtype, generator)
+    given = {"r": r, "alpha": alpha, "dropout": dropout, "scaling": scaling, "variant": variant}
+    changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    chosen = [
+        (place, site, replace(site.lora_adapters[like].spec, **changes))
+        for place, site in adapted_places(model)
+        if like in site.lora_adapters
+    ]
+    misfits = [f"{place.name!r}: {why}" for place, _, spec in chosen if (why := place.misfits(spec)) is not None]
+    if misfits:
+        raise Problems(f"no adapter like {like!r} with these settings was added, because of", misfits)
+    prepared = []
+    with state.storage.outlined():
+        for place, site, spec in chosen:
+            own = start if dtype is not None else replace(start, dtype=site.lora_A[like].dtype)
+            prepared.append((place, spec, place.new_tensors(state.storage, spec, own)))
+        attach(state, adapter, prepared)
+    return model
 
 
 def rename_adapter(model: nn.Module, old: str, new: str) -> None:
@@ -108,17 +166,10 @@ def rename_adapter(model: nn.Module, old: str, new: str) -> None:
         TypeError, ValueError: if it cannot have the new name, another one has it, the adapters are disabled, or the
             model is sharded by ``fully_shard``.
     """
-    check_adapter(model, old)
-    check_unsharded(model)
-    check_adapter_name(new)
-    if new in adapter_names(model):
-        raise ValueError(f"the model has an adapter {new!r} already; choose another name, or call delete_adapter first")
-    weights = [weight for _, weight in adapted_weights(model)]
-    for weight in weights:
-        weight.check_enabled()
-    for weight in weights:
+    state = require(model, "renaming an adapter", Need.UNSHARDED | Need.ENABLED, adapters=[old], new=new)
+    for _, weight in state.weights:
         weight.rename_everywhere(old, new)
-    for _, _, record in trained_modules(model, old):
+    for _, _, record in state.trained(old):
         record.adapter = new
 
 
@@ -131,26 +182,22 @@ def delete_adapter(model: nn.Module, adapter: str) -> None:
         KeyError: if the model holds no adapter of this name.
         ValueError: if the model is merged.
     """
-    check_adapter(model, adapter)
-    weights = [(path, weight) for path, weight in adapted_weights(model) if adapter in weight.adapter_names()]
-    for path, weight in weights:
-        weight.check_enabled()
-        check_unmerged(path, weight, "deleting an adapter")
-    check_restorable(model)
-    check_exchangeable(model)
-    for _, module, _ in list(trained_modules(model, adapter)):
-        unmark_trained(module, restore=True)
+    needs = Need.CHANGEABLE | Need.RESTORABLE | Need.EXCHANGEABLE
+    state = require(model, "deleting an adapter", needs, adapters=[adapter])
+    for _, module, _ in state.trained(adapter):
+        restore_trained(module, state.storage)
         set_requires_grad(module.modules(), False)
-    for _, module in named_modules(model):
+    modules = [module for _, module in state.modules]
+    for module in modules:
         if isinstance(module, SwappedModule):
             module.drop(adapter)
-    if not adapter_names(model):
-        resume_nesting(model.modules())
-        restore_requires_grad(model.modules())
+    if not any(adapters_of(model)):
+        resume_nesting(modules)
+        restore_requires_grad(modules)
 
 
 @contextmanager
-def disabled(model: nn.Module) -> Iterator[nn.Module]:
+def disabled(model: M) -> Iterator[M]:
     """The base model for the length of a ``with`` block; afterwards the previous state, whatever it was.
 
     Adapters are passed over, merged weights and modules trained in full are exchanged for the original ones;
@@ -161,20 +208,17 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
             is trained in full whose parameters have no shape of their own between forwards
             (FullyShardedDataParallel, ZeRO-3).
     """
-    check_any_adapter(model, "disabled")
-    check_exchangeable(model)
-    layers = [weight for _, weight in adapted_weights(model)]
-    for layer in layers:
-        layer.check_unmergeable()
-    for layer in layers:
-        layer.disable()
+    state = require(model, "disabling adapters", Need.ADAPTED | Need.EXCHANGEABLE | Need.HIDEABLE)
+    weights = [weight for _, weight in state.weights]
+    for weight in weights:
+        weight.disable()
     try:
-        with originals(model):
+        with originals([(module, record) for _, module, record in state.trained()]):
             yield model
     finally:
-        for layer in layers:
-            layer.enable()
-        reshard(model)
+        for weight in weights:
+            weight.enable()
+        state.storage.settle()
 
 
 def adapter_state_dict(model: nn.Module, *, adapter: str = "default") -> dict[str, Tensor]:
@@ -188,115 +232,13 @@ def adapter_state_dict(model: nn.Module, *, adapter: str = "default") -> dict[st
         KeyError: if the model holds no adapter of this name.
         ValueError: if what is trainable must not be (`save_adapter`), or the adapters are disabled.
     """
-    check_adapter(model, adapter)
+    state = require(model, "taking an adapter's tensors", Need.TRAINED, adapters=[adapter])
     check_saved(model, adapter, f"the tensors of adapter {adapter!r} were not taken")
-    shards = shards_of(model)
-    state: dict[str, Tensor] = {}
-    for path, held, _ in adapters_of(model, adapter):
-        state |= {join(path, container): tensor for container, tensor in shards.whole(held.tensors()).items()}
-    for path, module, record in trained_modules(model, adapter):
-        if record.exchanged:
-            raise ValueError(f"{path!r} shows its original values; leave the disabled(model) block first")
-        tensors = shards.whole(module.state_dict(keep_vars=True))
-        state |= {join(path, name): tensor for name, tensor in tensors.items()}
-    return state
-
-
-def check_any_adapter(model: nn.Module, block: str) -> None:
-    """Raise if a block of this name would be opened on a model without adapters, where it could hold for none."""
-    if not any(adapted_weights(model)) and not any(trained_modules(model)):
-        raise ValueError(
-            f"the model has no adapter, and {block} would not hold for one that is injected inside the block; call "
-            "inject_lora before"
-        )
-
-
-def check_unmerged(path: str, weight: AdaptedWeight, what: str) -> None:
-    """Raise, saying before what it must be undone, if this weight of a model is merged."""
-    if weight.lora_merge is not None:
-        raise ValueError(f"the model is merged ({path!r} is); call unmerge_lora(model) before {what}")
+    found: list[tuple[str, Mapping[str, Tensor]]] = [(path, own.tensors()) for path, own, _ in state.adapters(adapter)]
+    found += [(path, module.state_dict(keep_vars=True)) for path, module, _ in state.trained(adapter)]
+    return {join(path, name): tensor for path, own in found for name, tensor in state.storage.read(own).items()}
 
 
 def _check_strengths(strengths: Mapping[str, float]) -> None:
     for name, factor in strengths.items():
         check_number(f"the factor of {name!r}", factor, "finite")
-
-
-@dataclass(frozen=True)
-class SummaryRow:
-    """One adapter on one layer."""
-
-    name: str
-    """The first name in the model of the layer, parameter or block of rows."""
-    layer: str
-    """The class of the layer without adapters, or ``"parameter"``."""
-    adapter: str
-    r: int
-    alpha: float
-    scale: float
-    parameters: int
-    """How many numbers the adapter holds for this layer."""
-    note: str
-    """What a user should know about it; mostly empty."""
-
-
-@dataclass(frozen=True)
-class Summary:
-    """What was adapted in a model. ``str()`` of it is a table."""
-
-    rows: list[SummaryRow]
-    trained: list[tuple[str, str, int]]
-    """Modules trained in full: name, adapter, number of parameters."""
-    trainable: int
-    """Trainable parameters of the whole model, each counted once."""
-    total: int
-    """All parameters of the model, each counted once."""
-    unsaved: list[tuple[str, int]]
-    """Trainable parameters that are saved with no adapter, by name, and their sizes."""
-
-    def __str__(self) -> str:
-        head = ("layer", "type", "adapter", "r", "alpha", "scale", "parameters", "note")
-        cells = [head] + [
-            (row.name or "(model)", row.layer, row.adapter, str(row.r), f"{row.alpha:g}", f"{row.scale:.4g}",
-             f"{row.parameters:,}", row.note)
-            for row in self.rows
-        ]  # fmt: skip
-        cells += [(name, "in full", adapter, "", "", "", f"{size:,}", "") for name, adapter, size in self.trained]
-        cells += [(name, "trained, not saved", "", "", "", "", f"{size:,}", "") for name, size in self.unsaved]
-        share = f"{self.trainable / self.total:.2%}" if self.total else "0%"
-        return "\n".join([*aligned(cells), f"{self.trainable:,} of {self.total:,} parameters are trainable ({share})"])
-
-
-def lora_summary(model: nn.Module) -> Summary:
-    """What was adapted: layers, ranks, scales, sizes of whole tensors, and notes on what is unusual."""
-    shape = shards_of(model).shape
-    rows = []
-    for path, adapter, weight in adapters_of(model):
-        what = weight.base_class.__name__ if isinstance(weight, LoRALayer) else "parameter"
-        shapes = {container: shape(tensor) for container, tensor in adapter.tensors().items()}
-        size, spec = sum(each.numel() for each in shapes.values()), adapter.spec
-        notes = _notes(adapter, shapes, weight)
-        rows.append(SummaryRow(path, what, adapter.name, spec.r, spec.alpha, spec.scale, size, notes))
-    trained = [
-        (path, record.adapter, sum(shape(p).numel() for p in module.parameters()))
-        for path, module, record in trained_modules(model)
-    ]
-    parameters = list(model.parameters())
-    trainable = sum(shape(p).numel() for p in parameters if p.requires_grad)
-    beside = [(name, shape(parameter).numel()) for name, parameter in unsaved(model).parameters.items()]
-    return Summary(rows, trained, trainable, sum(shape(p).numel() for p in parameters), beside)
-
-
-def _notes(adapter: Adapter, shapes: Mapping[str, Sequence[int]], weight: AdaptedWeight) -> str:
-    merge = weight.lora_merge
-    full_rank = min(shapes["lora_B"][-2], shapes["lora_A"][-1])
-    spec = adapter.spec
-    notes = {
-        f"variant {spec.variant}": spec.variant != "lora",
-        f"r exceeds the weight's full rank {full_rank}": spec.r > full_rank,
-        "inactive": adapter.name not in weight.active_names(),
-        f"scale times {adapter.strength:g}": adapter.strength != 1,
-        "merged": merge is not None and adapter.name in merge.adapters,
-        f"rounding lost {merge.lost if merge else 0} of the update": merge is not None and merge.lost is not None,
-    }
-    return "; ".join(note for note, holds in notes.items() if holds)

@@ -18,8 +18,8 @@ from lora_plus.layers.layer import LoRALayer
 from lora_plus.layers.weight import AdaptedWeight
 
 from .dry_run import copied, left_as_it_was
-from .inject import check_unsharded, check_whole
-from .tree import adapters_of, unwrap
+from .state import Need, require
+from .tree import unwrap
 
 TRAIN_PASSES = 4
 """At most: layers that are skipped at random in training get another chance."""
@@ -48,18 +48,18 @@ def check_adapters(model: nn.Module, *inputs: Any, **keywords: Any) -> list[str]
     """
     model = unwrap(model)
     owners: Counter[int] = Counter(id(p) for module in model.modules() for p in module._parameters.values())
+    needs = Need.UNSHARDED | Need.WHOLE | Need.CHANGEABLE
+    state = require(model, "checking adapters", needs)
     probes = [
         _Probe(name, adapter, weight, _is_own(weight, owners))
-        for name, adapter, weight in adapters_of(model)
+        for name, adapter, weight in state.adapters()
         if adapter.name in weight.active_names()
     ]
-    check_unsharded(model, "check its adapters before the model is sharded")
-    check_whole(model, "checking adapters")
     _check_checkable(probes)
-    with ExitStack() as state:
+    with ExitStack() as stack:
         for context in (torch.inference_mode(False), torch.enable_grad(), _eager(), left_as_it_was(model)):
-            state.enter_context(context)
-        state.enter_context(_random_adapters(probes))
+            stack.enter_context(context)
+        stack.enter_context(_random_adapters(probes))
         modes = {"eval": _run(model.eval(), inputs, keywords, probes)}
         for attempt in range(TRAIN_PASSES):
             train = _run(model.train(), inputs, keywords, probes, seed=attempt)
@@ -173,9 +173,6 @@ def _check_checkable(probes: list[_Probe]) -> None:
     if not probes:
         raise ValueError("there is no active adapter to check; call inject_lora or set_adapter first")
     for probe in probes:
-        probe.weight.check_enabled()
-        if probe.weight.lora_merge is not None:
-            raise ValueError(f"{probe.name!r} is merged; call unmerge_lora(model) before checking its adapters")
         offloaded = isinstance(probe.weight, LoRALayer) and probe.weight.lora_base_forward is not None
         if probe.weight.weight.is_meta and not offloaded:
             raise ValueError(f"the weight of {probe.name!r} has no values yet (meta device); load them first")

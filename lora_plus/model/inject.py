@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+import gc
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
 from lora_plus.errors import named_keywords
 from lora_plus.layers.adapter import check_adapter_name
@@ -22,21 +23,36 @@ from lora_plus.tensors.init import Init, InitName, Start
 from lora_plus.tensors.random_state import draws
 from lora_plus.tensors.variant import AdapterSpec, Scaling, VariantName
 
-from .collector import collector_paused
 from .patterns import Pattern
 from .places import NamedModule, Place
 from .selection import Selection
 from .settings import Targets
-from .storage import shards_of
-from .train_also import mark_trained, trained_modules, unmark_trained
-from .tree import adapted_weights, named_modules, owner_path, wrapper_of
+from .state import Need, State, require
+from .train_also import mark_trained, restore_trained, trained_modules
+
+M = TypeVar("M", bound=nn.Module)
+
+
+@contextmanager
+def gc_paused() -> Iterator[None]:
+    """No cyclic garbage collection inside: it would walk thousands of new objects again and again, and free none.
+
+    Also a decorator. A collector that was off before stays off.
+    """
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 @named_keywords
-@collector_paused()
+@gc_paused()
 @draws
 def inject_lora(
-    model: nn.Module,
+    model: M,
     targets: Pattern | Sequence[Pattern],
     *,
     r: int = 8,
@@ -54,7 +70,7 @@ def inject_lora(
     adapter: str = "default",
     dtype: torch.dtype | None = None,
     generator: torch.Generator | None = None,
-) -> nn.Module:
+) -> M:
     """Give the selected layers of a model a low-rank adapter and freeze everything else.
 
     The layers become LoRA layers in place: the same objects, with the same parameters under the same names. With
@@ -118,19 +134,19 @@ def inject_lora(
         spec, targets, exclude=exclude, train_also=train_also, rank_pattern=rank_pattern, alpha_pattern=alpha_pattern,
         fused=fused, layouts=layouts,
     )  # fmt: skip
-    check_injectable(model, adapter)
-    with shards_of(model).outlined():
-        selection = Selection(model, wanted)
-        check_selection(model, [place for place, _ in selection.places], selection.train_also)
+    state = require(model, "adding an adapter", Need.GROWABLE, new=adapter)
+    with state.storage.outlined():
+        selection = Selection(state.names, wanted)
+        check_selection(state, [place for place, _ in selection.places], selection.train_also)
         prepared = []
         for place, own in selection.places:
             place.check_adoptable()
-            prepared.append((place, own, place.new_tensors(own, start)))
-        attach(model, adapter, prepared, [found.module for found in selection.train_also])
+            prepared.append((place, own, place.new_tensors(state.storage, own, start)))
+        attach(state, adapter, prepared, [found.module for found in selection.train_also])
     return model
 
 
-def remove_lora(model: nn.Module) -> nn.Module:
+def remove_lora(model: M) -> M:
     """Take all adapters out: the plain model again, as it was before the first injection.
 
     Classes, parameter names and ``requires_grad`` are restored, merged layers get their own weight back, and modules
@@ -139,42 +155,39 @@ def remove_lora(model: nn.Module) -> nn.Module:
     Returns:
         The same model.
     """
-    check_enabled(model)
-    check_restorable(model)
-    check_exchangeable(model)
-    for _, weight in adapted_weights(model):
-        weight.check_unmergeable()
-    for _, module, _ in list(trained_modules(model)):
-        unmark_trained(module, restore=True)
-    for _, weight in adapted_weights(model):
+    needs = Need.ENABLED | Need.RESTORABLE | Need.EXCHANGEABLE | Need.HIDEABLE
+    state = require(model, "removing adapters", needs)
+    for _, module, _ in state.trained():
+        restore_trained(module, state.storage)
+    for _, weight in state.weights:
         if weight.lora_merge is not None:
             weight.unmerge()
-    make_plain(model)
+    make_plain(state)
     return model
 
 
-def make_plain(model: nn.Module) -> None:
+def make_plain(state: State) -> None:
     """Turn everything adapted into what it was, with the weights that are bound, and restore ``requires_grad``."""
-    modules = [module for _, module in named_modules(model)]
+    modules = [module for _, module in state.modules]
     for module in modules:
         if isinstance(module, SwappedModule):
             module.restore()
     resume_nesting(modules)
-    restore_requires_grad(module for _, module in named_modules(model))
+    restore_requires_grad(modules)
 
 
 def attach(
-    model: nn.Module,
+    state: State,
     adapter: str,
     prepared: Sequence[tuple[Place, AdapterSpec, dict[str, Tensor]]],
-    train_also: Sequence[nn.Module],
+    train_also: Sequence[nn.Module] = (),
     *,
     trainable: bool = True,
 ) -> None:
     """Put prepared tensors in their places, freeze the rest of the model, and make the adapter the active one."""
+    modules = [module for _, module in state.modules]
     for module in train_also:
-        mark_trained(module, adapter)
-    modules = [module for _, module in named_modules(model)]
+        mark_trained(module, adapter, state.storage)
     set_requires_grad(modules, False)
     for module in train_also:
         set_requires_grad(module.modules(), trainable)
@@ -183,120 +196,35 @@ def attach(
             module.freeze_adapters()
     for place, spec, tensors in prepared:
         place.adopt().add_adapter(adapter, spec, tensors, trainable=trainable)
-    for _, weight in adapted_weights(model):
-        weight.activate((adapter,))
-    _keep_adapters_in(model, modules)
+    for weight in dict.fromkeys((*modules, *(place.adapted() for place, _, _ in prepared))):
+        if isinstance(weight, AdaptedWeight):
+            weight.activate((adapter,))
+    _keep_adapters_in(modules)
 
 
-def _keep_adapters_in(model: nn.Module, modules: Sequence[nn.Module]) -> None:
+def _keep_adapters_in(modules: Sequence[nn.Module]) -> None:
     """See to it that no fused kernel of torch passes the adapters by."""
-    if isinstance(model, LoRALayer):  # what it is a part of is not known
-        keep_out_of_fused_kernels(model)
+    root, *_ = modules
+    if isinstance(root, LoRALayer):  # what it is a part of is not known
+        keep_out_of_fused_kernels(root)
     for module in modules:
         if isinstance(module, nn.TransformerEncoderLayer):
             for child in module.children():
                 if isinstance(child, LoRALayer):
                     keep_out_of_fused_kernels(child)
-        if isinstance(module, nn.TransformerEncoder) and any(adapted_weights(module)):
+        if isinstance(module, nn.TransformerEncoder) and any(
+            isinstance(child, AdaptedWeight) for child in module.modules()
+        ):
             stop_nesting(module)
 
 
-def check_enabled(model: nn.Module) -> None:
-    """Raise inside a ``disabled`` block of this model."""
-    for _, weight in adapted_weights(model):
-        weight.check_enabled()
-
-
-def check_restorable(model: nn.Module) -> None:
-    """Raise, naming the layer, if something adapted cannot become what it was.
-
-    Raises:
-        ValueError: if another tool has changed its class since the injection, or has wrapped its forward on top of
-            one from before.
-    """
-    for name, module in named_modules(model):
-        if isinstance(module, SwappedModule):
-            try:
-                module.check_restorable()
-            except ValueError as error:
-                raise ValueError(f"{name or 'the model'!r} cannot be restored: {error}") from None
-
-
-def check_unsharded(
-    model: nn.Module, remedy: str = "add, resize or rename adapters before the model is sharded"
-) -> None:
-    """Raise if an engine has taken over the parameters of the model, or of a part of it."""
-    shards = shards_of(model)
-    if shards.fixed:
-        raise ValueError(
-            f"the model is sharded by {shards.engine}, which manages just the parameters that it found there, under "
-            f"their names; {remedy}"
-        )
-
-
-def check_whole(model: nn.Module, what: str) -> None:
-    """Raise, saying what cannot be done, if parameters have no values of their own between forwards."""
-    shards = shards_of(model)
-    if shards.flat:
-        raise ValueError(
-            f"{what} needs whole parameters, and those of this model are sharded by {shards.engine}; do it before the "
-            "model is sharded"
-        )
-
-
-def check_uncopied(model: nn.Module, what: str) -> None:
-    """Raise, saying what would be lost, if an engine trains copies of the parameters and overwrites these with them."""
-    if shards_of(model).copied:
-        raise ValueError(
-            f"{what} would be undone by the next step, for DeepSpeed trains copies of the parameters; do it before "
-            "deepspeed.initialize"
-        )
-
-
-def check_exchangeable(model: nn.Module) -> None:
-    """Raise if modules trained in full cannot be given their original values back."""
-    shards = shards_of(model)
-    for name, _, _ in trained_modules(model) if shards.flat else ():
-        raise ValueError(
-            f"{name!r} is trained in full, and the values of parameters that are sharded by {shards.engine} cannot be "
-            "exchanged for the original ones; save the adapter and load it into the plain model"
-        )
-
-
-def check_injectable(model: nn.Module, adapter: str) -> None:
-    """Raise if an adapter of this name cannot be added to the model now."""
-    check_unsharded(model)
-    for module in model.modules():
-        wrapper = wrapper_of(module)
-        if wrapper is not None and wrapper.fixed:
-            raise ValueError(
-                f"the model is wrapped in {wrapper.name}, which {wrapper.fixed}; add the adapter to the plain model "
-                "first, then wrap it"
-            )
-    for name, layer in named_modules(model):
-        if any(is_lazy(parameter) for parameter in layer._parameters.values()):  # type: ignore[arg-type]
-            raise ValueError(f"{name!r} has parameters that are not initialised; run a forward pass first")
-        if not isinstance(layer, AdaptedWeight):
-            continue
-        layer.check_enabled()
-        if adapter in layer.adapter_names():
-            raise ValueError(
-                f"the model has an adapter {adapter!r} already (on {owner_path(name, layer) or 'itself'!r}); "
-                "give the new one another name, or call remove_lora(model) first"
-            )
-        if layer.lora_merge is not None:
-            raise ValueError(
-                f"the model is merged ({name!r} is); call unmerge_lora(model) before adding or resizing an adapter"
-            )
-
-
-def check_offloading(model: nn.Module, places: Sequence[Place]) -> None:
+def _check_offloading(state: State, places: Sequence[Place]) -> None:
     """Raise where weights have values only while a forward runs that would not bring in the adapted ones.
 
     A tool that offloads weights assigns a forward to the module around which it brings them in. A layer with such a
     forward of its own can be adapted: that forward is then its base computation.
     """
-    assigned = {name for name, module in named_modules(model) if "forward" in module.__dict__}
+    assigned = {name for name, module in state.names if "forward" in module.__dict__}
     for place in places if assigned else ():
         if isinstance(place.owner, AdaptedWeight) or not place.stored().is_meta:
             continue
@@ -309,10 +237,10 @@ def check_offloading(model: nn.Module, places: Sequence[Place]) -> None:
             )
 
 
-def check_selection(model: nn.Module, places: Sequence[Place], train_also: Sequence[NamedModule]) -> None:
+def check_selection(state: State, places: Sequence[Place], train_also: Sequence[NamedModule]) -> None:
     """Raise if a layer is inside a module that another adapter trains in full, or a module cannot be so trained."""
-    check_offloading(model, places)
-    for name, module, record in trained_modules(model):
+    _check_offloading(state, places)
+    for name, module, record in state.trained():
         inside = {id(child) for child in module.modules()}
         for place in places:
             if id(place.owner) in inside:

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,18 +14,20 @@ from torch import Tensor, nn
 from lora_plus.errors import Problems
 from lora_plus.layers.adapter import ActiveAdapter, summands
 from lora_plus.layers.layer import LoRALayer
-from lora_plus.layers.merged import Merge, MergeInShards, versions
+from lora_plus.layers.merged import Merge, versions
 from lora_plus.layers.weight import AdaptedWeight
-from lora_plus.tensors.distributed import distributed_like, is_dtensor
+from lora_plus.tensors.distributed import is_dtensor
 from lora_plus.tensors.merged import merged_weight
 from lora_plus.text import counted, join, median_and_worst, printable
 
-from .adapters import check_adapter
 from .dry_run import left_as_it_was
-from .inject import check_restorable, make_plain
-from .storage import reshard, shards_of, whole_parameters
-from .train_also import trained_modules, unmark_trained
-from .tree import adapted_weights, named_modules, named_parameters, owner_path
+from .inject import make_plain
+from .state import Need, State, require
+from .storage import Storage
+from .train_also import unmark_trained
+from .tree import adapted_weights, own_parameters, owner_path
+
+M = TypeVar("M", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,7 @@ def merge_lora(model: nn.Module, *, adapters: Sequence[str] | None = None) -> Me
             a merged weight would not be finite; or if the weights have no shape of their own between forwards
             (FullyShardedDataParallel, ZeRO-3). The model is then as it was.
     """
-    report, merges = _compute(model, adapters)
+    report, merges = _compute(_mergeable(model, adapters), adapters)
     for weight, merge in merges:
         weight.bind_merged(merge)
     return report
@@ -85,21 +88,18 @@ def unmerge_lora(model: nn.Module) -> None:
     Raises:
         ValueError: if the model is not merged.
     """
-    merged_weights = [weight for _, weight in adapted_weights(model) if weight.lora_merge is not None]
+    state = require(model, "unmerging", Need.ENABLED | Need.HIDEABLE)
+    merged_weights = [weight for _, weight in state.weights if weight.lora_merge is not None]
     if not merged_weights:
         raise ValueError("the model is not merged")
-    for weight in merged_weights:
-        weight.check_enabled()
-        weight.check_unmergeable()
-    reshard(model)
     for weight in merged_weights:
         weight.unmerge()
 
 
 @contextmanager
-def merged(model: nn.Module, *, adapters: Sequence[str] | None = None) -> Iterator[nn.Module]:
+def merged(model: M, *, adapters: Sequence[str] | None = None) -> Iterator[M]:
     """The merged model for the length of a ``with`` block; afterwards the previous state, merged or not."""
-    if _is_merged(model, adapters):
+    if _is_merged(_mergeable(model, adapters), adapters):
         yield model
         return
     merge_lora(model, adapters=adapters)
@@ -110,7 +110,7 @@ def merged(model: nn.Module, *, adapters: Sequence[str] | None = None) -> Iterat
             unmerge_lora(model)
 
 
-def merge_and_unload(model: nn.Module, *, adapters: Sequence[str] | None = None, dequantize: bool = False) -> nn.Module:
+def merge_and_unload(model: M, *, adapters: Sequence[str] | None = None, dequantize: bool = False) -> M:
     """Plain modules with the merged weights; the adapters and the original weights are dropped.
 
     Modules trained in full keep their trained values. ``requires_grad`` is as it was before the first injection.
@@ -126,26 +126,28 @@ def merge_and_unload(model: nn.Module, *, adapters: Sequence[str] | None = None,
     Raises:
         KeyError, ValueError: as `merge_lora`; a model that is merged already keeps its merged weights.
     """
-    check_restorable(model)
-    if not _is_merged(model, adapters):
-        _, merges = _compute(model, adapters, dequantize=dequantize)
+    state = _mergeable(model, adapters, Need.RESTORABLE)
+    if not _is_merged(state, adapters):
+        _, merges = _compute(state, adapters, dequantize=dequantize)
         for weight, merge in merges:
             weight.bind_merged(merge)
-    for _, module, _ in list(trained_modules(model)):
-        unmark_trained(module, restore=False)
-    make_plain(model)
+    for _, module, _ in state.trained():
+        unmark_trained(module)
+    make_plain(state)
     return model
 
 
-def _is_merged(model: nn.Module, adapters: Sequence[str] | None) -> bool:
+def _mergeable(model: nn.Module, adapters: Sequence[str] | None, needs: Need = Need.ENABLED) -> State:
+    saved = ", or merge the saved adapter (merge_checkpoint)"
+    return require(model, "merging", needs | Need.ENABLED | Need.WHOLE, adapters=adapters or (), instead=saved)
+
+
+def _is_merged(state: State, adapters: Sequence[str] | None) -> bool:
     """Whether the model is merged with these adapters; a model that is merged in any other way is an error."""
-    weights = list(adapted_weights(model))
+    weights = list(state.weights)
     if not any(weight.lora_merge is not None for _, weight in weights):
         return False
-    for adapter in adapters or ():
-        check_adapter(model, adapter)
     for path, weight in weights:
-        weight.check_enabled()
         merge = weight.lora_merge
         wanted = tuple(adapter.name for adapter in _wanted(weight, adapters))
         if merge is None:
@@ -165,28 +167,19 @@ def _wanted(weight: AdaptedWeight, adapters: Sequence[str] | None) -> tuple[Acti
 
 @torch.no_grad()
 def _compute(
-    model: nn.Module, adapters: Sequence[str] | None, *, dequantize: bool = False
+    state: State, adapters: Sequence[str] | None, *, dequantize: bool = False
 ) -> tuple[MergeReport, list[tuple[AdaptedWeight, Merge]]]:
     """The merged weights of a model, checked, with nothing changed yet."""
-    for adapter in adapters or ():
-        check_adapter(model, adapter)
-    shards = shards_of(model)
-    if shards.flat:
-        raise ValueError(
-            f"nothing was merged: the model is sharded by {shards.engine}, which has no weights that could be "
-            "exchanged; save the adapter, and merge it into the plain model or into the saved one (merge_checkpoint)"
-        )
     merges: list[tuple[AdaptedWeight, Merge]] = []
-    ties = _ties(model, adapters)
+    ties = _ties(state, adapters)
     report = MergeReport([], {}, list(ties.items()))
     problems = []
-    for path, weight in adapted_weights(model):
-        weight.check_enabled()
+    for path, weight in state.weights:
         wanted = _wanted(weight, adapters)
         if not wanted and weight.lora_merge is None:
             merges.append((weight, Merge()))  # what else it has must have no effect, and no keys
             continue
-        made = _refusal(weight, ties.get(path, []), dequantize) or merged_state(weight, wanted)
+        made = _refusal(weight, ties.get(path, []), dequantize) or merged_state(state.storage, weight, wanted)
         if isinstance(made, str):
             problems.append(f"{path!r}: {made}")
             continue
@@ -207,20 +200,18 @@ def _compute(
     return report, merges
 
 
-def merged_state(weight: AdaptedWeight, adapters: Sequence[ActiveAdapter]) -> Merge | str:
+def merged_state(storage: Storage, weight: AdaptedWeight, adapters: Sequence[ActiveAdapter]) -> Merge | str:
     """The merged state of a weight, or why it cannot be merged. Every rank must call it if the weight is a DTensor."""
     names = tuple(adapter.name for adapter in adapters)
     own, tensors = weight.weight, weight.noted_tensors(names)
-    with whole_parameters(weight.holders()):
+    with storage.exposed(weight):
         made = _merged_values(weight, adapters)
     if isinstance(made, str):
         return made
     values, lost = made
     copies = {key: tensor.detach().clone() for key, tensor in tensors.items()}
     merge = Merge(adapters=names, copies=copies, versions=versions(tensors), lost=lost, own=own, bound=values)
-    if not is_dtensor(own):
-        return merge
-    return MergeInShards(**vars(merge) | {"bound": distributed_like(values, own)}, parameters=tensors)
+    return storage.bound(merge, tensors)
 
 
 def _merged_values(weight: AdaptedWeight, adapters: Sequence[ActiveAdapter]) -> tuple[Tensor, float | None] | str:
@@ -232,7 +223,7 @@ def _merged_values(weight: AdaptedWeight, adapters: Sequence[ActiveAdapter]) -> 
         return str(error)
     own = weight.weight
     bound = nn.Parameter(values, requires_grad=own.requires_grad) if isinstance(own, nn.Parameter) else values
-    differs = _trial(weight, adapters, bound) if isinstance(weight, LoRALayer) else None
+    differs = _unlike(weight, adapters, bound) if isinstance(weight, LoRALayer) else None
     return (bound, lost) if differs is None else differs
 
 
@@ -261,7 +252,7 @@ def _refusal(weight: AdaptedWeight, others: list[str], dequantize: bool) -> str 
 
 
 @torch.no_grad()
-def _trial(layer: LoRALayer, adapters: Sequence[ActiveAdapter], bound: Tensor) -> str | None:
+def _unlike(layer: LoRALayer, adapters: Sequence[ActiveAdapter], bound: Tensor) -> str | None:
     """Why the merged weight does not compute what the adapters do, where the layer's forward is a user's own.
 
     Such a forward may mask, scale or normalise its weight; then ``W + s B A`` in its place is something else.
@@ -291,18 +282,18 @@ def _trial(layer: LoRALayer, adapters: Sequence[ActiveAdapter], bound: Tensor) -
     return None
 
 
-def _ties(model: nn.Module, adapters: Sequence[str] | None) -> dict[str, list[str]]:
+def _ties(state: State, adapters: Sequence[str] | None) -> dict[str, list[str]]:
     """Weights to be merged that have other names outside their layer."""
-    names: dict[int, list[str]] = {}
-    for name, parameter in named_parameters(model):
-        names.setdefault(id(parameter), []).append(name)
-    aliases: dict[int, list[str]] = {}
-    for name, module in named_modules(model, every_name=True):
+    names: dict[int, set[str]] = {}
+    inside: dict[int, set[str]] = {}
+    for path, module in state.names:
+        for name, parameter in own_parameters(module):
+            names.setdefault(id(parameter), set()).add(join(path, name))
         if isinstance(module, AdaptedWeight):
-            aliases.setdefault(id(module), []).append(join(owner_path(name, module), module.weight_name))
+            inside.setdefault(id(module), set()).add(join(owner_path(path, module), module.weight_name))
     ties = {}
-    for path, weight in adapted_weights(model):
-        others = sorted(set(names.get(id(weight.weight), [])) - set(aliases[id(weight)]))
+    for path, weight in state.weights:
+        others = sorted(names.get(id(weight.weight), set()) - inside[id(weight)])
         if others and _wanted(weight, adapters):
             ties[path] = others
     return ties

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -23,13 +23,13 @@ from lora_plus.tensors.distributed import is_dtensor
 from lora_plus.tensors.matrix import accumulation_dtype
 from lora_plus.tensors.variant import only_adds
 
-from .adapters import check_adapter, check_any_adapter, check_unmerged
-from .train_also import trained_modules
-from .tree import adapted_weights
+from .state import Need, require
+
+M = TypeVar("M", bound=nn.Module)
 
 
 @contextmanager
-def adapter_per_sample(model: nn.Module, adapters: Sequence[str | None]) -> Iterator[nn.Module]:
+def adapter_per_sample(model: M, adapters: Sequence[str | None]) -> Iterator[M]:
     """For the length of a ``with`` block, sample i of a batch is computed with adapter i, or with none.
 
     A sample is index i of the first dimension of each adapted layer's input and output. What it gets is what it would
@@ -64,13 +64,20 @@ def adapter_per_sample(model: nn.Module, adapters: Sequence[str | None]) -> Iter
             (``train_also``). Inside the block: if a layer gets another number of samples, or adapters are chosen,
             added, deleted or merged.
     """
-    names = _checked_names(model, adapters)
-    weights = list(adapted_weights(model))
+    names = _checked_names(adapters)
+    chosen = [name for name in dict.fromkeys(names) if name is not None]
+    needs = Need.ADAPTED | Need.UNDISABLED | Need.UNMERGED
+    state = require(model, "choosing an adapter for each sample", needs, adapters=chosen)
+    for path, _, record in state.trained():
+        if record.adapter in chosen:
+            raise ValueError(
+                f"{path!r} is trained in full with the adapter {record.adapter!r}, and a batch has only one {path!r}; "
+                "run the samples of each adapter on their own, with set_adapter"
+            )
+    weights = list(state.weights)
     made: list[SampleAdapters] = []
     groupings = {}
     for path, weight in weights:
-        weight.check_not_disabled()
-        check_unmerged(path, weight, "choosing an adapter for each sample")
         there = weight.adapter_names()
         here = tuple(name if name in there else None for name in names)
         key = (here, weight.weight.device)
@@ -93,21 +100,12 @@ def adapter_per_sample(model: nn.Module, adapters: Sequence[str | None]) -> Iter
             weight.lora_override = before
 
 
-def _checked_names(model: nn.Module, adapters: Sequence[str | None]) -> tuple[str | None, ...]:
+def _checked_names(adapters: Sequence[str | None]) -> tuple[str | None, ...]:
     if isinstance(adapters, str) or not all(name is None or isinstance(name, str) for name in adapters):
         raise TypeError(f"expected a list with the name of an adapter, or None, for each sample, got {adapters!r}")
     names = tuple(adapters)
     if not names:
         raise ValueError("expected the name of an adapter, or None, for each sample of the batch, got an empty list")
-    distinct = [name for name in dict.fromkeys(names) if name is not None]
-    check_adapter(model, *distinct)
-    check_any_adapter(model, "adapter_per_sample")
-    for path, _, record in trained_modules(model):
-        if record.adapter in distinct:
-            raise ValueError(
-                f"{path!r} is trained in full with the adapter {record.adapter!r}, and a batch has only one {path!r}; "
-                "run the samples of each adapter on their own, with set_adapter"
-            )
     return names
 
 

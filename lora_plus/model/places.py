@@ -20,7 +20,7 @@ from lora_plus.tensors.distributed import whole, without_values
 from lora_plus.tensors.init import Start
 from lora_plus.tensors.variant import VARIANTS, AdapterSpec
 
-from .storage import shards_of
+from .storage import Storage
 from .tree import named_modules, owner_path
 
 Rows = tuple[int, int]
@@ -104,10 +104,10 @@ class Place(ABC):
         """The column of A that starts at zero, if there is one."""
         return None
 
-    def new_tensors(self, spec: AdapterSpec, start: Start) -> dict[str, Tensor]:
+    def new_tensors(self, storage: Storage, spec: AdapterSpec, start: Start) -> dict[str, Tensor]:
         """The tensors of a new adapter, by the name of their container; nothing is changed."""
         values = start.needs_values(spec)
-        with shards_of(self.owner).gathered([self.stored()] if values else []):
+        with storage.gathered([self.stored()] if values else []):
             return start.tensors(self.matrix(values=values), spec, no_update=self.no_update())
 
     @abstractmethod
@@ -224,11 +224,14 @@ PLACE_FINDERS: list[Finder] = []
 """What is asked for places besides layers."""
 
 
-def find_modules(model: nn.Module) -> dict[int, NamedModule]:
-    """Every module of the model once, by identity, with all its names; what holds adapters is left out."""
+def find_modules(named: Iterable[tuple[str, nn.Module]]) -> dict[int, NamedModule]:
+    """Every module of a model once, by identity, with all its names; what holds adapters is left out.
+
+    ``named`` are its modules under each of their names, as `walk` meets them.
+    """
     found: dict[int, NamedModule] = {}
     hidden: set[int] = set()
-    for name, module in named_modules(model, every_name=True):  # a module comes before what it holds
+    for name, module in named:  # a module comes before what it holds
         if isinstance(module, Holders):
             hidden |= {id(child) for child in module.modules()}
         if id(module) not in hidden:

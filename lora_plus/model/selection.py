@@ -36,10 +36,10 @@ class Selection:
     train_also: list[NamedModule]
     """The modules to train in full."""
 
-    def __init__(self, model: nn.Module, targets: Targets) -> None:
+    def __init__(self, named: Iterable[tuple[str, nn.Module]], targets: Targets) -> None:
         self._targets = targets
         self._problems: list[str] = []
-        self._found = find_modules(model)
+        self._found = find_modules(named)
         self._modules = Names((it, [(name, it.module) for name in it.names]) for it in self._found.values())
         self._places = _named(find_places(self._found, self._fused() if targets.fused else {}))
         self._has_parameters = False

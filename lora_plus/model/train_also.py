@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lora_plus.tensors.distributed import fill, is_dtensor
 
-from .storage import shards_of, show_again, show_copy
+from .storage import Storage
 from .tree import named_modules
 
 
@@ -59,26 +60,30 @@ def trained_modules(model: nn.Module, adapter: str | None = None) -> Iterator[tu
             yield name, module, record
 
 
-def mark_trained(module: nn.Module, adapter: str) -> None:
+def mark_trained(module: nn.Module, adapter: str, storage: Storage) -> None:
     """Note that a module is trained in full with this adapter, and keep a copy of its state."""
     tensors = module.state_dict(keep_vars=True)
-    with shards_of(module).gathered(tensors.values()):
+    with storage.gathered(tensors.values()):
         original = {name: tensor.detach().clone() for name, tensor in tensors.items()}
     module.__dict__[_MARK] = Trained(adapter, original)
 
 
-def unmark_trained(module: nn.Module, *, restore: bool) -> None:
-    """Forget that a module was trained in full, and on demand bring back its original state, bit for bit."""
+def unmark_trained(module: nn.Module) -> Trained:
+    """Forget that a module was trained in full; returns what was noted of it."""
     record: Trained = module.__dict__.pop(_MARK)
-    if restore:
-        for name, tensor in module.state_dict(keep_vars=True).items():
-            fill(tensor, record.original[name])
+    return record
+
+
+def restore_trained(module: nn.Module, storage: Storage) -> None:
+    """Bring back the original state of a module that was trained in full, bit for bit, and forget that it was."""
+    original = unmark_trained(module).original
+    storage.write((tensor, original[name]) for name, tensor in module.state_dict(keep_vars=True).items())
 
 
 @contextmanager
-def originals(model: nn.Module) -> Iterator[None]:
-    """The original state of all modules trained in full for the length of a ``with`` block."""
-    records = [(module, record) for _, module, record in trained_modules(model) if not record.exchanged]
+def originals(trained: Iterable[tuple[nn.Module, Trained]]) -> Iterator[None]:
+    """The original state of these modules trained in full for the length of a ``with`` block."""
+    records = [(module, record) for module, record in trained if not record.exchanged]
     # by tensor: one that has several names, or several owners, is exchanged once
     held: dict[int, tuple[Tensor, Tensor]] = {}
     shown: list[tuple[Trained, str, Tensor, Tensor, int]] = []
@@ -100,3 +105,28 @@ def originals(model: nn.Module) -> Iterator[None]:
             show_again(tensor, values)
         for _, record in records:
             record.aside = None
+
+
+def show_copy(tensor: Tensor, values: Tensor, spare: Tensor | None = None) -> Tensor:
+    """Let a tensor, which may be a DTensor, show a copy of whole values; returns those that `show_again` needs.
+
+    ``spare`` is such a copy from before, which is taken where it has the tensor's dtype and device.
+    """
+    if not is_dtensor(tensor):
+        held = tensor.data
+        if spare is None or (spare.device, spare.dtype) != (tensor.device, tensor.dtype):
+            spare = values.to(tensor.device, tensor.dtype, copy=True)  # statistics or an optimizer may change it
+        tensor.data = spare
+        return held
+    held = tensor.detach().clone()  # engines read the memory that a shard had at first
+    fill(tensor, values)
+    return held
+
+
+@torch.no_grad()
+def show_again(tensor: Tensor, held: Tensor) -> None:
+    """Undo `show_copy`."""
+    if is_dtensor(tensor):
+        tensor.copy_(held)
+    else:
+        tensor.data = held

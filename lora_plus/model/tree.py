@@ -16,7 +16,15 @@ from lora_plus.layers.weight import AdaptedWeight
 from lora_plus.text import join
 
 
-def named_modules(model: nn.Module, *, every_name: bool = False) -> list[tuple[str, nn.Module]]:
+class Walk(NamedTuple):
+    """What a walk over a model met."""
+
+    modules: list[tuple[str, nn.Module]]
+    wrappers: list[Wrapper]
+    """The kinds of the wrappers that were passed by."""
+
+
+def walk(model: nn.Module, *, every_name: bool = False) -> Walk:
     """``(name, module)`` for all modules but containers of ours, as ``model.named_modules()`` orders them.
 
     Wrappers that engines put around modules are passed by, and names are those of the model without them. Torch's chain
@@ -27,24 +35,30 @@ def named_modules(model: nn.Module, *, every_name: bool = False) -> list[tuple[s
         every_name: whether a module that has several names is given under each of them.
     """
     check_model(model)
-    found: list[tuple[str, nn.Module]] = []
+    found = Walk([], [])
     seen: set[int] = set()
 
     def visit(name: str, module: nn.Module) -> None:
         if not every_name and id(module) in seen:
             return
         seen.add(id(module))
-        inner = wrapped(module)
-        if inner is not None:
-            visit(name, inner)
+        wrapper = wrapper_of(module)
+        if wrapper is not None:
+            found.wrappers.append(wrapper)
+            visit(name, module._modules[wrapper.child])  # type: ignore[arg-type]
             return
-        found.append((name, module))
+        found.modules.append((name, module))
         for key, child in module._modules.items():
             if child is not None and not isinstance(child, (AdapterTensors, BaseParameters)):
                 visit(f"{name}.{key}" if name else key, child)
 
     visit("", model)
     return found
+
+
+def named_modules(model: nn.Module, *, every_name: bool = False) -> list[tuple[str, nn.Module]]:
+    """The modules that a `walk` meets."""
+    return walk(model, every_name=every_name).modules
 
 
 def named_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
@@ -83,39 +97,33 @@ class Wrapper(NamedTuple):
     """What the wrapper would not do with parameters that come later; empty for one that does not mind."""
 
 
-_NOT_REDUCED = "would not reduce the gradients of new parameters"
+NOT_REDUCED = "would not reduce the gradients of new parameters"
 
-WRAPPERS = (
+WRAPPERS: list[Wrapper] = [
     Wrapper(
-        "torch.nn.parallel", "DistributedDataParallel", "module", lambda wrapper: wrapper.process_group, _NOT_REDUCED
+        "torch.nn.parallel", "DistributedDataParallel", "module", lambda wrapper: wrapper.process_group, NOT_REDUCED
     ),
     Wrapper("torch.nn.parallel", "DataParallel", "module"),
     Wrapper("torch._dynamo.eval_frame", "OptimizedModule", "_orig_mod"),
     Wrapper(
-        "torch.optim.swa_utils", "AveragedModel", "module",
+        "torch.optim.swa_utils",
+        "AveragedModel",
+        "module",
         fixed="would not average new parameters with those of the same place in the model",
     ),
-    Wrapper("torch.distributed.fsdp", "FullyShardedDataParallel", "_fsdp_wrapped_module"),
     Wrapper(
         "torch.distributed.algorithms._checkpoint.checkpoint_wrapper", "ActivationWrapper", "_checkpoint_wrapped_module"
     ),
-    Wrapper(
-        "deepspeed", "DeepSpeedEngine", "module",
-        lambda engine: None if engine.zero_optimization_partition_weights() else engine.data_parallel_group,
-        _NOT_REDUCED,
-    ),
     Wrapper("lightning.fabric.wrappers", "_FabricModule", "_forward_module"),
-)  # fmt: skip
-"""Names in a model have no part for these."""
-
-_CHILDREN = frozenset(wrapper.child for wrapper in WRAPPERS)
+]
+"""Names in a model have no part for these. Engines enter theirs."""
 
 
 def wrapper_of(module: nn.Module) -> Wrapper | None:
     """What kind of wrapper a module is; None for any other module."""
-    if _CHILDREN.isdisjoint(module._modules):  # nearly all of them
-        return None
     for wrapper in WRAPPERS:
+        if wrapper.child not in module._modules:
+            continue
         known = getattr(sys.modules.get(wrapper.package), wrapper.name, None)
         if known is not None and isinstance(module, known):
             return wrapper

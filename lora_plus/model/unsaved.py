@@ -12,7 +12,7 @@ from lora_plus.errors import Problems
 from lora_plus.layers.weight import AdaptedWeight
 from lora_plus.text import join, some
 
-from .storage import reshard
+from .storage import storage_of
 from .train_also import record_of
 from .tree import named_modules, own_parameters, owner_path
 
@@ -62,7 +62,7 @@ def unsaved(model: nn.Module, others: Collection[int] = ()) -> Unsaved:
 
     ``others`` are the ids of parameters that somebody else saves.
     """
-    reshard(model)
+    storage_of(model)
     saved, bases = set(others), set[int]()
     trainable: list[tuple[str, nn.Parameter]] = []
     fixed: dict[str, list[str]] = {}

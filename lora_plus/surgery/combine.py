@@ -14,9 +14,9 @@ from lora_plus.files.save import describe
 from lora_plus.files.saved_adapter import SavedAdapter, SavedLayer
 from lora_plus.layers.adapter import check_adapter_name
 from lora_plus.layers.base import BaseLayer
-from lora_plus.model.adapters import check_adapter
-from lora_plus.model.inject import attach, check_injectable, check_whole
+from lora_plus.model.inject import attach
 from lora_plus.model.places import adapted_places
+from lora_plus.model.state import Need, require
 from lora_plus.tensors.matrix import accumulation_dtype
 from lora_plus.tensors.random_state import draws
 from lora_plus.tensors.variant import VARIANTS, only_adds
@@ -83,15 +83,13 @@ def combine_adapters(
     check_adapter_name(adapter)
     chosen = _chosen(method, {"r": r, "density": density, "generator": generator})
     factors = _factors(adapters, weights)
-    check_adapter(model, *factors)
-    check_injectable(model, adapter)
-    check_whole(model, "combining adapters")
+    state = require(model, "combining adapters", Need.GROWABLE | Need.WHOLE, adapters=list(factors), new=adapter)
     draft = Draft(f"adapters {list(factors)} cannot be combined; the model is unchanged")
     _combine(draft, {name: describe(model, name) for name in factors}, factors, *chosen)
     report = draft.report(adapter)
     places = {place.name: place for place, _ in adapted_places(model)}
     prepared = [(places[name], layer.spec, layer.tensors) for name, layer in draft.layers.items()]
-    attach(model, adapter, prepared, (), trainable=trainable)
+    attach(state, adapter, prepared, trainable=trainable)
     return report
 
 

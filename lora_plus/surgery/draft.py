@@ -11,6 +11,7 @@ from torch import Tensor
 from lora_plus.errors import Problems
 from lora_plus.files.saved_adapter import SavedLayer
 from lora_plus.layers.base import BaseLayer
+from lora_plus.tensors.distributed import is_dtensor
 from lora_plus.tensors.low_rank import Factors
 from lora_plus.tensors.matrix import full_precision
 from lora_plus.tensors.variant import AdapterSpec
@@ -94,7 +95,7 @@ def unusable(*tensors: Tensor) -> str | None:
     """Why these tensors cannot be computed with; None if they can."""
     if any(tensor.is_meta for tensor in tensors):
         return "has no values (meta device); load them first"
-    if any(hasattr(tensor, "full_tensor") for tensor in tensors):
+    if any(is_dtensor(tensor) for tensor in tensors):
         return "is sharded; do this before the model is sharded"
     finite = all(bool(tensor.isfinite().all()) for tensor in tensors)
     return None if finite else "has values that are not finite"

@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from lora_plus.layers.adapter import check_adapter_name
 from lora_plus.layers.base import BaseLayer
 from lora_plus.layers.quantized import store_of_weight
-from lora_plus.model.inject import attach, check_injectable, check_selection, check_whole
+from lora_plus.model.inject import attach, check_selection
 from lora_plus.model.patterns import Pattern
 from lora_plus.model.places import Place
 from lora_plus.model.selection import Selection
 from lora_plus.model.settings import Targets
-from lora_plus.model.tree import adapted_weights, unwrap
+from lora_plus.model.state import Need, require
+from lora_plus.model.tree import unwrap
 from lora_plus.tensors import matrix as functional
 from lora_plus.tensors.low_rank import truncated
 from lora_plus.tensors.matrix import accumulation_dtype
@@ -65,21 +66,20 @@ def extract_adapter(
     wanted = Targets(
         AdapterSpec(r=r, alpha=r), targets, exclude=exclude, rank_pattern=rank_pattern, fused=fused, layouts=layouts
     )
-    check_injectable(model, adapter)
-    check_whole(model, "extracting an adapter")
-    state = _tuned_state(tuned)
-    selected = [(place, spec.r) for place, spec in Selection(unwrap(model), wanted).places]
+    state = require(model, "extracting an adapter", Need.GROWABLE | Need.WHOLE, new=adapter)
+    tensors = _tuned_state(tuned)
+    selected = [(place, spec.r) for place, spec in Selection(state.names, wanted).places]
     places = [place for place, _ in selected]
-    check_selection(model, places, ())
+    check_selection(state, places, ())
     draft = Draft("no adapter can be extracted; the model is unchanged")
-    if not extract(draft, _pairs(draft, selected, state), ("this model", "the tuned model")) and not draft.problems:
+    if not extract(draft, _pairs(draft, selected, tensors), ("this model", "the tuned model")) and not draft.problems:
         draft.problems.append("the tuned model is equal to this one in all targets")
     draft.check()
-    ignored = list(_differing(places, unwrap(model).state_dict(), state))
+    ignored = list(_differing(places, unwrap(model).state_dict(), tensors))
     for place in places:
         place.check_adoptable()
     prepared = [(place, layer.spec, layer.tensors) for place in places if (layer := draft.layers[place.name])]
-    attach(model, adapter, prepared, (), trainable=trainable)
+    attach(state, adapter, prepared, trainable=trainable)
     return draft.report(adapter, ignored)
 
 
@@ -124,8 +124,7 @@ def _tuned_state(tuned: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Its tensors by name."""
     if isinstance(tuned, nn.Module):
         tuned = unwrap(tuned)
-        for path, weight in adapted_weights(tuned):
-            weight.check_enabled()
+        for path, weight in require(tuned, "extracting an adapter", Need.ENABLED).weights:
             if weight.lora_merge is None:
                 raise ValueError(f"the tuned model has adapters ({path!r} has) that are not merged; merge them first")
         tuned = tuned.state_dict()

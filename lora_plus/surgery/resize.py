@@ -13,9 +13,8 @@ from lora_plus.errors import check_count
 from lora_plus.files.save import describe
 from lora_plus.files.saved_adapter import SavedAdapter, SavedLayer
 from lora_plus.layers.layer import LoRALayer
-from lora_plus.model.adapters import check_adapter
-from lora_plus.model.inject import check_injectable, check_whole
 from lora_plus.model.places import adapted_places
+from lora_plus.model.state import Need, require
 from lora_plus.tensors.init import Start
 from lora_plus.tensors.low_rank import Factors, truncated_product
 from lora_plus.tensors.matrix import accumulation_dtype
@@ -51,9 +50,7 @@ def resize_adapter(
             not finite or sharded. The model is then as it was.
     """
     check_count("r", r)
-    check_adapter(model, adapter)
-    check_injectable(model, "")  # it gets new parameters, as if an adapter were added
-    check_whole(model, "resizing an adapter")
+    require(model, "resizing an adapter", Need.GROWABLE | Need.WHOLE, adapters=[adapter])
     placed = {
         place.name: (place, site.lora_adapters[adapter])
         for place, site in adapted_places(model)

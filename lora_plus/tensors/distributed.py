@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-def is_dtensor(tensor: Tensor) -> bool:
+def is_dtensor(tensor: object) -> bool:
     """Whether a tensor is this rank's part of one that is distributed over a mesh."""
     return hasattr(tensor, "device_mesh")  # importing the class takes longer than importing this library
 
@@ -14,6 +14,11 @@ def is_dtensor(tensor: Tensor) -> bool:
 def whole(tensor: Tensor) -> Tensor:
     """The tensor, detached; a DTensor is gathered from its shards, for which every rank must call this."""
     return (tensor.full_tensor() if is_dtensor(tensor) else tensor).detach()  # type: ignore[attr-defined]
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this rank has of a tensor."""
+    return tensor.to_local() if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def without_values(tensor: Tensor) -> Tensor:

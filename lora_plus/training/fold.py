@@ -10,10 +10,7 @@ import torch
 from torch import nn
 
 from lora_plus.errors import check_number
-from lora_plus.model.adapters import check_adapter, check_unmerged
-from lora_plus.model.inject import check_uncopied
-from lora_plus.model.storage import shards_of
-from lora_plus.model.tree import adapters_of
+from lora_plus.model.state import Need, require
 from lora_plus.tensors.variant import SUBTRACTED
 
 FOLDS: dict[str, Callable[[float], float]] = {
@@ -65,22 +62,18 @@ def fold_lr_ratio(model: nn.Module, lr_ratio: float, *, rule: str = "adam", adap
     check_number("lr_ratio", lr_ratio, tensor=True)
     if rule not in FOLDS:
         raise ValueError(f"unknown rule {rule!r}; choose one of {sorted(FOLDS)}")
-    check_adapter(model, adapter)
-    check_uncopied(model, "folding a ratio")
+    state = require(model, "folding a ratio", Need.UNCOPIED | Need.CHANGEABLE, adapters=[adapter])
     factor = FOLDS[rule](float(lr_ratio))
     folded = []
-    for path, each, weight in adapters_of(model):
-        weight.check_enabled()
-        check_unmerged(path, weight, "folding a ratio")
-        if each.name == adapter and any(role == "B" for role, _ in each.parameters()):
+    for _, each, _ in state.adapters(adapter):
+        if any(role == "B" for role, _ in each.parameters()):
             folded.append((each, replace(each.spec, alpha=each.spec.alpha * factor)))
     if not folded:
         raise ValueError(f"adapter {adapter!r} is on embeddings only, whose factors learn at one rate; nothing to fold")
-    shards = shards_of(model)
     for each, spec in folded:
         tensors = each.tensors()
         divided = [tensors[name] for name in ("lora_B", SUBTRACTED[1]) if name in tensors]
-        with shards.gathered(divided, write=True):
+        with state.storage.gathered(divided, write=True):
             for tensor in divided:
                 tensor.div_(factor)
         each.spec = spec

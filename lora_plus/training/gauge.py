@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from lora_plus.errors import check_count
 from lora_plus.layers.adapter import Adapter
-from lora_plus.model.inject import check_whole
+from lora_plus.model.state import Need, require
 from lora_plus.model.tree import adapters_of, unwrap
+from lora_plus.tensors.distributed import is_dtensor
 from lora_plus.tensors.matrix import accumulation_dtype
 from lora_plus.text import aligned
 
@@ -138,7 +139,7 @@ class LoRAPlusGauge:
             ValueError: if the optimizer holds both A and B of no layer, or they are sharded.
         """
         check_count("every", every)
-        check_whole(model, "measuring A and B")
+        require(model, "measuring A and B", Need.WHOLE)
         held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         self._pairs = [pair for pair in _pairs(unwrap(model)) if {id(pair.A), id(pair.B)} <= held]
         if not self._pairs:
@@ -147,7 +148,7 @@ class LoRAPlusGauge:
                 "create_loraplus_optimizer(model, ...), not under DeepSpeed"
             )
         for pair in self._pairs:
-            if hasattr(pair.A, "full_tensor"):
+            if is_dtensor(pair.A):
                 raise ValueError(f"the adapter of {pair.name!r} is sharded, which the gauge cannot measure")
         self._optimizer, self._every = optimizer, every
         self._handles: list[Any] = []

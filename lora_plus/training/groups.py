@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from lora_plus.errors import check_makes_optimizers, check_number, named_keywords
-from lora_plus.model.storage import shards_of
+from lora_plus.model.storage import storage_of
 from lora_plus.model.tree import adapters_of
 from lora_plus.model.unsaved import unsaved
 from lora_plus.tensors.variant import FACTORS, VARIANTS
@@ -120,7 +120,7 @@ def loraplus_param_groups(
         "B": {"lr": rate_B, LR_RATIO: float(lr_ratio)},
         "embedding": {"lr": lr if embedding_lr is None else embedding_lr},
     }
-    shape = shards_of(model).shape  # from here on parameters are the ones that are trained, and not gathered copies
+    shape = storage_of(model).shape  # from here on parameters are the ones that are trained, and not gathered copies
     role_of = _roles(model, roles)
     unsaved(model).check("the groups were not made")
     names = group_names()

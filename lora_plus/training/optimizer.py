@@ -13,7 +13,7 @@ from torch import nn
 from lora_plus.errors import Problems, check_number
 from lora_plus.layers.adapter import Adapter
 from lora_plus.layers.weight import AdaptedWeight
-from lora_plus.model.storage import reshard
+from lora_plus.model.storage import storage_of
 from lora_plus.model.tree import adapters_of
 from lora_plus.model.unsaved import Unsaved, unsaved
 from lora_plus.text import some
@@ -69,7 +69,7 @@ def check_optimizer(
         _check_kind(each)
     if lr_ratio is not None:
         check_number("lr_ratio", lr_ratio, tensor=True)
-    reshard(model)
+    storage_of(model)
     training = _Training.of(model, [group for each in optimizers for group in each.param_groups], lr_ratio, roles)
     findings = [finding for check in _CHECKS for finding in check(training)]
     for add in CHECKS:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from lora_plus.model.storage import reshard
+from lora_plus.model.storage import storage_of
 
 
 @contextmanager
@@ -38,7 +38,7 @@ def rebind_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> Iter
             model's; after it, if a place is gone. The groups are then as they were.
     """
     _check_fresh(optimizer)
-    reshard(model)
+    storage_of(model)
     places = {id(p): (module, key) for module in model.modules() for key, p in module._parameters.items()}
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     groups = [[*group["params"]] for group in optimizer.param_groups]
@@ -48,7 +48,7 @@ def rebind_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> Iter
             f"the optimizer holds {strange} parameters that are not the model's; build it from the model's parameters"
         )
     yield optimizer
-    reshard(model)
+    storage_of(model)
     there = {id(module) for module in model.modules()}
     bound: list[list[nn.Parameter]] = []
     gone: list[str] = []

@@ -12,13 +12,12 @@ from torch import Tensor, nn
 
 from lora_plus.errors import Problems
 from lora_plus.layers.site import AdapterSite
-from lora_plus.model.adapters import check_adapter, check_unmerged
 from lora_plus.model.dry_run import left_as_it_was
-from lora_plus.model.inject import check_uncopied, check_whole
 from lora_plus.model.places import Place, adapted_places
-from lora_plus.model.storage import shards_of
-from lora_plus.model.tree import adapted_weights, replica_group, unwrap
+from lora_plus.model.state import Need, require
+from lora_plus.model.tree import replica_group, unwrap
 from lora_plus.tensors import matrix as functional
+from lora_plus.tensors.distributed import is_dtensor
 from lora_plus.tensors.init import Init, InitName, Start
 from lora_plus.tensors.low_rank import truncated
 from lora_plus.tensors.random_state import draws
@@ -52,23 +51,19 @@ def reset_lora_parameters(
         KeyError: if the model holds no adapter of this name.
         ValueError: if the model is merged or disabled, or the init does not fit. The adapter is then as it was.
     """
-    check_adapter(model, adapter)
-    check_uncopied(model, "resetting an adapter")
-    for path, weight in adapted_weights(model):
-        weight.check_enabled()
-        check_unmerged(path, weight, "resetting an adapter")
+    needs = Need.UNCOPIED | Need.CHANGEABLE
+    storage = require(model, "resetting an adapter", needs, adapters=[adapter]).storage
     start = Start(init, None, generator)
-    shards = shards_of(model)
     prepared = []
     for place, site in adapted_places(model):
         if adapter in site.lora_adapters:
             held = site.lora_adapters[adapter]
-            with shards.gathered([place.stored()]):
-                fresh = place.new_tensors(held.spec, start)
+            with storage.gathered([place.stored()]):
+                fresh = place.new_tensors(storage, held.spec, start)
             held.check_refill(fresh, init)
             prepared.append((held, fresh))
     for held, fresh in prepared:
-        with shards.gathered(held.tensors().values(), write=True):
+        with storage.gathered(held.tensors().values(), write=True):
             held.refill(fresh)
 
 
@@ -108,11 +103,7 @@ def init_from_gradients(
             "the model is wrapped for several processes, whose batches differ; start the adapter from gradients before"
         )
     model = unwrap(model)
-    check_adapter(model, adapter)
-    check_whole(model, "starting an adapter from gradients")
-    for path, weight in adapted_weights(model):
-        weight.check_enabled()
-        check_unmerged(path, weight, "starting an adapter from gradients")
+    require(model, "starting an adapter from gradients", Need.WHOLE | Need.CHANGEABLE, adapters=[adapter])
     sites = [(place, site) for place, site in adapted_places(model) if adapter in site.lora_adapters]
     failure = f"adapter {adapter!r} cannot start from gradients; it is unchanged"
     _check(failure, sites, lambda place, site: _unsuitable(place, site, adapter))
@@ -151,7 +142,7 @@ def _unsuitable(place: Place, site: AdapterSite, adapter: str) -> str | None:
     weight, B = place.stored(), site.lora_B[adapter]
     reasons = {
         "its weight has no values (meta device); load them first": weight.is_meta,
-        "it is sharded; do this before the model is sharded": hasattr(weight, "full_tensor"),
+        "it is sharded; do this before the model is sharded": is_dtensor(weight),
         "its weight is quantized, and has no gradient": not weight.is_floating_point(),
         "its weight is computed by another tool, and is no parameter": not weight.is_leaf,
     }

@@ -1,4 +1,4 @@
-"""Calls between a forward and the next one, where an engine may still hold whole parameters in place of its shards."""
+"""Calls between a forward and the next one, where an engine may still hold whole parameters in place of its storage."""
 
 from __future__ import annotations
 

@@ -519,7 +519,7 @@ def values_that_would_be_lost(stage: int) -> list[str]:
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_values_that_the_next_step_would_overwrite_are_refused(two_processes: Processes, stage: int) -> None:
     for said in two_processes(values_that_would_be_lost, stage):
-        assert all("would be undone by the next step" in line for line in said), said
+        assert all("its next step would undo it" in line for line in said), said
 
 
 def under_the_trainer() -> dict[str, tuple[list[str], float, float]]:

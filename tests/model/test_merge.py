@@ -81,7 +81,7 @@ def test_states_that_make_no_sense_are_refused() -> None:
         merge_lora(model)
     for call in (lambda: inject_lora(model, ["0"], adapter="b"), lambda: lora_plus.set_adapter(model, "default"),
                  lambda: lora_plus.delete_adapter(model, "default")):  # fmt: skip
-        with pytest.raises(ValueError, match=r"the model is merged \('0' is\); call unmerge_lora\(model\) before"):
+        with pytest.raises(ValueError, match=r"the model is merged \('0' is\); call unmerge_lora\(model\) first"):
             call()
     with pytest.raises(RuntimeError, match=r"layer '0' is merged; call unmerge_lora\(model\) before loading"):
         model.load_state_dict(model.state_dict())

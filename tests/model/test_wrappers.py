@@ -108,7 +108,7 @@ def test_what_is_added_to_an_average_would_not_be_averaged(tmp_path: Path) -> No
         with pytest.raises(
             ValueError,
             match="wrapped in AveragedModel, which would not average new parameters with those of the same place in "
-            "the model; add the adapter to the plain model first, then wrap it",
+            "the model; do it before the model is wrapped",
         ):
             add()
     assert averaged.state_dict().keys() == before.keys()

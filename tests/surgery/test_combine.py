@@ -323,7 +323,7 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"weights": [1, "2"]}, TypeError, "the weight of 'b' must be a number, got '2'"),
     ({"weights": [1, float("nan")]}, ValueError, "the weight of 'b' must be finite, got nan"),
     ({"adapter": "a"}, ValueError,
-     "the model has an adapter 'a' already (on '0'); give the new one another name, or call remove_lora(model) first"),
+     "the model has an adapter 'a' already (on '0'); choose another name, or call delete_adapter first"),
     ({"adapter": "a.b"}, ValueError, "an adapter's name must not be empty or contain a dot, got 'a.b'"),
     ({"method": "mean"}, ValueError,
      "unknown method 'mean'; choose one of ['sum', 'svd', 'ties', 'dare', 'dare_ties']"),
@@ -367,7 +367,7 @@ def test_merged_and_disabled_models_are_refused() -> None:
     model = net()
     lora_plus.merge_lora(model)
     before = snapshot(model)
-    with pytest.raises(ValueError, match=r"the model is merged \('0' is\); call unmerge_lora\(model\) before"):
+    with pytest.raises(ValueError, match=r"the model is merged \('0' is\); call unmerge_lora\(model\) first"):
         combine_adapters(model, ["a", "b"])
     assert snapshot(model) == before
     lora_plus.unmerge_lora(model)

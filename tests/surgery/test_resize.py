@@ -94,7 +94,7 @@ def test_merged_and_disabled_models_are_refused() -> None:
     model = net()
     lora_plus.merge_lora(model)
     before = snapshot(model)
-    with pytest.raises(ValueError, match=r"the model is merged \('0' is\); call unmerge_lora\(model\) before"):
+    with pytest.raises(ValueError, match=r"the model is merged \('0' is\); call unmerge_lora\(model\) first"):
         resize_adapter(model, adapter="a", r=5)
     assert snapshot(model) == before
     lora_plus.unmerge_lora(model)

@@ -250,7 +250,7 @@ def refusals() -> dict[str, tuple[nn.Module, dict[str, Any], type[Exception], st
         "rule": (mixed(), {"rule": "lbfgs"}, ValueError, r"unknown rule 'lbfgs'; choose one of \['adam', 'sgd'\]"),
         "name": (mixed(), {"adapter": "x"}, KeyError, "the model has no adapter 'x'"),
         "large": (mixed(), {"lr_ratio": 1e39}, ValueError, "give a scale of 1.5e[+]39, which float32 cannot hold"),
-        "merged": (merged, {}, ValueError, r"the model is merged .* before folding a ratio"),
+        "merged": (merged, {}, ValueError, r"folding a ratio needs unmerged weights: the model is merged"),
         "embedding": (embedding, {}, ValueError, "adapter 'default' is on embeddings only, whose factors learn at one"),
     }
 

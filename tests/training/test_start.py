@@ -121,7 +121,7 @@ def test_what_cannot_start_from_gradients_is_refused() -> None:
     with pytest.raises(ValueError, match="'used': its B is not zero"):
         init_from_gradients(model, _loss(model), [torch.randn(3, 4)])
     assert not model.used.weight.requires_grad
-    with lp.merged(model), pytest.raises(ValueError, match="before starting an adapter from gradients"):
+    with lp.merged(model), pytest.raises(ValueError, match=r"^starting an adapter from gradients needs unmer"):
         init_from_gradients(model, _loss(model), [torch.randn(3, 4)])
     lp.inject_lora(model, ["used"], r=2, init="pissa", adapter="pissa")
     with pytest.raises(ValueError, match="injected with an init that leaves B zero"):

@@ -19,6 +19,7 @@ from lora_plus.layers.kinds import DTYPES, kinds_by_name
 from lora_plus.model.inject import attach
 from lora_plus.model.patterns import as_patterns, matcher
 from lora_plus.model.places import find_modules, find_places
+from lora_plus.model.state import State
 from lora_plus.surgery.bare_tree import bare_tree
 from lora_plus.surgery.draft import CombineReport, Draft
 from lora_plus.surgery.extract import Pair, extract
@@ -92,9 +93,10 @@ def extract_checkpoint(
         draft.problems.append(f"it is equal to {str(base)!r} in all targets")
     draft.check()
     model = bare_tree(layers, {}, repr(str(base)))
-    places = {place.name: place for place in find_places(find_modules(model), {})}
+    state = State(model)
+    places = {place.name: place for place in find_places(find_modules(state.names), {})}
     prepared = [(places[name], layer.spec, layer.tensors) for name, layer in draft.layers.items()]
-    attach(model, "default", prepared, (), trainable=False)
+    attach(state, "default", prepared, trainable=False)
     save_adapter(model, out, format=format, metadata=metadata)
     return draft.report(ignored=ignored)
 

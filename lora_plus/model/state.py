@@ -1,0 +1,185 @@
+"""What an operation needs of a model's state, and what the operation then walks over."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from enum import Flag, auto
+
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from lora_plus.layers.adapter import Adapter, check_adapter_name
+from lora_plus.layers.class_swap import SwappedModule
+from lora_plus.layers.weight import AdaptedWeight
+from lora_plus.text import join
+
+from .storage import storage_of
+from .train_also import Trained, record_of
+from .tree import owner_path, walk
+
+
+class State:
+    """A model as an operation finds it: its modules from one walk, and how its parameters are held."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.storage = model, storage_of(model)
+        self.names, self.wrappers = walk(model, every_name=True)
+        """``(name, module)`` for all modules, under each of their names; and the wrappers around them."""
+        first: dict[int, tuple[str, nn.Module]] = {}
+        for named in self.names:
+            first.setdefault(id(named[1]), named)
+        self.modules = list(first.values())
+        """``(name, module)`` for all modules, each once."""
+        self.weights = [
+            (join(owner_path(path, module), module.lora_label), module)
+            for path, module in self.modules
+            if isinstance(module, AdaptedWeight)
+        ]
+        """``(name, weight)`` for all that is adapted."""
+
+    def adapters(self, name: str | None = None) -> Iterator[tuple[str, Adapter, AdaptedWeight]]:
+        """``(name, adapter, weight)`` for the adapters of weights and of blocks of rows: all, or those of a name."""
+        for path, module in self.modules:
+            if isinstance(module, AdaptedWeight):
+                for site in module.adapter_sites():
+                    for adapter in site.lora_adapters.values():
+                        if name is None or adapter.name == name:
+                            yield join(owner_path(path, module), site.lora_label), adapter, module
+
+    def trained(self, adapter: str | None = None) -> Iterator[tuple[str, nn.Module, Trained]]:
+        """``(name, module, record)`` for the modules trained in full, with one adapter or with any."""
+        for name, module in self.modules:
+            record = record_of(module)
+            if record is not None and adapter in (None, record.adapter):
+                yield name, module, record
+
+
+class Need(Flag):
+    """What an operation can need of a model; `CHECKS` says what each is."""
+
+    UNSHARDED = auto()
+    UNWRAPPED = auto()
+    INITIALISED = auto()
+    WHOLE = auto()
+    UNCOPIED = auto()
+    ADAPTED = auto()
+    UNDISABLED = auto()
+    UNGROUPED = auto()
+    UNMERGED = auto()
+    EXCHANGEABLE = auto()
+    TRAINED = auto()
+    HIDEABLE = auto()
+    RESTORABLE = auto()
+    ENABLED = UNDISABLED | UNGROUPED
+    CHANGEABLE = ENABLED | UNMERGED
+    GROWABLE = UNSHARDED | UNWRAPPED | INITIALISED | CHANGEABLE
+
+
+def require(
+    model: nn.Module,
+    doing: str,
+    needs: Need = Need(0),  # noqa: B008 - flags do not change
+    *,
+    adapters: Sequence[str] = (),
+    new: str | None = None,
+    instead: str = "",
+) -> State:
+    """The model's state, if it is as an operation needs it.
+
+    Args:
+        model: the model.
+        doing: the operation, as a message says it: ``"merging"``.
+        needs: what it needs.
+        adapters: adapters that the model must have.
+        new: the name of an adapter to come, which must be free.
+        instead: what a message offers besides its next step.
+
+    Raises:
+        KeyError: if the model has no adapter of such a name.
+        TypeError, ValueError: if a need is not met, with what to do; or if an adapter cannot have the new name.
+    """
+    state = State(model)
+    names = dict.fromkeys(adapter.name for _, adapter, _ in state.adapters()) if adapters else {}
+    for name in adapters:
+        if name not in names:
+            there = f"it has {', '.join(map(repr, names))}" if names else "it has none; call inject_lora first"
+            raise KeyError(f"the model has no adapter {name!r}: {there}")
+    for need, (what, faults) in CHECKS.items():
+        for fault in faults(state) if need in needs else ():
+            raise ValueError(f"{doing} needs {what}: {fault}{instead}")
+    if new is not None:
+        check_adapter_name(new)
+        for path, _, _ in state.adapters(new):
+            raise ValueError(
+                f"the model has an adapter {new!r} already (on {path or 'itself'!r}); choose another name, or call "
+                "delete_adapter first"
+            )
+    return state
+
+
+CHECKS: dict[Need, tuple[str, Callable[[State], Iterable[str]]]] = {
+    Need.UNSHARDED: ("an unsharded model", lambda state: (
+        f"this one is sharded by {storage.engine}, which manages just the parameters that it found; do it before the "
+        "model is sharded"
+        for storage in (state.storage,) if storage.fixed
+    )),
+    Need.UNWRAPPED: ("the plain model", lambda state: (
+        f"this one is wrapped in {wrapper.name}, which {wrapper.fixed}; do it before the model is wrapped"
+        for wrapper in state.wrappers if wrapper.fixed
+    )),
+    Need.INITIALISED: ("initialised parameters", lambda state: (
+        f"those of {name!r} are not initialised; run a forward pass first"
+        for name, module in state.modules
+        if any(is_lazy(parameter) for parameter in module._parameters.values() if parameter is not None)
+    )),
+    Need.WHOLE: ("whole parameters", lambda state: (
+        f"those of this model are sharded by {storage.engine}; do it before the model is sharded"
+        for storage in (state.storage,) if storage.flat
+    )),
+    Need.UNCOPIED: ("parameters that are trained themselves", lambda state: (
+        f"{storage.engine} trains copies, so its next step would undo it; do it before the engine is made"
+        for storage in (state.storage,) if storage.copied
+    )),
+    Need.ADAPTED: ("an adapter", lambda state: (
+        "the model has none, and one injected inside the block would not be affected; call inject_lora before"
+        for _ in [0] if not state.weights and not any(state.trained())
+    )),
+    Need.UNDISABLED: ("enabled adapters", lambda state: (
+        "the adapters are disabled; leave the disabled(model) block first"
+        for _, weight in state.weights if weight.lora_disabled
+    )),
+    Need.UNGROUPED: ("adapters for all samples", lambda state: (
+        "each sample has an adapter of its own; leave the adapter_per_sample block first"
+        for _, weight in state.weights if weight.lora_override is not None
+    )),
+    Need.UNMERGED: ("unmerged weights", lambda state: (
+        f"the model is merged ({path!r} is); call unmerge_lora(model) first"
+        for path, weight in state.weights if weight.lora_merge is not None
+    )),
+    Need.EXCHANGEABLE: ("the original values of modules trained in full", lambda state: (
+        f"{name!r} is trained in full and sharded by {state.storage.engine}; save the adapter and load it into the "
+        "plain model"
+        for name, _, _ in state.trained() if state.storage.flat
+    )),
+    Need.TRAINED: ("the values of modules trained in full", lambda state: (
+        f"{name!r} shows its original values; leave the disabled(model) block first"
+        for name, _, record in state.trained() if record.exchanged
+    )),
+    Need.HIDEABLE: ("the base's own weights", lambda state: (
+        fault for _, weight in state.weights if (fault := _refusal(weight.check_unmergeable))
+    )),
+    Need.RESTORABLE: ("layers that can be restored", lambda state: (
+        f"{name or 'the model'!r} cannot be restored: {fault}"
+        for name, module in state.modules
+        if isinstance(module, SwappedModule) and (fault := _refusal(module.check_restorable))
+    )),
+}  # fmt: skip
+"""Each need as messages say it, and the faults of a model that does not meet it, with what to do."""
+
+
+def _refusal(check: Callable[[], None]) -> str | None:
+    try:
+        check()
+    except ValueError as error:
+        return str(error)
+    return None

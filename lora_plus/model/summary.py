@@ -1,0 +1,97 @@
+"""What was adapted in a model, as a table."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from lora_plus.layers.adapter import Adapter
+from lora_plus.layers.layer import LoRALayer
+from lora_plus.layers.weight import AdaptedWeight
+from lora_plus.text import aligned
+
+from .state import State
+from .unsaved import unsaved
+
+
+@dataclass(frozen=True)
+class SummaryRow:
+    """One adapter on one layer."""
+
+    name: str
+    """The first name in the model of the layer, parameter or block of rows."""
+    layer: str
+    """The class of the layer without adapters, or ``"parameter"``."""
+    adapter: str
+    r: int
+    alpha: float
+    scale: float
+    parameters: int
+    """How many numbers the adapter holds for this layer."""
+    note: str
+    """What a user should know about it; mostly empty."""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What was adapted in a model. ``str()`` of it is a table."""
+
+    rows: list[SummaryRow]
+    trained: list[tuple[str, str, int]]
+    """Modules trained in full: name, adapter, number of parameters."""
+    trainable: int
+    """Trainable parameters of the whole model, each counted once."""
+    total: int
+    """All parameters of the model, each counted once."""
+    unsaved: list[tuple[str, int]]
+    """Trainable parameters that are saved with no adapter, by name, and their sizes."""
+
+    def __str__(self) -> str:
+        head = ("layer", "type", "adapter", "r", "alpha", "scale", "parameters", "note")
+        cells = [head] + [
+            (row.name or "(model)", row.layer, row.adapter, str(row.r), f"{row.alpha:g}", f"{row.scale:.4g}",
+             f"{row.parameters:,}", row.note)
+            for row in self.rows
+        ]  # fmt: skip
+        cells += [(name, "in full", adapter, "", "", "", f"{size:,}", "") for name, adapter, size in self.trained]
+        cells += [(name, "trained, not saved", "", "", "", "", f"{size:,}", "") for name, size in self.unsaved]
+        share = f"{self.trainable / self.total:.2%}" if self.total else "0%"
+        return "\n".join([*aligned(cells), f"{self.trainable:,} of {self.total:,} parameters are trainable ({share})"])
+
+
+def lora_summary(model: nn.Module) -> Summary:
+    """What was adapted: layers, ranks, scales, sizes of whole tensors, and notes on what is unusual."""
+    state = State(model)
+    rows, shape = [], state.storage.shape
+    for path, adapter, weight in state.adapters():
+        what = weight.base_class.__name__ if isinstance(weight, LoRALayer) else "parameter"
+        shapes = {container: shape(tensor) for container, tensor in adapter.tensors().items()}
+        size, spec = sum(math.prod(each) for each in shapes.values()), adapter.spec
+        notes = _notes(adapter, shapes, weight)
+        rows.append(SummaryRow(path, what, adapter.name, spec.r, spec.alpha, spec.scale, size, notes))
+    trained = [
+        (path, record.adapter, sum(math.prod(shape(p)) for p in module.parameters()))
+        for path, module, record in state.trained()
+    ]
+    parameters = list(model.parameters())
+    trainable = sum(math.prod(shape(p)) for p in parameters if p.requires_grad)
+    beside = [(name, math.prod(shape(parameter))) for name, parameter in unsaved(model).parameters.items()]
+    return Summary(rows, trained, trainable, sum(math.prod(shape(p)) for p in parameters), beside)
+
+
+def _notes(adapter: Adapter, shapes: Mapping[str, Sequence[int]], weight: AdaptedWeight) -> str:
+    merge = weight.lora_merge
+    full_rank = min(shapes["lora_B"][-2], shapes["lora_A"][-1])
+    spec = adapter.spec
+    notes = {
+        f"variant {spec.variant}": spec.variant != "lora",
+        f"r exceeds the weight's full rank {full_rank}": spec.r > full_rank,
+        "inactive": adapter.name not in weight.active_names(),
+        f"scale times {adapter.strength:g}": adapter.strength != 1,
+        "merged": merge is not None and adapter.name in merge.adapters,
+        f"rounding lost {merge.lost if merge else 0} of the update": merge is not None and merge.lost is not None,
+    }
+    return "; ".join(note for note, holds in notes.items() if holds)
