@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_plus.tensors import matrix as functional
 from lora_plus.tensors.init import Init, InitName, Start
+from lora_plus.tensors.matrix import to_matrix
 from lora_plus.tensors.random_state import draws
 from lora_plus.tensors.variant import AdapterSpec, Scaling, VariantName
 
@@ -86,7 +86,7 @@ class LoRALayer(AssignedForward, AdaptedWeight):
         """The layer's weight, detached, in its matrix view; without values only shape, dtype and device count."""
         weight = layer.weight
         assert isinstance(weight, Tensor)
-        return functional.to_matrix(weight.detach(), cls.layout)
+        return to_matrix(weight.detach(), cls.layout)
 
     @classmethod
     def stored_shape(cls, layer: nn.Module) -> tuple[int, ...]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
-from lora_plus.tensors import matrix as functional
+from lora_plus.tensors.matrix import from_matrix, to_matrix
 from lora_plus.tensors.merged import joined
 
 from .adapter import ActiveAdapter, RowsAdapter, summands
@@ -72,7 +72,7 @@ class AdaptedWeight(AdapterSite):
 
     def weight_matrix(self) -> Tensor:
         """The stored weight in its matrix view."""
-        return functional.to_matrix(self.weight, self.layout)
+        return to_matrix(self.weight, self.layout)
 
     def dense_weight(self) -> tuple[Tensor, torch.dtype]:
         """The stored weight as numbers, and the dtype that a merged one gets."""
@@ -191,8 +191,8 @@ class AdaptedWeight(AdapterSite):
 
         ``base`` is what they are added to, if it is not the stored weight.
         """
-        matrix = self.weight_matrix() if base is None else functional.to_matrix(base, self.layout)
-        return functional.from_matrix(joined(matrix, summands(adapters)), self.layout, self.weight.shape)
+        matrix = self.weight_matrix() if base is None else to_matrix(base, self.layout)
+        return from_matrix(joined(matrix, summands(adapters)), self.layout, self.weight.shape)
 
     # ---- disabled, merged --------------------------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import matrix as functional
+from .matrix import add_delta
 
 
 class Factors(NamedTuple):
@@ -36,7 +36,7 @@ def truncated(matrix: Tensor, r: int) -> Factors:
     A = Vh[..., :r, :] * matrix.any(dim=-2, keepdim=True)
     B = U[..., :r] * S[..., None, :r]
     size = torch.linalg.vector_norm(matrix)
-    error = torch.linalg.vector_norm(functional.add_delta(matrix, A, B, -1.0)) / torch.where(size > 0, size, 1.0)
+    error = torch.linalg.vector_norm(add_delta(matrix, A, B, -1.0)) / torch.where(size > 0, size, 1.0)
     return Factors(A, B, float(error))
 
 

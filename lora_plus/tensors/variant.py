@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lora_plus.errors import check_count, check_number
 
-from . import matrix as functional
+from .matrix import add_delta, row_norm, sum_row_norm
 
 SUBTRACTED = ("lora_A0", "lora_B0")
 """The containers of what is taken out of the update again, by inits that start from a part of the weight."""
@@ -138,7 +138,7 @@ class LoRA:
         return y + update.to(y.dtype)
 
     def merge(self, weight: Tensor, A: Tensor, B: Tensor, scale: float, tensors: Mapping[str, Tensor]) -> Tensor:
-        return functional.add_delta(weight, A, B, scale)
+        return add_delta(weight, A, B, scale)
 
 
 class LoRAFA(LoRA):
@@ -159,7 +159,7 @@ class DoRA:
             raise ValueError(
                 "DoRA starts from the norm of the weight, which has no values on the meta device; load it first"
             )
-        norm = functional.sum_row_norm(weight, A, B, scale)
+        norm = sum_row_norm(weight, A, B, scale)
         if not bool((norm > 0).all()):
             raise ValueError("DoRA divides by the norm of each row of the weight, and this weight has rows of zeros")
         return {"lora_magnitude": norm}
@@ -167,14 +167,14 @@ class DoRA:
     def join(self, layer: HasWeight, adapter: HasFactors, x: Tensor, y: Tensor, update: Tensor) -> Tensor:
         magnitude = adapter.tensors()["lora_magnitude"]
         with torch.no_grad():
-            norm = functional.sum_row_norm(layer.weight_matrix(), *adapter.factors(), adapter.scale)
+            norm = sum_row_norm(layer.weight_matrix(), *adapter.factors(), adapter.scale)
         ratio = layer.per_channel(magnitude / norm)
         # y + (ratio - 1) * Wx, not ratio * Wx + bias: at the start ratio is 1 and y comes out bit for bit
         return y + (ratio - 1).to(y.dtype) * layer.weight_part(x, y) + ratio.to(y.dtype) * update.to(y.dtype)
 
     def merge(self, weight: Tensor, A: Tensor, B: Tensor, scale: float, tensors: Mapping[str, Tensor]) -> Tensor:
-        moved = functional.add_delta(weight, A, B, scale)
-        ratio = tensors["lora_magnitude"] / functional.row_norm(moved.detach())
+        moved = add_delta(weight, A, B, scale)
+        ratio = tensors["lora_magnitude"] / row_norm(moved.detach())
         return ratio.unsqueeze(-1) * moved
 
 
