@@ -376,6 +376,15 @@ def test_a_class_that_cannot_be_adapted_fails_before_anything_is_changed(layer: 
     assert not [key for module in model.modules() for key in module.__dict__ if "lora" in key]
 
 
+def test_a_class_that_cannot_be_adapted_fails_a_loading_before_anything_is_changed(tmp_path: Path) -> None:
+    lora_plus.save_adapter(inject_lora(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), ["0", "1"]), tmp_path / "a")
+    model = nn.Sequential(nn.Linear(4, 4), NoChildren(4, 4))
+    with pytest.raises(TypeError, match="kind"):
+        lora_plus.load_adapter(model, tmp_path / "a")
+    assert type(model[0]) is nn.Linear and all(p.requires_grad for p in model.parameters())
+    assert not [key for module in model.modules() for key in module.__dict__ if "lora" in key]
+
+
 def test_state_that_is_no_tensor_is_refused_before_anything_is_changed() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), Extra(4, 4))
     with pytest.raises(ValueError, match="'2' has state that is not a tensor"):
