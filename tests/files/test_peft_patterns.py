@@ -178,6 +178,7 @@ def test_entries_are_looked_up_and_not_searched(tmp_path: Path) -> None:
         config = {"peft_type": "LORA", field: [f"absent{number}.weight" for number in range(count)]}
         target, problems = ModelTarget(model), list[str]()
         target.outline()
+        target.readers()
         started = time.process_time()
         read_folder({WEIGHTS: Contents({}, {}), CONFIG: config}, target, problems)
         spent = time.process_time() - started
