@@ -33,7 +33,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import lora_plus
-from lora_plus.files import adapter_state_dict
+from lora_plus.files import FORMATS, adapter_state_dict, read_adapter, write_adapter
 
 SCALARS = (
     st.none()
@@ -80,11 +80,30 @@ def mutate(value: Any, data: st.DataObject) -> Any:
 FUZZ = settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 
 
+def is_rewritten_or_refused(path: Path) -> None:
+    """Reading it without a model, and writing it in each format, is a ValueError or works."""
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            saved = read_adapter(path)
+        except ValueError as error:
+            assert f"adapter {str(path)!r} cannot be read:" in str(error)
+            return
+        for format in FORMATS:
+            try:
+                write_adapter(saved, Path(folder) / format, format=format)  # type: ignore[arg-type]
+            except ValueError as error:
+                assert "the adapter cannot be written in" in str(error)
+                assert not (Path(folder) / format).exists()
+        again = read_adapter(Path(folder) / "native")
+        assert again.layers.keys() == saved.layers.keys()
+
+
 def loads_right_or_is_refused(model: nn.Module, path: Path) -> bool:
     """Whether it loaded; asserts that a refusal is a ValueError and leaves the model bit for bit as it was."""
     before = snapshot(model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
+        is_rewritten_or_refused(path)
         try:
             lora_plus.load_adapter(model, path)
         except ValueError as error:
