@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -29,35 +29,26 @@ from lora_plus.tensors.variant import VARIANTS, AdapterSpec, only_adds
 from lora_plus.text import join
 
 from .parts import PARTS, Part
-from .places import PLACE_FINDERS, LayerPlace, Layouts, NamedModule, Place, Rows, described, rows_overlap
-
-Names = Sequence[tuple[str, nn.Module]]
+from .places import PLACE_FINDERS, LayerPlace, Layouts, ModuleNames, NamedModule, Place, Rows, described, rows_overlap
 
 
-@dataclass
 class ParameterPlace(Place):
     """A parameter that is adapted on its own, because no layer that computes with it is called."""
 
-    owner: nn.Module
-    owner_name: str
-    names: Names
-    part: Part
-    aliases: Sequence[tuple[str, nn.Module]] = ()
-    of: str | None = None
-
     called = False
 
-    @property
-    def key(self) -> tuple[int, str]:  # type: ignore[override]
-        return id(self.owner), self.part.parameter
-
-    @property
-    def weight_key(self) -> tuple[int, str]:  # type: ignore[override]
-        return self.key
-
-    @property
-    def linear(self) -> bool:  # type: ignore[override]
-        return self.part.linear
+    def __init__(
+        self,
+        owner: nn.Module,
+        owner_name: str,
+        names: ModuleNames,
+        part: Part,
+        aliases: ModuleNames = (),
+        of: str | None = None,
+    ) -> None:
+        self.owner, self.owner_name, self.names, self.aliases = owner, owner_name, names, aliases
+        self.part, self.of, self.linear = part, of, part.linear
+        self.key = self.weight_key = (id(owner), part.parameter)
 
     def refusal(self) -> str | None:
         if self.part.refusal is not None:
@@ -116,7 +107,8 @@ class ParameterPlace(Place):
         return BaseLayer(PARAMETER, self.part.layout, tuple(self.stored().shape), facts)
 
     def stored_as(self, layout: str) -> ParameterPlace:
-        return replace(self, part=replace(self.part, layout=layout))
+        part = replace(self.part, layout=layout)
+        return ParameterPlace(self.owner, self.owner_name, self.names, part, self.aliases, self.of)
 
 
 class RowsPlace(Place):
@@ -130,7 +122,7 @@ class RowsPlace(Place):
         aliases: further names.
     """
 
-    def __init__(self, whole: Place, rows: Rows, label: str, names: Names, aliases: Names = ()) -> None:
+    def __init__(self, whole: Place, rows: Rows, label: str, names: ModuleNames, aliases: ModuleNames = ()) -> None:
         self.whole, self.rows, self.label, self.names, self.aliases = whole, rows, label, names, aliases
         self.owner, self.owner_name = whole.owner, whole.owner_name
         self.key, self.weight_key = (whole.key, rows), whole.key

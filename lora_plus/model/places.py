@@ -26,6 +26,9 @@ from .tree import named_modules, owner_path
 Rows = tuple[int, int]
 """The first row of a block, and the row after its last one, in the matrix view of a weight."""
 
+ModuleNames = Sequence[tuple[str, nn.Module]]
+"""Names in a model, each with the module that a type or a function is asked about."""
+
 
 @dataclass
 class NamedModule:
@@ -46,9 +49,9 @@ class Place(ABC):
     owner: nn.Module
     """The layer, or the module that has the parameter."""
     owner_name: str
-    names: Sequence[tuple[str, nn.Module]]
-    """Its own name, once for each name of the owner, with the module that a type or a function is asked about."""
-    aliases: Sequence[tuple[str, nn.Module]] = ()
+    names: ModuleNames
+    """Its own name, once for each name of the owner."""
+    aliases: ModuleNames = ()
     """Further names for targets, which can be those of several places."""
     key: Any
     """The same for the same place, under whatever name it was found."""
