@@ -136,7 +136,6 @@ def _attach(state: State, adapter: str, fitted: _Fitted, *, trainable: bool) -> 
     prepared = []
     for name, layer in fitted.data.layers.items():
         place = fitted.places[name]
-        place.check_adoptable()
         weight = place.stored()
         home = torch.device("cpu") if weight.is_meta else weight.device
         prepared.append((place, layer.spec, {part: tensor.to(home) for part, tensor in layer.tensors.items()}))

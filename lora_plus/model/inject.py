@@ -138,10 +138,7 @@ def inject_lora(
     with state.storage.outlined():
         selection = Selection(state.names, wanted)
         check_selection(state, [place for place, _ in selection.places], selection.train_also)
-        prepared = []
-        for place, own in selection.places:
-            place.check_adoptable()
-            prepared.append((place, own, place.new_tensors(state.storage, own, start)))
+        prepared = [(place, own, place.new_tensors(state.storage, own, start)) for place, own in selection.places]
         attach(state, adapter, prepared, [found.module for found in selection.train_also])
     return model
 
@@ -185,6 +182,8 @@ def attach(
     trainable: bool = True,
 ) -> None:
     """Put prepared tensors in their places, freeze the rest of the model, and make the adapter the active one."""
+    for place, _, _ in prepared:
+        place.check_adoptable()
     modules = [module for _, module in state.modules]
     for module in train_also:
         mark_trained(module, adapter, state.storage)

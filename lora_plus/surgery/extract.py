@@ -76,8 +76,6 @@ def extract_adapter(
         draft.problems.append("the tuned model is equal to this one in all targets")
     draft.check()
     ignored = list(_differing(places, unwrap(model).state_dict(), tensors))
-    for place in places:
-        place.check_adoptable()
     prepared = [(place, layer.spec, layer.tensors) for place in places if (layer := draft.layers[place.name])]
     attach(state, adapter, prepared, trainable=trainable)
     return draft.report(adapter, ignored)
