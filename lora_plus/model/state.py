@@ -92,7 +92,7 @@ def require(
         needs: what it needs.
         adapters: adapters that the model must have.
         new: the name of an adapter to come, which must be free.
-        instead: what a message offers besides its next step.
+        instead: what a message offers besides its next step where an engine is in the way.
 
     Raises:
         KeyError: if the model has no adapter of such a name.
@@ -106,7 +106,7 @@ def require(
             raise KeyError(f"the model has no adapter {name!r}: {there}")
     for need, (what, faults) in CHECKS.items():
         for fault in faults(state) if need in needs else ():
-            raise ValueError(f"{doing} needs {what}: {fault}{instead}")
+            raise ValueError(f"{doing} needs {what}: {fault}{instead if need in _OF_ENGINES else ''}")
     if new is not None:
         check_adapter_name(new)
         for path, _, _ in state.adapters(new):
@@ -175,6 +175,9 @@ CHECKS: dict[Need, tuple[str, Callable[[State], Iterable[str]]]] = {
     )),
 }  # fmt: skip
 """Each need as messages say it, and the faults of a model that does not meet it, with what to do."""
+
+
+_OF_ENGINES = Need.UNSHARDED | Need.WHOLE | Need.UNCOPIED
 
 
 def _refusal(check: Callable[[], None]) -> str | None:
