@@ -19,7 +19,6 @@ __all__ = [
     "__version__",
     "adapter_per_sample",
     "add_adapter",
-    "bare_model",
     "check_adapters",
     "check_optimizer",
     "create_loraplus_optimizer",

@@ -19,7 +19,6 @@ from .model import rename_adapter as rename_adapter
 from .model import set_adapter as set_adapter
 from .model import unmerge_lora as unmerge_lora
 from .surgery import merge_checkpoint as merge_checkpoint
-from .surgery.bare_model import bare_model as bare_model
 from .training import check_optimizer as check_optimizer
 from .training import create_loraplus_optimizer as create_loraplus_optimizer
 from .training import loraplus_param_groups as loraplus_param_groups

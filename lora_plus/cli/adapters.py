@@ -2,6 +2,7 @@
 
 import re
 import statistics
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -9,10 +10,12 @@ import typer
 
 from lora_plus.text import counted
 
-from .arguments import Force, In, Json, Method, Out, Rank, Seed, To, check_free, saving
+from .arguments import Force, In, Json, Method, Out, Rank, Seed, To, check_free, format_of, write
 from .show import emit, readable, size, span, table
 
 if TYPE_CHECKING:
+    from lora_plus.files import SavedAdapter
+    from lora_plus.surgery.draft import CombineReport
     from lora_plus.surgery.measures import LayerDifference, LayerMeasures
 
 
@@ -29,24 +32,22 @@ def inspect(
     - `lora-plus inspect peft-folder --layers`
     - `lora-plus inspect adapter.safetensors --json`
     """
-    from lora_plus.files.save import describe
-    from lora_plus.surgery.bare_model import open_adapters
+    from lora_plus.files import read_adapter
     from lora_plus.surgery.measures import measure
 
-    model, metadata = open_adapters({"default": file})
-    data = describe(model, "default", metadata["default"])
-    figures = [measure(name, layer) for name, layer in data.layers.items()]
-    count = sum(tensor.numel() for layer in data.layers.values() for tensor in layer.tensors.values())
-    trained = {name: sum(tensor.numel() for tensor in found.values()) for name, found in data.trained.items()}
-    facts = {"path": file, "format": _format(file), "bytes": size(file), "parameters": count}
-    lines = [f"{file}: {facts['format']} format, {readable(size(file))}, valid"]
+    adapter = read_adapter(file)
+    figures = [measure(name, layer) for name, layer in adapter.layers.items()]
+    count = sum(tensor.numel() for layer in adapter.layers.values() for tensor in layer.tensors.values())
+    trained = {name: sum(tensor.numel() for tensor in found.values()) for name, found in adapter.trained.items()}
+    facts = {"path": file, "format": adapter.format, "bytes": size(file), "parameters": count}
+    lines = [f"{file}: {adapter.format} format, {readable(size(file))}, valid"]
     dtypes = span([each.dtype for each in figures])
     lines.append(f"{counted(len(figures), 'layer')}, {counted(count, 'parameter')}, {dtypes}")
     lines += [f"trained in full: {name or _MODEL}, {counted(numbers, 'number')}" for name, numbers in trained.items()]
-    lines += [f"{key}: {text}" for key, text in data.metadata.items()]
+    lines += [f"{key}: {text}" for key, text in adapter.metadata.items()]
     emit(
         as_json,
-        {**facts, "layers": figures, "trained": trained, "metadata": data.metadata},
+        {**facts, "layers": figures, "trained": trained, "metadata": adapter.metadata},
         *lines,
         "",
         *(_by_layer(figures) if layers else _by_group(figures)),
@@ -68,14 +69,17 @@ def convert(
     - `lora-plus convert peft-folder adapter.safetensors`
     - `lora-plus convert adapter.safetensors peft-folder --to peft`
     """
-    from lora_plus.files.save import save_adapter
-    from lora_plus.surgery.bare_model import open_adapters
+    from lora_plus.files import read_adapter
 
     check_free(out, force)
-    model, metadata = open_adapters({"default": file})
-    with saving(out, force) as path:
-        save_adapter(model, path, format=to, metadata=metadata["default"] if keep_metadata else None)
-    emit(as_json, {"path": out, "format": to or _format(out), "bytes": size(out)}, _written(out))
+    adapter = read_adapter(file)
+    left_out = write(adapter if keep_metadata else replace(adapter, metadata={}), out, to, force)
+    emit(
+        as_json,
+        {"path": out, "format": format_of(out, to), "bytes": size(out), "left_out": left_out},
+        *_left_out(left_out),
+        _written(out),
+    )
 
 
 def diff(first: In, second: In, as_json: Json = False) -> None:
@@ -85,12 +89,10 @@ def diff(first: In, second: In, as_json: Json = False) -> None:
 
     - `lora-plus diff before.safetensors after.safetensors`
     """
-    from lora_plus.files.save import describe
-    from lora_plus.surgery.bare_model import bare_model
+    from lora_plus.files import read_adapter
     from lora_plus.surgery.measures import diff_saved
 
-    a, b = (describe(bare_model(path), "default") for path in (first, second))
-    found = diff_saved(a, b)
+    found = diff_saved(read_adapter(first), read_adapter(second))
     counts = (f"{counted(len(found.layers), 'layer')} in both", f"{len(found.only_a)} only in the first")
     lines = [", ".join((*counts, f"{len(found.only_b)} only in the second"))]
     lines += [f"only in the first: {name or _MODEL}" for name in found.only_a]
@@ -105,7 +107,7 @@ def diff(first: In, second: In, as_json: Json = False) -> None:
 def combine(
     files: Annotated[list[Path], typer.Argument(metavar="FILE FILE...", help="Two adapters or more.")],
     out: Out,
-    method: Annotated[Method, typer.Option(help="How they are combined.")] = "sum",
+    method: Method = "sum",
     weight: Annotated[
         list[float] | None,
         typer.Option(help="A factor for each, in order, each after its own --weight; 1 each if not given."),
@@ -127,23 +129,21 @@ def combine(
     """
     import torch
 
-    from lora_plus.files.save import save_adapter
-    from lora_plus.surgery.bare_model import bare_model
-    from lora_plus.surgery.combine import combine_adapters
+    from lora_plus.files import read_adapter
+    from lora_plus.surgery.combine import combine_saved
     from lora_plus.surgery.methods import METHODS
 
     if len(files) < 2:
         raise typer.BadParameter("name two adapters or more, and then OUT")
     check_free(out, force)
-    names: dict[str, Path] = {f"{number} {path.stem.replace('.', '-')}": path for number, path in enumerate(files, 1)}
-    model = bare_model(names)
+    adapters: dict[str, SavedAdapter] = {}
+    for number, path in enumerate(files, 1):
+        adapters[f"{path} ({number})" if str(path) in adapters else str(path)] = read_adapter(path)
     generator = torch.Generator().manual_seed(seed) if "generator" in METHODS[method].options else None
-    report = combine_adapters(
-        model, list(names), weights=weight or None, method=method, r=r, density=density, generator=generator
+    combined, report = combine_saved(
+        adapters, weights=weight or None, method=method, r=r, density=density, generator=generator
     )
-    with saving(out, force) as path:
-        save_adapter(model, path, adapter=report.adapter, format=to)
-    emit(as_json, {"path": out, **vars(report)}, *str(report).split("\n"), _written(out))
+    _finish(combined, report, out, to, force, as_json)
 
 
 def resize(
@@ -156,27 +156,33 @@ def resize(
     import torch
 
     from lora_plus.errors import Problems
-    from lora_plus.files.save import save_adapter
-    from lora_plus.surgery.bare_model import open_adapters
-    from lora_plus.surgery.resize import resize_adapter
+    from lora_plus.files import read_adapter
+    from lora_plus.surgery.resize import resize_saved
 
     check_free(out, force)
-    model, metadata = open_adapters({"default": file})
+    adapter = read_adapter(file)
     try:
-        report = resize_adapter(model, r=r, generator=torch.Generator().manual_seed(seed))
+        resized, report = resize_saved(adapter, r=r, generator=torch.Generator().manual_seed(seed))
     except Problems as error:
         raise Problems(f"adapter {str(file)!r} cannot be resized", error.problems) from error
-    with saving(out, force) as path:
-        save_adapter(model, path, format=to, metadata=metadata["default"])
-    emit(as_json, {"path": out, **vars(report)}, *str(report).split("\n"), _written(out))
+    _finish(resized, report, out, to, force, as_json)
+
+
+def _finish(
+    adapter: "SavedAdapter", report: "CombineReport", out: Path, to: str | None, force: bool, as_json: bool
+) -> None:
+    """Write what was made, and tell of it."""
+    left_out = write(adapter, out, to, force)
+    told = {"path": out, "ranks": report.ranks, "errors": report.errors, "left_out": left_out}
+    emit(as_json, told, *str(report).split("\n"), *_left_out(left_out), _written(out))
+
+
+def _left_out(keys: list[str]) -> list[str]:
+    return [f"left out, for the format has no room for it: {key}" for key in keys]
 
 
 _MODEL = "(model)"
 """What the model itself is called, which has no name."""
-
-
-def _format(path: Path) -> str:
-    return "peft" if path.is_dir() else "native"
 
 
 def _written(out: Path) -> str:

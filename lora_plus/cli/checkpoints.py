@@ -1,7 +1,7 @@
 """Commands on checkpoints on the disk, without building a model."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, cast
 
 import typer
 
@@ -9,6 +9,9 @@ from lora_plus.text import counted
 
 from .arguments import Force, In, Json, Out, Rank, To, mapping, pairs, saving
 from .show import emit, progress
+
+if TYPE_CHECKING:
+    from lora_plus.files.save import FormatName
 
 Base = Annotated[
     Path,
@@ -105,7 +108,7 @@ def extract(
             targets=target or None,
             exclude=exclude or (),
             kinds=mapping(kind),
-            format=to,
+            format=cast("FormatName | None", to),
             progress=report_progress,
         )
     emit(as_json, {"path": out, **vars(report)}, *str(report).split("\n"), f"wrote {out}")

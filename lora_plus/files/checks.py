@@ -15,8 +15,8 @@ from lora_plus.layers.kinds import DTYPES, kinds_by_name
 from lora_plus.model.places import PLACE_FINDERS
 from lora_plus.model.settings import LAYOUTS
 from lora_plus.tensors import matrix as functional
-from lora_plus.tensors.variant import adapter_tensor_specs
-from lora_plus.text import join
+from lora_plus.tensors.variant import VARIANTS, adapter_tensor_specs, only_adds
+from lora_plus.text import join, parents
 
 from .saved_adapter import SavedAdapter, SavedLayer
 from .tensor_file import read_all
@@ -98,13 +98,51 @@ def is_finite(tensor: Tensor) -> bool:
     return bool(torch.isfinite(tensor).all())  # a sum of finite numbers can be too large
 
 
-def overlapping_rows(adapter: SavedAdapter) -> Iterator[str]:
-    """Adapters of the same rows of one weight."""
-    blocks: dict[str, list[tuple[int, int, str]]] = {}
+def settings_problem(layer: SavedLayer) -> str | None:
+    """What such an adapter cannot do where it is; None if it can."""
+    base, spec = layer.base, layer.spec
+    if base.kind == PARAMETER and spec.dropout:
+        return f"dropout {spec.dropout} has no input to act on where only a weight is read"
+    if base.rows is not None and VARIANTS[spec.variant].rescales:
+        return f"variant {spec.variant!r} rescales whole weights and cannot act on some rows of one"
+    if base.rows is not None and not only_adds(spec.variant):
+        return f"variant {spec.variant!r} is no plain sum and cannot act on some rows of a weight"
+    return None
+
+
+def row_problems(adapter: SavedAdapter) -> Iterator[str]:
+    """Layers that have the same rows of one weight, or one input and different dropout."""
+    blocks: dict[str, list[tuple[tuple[int, float], str]]] = {}
     for name, layer in adapter.layers.items():
-        if "rows" in layer.base.facts:
-            blocks.setdefault(layer.base.facts["parameter"], []).append((*layer.base.facts["rows"], name))
+        blocks.setdefault(layer.base.weight_name(name), []).append((layer.base.rows or (0, math.inf), name))
     for several in map(sorted, blocks.values()):
-        for (_, stop, name), (start, _, other) in itertools.pairwise(several):
+        for ((_, stop), name), ((start, _), other) in itertools.pairwise(several):
+            first, second = (adapter.layers[each] for each in (name, other))
             if start < stop:
                 yield f"{name!r} and {other!r} overlap"
+            elif first.base.kind != PARAMETER and first.spec.dropout != second.spec.dropout:
+                told = f"dropout {first.spec.dropout} and {second.spec.dropout}"
+                yield f"{name!r} and {other!r} are rows of one weight with {told}; write the same for both"
+
+
+def adapter_problems(adapter: SavedAdapter) -> Iterator[str]:
+    """What is wrong with an adapter, as far as that can be told without its model; the layers' values are read."""
+    lines: dict[str, list[str]] = {}
+    for name, layer in adapter.layers.items():
+        if layer.base.kind:
+            wrong = base_problem(layer.base) or settings_problem(layer)
+        else:
+            shapes = {part: tuple(tensor.shape) for part, tensor in layer.tensors.items()}
+            wrong = f"what kind of layer it belongs to cannot be told from its tensors, {shapes}"
+        lines[name] = shape_problems(layer) if wrong is None else [wrong]
+    read_all(layer.tensors for name, layer in adapter.layers.items() if not lines[name])  # in one go
+    for name, layer in adapter.layers.items():
+        yield from [f"{name!r}: {line}" for line in lines[name]] or value_problems(name, layer)
+    yield from row_problems(adapter)
+    weights = {name: layer.base.weight_name(name) for name, layer in adapter.layers.items()}
+    adapted = {outer: name for name, weight in weights.items() for outer in ("", *parents(weight))}
+    for path, tensors in adapter.trained.items():
+        if path in adapted:
+            yield f"{path!r} is trained in full, but {adapted[path]!r} in it has an adapter"
+        broken = [name for name, tensor in tensors.items() if not is_finite(tensor)]
+        yield from (f"{join(path, name)!r} has values that are not finite" for name in broken)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -45,8 +45,14 @@ class Format:
     """The files of an adapter of a target; what the format cannot express exactly is added to the list."""
     recognises: Callable[[Contents], bool] = lambda contents: False
     """Whether a single file is in this format, from the names of its tensors and its metadata: none is read."""
+    metadata: tuple[str, ...] | None = ()
+    """The texts of the user that it has room for, by their keys; None for any."""
     folder: tuple[str, ...] = ()
     """The files of a folder, the last of which is the one without which the others mean nothing; empty for one file."""
+
+    def without_room(self, metadata: Iterable[str]) -> list[str]:
+        """Those of these texts of the user, by their keys, that it has no room for."""
+        return [] if self.metadata is None else sorted(set(metadata) - set(self.metadata))
 
 
 FORMATS: dict[str, Format] = {}
@@ -57,7 +63,7 @@ class Inexpressible(Problems):
     """Why a format cannot hold an adapter exactly."""
 
 
-def usual_format(path: str) -> Format:
-    """The format of a path for which the user names none."""
+def usual_format(path: str) -> str:
+    """The name of the format of a path for which the user names none."""
     single = path.endswith(".safetensors")
-    return next(format for format in FORMATS.values() if single == (not format.folder))
+    return next(name for name, format in FORMATS.items() if single == (not format.folder))

@@ -162,5 +162,10 @@ def _layer(
 
 
 FORMATS["native"] = Format(
-    "the native format", "one safetensors file that describes itself", read, write, lambda file: KEY in file.metadata
+    "the native format",
+    "one safetensors file that describes itself",
+    read,
+    write,
+    lambda file: KEY in file.metadata,
+    metadata=None,
 )

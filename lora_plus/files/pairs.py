@@ -265,5 +265,4 @@ def format_problems(adapter: SavedAdapter, dialect: Dialect) -> list[str]:
         if layer.spec.variant != "dora" and not only_adds(layer.spec.variant)
     ]
     lines += [f"{name!r}: the model itself is adapted, and it has no name" for name in adapter.layers if not name]
-    lines += [f"train_also {name!r}: {dialect.only}" for name in adapter.trained]
-    return lines + [f"metadata {name!r}: {dialect.name} files have no place for it" for name in adapter.metadata]
+    return lines + [f"train_also {name!r}: {dialect.only}" for name in adapter.trained]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from lora_plus.errors import Problems
 
-from .checks import base_problem, overlapping_rows, shape_problems, value_problems
-from .formats import FORMATS, Contents, Files, Format
+from .checks import adapter_problems
+from .formats import FORMATS, Contents, Files
 from .json_text import parsed, read_text
 from .paths import PathLike, irregular, stated
 from .saved_adapter import SavedAdapter
@@ -31,18 +32,7 @@ def read_adapter(path: PathLike) -> SavedAdapter:
     adapter = described(stated(path), Target(), problems)
     if not problems and not adapter.layers:
         problems.append("it has no adapted layer")
-    lines: dict[str, list[str]] = {}
-    for name, layer in adapter.layers.items():
-        if layer.base.kind:
-            wrong = base_problem(layer.base)
-        else:
-            shapes = {part: tuple(tensor.shape) for part, tensor in layer.tensors.items()}
-            wrong = f"what kind of layer it belongs to cannot be told from its tensors, {shapes}"
-        lines[name] = shape_problems(layer) if wrong is None else [wrong]
-    read_all(layer.tensors for name, layer in adapter.layers.items() if not lines[name])
-    for name, layer in adapter.layers.items():
-        problems += [f"{name!r}: {line}" for line in lines[name]] or value_problems(name, layer)
-    problems += overlapping_rows(adapter)
+    problems += adapter_problems(adapter)
     if problems:
         raise Problems(f"adapter {str(path)!r} cannot be read", problems)
     read_all(adapter.trained.values())
@@ -61,31 +51,35 @@ def described(path: Path, target: Target, problems: list[str]) -> SavedAdapter:
     if not path.exists():
         raise FileNotFoundError(f"there is no adapter at {str(path)!r}")
     found = _folder(path, problems) if path.is_dir() else _file(path, problems)
-    return SavedAdapter({}, {}) if found is None else found[0].read(found[1], target, problems)
+    if found is None:
+        return SavedAdapter({}, {})
+    name, files = found
+    return replace(FORMATS[name].read(files, target, problems), format=name)
 
 
-def _file(path: Path, problems: list[str]) -> tuple[Format, Files] | None:
+def _file(path: Path, problems: list[str]) -> tuple[str, Files] | None:
     contents = _contents(path, problems)
     if problems or contents is None:
         return None
-    for format in FORMATS.values():
+    for name, format in FORMATS.items():
         if format.recognises(contents):
-            return format, {"": contents}
+            return name, {"": contents}
     inside = any((path.parent / name).exists() for format in FORMATS.values() for name in format.folder[-1:])
     hint = f"; give the folder {str(path.parent)!r}" if inside else ""
     problems.append(f"it is a safetensors file, but its header does not describe an adapter{hint}")
     return None
 
 
-def _folder(path: Path, problems: list[str]) -> tuple[Format, Files] | None:
-    folders = [format for format in FORMATS.values() if format.folder]
-    format = next((each for each in folders if any((path / name).exists() for name in each.folder)), folders[0])
-    _check_names(path, format.folder, problems)
+def _folder(path: Path, problems: list[str]) -> tuple[str, Files] | None:
+    folders = {name: format.folder for name, format in FORMATS.items() if format.folder}
+    known = (name for name, inside in folders.items() if any((path / each).exists() for each in inside))
+    format = next(known, next(iter(folders)))
+    _check_names(path, folders[format], problems)
     if problems:
         return None
-    texts = {name: _text(path / name, problems) for name in format.folder if name.endswith(".json")}
+    texts = {name: _text(path / name, problems) for name in folders[format] if name.endswith(".json")}
     files: Files = {name: _document(name, text, problems) for name, text in texts.items()}
-    files |= {name: _contents(path / name, problems) for name in format.folder if name not in texts}
+    files |= {name: _contents(path / name, problems) for name in folders[format] if name not in texts}
     if not problems and any(_text(path / name, []) != text for name, text in texts.items()):
         problems.append("another process wrote to the folder while it was read; load it again")
     return None if problems else (format, files)

@@ -20,7 +20,7 @@ from lora_plus.model.unsaved import check_saved
 from lora_plus.text import join
 
 from .atomic import replacing
-from .checks import is_finite
+from .checks import adapter_problems, is_finite
 from .formats import FORMATS, Contents, Files, Format, Inexpressible, usual_format
 from .paths import PathLike, stated
 from .saved_adapter import SavedAdapter, SavedLayer
@@ -67,9 +67,7 @@ def save_adapter(
             names the path. The old files are as they were.
     """
     real, chosen = _destination(path, format)
-    for key, text in (metadata or {}).items():
-        if not isinstance(key, str) or not isinstance(text, str):
-            raise TypeError(f"metadata must map str to str, got {key!r}: {text!r}")
+    _check_texts(metadata or {})
     require(model, "saving an adapter", adapters=[adapter])
     check_saved(model, adapter, f"adapter {adapter!r} was not saved")
     if is_spare_replica(model):
@@ -89,11 +87,22 @@ def write_adapter(adapter: SavedAdapter, path: PathLike, *, format: FormatName |
     """Write an adapter that is plain data, as `save_adapter` writes one of a model.
 
     Raises:
-        ValueError: if the format cannot express it exactly; for some formats that cannot be told without the model.
+        ValueError: if something is wrong with it, or the format cannot express it exactly; for some formats that cannot
+            be told without the model.
         OSError: if the disk is full or cannot be written, or at the path is neither a regular file nor nothing.
     """
     real, chosen = _destination(path, format)
+    _check_texts(adapter.metadata)
+    broken = list(adapter_problems(adapter))
+    if broken:
+        raise Problems("the adapter cannot be written", broken)
     _write(adapter, real, chosen, SavedTarget(adapter))
+
+
+def _check_texts(metadata: Mapping[str, str]) -> None:
+    for key, text in metadata.items():
+        if not isinstance(key, str) or not isinstance(text, str):
+            raise TypeError(f"metadata must map str to str, got {key!r}: {text!r}")
 
 
 def _destination(path: PathLike, name: str | None) -> tuple[Path, Format]:
@@ -106,7 +115,7 @@ def _destination(path: PathLike, name: str | None) -> tuple[Path, Format]:
     real = Path(os.path.realpath(stated(path)))
     if name is not None and name not in FORMATS:
         raise ValueError(f"unknown format {name!r}; choose one of {sorted(FORMATS)}, or None to go by the path")
-    return real, usual_format(str(path)) if name is None else FORMATS[name]
+    return real, FORMATS[usual_format(str(path)) if name is None else name]
 
 
 _PICKLES = {".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth"}
@@ -115,6 +124,10 @@ _PICKLES = {".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth"}
 def _write(adapter: SavedAdapter, path: Path, format: Format, target: Target) -> None:
     problems: list[str] = []
     files = format.write(adapter, target, problems)
+    only = f" but {', '.join(format.metadata)}" if format.metadata else ""
+    problems += [
+        f"metadata {key!r}: {format.title} has no room for texts{only}" for key in format.without_room(adapter.metadata)
+    ]
     if problems:
         raise Inexpressible(f"the adapter cannot be written in {format.title}", problems)
     write_files(path, files)

@@ -35,6 +35,8 @@ class SavedAdapter:
     """Modules trained in full, each with its tensors by their name inside the module."""
     metadata: dict[str, str] = field(default_factory=dict)
     """What the user wrote beside it."""
+    format: str = ""
+    """The name of the format that it was read in; empty for one that was made here."""
     resolved: bool = False
     """Whether the names are those of what it is loaded into, not those of the file."""
 

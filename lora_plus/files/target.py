@@ -172,7 +172,6 @@ class ModelTarget(Target):
             {name for name, module in named if isinstance(module, _CONTAINERS)},
             {name for name, module in named if type(module).forward is _NONE and "forward" not in vars(module)},
             {name for name, module in named if getattr(module, "is_transposed", False)},
-            whole=not getattr(self.model, "is_outline", False),
         )
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from lora_plus.errors import check_count, check_number
+from lora_plus.files.checks import row_problems
 from lora_plus.files.save import describe
 from lora_plus.files.saved_adapter import SavedAdapter, SavedLayer
 from lora_plus.layers.adapter import check_adapter_name
@@ -152,6 +153,7 @@ def _combine(
         fit = draft.fit(place, partial(method.combine, updates, options), updates[0].A.device)
         if fit is not None:
             draft.add(place, next(iter(layers.values())).base, fit, dtype)
+    draft.problems += row_problems(SavedAdapter(draft.layers, {}))
 
 
 def _no_summands(layers: Mapping[str, SavedLayer]) -> Iterator[str]:

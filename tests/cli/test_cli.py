@@ -7,7 +7,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import torch
@@ -19,9 +19,8 @@ from torch import nn
 from typer.testing import CliRunner
 
 import lora_plus
-from lora_plus import bare_model, load_adapter, save_adapter
+from lora_plus import load_adapter, save_adapter
 from lora_plus.cli import app as cli
-from lora_plus.cli import arguments
 from lora_plus.files import save as saving
 from lora_plus.files.formats import FORMATS
 from lora_plus.surgery import combine_adapters, methods, resize_adapter
@@ -134,6 +133,18 @@ def test_convert_writes_what_the_model_would(source: str, target: str, tmp_path:
     assert (ours.tensors, ours.document) == (theirs.tensors, theirs.document)
 
 
+@pytest.mark.parametrize("command", ["convert", "resize"])
+def test_texts_that_a_format_has_no_room_for_are_left_out_and_named(command: str, a: Path, tmp_path: Path) -> None:
+    save_adapter(adapted(), a, metadata={"task_type": "CAUSAL_LM", "note": "x"})
+    options = ["--r", "1"] if command == "resize" else []
+    for out, gone in (("b.safetensors", []), ("peft", ["note"]), ("c.safetensors", ["note", "task_type"])):
+        to = ["--to", "kohya"] if out == "c.safetensors" else []
+        assert as_json(command, a, tmp_path / out, *options, *to, "--force")["left_out"] == gone
+    text = output(command, a, tmp_path / "peft", *options, "--force")
+    assert "left out, for the format has no room for it: note\n" in text
+    assert as_json("inspect", tmp_path / "peft")["metadata"] == {"task_type": "CAUSAL_LM"}
+
+
 def test_convert_keeps_metadata_or_drops_it(a: Path, tmp_path: Path) -> None:
     output("convert", a, tmp_path / "one", "--to", "peft")
     output("convert", a, tmp_path / "two", "--no-keep-metadata")
@@ -204,7 +215,7 @@ def test_combine_is_that_of_the_library(options: dict[str, Any], a: Path, b: Pat
     flags = [text for name, value in options.items() for text in (f"--{name}", value)]
     out = tmp_path / "out.safetensors"
     found = as_json("combine", a, b, out, *flags, "--weight", "1", "--weight", "-0.5", "--seed", 4)
-    model = bare_model({"a": a, "b": b})
+    model = load_adapter(load_adapter(small(), a, adapter="a"), b, adapter="b")
     generator = torch.Generator().manual_seed(4) if options["method"].startswith("dare") else None
     report = combine_adapters(model, ["a", "b"], weights=[1, -0.5], generator=generator, **options)
     save_adapter(model, tmp_path / "wanted.safetensors", adapter="combined")
@@ -413,8 +424,12 @@ def test_the_version_is_told() -> None:
 
 
 def test_choices_are_those_of_the_library() -> None:
-    assert get_args(arguments.Format) == tuple(FORMATS)
-    assert get_args(arguments.Method) == tuple(methods.METHODS)
+    for command, names in (("convert", FORMATS), ("combine", methods.METHODS)):
+        text = " ".join(output(command, "--help").replace("│", " ").split())
+        assert all(name in text for name in names)
+        options = {"convert": ["--to"], "combine": ["c", "--method"]}[command]
+        listed = ", ".join(map(repr, names))
+        assert f"'x' is not one of {listed}." in misused(command, "a", "b", *options, "x")
 
 
 def test_no_model_is_asked_for_where_none_would_help(tmp_path: Path) -> None:

@@ -228,7 +228,7 @@ INSTEAD = """
 import importlib
 def failing(*_):
     {}
-importlib.import_module("lora_plus.surgery.bare_model").open_adapters = failing
+importlib.import_module("lora_plus.files").read_adapter = failing
 """
 
 
@@ -248,7 +248,7 @@ def failing(monkeypatch: pytest.MonkeyPatch) -> Callable[[BaseException], Any]:
             raise error
 
         with monkeypatch.context() as changed:
-            changed.setattr(importlib.import_module("lora_plus.surgery.bare_model"), "open_adapters", fail)
+            changed.setattr(importlib.import_module("lora_plus.files"), "read_adapter", fail)
             return CliRunner().invoke(cli.app, ["inspect", "a"])
 
     return run

@@ -308,8 +308,8 @@ def test_all_that_cannot_be_written_is_named(tmp_path: Path) -> None:
         "the adapter cannot be written in diffusers' format:",
         f"'unet.embed': Embedding; {only}",
         f"train_also 'head': {only}",
-        "metadata 'by': diffusers files have no place for it",
         "'other' is in none of ('unet', 'transformer', 'text_encoder', 'text_encoder_2', 'text_encoder_3'), and others "
         "are",
+        "metadata 'by': diffusers' format has no room for texts",
     ]
     assert list(tmp_path.iterdir()) == []

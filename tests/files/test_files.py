@@ -209,7 +209,7 @@ def test_user_metadata_is_kept(tmp_path: Path) -> None:
     lora_plus.save_adapter(model, tmp_path / "peft", metadata={"task_type": "CAUSAL_LM", "revision": "main"})
     config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
     assert (config["task_type"], config["revision"], config["base_model_name_or_path"]) == ("CAUSAL_LM", "main", None)
-    with pytest.raises(ValueError, match="metadata 'epoch': PEFT's config has no such field"):
+    with pytest.raises(ValueError, match="metadata 'epoch': PEFT's format has no room for texts but base_model"):
         lora_plus.save_adapter(model, tmp_path / "other", metadata={"epoch": "3"})
     with pytest.raises(TypeError, match="metadata must map str to str, got 'epoch': 3"):
         lora_plus.save_adapter(model, tmp_path / "c.safetensors", metadata={"epoch": 3})  # type: ignore[dict-item]

@@ -26,7 +26,7 @@ from lora_plus.files import (
     read_adapter,
     write_adapter,
 )
-from lora_plus.files.save import FormatName, describe
+from lora_plus.files.save import FormatName, describe, write_files
 from lora_plus.tensors.variant import AdapterSpec
 
 
@@ -106,12 +106,15 @@ def test_what_is_wrong_with_a_file_is_told_without_its_model(tmp_path: Path) -> 
     layer = saved.layers["0"]
     saved.layers["1"] = SavedLayer(layer.base, layer.spec, {**layer.tensors, "lora_B": torch.full((4, 2), torch.nan)})
     saved.layers["2"] = SavedLayer(layer.base, layer.spec, {**layer.tensors, "lora_B": torch.zeros(4, 3)})
-    write_adapter(saved, tmp_path / "b.safetensors")
+    lines = ["'1.lora_B' has values that are not finite", "'2': lora_B has shape (4, 3), expected (4, 2)"]
+    path = tmp_path / "b.safetensors"
     with pytest.raises(Problems) as error:
-        read_adapter(tmp_path / "b.safetensors")
-    assert error.value.problems == [
-        "'1.lora_B' has values that are not finite", "'2': lora_B has shape (4, 3), expected (4, 2)"
-    ]  # fmt: skip
+        write_adapter(saved, path)
+    assert error.value.problems == lines and not path.exists()
+    write_files(path, FORMATS["native"].write(saved, Target(), []))
+    with pytest.raises(Problems) as error:
+        read_adapter(path)
+    assert error.value.problems == lines
 
 
 def read_from(folder: Path) -> SavedAdapter:

@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import lora_plus
+from lora_plus.files import read_adapter
 from lora_plus.files.tensor_file import LONGEST_NAME, open_safetensors
 
 ABSURD: dict[str, Any] = {
@@ -53,7 +54,7 @@ def everywhere(path: Path, checkpoint: Path) -> list[str]:
     texts = []
     for read in (
         lambda: lora_plus.load_adapter(net(), path),
-        lambda: lora_plus.bare_model(path),
+        lambda: read_adapter(path),
         lambda: lora_plus.merge_checkpoint(checkpoint, path, path.parent / "out.safetensors"),
     ):
         started = time.process_time()
@@ -247,7 +248,7 @@ import resource, sys, time
 resource.setrlimit(resource.RLIMIT_DATA, (8 * 2**30,) * 2)  # or a reader that reads all may take the machine
 import torch, lora_plus
 from files_support import net
-lora_plus.bare_model
+lora_plus.load_adapter
 for path in sys.argv[2:]:
     for read in (lambda: lora_plus.load_adapter(net(), path),
                  lambda: lora_plus.merge_checkpoint(sys.argv[1], path, path + ".out.safetensors")):

@@ -112,10 +112,10 @@ def test_all_that_cannot_be_written_is_named(tmp_path: Path) -> None:
         f"'unet.attn.q': some rows of a weight; {only}",
         f"'unet.embed': Embedding; {only}",
         f"train_also 'head': {only}",
-        "metadata 'by': kohya files have no place for it",
         "'other' is in none of ['unet'], and only these have prefixes",
         "'unet.a.b' is spelled like 'unet.a_b' with underscores for dots",
         "'unet.grouped': there is no agreement on the shapes of a grouped convolution",
+        "metadata 'by': kohya's format has no room for texts",
     ]
     assert list(tmp_path.iterdir()) == []
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())

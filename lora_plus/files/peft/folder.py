@@ -131,5 +131,10 @@ def _joined(layers: Mapping[str, SavedLayer]) -> SavedLayer:
 
 
 FORMATS["peft"] = Format(
-    "PEFT's format", f"a folder in PEFT's format: `{CONFIG}` and `{WEIGHTS}`", read, write, folder=(WEIGHTS, CONFIG)
+    "PEFT's format",
+    f"a folder in PEFT's format: `{CONFIG}` and `{WEIGHTS}`",
+    read,
+    write,
+    metadata=USER_FIELDS,
+    folder=(WEIGHTS, CONFIG),
 )

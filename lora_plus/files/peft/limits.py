@@ -12,7 +12,7 @@ from lora_plus.layers.base import PARAMETER, BaseLayer
 from lora_plus.tensors.variant import only_adds
 from lora_plus.text import endings, parents
 
-from .config import USER_FIELDS, fan_in_fan_out
+from .config import fan_in_fan_out
 from .tensors import ATTENTION, stack_problem
 
 
@@ -95,8 +95,6 @@ def format_problems(adapter: SavedAdapter, found: Units, outline: Outline, ties:
         inside = [outer for outer in parents(path) if outer in owners]
         trained_reasons += [f"PEFT does not find it inside {owner!r}, whose parameters it adapts" for owner in inside]
         problems += [f"train_also {path!r}: {reason}" for reason in trained_reasons]
-    unknown = sorted(set(adapter.metadata) - set(USER_FIELDS))
-    problems += [f"metadata {name!r}: PEFT's config has no such field; it knows {USER_FIELDS}" for name in unknown]
     return problems
 
 

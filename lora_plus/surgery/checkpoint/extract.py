@@ -12,15 +12,12 @@ from torch import Tensor, nn
 from lora_plus.errors import Problems, check_count
 from lora_plus.files.checks import base_problem
 from lora_plus.files.paths import PathLike, stated
-from lora_plus.files.save import FormatName, save_adapter
+from lora_plus.files.save import FormatName, write_adapter
+from lora_plus.files.saved_adapter import SavedAdapter
 from lora_plus.files.tensor_file import DTYPES as STORED
 from lora_plus.layers.base import BaseLayer
 from lora_plus.layers.kinds import DTYPES, kinds_by_name
-from lora_plus.model.inject import attach
 from lora_plus.model.patterns import as_patterns, matcher
-from lora_plus.model.places import find_modules, find_places
-from lora_plus.model.state import State
-from lora_plus.surgery.bare_tree import bare_tree
 from lora_plus.surgery.draft import CombineReport, Draft
 from lora_plus.surgery.extract import Pair, extract
 from lora_plus.tensors.matrix import to_matrix
@@ -92,12 +89,7 @@ def extract_checkpoint(
     if not draft.problems and not draft.layers:
         draft.problems.append(f"it is equal to {str(base)!r} in all targets")
     draft.check()
-    model = bare_tree(layers, {}, repr(str(base)))
-    state = State(model)
-    places = {place.name: place for place in find_places(find_modules(state.names), {})}
-    prepared = [(places[name], layer.spec, layer.tensors) for name, layer in draft.layers.items()]
-    attach(state, "default", prepared, trainable=False)
-    save_adapter(model, out, format=format, metadata=metadata)
+    write_adapter(SavedAdapter(draft.layers, {}, dict(metadata or {})), out, format=format)
     return draft.report(ignored=ignored)
 
 

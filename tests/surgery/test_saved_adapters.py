@@ -1,10 +1,11 @@
-"""Adapter files work without their models: what a bare model saves, combines or resizes is what the model would."""
+"""Adapters work without their models: what is read, combined, resized and written is what the model would give."""
 
 from __future__ import annotations
 
 import json
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,10 +26,10 @@ from parameter_cases import PARAMETER_CASES, ParameterCase
 from torch import nn
 
 import lora_plus
-from lora_plus import bare_model, inject_lora, save_adapter
-from lora_plus.files import adapter_state_dict
+from lora_plus import inject_lora, save_adapter
+from lora_plus.files import SavedAdapter, read_adapter, write_adapter
 from lora_plus.files.save import describe
-from lora_plus.surgery import combine_adapters, resize_adapter
+from lora_plus.surgery import combine_adapters, combine_saved, resize_adapter, resize_saved
 
 ALL = [*CASES, *PARAMETER_CASES]
 
@@ -44,9 +45,9 @@ def saved(model: nn.Module, path: Path) -> Path:
     return path
 
 
-def problems(*paths: Path) -> list[str]:
+def problems(path: Path) -> list[str]:
     with pytest.raises(ValueError) as error:
-        bare_model({str(number): path for number, path in enumerate(paths)})
+        read_adapter(path)
     return [line.removeprefix("  ") for line in str(error.value).split("\n")[1:]]
 
 
@@ -56,7 +57,7 @@ def problems(*paths: Path) -> list[str]:
 @pytest.mark.parametrize("case", ALL, ids=lambda case: case.name)
 def test_a_native_file_is_written_again_byte_by_byte(case: Case | ParameterCase, tmp_path: Path) -> None:
     path = saved(case.adapted(), tmp_path / "a.safetensors")
-    save_adapter(bare_model(path), tmp_path / "b.safetensors")
+    write_adapter(read_adapter(path), tmp_path / "b.safetensors")
     assert (tmp_path / "b.safetensors").read_bytes() == path.read_bytes()
 
 
@@ -65,8 +66,8 @@ def test_a_peft_folder_becomes_the_native_file_of_the_model(case: Case, tmp_path
     folder = saved(case.adapted(), tmp_path / "a")
     model = lora_plus.load_adapter(case.model(), folder)
     save_adapter(model, tmp_path / "model.safetensors")
-    save_adapter(bare_model(folder), tmp_path / "bare.safetensors")
-    assert (tmp_path / "bare.safetensors").read_bytes() == (tmp_path / "model.safetensors").read_bytes()
+    write_adapter(read_adapter(folder), tmp_path / "plain.safetensors")
+    assert (tmp_path / "plain.safetensors").read_bytes() == (tmp_path / "model.safetensors").read_bytes()
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -74,8 +75,8 @@ def test_a_native_file_becomes_the_peft_folder_of_the_model(case: Case, tmp_path
     adapted = case.adapted()
     folder = saved(adapted, tmp_path / "model")
     save_adapter(adapted, tmp_path / "a.safetensors")
-    save_adapter(bare_model(tmp_path / "a.safetensors"), tmp_path / "bare")
-    ours, theirs = contents(tmp_path / "bare"), contents(folder)
+    write_adapter(read_adapter(tmp_path / "a.safetensors"), tmp_path / "plain")
+    ours, theirs = contents(tmp_path / "plain"), contents(folder)
     assert ours["adapter_model.safetensors"] == theirs["adapter_model.safetensors"]
     configs = [json.loads(files["adapter_config.json"]) for files in (ours, theirs)]
     assert configs[0].pop("target_modules") == "layer"
@@ -87,18 +88,21 @@ def test_a_native_file_becomes_the_peft_folder_of_the_model(case: Case, tmp_path
 def test_modules_trained_in_full_and_settings_come_along(form: str, tmp_path: Path) -> None:
     model = adapted_net(alpha_pattern={"embed": 7})
     save_adapter(model, tmp_path / PATHS[form])
-    bare = bare_model(tmp_path / PATHS[form])
-    assert_same_tensors(dict(sorted(adapter_state_dict(bare).items())), dict(sorted(adapter_state_dict(model).items())))
-    wanted = describe(model, "default").layers
-    assert {name: (layer.base, layer.spec.scale) for name, layer in describe(bare, "default").layers.items()} == {
-        name: (layer.base, layer.spec.scale) for name, layer in wanted.items()
+    found, wanted = read_adapter(tmp_path / PATHS[form]), describe(model, "default")
+    assert found.format == form
+    assert found.trained.keys() == wanted.trained.keys()
+    for name, tensors in wanted.trained.items():
+        assert_same_tensors(dict(sorted(found.trained[name].items())), dict(sorted(tensors.items())))
+    assert {name: (layer.base, layer.spec.scale) for name, layer in found.layers.items()} == {
+        name: (layer.base, layer.spec.scale) for name, layer in wanted.layers.items()
     }
-    assert all(parameter.is_meta for name, parameter in bare.named_parameters() if name.endswith("proj.weight"))
+    for name, layer in wanted.layers.items():
+        assert_same_tensors(found.layers[name].tensors, layer.tensors)
 
 
 def test_the_model_itself_can_be_the_layer(tmp_path: Path) -> None:
     path = saved(randomise(inject_lora(nn.Linear(4, 3), [""], r=2)), tmp_path / "a.safetensors")
-    save_adapter(bare_model(path), tmp_path / "b.safetensors")
+    write_adapter(read_adapter(path), tmp_path / "b.safetensors")
     assert (tmp_path / "b.safetensors").read_bytes() == path.read_bytes()
 
 
@@ -106,14 +110,14 @@ def test_blocks_of_rows_stay_blocks(tmp_path: Path) -> None:
     model = nn.ModuleDict({"qkv": nn.Linear(6, 12)})
     inject_lora(model, ["qkv.q", "qkv.v"], r=2, fused={"qkv": {"q": 6, "k": 2, "v": 4}})
     path = saved(randomise(model), tmp_path / "a.safetensors")
-    save_adapter(bare_model(path), tmp_path / "b.safetensors")
+    write_adapter(read_adapter(path), tmp_path / "b.safetensors")
     assert (tmp_path / "b.safetensors").read_bytes() == path.read_bytes()
 
 
 def test_no_random_numbers_are_drawn(tmp_path: Path) -> None:
     path = saved(adapted_net(), tmp_path / "a.safetensors")
     state = torch.random.get_rng_state()
-    bare_model(path)
+    read_adapter(path)
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
@@ -133,35 +137,29 @@ def test_combining_files_is_combining_in_the_model(case: Case | ParameterCase, m
     path = saved(model, tmp_path / "a.safetensors")
     randomise(model, seed=1)
     save_adapter(model, tmp_path / "b.safetensors")
-    bare = bare_model({"a": path, "b": tmp_path / "b.safetensors"})
-    combine_adapters(bare, ["a", "b"], weights=[1, -0.5], **method)
+    both = {"a": read_adapter(path), "b": read_adapter(tmp_path / "b.safetensors")}
+    combined, report = combine_saved(both, weights=[1, -0.5], **method)
     lora_plus.load_adapter(model, path, adapter="a")
-    combine_adapters(model, ["a", "default"], weights=[1, -0.5], **method)
-    assert_same_file(bare, model, tmp_path, adapter="combined")
+    wanted = combine_adapters(model, ["a", "default"], weights=[1, -0.5], **method)
+    assert (report.ranks, report.errors) == (wanted.ranks, wanted.errors)
+    assert_same_file(combined, model, tmp_path, adapter="combined")
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_resizing_a_file_is_resizing_in_the_model(case: Case, tmp_path: Path) -> None:
     model = case.adapted(torch.float32)
-    bare = bare_model(saved(model, tmp_path / "a.safetensors"))
+    adapter = read_adapter(saved(model, tmp_path / "a.safetensors"))
     # a file does not say which row is padding, and gets new entries there
     for r in (1,) if case.name == "embedding-padding" else (1, 5):
-        for each in (bare, model):
-            resize_adapter(each, r=r, generator=torch.Generator().manual_seed(3))
-        assert_same_file(bare, model, tmp_path)
+        adapter, _ = resize_saved(adapter, r=r, generator=torch.Generator().manual_seed(3))
+        resize_adapter(model, r=r, generator=torch.Generator().manual_seed(3))
+        assert_same_file(adapter, model, tmp_path)
 
 
-def assert_same_file(one: nn.Module, other: nn.Module, folder: Path, **options: str) -> None:
-    save_adapter(one, folder / "one.safetensors", **options)
-    save_adapter(other, folder / "other.safetensors", **options)
+def assert_same_file(made: SavedAdapter, model: nn.Module, folder: Path, **options: str) -> None:
+    write_adapter(made, folder / "one.safetensors")
+    save_adapter(model, folder / "other.safetensors", **options)
     assert (folder / "one.safetensors").read_bytes() == (folder / "other.safetensors").read_bytes()
-
-
-def test_the_summary_is_that_of_the_model(tmp_path: Path) -> None:
-    model = adapted_net()
-    bare = bare_model(saved(model, tmp_path / "a.safetensors"))
-    rows = {row.name: row for row in lora_plus.lora_summary(model).rows}
-    assert {row.name: row for row in lora_plus.lora_summary(bare).rows} == rows
 
 
 @pytest.mark.peers
@@ -173,7 +171,7 @@ def test_peft_adapts_just_these_layers_of_a_model_with_others_whose_names_end_al
         return nn.ModuleDict({"q": nn.Linear(4, 4), "deep": nn.ModuleDict({"q": nn.Linear(4, 4)})})
 
     save_adapter(randomise(inject_lora(model(), [lambda name, module: name == "q"], r=2)), tmp_path / "a.safetensors")
-    save_adapter(bare_model(tmp_path / "a.safetensors"), tmp_path / "peft")
+    write_adapter(read_adapter(tmp_path / "a.safetensors"), tmp_path / "peft")
     loaded = peft.PeftModel.from_pretrained(model(), tmp_path / "peft")
     adapted = {name for name, module in loaded.named_modules() if isinstance(module, peft.tuners.lora.LoraLayer)}
     assert adapted == {"base_model.model.q"}
@@ -184,7 +182,7 @@ def test_peft_computes_the_same_from_a_converted_file(tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     model = inject_lora(plain_net().double(), ["embed", "conv", "proj"], r=2, rank_pattern={"proj": 3})
     save_adapter(randomise(model), tmp_path / "a.safetensors")
-    save_adapter(bare_model(tmp_path / "a.safetensors"), tmp_path / "peft")
+    write_adapter(read_adapter(tmp_path / "a.safetensors"), tmp_path / "peft")
     loaded = peft.PeftModel.from_pretrained(plain_net().double(), tmp_path / "peft", autocast_adapter_dtype=False)
     tokens = torch.arange(18).reshape(2, 9) % 9
     torch.testing.assert_close(loaded(tokens), model(tokens), rtol=1e-12, atol=1e-12)
@@ -193,12 +191,25 @@ def test_peft_computes_the_same_from_a_converted_file(tmp_path: Path) -> None:
 # ---- refusals --------------------------------------------------------------------------------------------------------
 
 
-def test_files_of_different_models_are_refused(tmp_path: Path) -> None:
-    save_adapter(inject_lora(nn.Sequential(nn.Linear(4, 3)), ["0"]), tmp_path / "a.safetensors")
-    save_adapter(inject_lora(nn.Sequential(nn.Linear(4, 5)), ["0"]), tmp_path / "b.safetensors")
-    assert problems(tmp_path / "a.safetensors", tmp_path / "b.safetensors") == [
-        "'0' is a Linear (5, 4) in '1', and a Linear (3, 4) in another file"
-    ]
+def test_adapters_of_different_models_are_refused(tmp_path: Path) -> None:
+    def adapter(layer: nn.Module, **options: Any) -> SavedAdapter:
+        return describe(inject_lora(nn.Sequential(layer), "all-linear", r=2, **options), "default")
+
+    adapters = {"a": adapter(nn.Linear(4, 3)), "b": adapter(nn.Linear(4, 5))}
+    with pytest.raises(ValueError, match="adapters \\['a', 'b'\\] cannot be combined:\n  '0' is a Linear") as error:
+        combine_saved(adapters)
+    assert str(error.value).endswith("'0' is a Linear (5, 4) in 'b', and a Linear (3, 4) in 'a'")
+    adapters = {"a": adapter(nn.Linear(4, 6)), "b": adapter(nn.Linear(4, 6), fused={"0": ["q", "k"]})}
+    with pytest.raises(ValueError, match=r"cannot be combined:\n  '0\.q' and '0' overlap"):
+        combine_saved(adapters)
+
+
+def test_what_is_the_same_in_all_stays_beside_a_combination() -> None:
+    model = inject_lora(nn.Sequential(nn.Linear(4, 3)), ["0"], r=2)
+    texts = {"a": {"task_type": "x", "by": "me"}, "b": {"task_type": "x", "by": "you", "note": "b"}}
+    adapters = {name: describe(model, "default", metadata) for name, metadata in texts.items()}
+    assert combine_saved(adapters)[0].metadata == {"task_type": "x"}
+    assert resize_saved(adapters["b"], r=1)[0].metadata == texts["b"]
 
 
 def test_peft_folders_that_leave_the_layers_open_are_refused(tmp_path: Path) -> None:
@@ -250,22 +261,45 @@ def test_a_bad_native_file_is_refused_with_the_reason(edit: str, tmp_path: Path)
     assert any(reason in line for line in problems(path))
 
 
-@pytest.mark.parametrize("name", ["forward", "a.training"])
-def test_a_name_that_no_module_can_have_is_refused(name: str, tmp_path: Path) -> None:
-    path = saved(inject_lora(nn.ModuleDict({"a": nn.Linear(3, 2)}), ["a"]), tmp_path / "a.safetensors")
+SETTINGS = {
+    "dropout of a parameter": (
+        {"kind": "Parameter", "parameter": "proj.weight", "dropout": 0.5},
+        "'proj': dropout 0.5 has no input to act on where only a weight is read",
+    ),
+    "overlapping rows": ({"parameter": "conv.weight", "rows": [0, 5]}, "'proj' and 'conv' overlap"),
+}
+
+
+@pytest.mark.parametrize("case", SETTINGS)
+def test_an_adapter_that_no_model_can_have_is_refused(case: str, tmp_path: Path) -> None:
+    changes, line = SETTINGS[case]
+    path = saved(adapted_net(), tmp_path / "a.safetensors")
     file = parts(path)
-    file.document["layers"][name] = file.document["layers"].pop("a")
-    for part in ("lora_A", "lora_B"):
-        rename(f"a.{part}", f"{name}.{part}")(file)
+    file.document["layers"]["proj"].update(changes)
     path.write_bytes(file.bytes())
-    assert problems(path)[0].startswith(f"{name!r}: attribute '")
+    assert line in problems(path)
+
+
+def test_a_module_trained_in_full_with_an_adapter_in_it_is_refused() -> None:
+    adapter = describe(inject_lora(nn.Sequential(nn.Linear(4, 3)), ["0"], r=2), "default")
+    adapter.trained["0"] = {"bias": torch.zeros(3)}
+    with pytest.raises(ValueError, match="'0' is trained in full, but '0' in it has an adapter"):
+        write_adapter(adapter, "none.safetensors")
+
+
+def test_values_that_are_not_finite_are_not_written() -> None:
+    adapter = describe(inject_lora(nn.Sequential(nn.Linear(4, 3)), ["0"], r=2), "default")
+    adapter.trained["1"] = {"bias": torch.full((3,), torch.inf)}
+    with pytest.raises(ValueError, match=r"'1\.bias' has values that are not finite"):
+        write_adapter(adapter, "none.safetensors")
+    assert not Path("none.safetensors").exists()
 
 
 def test_parameters_cannot_be_written_for_peft_without_their_model(tmp_path: Path) -> None:
     model = nn.ModuleDict({"lstm": nn.LSTM(4, 4), "proj": nn.Linear(4, 4)})
     path = saved(inject_lora(model, ["lstm.weight_ih_l0", "proj"]), tmp_path / "a.safetensors")
     with pytest.raises(ValueError, match=r"'lstm.weight_ih_l0': how PEFT adapts a parameter depends on its module"):
-        save_adapter(bare_model(path), tmp_path / "peft")
+        write_adapter(read_adapter(path), tmp_path / "peft")
     assert not (tmp_path / "peft").exists()
 
 
@@ -273,4 +307,4 @@ def test_attention_beside_a_transposed_layer_cannot_be_written_for_peft_without_
     model = nn.ModuleDict({"attn": nn.MultiheadAttention(4, 1), "proj": Conv1D(4, 4)})
     path = saved(inject_lora(model, ["attn.q", "proj"]), tmp_path / "a.safetensors")
     with pytest.raises(ValueError, match=r"\['attn'\]: PEFT may transpose out_proj, by the order of the layers"):
-        save_adapter(bare_model(path), tmp_path / "peft")
+        write_adapter(read_adapter(path), tmp_path / "peft")
