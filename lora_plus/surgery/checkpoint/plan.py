@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from torch import Tensor
 
-from lora_plus.files.checks import base_problem, is_finite, shape_problems, value_problems
+from lora_plus.files.checks import base_problem, is_finite, settings_problem, shape_problems, value_problems
+from lora_plus.files.peft.shapes import usual_base
 from lora_plus.files.read import described
 from lora_plus.files.rename import Names, Renaming
 from lora_plus.files.saved_adapter import SavedLayer
+from lora_plus.files.target import Target
 from lora_plus.files.tensor_file import DTYPES as STORED
-from lora_plus.files.tensor_file import StoredTensor, read, read_all
+from lora_plus.files.tensor_file import StoredTensor, equal_in_dtype, read, read_all
 from lora_plus.layers.base import BaseLayer
 from lora_plus.layers.kinds import DTYPES
 from lora_plus.tensors.matrix import joined_rows, matrix_shape
 from lora_plus.tensors.merged import Summand
-from lora_plus.tensors.variant import VARIANTS, AdapterSpec, only_adds
+from lora_plus.tensors.variant import VARIANTS
 from lora_plus.text import join, near_misses
 
 from .folder import Checkpoint
-from .target import CheckpointTarget
 
 Shape = tuple[int, ...]
 
@@ -31,25 +32,31 @@ Shape = tuple[int, ...]
 class Change:
     """What adapters do to one tensor."""
 
-    layout: str = ""
-    updates: list[tuple[str, tuple[int, int] | None, AdapterSpec, dict[str, Tensor]]] = field(default_factory=list)
-    """The name of the adapter, the rows that it changes or None for all, its settings and its tensors."""
+    updates: dict[str, list[SavedLayer]] = field(default_factory=dict)
+    """By adapter, its layer of the whole weight or those of rows, with its factor in their alpha."""
     replacement: Tensor | None = None
 
+    @property
+    def layout(self) -> str:
+        """How the tensor is stored."""
+        return next(iter(self.updates.values()))[0].base.layout
+
     def summands(self, shape: Sequence[int]) -> list[Summand]:
-        """The adapters as merging into a weight of this shape takes them, the blocks of rows of each as one."""
+        """The adapters as merging into a weight of this shape takes them."""
         found = []
-        for adapter in dict.fromkeys(adapter for adapter, _, _, _ in self.updates):
-            own = [(rows, spec, tensors) for name, rows, spec, tensors in self.updates if name == adapter]
-            rows, spec, tensors = own[0]
+        for layers in self.updates.values():
+            spec, tensors = layers[0].spec, layers[0].tensors
             A, B, scale = tensors["lora_A"], tensors["lora_B"], spec.scale
-            if rows is not None:
-                blocks = [(each[0], part["lora_A"], part["lora_B"], spec.scale) for each, spec, part in own if each]
+            if layers[0].base.rows is not None:
+                blocks = [(each.base.rows[0], *_factors(each), each.spec.scale) for each in layers if each.base.rows]
                 blocks.sort(key=lambda block: block[0])
-                A, B = joined_rows(blocks, matrix_shape(self.layout, tuple(shape))[0])
-                scale = 1.0
+                (A, B), scale = joined_rows(blocks, matrix_shape(self.layout, tuple(shape))[0]), 1.0
             found.append(Summand(VARIANTS[spec.variant], A, B, scale, tensors))
         return found
+
+
+def _factors(layer: SavedLayer) -> tuple[Tensor, Tensor]:
+    return layer.tensors["lora_A"], layer.tensors["lora_B"]
 
 
 def planned(checkpoint: Checkpoint, paths: Sequence[Path], factors: Sequence[float], names: Names | None) -> Plan:
@@ -59,9 +66,34 @@ def planned(checkpoint: Checkpoint, paths: Sequence[Path], factors: Sequence[flo
         plan.add(f"adapter {str(path)!r}: " if len(paths) > 1 else "", str(index), path, factor)
     plan.check()
     for change in () if plan.problems else plan.changes.values():
-        read_all(tensors for _, _, _, tensors in change.updates)
+        read_all(layer.tensors for layers in change.updates.values() for layer in layers)
         change.replacement = read(change.replacement)
     return plan
+
+
+class CheckpointTarget(Target):
+    """A checkpoint, as the readers of formats ask it."""
+
+    def __init__(self, checkpoint: Checkpoint, rename: Renaming) -> None:
+        super().__init__(rename)
+        self.checkpoint = checkpoint
+        self.modules = {name.removesuffix(".weight"): None for name in checkpoint.tensors if name.endswith(".weight")}
+
+    def names(self) -> Collection[str]:
+        return self.modules.keys()
+
+    def base(self, name: str) -> BaseLayer | None:
+        return usual_base(self.checkpoint.tensors[f"{name}.weight"].shape)
+
+    def repeats(self, name: str, tensor: Tensor) -> bool | None:
+        new = self.rename(name) or ""
+        stored = self.checkpoint.tensors.get(new)  # None where it is tied to another one
+        known = stored is not None and STORED.get(stored.dtype) in DTYPES
+        return equal_in_dtype(tensor, self.checkpoint.read(new)) if known else None
+
+    def shape(self, name: str) -> Shape | None:
+        stored = self.checkpoint.tensors.get(self.rename(name) or "")
+        return None if stored is None else stored.shape
 
 
 class Plan:
@@ -80,9 +112,7 @@ class Plan:
         problems: list[str] = []
         data = described(path, self.target, problems)
         rename = str if data.resolved else self.target.rename
-        tensors = {
-            name: rename(layer.base.facts.get("parameter", join(name, "weight"))) for name, layer in data.layers.items()
-        }
+        tensors = {name: rename(layer.base.weight_name(name)) for name, layer in data.layers.items()}
         if not problems and not any(tensors.values()):
             problems.append("it has no adapted layer")
         for name, layer in data.layers.items():
@@ -110,37 +140,33 @@ class Plan:
             hint = near_misses(name, self.checkpoint.tensors) if number < 3 else ""
             self.problems.append(f"{where}the checkpoint has no tensor {name!r}{self._tie(name, alike, hint)}")
         for name, change in self.changes.items():
-            if len(change.updates) > 1 and any(VARIANTS[spec.variant].rescales for _, _, spec, _ in change.updates):
+            rescaling = any(VARIANTS[layers[0].spec.variant].rescales for layers in change.updates.values())
+            if rescaling and len(change.updates) > 1:
                 self.problems.append(f"{name!r}: {_NO_SUM}")
             if change.updates and change.replacement is not None:
                 self.problems.append(f"{name!r} is both adapted and trained in full")
 
     def _enter(self, where: str, adapter: str, target: str, layer: SavedLayer, factor: float) -> Iterator[str]:
-        base = layer.base
+        base, variant = layer.base, layer.spec.variant
         stored = self.checkpoint.tensors.get(target)
         if stored is None:
             self.missing.append((where, target, base.shape or _implied_shape(layer)))
             return
-        wrong = self._misfit(target, stored, base)
+        wrong = self._misfit(target, stored, base) or settings_problem(layer)
         lines = shape_problems(layer) if wrong is None else [wrong]
         if lines:
             yield from lines
             return
-        spec = replace(layer.spec, alpha=layer.spec.alpha * factor)
-        rows = tuple(base.facts["rows"]) if "rows" in base.facts else None
-        change = self.changes.setdefault(target, Change(base.layout))
-        change.layout = change.layout or base.layout
-        if change.layout != base.layout:
+        change = self.changes.setdefault(target, Change())
+        if change.updates and change.layout != base.layout:
             yield f"layout {base.layout!r}, and another adapter says {change.layout!r} of {target!r}"
-        if any(adapter == other and _overlap(rows, theirs) for other, theirs, _, _ in change.updates):
+        own = change.updates.setdefault(adapter, [])
+        if any(_overlap(base.rows, other.base.rows) for other in own):
             yield f"it changes rows of {target!r} that another layer of the same adapter changes too"
-        if VARIANTS[spec.variant].rescales and factor != 1:
+        if VARIANTS[variant].rescales and factor != 1:
             yield f"weight {factor:g}: {_NO_SUM}"
-        if VARIANTS[spec.variant].rescales and rows is not None:
-            yield f"variant {spec.variant!r} rescales whole weights and cannot act on some rows of one"
-        elif not only_adds(spec.variant) and rows is not None:
-            yield f"variant {spec.variant!r} is no plain sum and cannot act on some rows of a weight"
-        change.updates.append((adapter, rows, spec, layer.tensors))
+        spec = replace(layer.spec, alpha=layer.spec.alpha * factor)
+        own.append(SavedLayer(base, spec, layer.tensors))
 
     def _misfit(self, target: str, stored: StoredTensor, base: BaseLayer) -> str | None:
         """Why a tensor of the checkpoint is not the weight that an adapter belongs to."""
@@ -217,9 +243,9 @@ _NO_SUM = (
 
 def _implied_shape(layer: SavedLayer) -> Shape | None:
     """The shape of a linear layer's weight that A and B fit."""
-    A, B = layer.tensors["lora_A"], layer.tensors["lora_B"]
+    A, B = _factors(layer)
     return (B.shape[0], A.shape[1]) if A.ndim == B.ndim == 2 else None
 
 
-def _overlap(one: tuple[int, ...] | None, other: tuple[int, ...] | None) -> bool:
+def _overlap(one: tuple[int, int] | None, other: tuple[int, int] | None) -> bool:
     return one is None or other is None or (one[0] < other[1] and other[0] < one[1])
