@@ -4,17 +4,18 @@ import re
 import statistics
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
 from lora_plus.text import counted
 
-from .arguments import Force, In, Json, Method, Out, Rank, Seed, To, check_free, format_of, write
+from .arguments import Force, In, Json, Method, Out, Rank, Seed, To, Weight, check_free, saving
 from .show import emit, readable, size, span, table
 
 if TYPE_CHECKING:
     from lora_plus.files import SavedAdapter
+    from lora_plus.files.save import FormatName
     from lora_plus.surgery.draft import CombineReport
     from lora_plus.surgery.measures import LayerDifference, LayerMeasures
 
@@ -73,13 +74,7 @@ def convert(
 
     check_free(out, force)
     adapter = read_adapter(file)
-    left_out = write(adapter if keep_metadata else replace(adapter, metadata={}), out, to, force)
-    emit(
-        as_json,
-        {"path": out, "format": format_of(out, to), "bytes": size(out), "left_out": left_out},
-        *_left_out(left_out),
-        _written(out),
-    )
+    _finish(adapter if keep_metadata else replace(adapter, metadata={}), out, to, force, as_json)
 
 
 def diff(first: In, second: In, as_json: Json = False) -> None:
@@ -108,10 +103,7 @@ def combine(
     files: Annotated[list[Path], typer.Argument(metavar="FILE FILE...", help="Two adapters or more.")],
     out: Out,
     method: Method = "sum",
-    weight: Annotated[
-        list[float] | None,
-        typer.Option(help="A factor for each, in order, each after its own --weight; 1 each if not given."),
-    ] = None,
+    weight: Weight = None,
     r: Annotated[int | None, typer.Option("--r", min=1, help="Rank; for all methods but sum.")] = None,
     density: Annotated[
         float | None, typer.Option(help="Part of the entries that stays; for ties, dare and dare_ties.")
@@ -143,7 +135,7 @@ def combine(
     combined, report = combine_saved(
         adapters, weights=weight or None, method=method, r=r, density=density, generator=generator
     )
-    _finish(combined, report, out, to, force, as_json)
+    _finish(combined, out, to, force, as_json, report)
 
 
 def resize(
@@ -165,28 +157,35 @@ def resize(
         resized, report = resize_saved(adapter, r=r, generator=torch.Generator().manual_seed(seed))
     except Problems as error:
         raise Problems(f"adapter {str(file)!r} cannot be resized", error.problems) from error
-    _finish(resized, report, out, to, force, as_json)
+    _finish(resized, out, to, force, as_json, report)
 
 
 def _finish(
-    adapter: "SavedAdapter", report: "CombineReport", out: Path, to: str | None, force: bool, as_json: bool
+    adapter: "SavedAdapter",
+    out: Path,
+    to: str | None,
+    force: bool,
+    as_json: bool,
+    report: "CombineReport | None" = None,
 ) -> None:
-    """Write what was made, and tell of it."""
-    left_out = write(adapter, out, to, force)
-    told = {"path": out, "ranks": report.ranks, "errors": report.errors, "left_out": left_out}
-    emit(as_json, told, *str(report).split("\n"), *_left_out(left_out), _written(out))
+    """Write an adapter, without those texts of the user that the format has no room for, and tell of it."""
+    from lora_plus.files import FORMATS, write_adapter
+    from lora_plus.files.formats import usual_format
 
-
-def _left_out(keys: list[str]) -> list[str]:
-    return [f"left out, for the format has no room for it: {key}" for key in keys]
+    name = to or usual_format(str(out))
+    left_out = FORMATS[name].without_room(adapter.metadata)
+    kept = {key: text for key, text in adapter.metadata.items() if key not in left_out}
+    with saving(out, force) as path:
+        write_adapter(replace(adapter, metadata=kept), path, format=cast("FormatName | None", to))
+    made = {} if report is None else {"ranks": report.ranks, "errors": report.errors}
+    lines = [] if report is None else str(report).split("\n")
+    lines += [f"left out, for the format has no room for it: {key}" for key in left_out]
+    facts = {"path": out, "format": name, "bytes": size(out), "left_out": left_out}
+    emit(as_json, facts | made, *lines, f"wrote {out}: {readable(size(out))}")
 
 
 _MODEL = "(model)"
 """What the model itself is called, which has no name."""
-
-
-def _written(out: Path) -> str:
-    return f"wrote {out}: {readable(size(out))}"
 
 
 _HEAD = ("r", "alpha", "scale", "variant", "||sBA||", "top share", "eff. rank")

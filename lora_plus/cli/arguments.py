@@ -1,16 +1,12 @@
 """Arguments and options that several commands have, and how they are checked."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import Annotated, Any
 
 import typer
-
-if TYPE_CHECKING:
-    from lora_plus.files import SavedAdapter
-    from lora_plus.files.save import FormatName
 
 
 def pairs(values: list[str] | None) -> list[str] | None:
@@ -51,47 +47,18 @@ def saving(out: Path, force: bool) -> Iterator[Path]:
         publish(made, out)
 
 
-def write(adapter: "SavedAdapter", out: Path, to: str | None, force: bool) -> list[str]:
-    """Write an adapter, without those texts of the user that the format has no room for; the keys of these."""
-    from lora_plus.files import FORMATS, write_adapter
+def one_of(module: str, table: str, *flags: str, **settings: Any) -> Any:
+    """An option that takes a name of a table of the library, which is imported (with torch) only when one is given."""
 
-    left_out = FORMATS[format_of(out, to)].without_room(adapter.metadata)
-    kept = {key: text for key, text in adapter.metadata.items() if key not in left_out}
-    with saving(out, force) as path:
-        write_adapter(replace(adapter, metadata=kept), path, format=cast("FormatName | None", to))
-    return left_out
-
-
-def format_of(out: Path, to: str | None) -> str:
-    """The name of the format that ``out`` gets."""
-    from lora_plus.files.formats import usual_format
-
-    return to or usual_format(str(out))
-
-
-def formats() -> list[str]:
-    """The names of the library's formats."""
-    from lora_plus.files import FORMATS
-
-    return list(FORMATS)
-
-
-def methods() -> list[str]:
-    """The names of the library's methods of combining."""
-    from lora_plus.surgery.methods import METHODS
-
-    return list(METHODS)
-
-
-def one_of(names: Callable[[], list[str]]) -> Callable[[str | None], str | None]:
-    """A check that an option is one of the names, which are asked for only when it is given: they need torch."""
+    def names() -> list[str]:
+        return list(getattr(import_module(module), table))
 
     def check(value: str | None) -> str | None:
         if value is not None and value not in (known := names()):
             raise typer.BadParameter(f"{value!r} is not one of {', '.join(map(repr, known))}.")
         return value
 
-    return check
+    return typer.Option(*flags, callback=check, autocompletion=names, **settings)
 
 
 In = Annotated[Path, typer.Argument(help="An adapter file, or a folder in PEFT's format.", show_default=False)]
@@ -100,26 +67,23 @@ Out = Annotated[
 ]
 To = Annotated[
     str | None,
-    typer.Option(
-        "--to",
-        metavar="FORMAT",
-        help="native, peft, kohya or diffusers; by the name of OUT if not given.",
-        callback=one_of(formats),
-        autocompletion=formats,
+    one_of(
+        "lora_plus.files", "FORMATS", "--to",
+        metavar="FORMAT", help="native, peft, kohya or diffusers; by the name of OUT if not given.",
     ),
-]
+]  # fmt: skip
 Method = Annotated[
     str,
-    typer.Option(
-        metavar="METHOD",
-        help="How they are combined: sum, svd, ties, dare or dare_ties.",
-        callback=one_of(methods),
-        autocompletion=methods,
+    one_of(
+        "lora_plus.surgery.methods", "METHODS", "--method",
+        metavar="METHOD", help="How they are combined: sum, svd, ties, dare or dare_ties.",
     ),
+]  # fmt: skip
+Weight = Annotated[
+    list[float] | None,
+    typer.Option(help="A factor for each adapter, in order, each after its own --weight; 1 each if not given."),
 ]
 Rank = Annotated[int, typer.Option("--r", min=1, help="Rank.")]
 Seed = Annotated[int, typer.Option(min=0, max=2**64 - 1, help="Seed of the random numbers, where there are any.")]
-
-
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead, for other programs.")]
 Force = Annotated[bool, typer.Option("--force", help="Overwrite OUT if it is there.")]

@@ -7,7 +7,7 @@ import typer
 
 from lora_plus.text import counted
 
-from .arguments import Force, In, Json, Out, Rank, To, mapping, pairs, saving
+from .arguments import Force, In, Json, Out, Rank, To, Weight, mapping, pairs, saving
 from .show import emit, progress
 
 if TYPE_CHECKING:
@@ -33,10 +33,7 @@ def merge(
     base: Base,
     adapters: Annotated[list[Path], typer.Argument(metavar="ADAPTER...", help="One adapter, or several.")],
     out: Annotated[Path, typer.Argument(help="The new checkpoint; it must not be there yet.", show_default=False)],
-    weight: Annotated[
-        list[float] | None,
-        typer.Option(help="A factor for each adapter, in order, each after its own --weight; 1 each if not given."),
-    ] = None,
+    weight: Weight = None,
     rename: Rename = None,
     dtype: Annotated[
         Literal["float16", "bfloat16", "float32", "float64"] | None,

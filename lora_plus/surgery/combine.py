@@ -52,14 +52,7 @@ def combine_adapters(
     - ``"dare_ties"``: thinned as in dare, joined as in ties.
 
     The last three hold a matrix of the layer's size for each adapter, for one layer at a time. The adapters that it is
-    made of keep every bit. As after an injection, the new one is the active one and the others are frozen.
-
-    Example:
-        >>> model = nn.Sequential(nn.Linear(8, 8))
-        >>> for name in ("math", "code"):
-        ...     _ = inject_lora(model, ["0"], r=2, adapter=name)
-        >>> combine_adapters(model, ["math", "code"], weights=[1, -0.5], adapter="math without code").ranks
-        {'0': 4}
+    made of keep every bit; as after an injection, the new one is active and the others are frozen.
 
     Args:
         model: a model with adapters; it is changed.
@@ -67,19 +60,16 @@ def combine_adapters(
         weights: a factor for each, which may be negative; None for 1.
         adapter: the name of the new one.
         method: one of the above.
-        r: the largest rank that a layer gets: less where its update has less. For all methods but ``"sum"``.
-        density: part of the entries that stays, above 0 and at most 1. For ``"ties"``, ``"dare"``, ``"dare_ties"``.
+        r: the largest rank that a layer gets; for all methods but ``"sum"``.
+        density: part of the entries that stays, above 0 and at most 1; for the last three methods.
         generator: source of the random numbers of ``"dare"`` and ``"dare_ties"``; None for torch's global generator.
         trainable: whether the new adapter shall be trained.
-
-    Returns:
-        A report: ranks, and what cutting them lost.
 
     Raises:
         KeyError: if the model holds no adapter of such a name.
         TypeError, ValueError: if a setting is out of range, missing, or without effect for the method; if an adapter
-            cannot be combined (DoRA, ``train_also``, values that are not finite, sharded tensors); if the model is
-            merged or disabled, or has an adapter of the new name. The model is then as it was.
+            cannot be combined (DoRA, ``train_also``, values that are not finite); if the model is sharded, merged or
+            disabled, or has an adapter of the new name. The model is then as it was.
     """
     check_adapter_name(adapter)
     chosen = _chosen(method, {"r": r, "density": density, "generator": generator})

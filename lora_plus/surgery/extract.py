@@ -43,20 +43,23 @@ def extract_adapter(
 ) -> CombineReport:
     """Add to a model the adapter that comes nearest to a fine-tuned model: the truncated SVD of each weight's change.
 
-    As after an injection, it is the active adapter, and everything else is frozen. Adapters that the model has already
-    do not count: what is compared is its own weights. Where those are quantized, the adapter makes up for that too.
+    As after an injection, it is the active adapter, and everything else is frozen. What is compared is the model's own
+    weights, without the adapters that it has. Where those are quantized, the adapter makes up for that too.
 
     Args:
         model: the model that the tuned one started from; it is changed.
         tuned: a model of the same architecture, plain or merged, or its state dict.
-        targets, exclude, rank_pattern, fused, layouts: which layers, as in `inject_lora`.
+        targets: which layers, as in `inject_lora`.
         r: the largest rank that a layer gets: less where its weight has less.
         adapter: the name of the new adapter.
+        exclude: as in `inject_lora`.
+        rank_pattern: as in `inject_lora`.
+        fused: as in `inject_lora`.
+        layouts: as in `inject_lora`.
         trainable: whether it shall be trained.
 
     Returns:
-        A report: ranks, the part of each layer's change that is lost, and the names of biases and other tensors that
-        differ but are no target, or whose rows are not.
+        A report, which also names biases and other tensors that differ and are no target, or whose rows are none.
 
     Raises:
         ValueError: naming every target that is missing in the tuned model or does not fit, or if no target differs;

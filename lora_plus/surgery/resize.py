@@ -30,10 +30,10 @@ def resize_adapter(
 ) -> CombineReport:
     """Give an adapter another rank, in place: its update stays what it was, or the nearest there is of a lower rank.
 
-    A higher rank keeps the update as it is: A gets rows that are drawn as at the start, B columns of zeros. Scale,
-    scaling rule, ``requires_grad`` and what a variant has besides (DoRA's magnitudes) stay; alpha follows from the
-    scale. A and B become new parameters, so make the optimizer afterwards. An adapter that started from a part of the
-    weight (PiSSA and the like) is taken for the update of rank 2 r that it is, and becomes a plain one.
+    A higher rank keeps the update: A gets rows that are drawn as at the start, B columns of zeros. Scale, scaling rule,
+    ``requires_grad`` and what a variant has besides (DoRA's magnitudes) stay; alpha follows from the scale. A and B
+    become new parameters, so make the optimizer afterwards. An adapter that started from a part of the weight (PiSSA
+    and the like) is taken for the update of rank 2 r that it is, and becomes a plain one.
 
     Args:
         model: a model with the adapter; it is changed.
@@ -41,13 +41,10 @@ def resize_adapter(
         adapter: the adapter's name.
         generator: source of the new rows of A; None for torch's global generator.
 
-    Returns:
-        A report: ranks, and what cutting them lost.
-
     Raises:
         KeyError: if the model holds no adapter of this name.
-        TypeError, ValueError: if r is not a positive int, the model is merged or disabled, or the adapter's values are
-            not finite or sharded. The model is then as it was.
+        TypeError, ValueError: if r is not a positive int, the model is sharded, merged or disabled, or the adapter's
+            values are not finite. The model is then as it was.
     """
     check_count("r", r)
     require(model, "resizing an adapter", Need.GROWABLE | Need.WHOLE, adapters=[adapter])

@@ -42,32 +42,31 @@ def extract_checkpoint(
 ) -> CombineReport:
     """Write the adapter that comes nearest to a fine-tuned checkpoint: the truncated SVD of each weight's change.
 
-    As `extract_adapter`, for checkpoints that `merge_checkpoint` reads. A few tensors are in memory at a time, and the
-    factors. A checkpoint does not say what its layers are. Unless ``kinds`` says otherwise, ``embed_tokens``,
+    As `extract_adapter`, for checkpoints that `merge_checkpoint` reads; a few tensors are in memory at a time, and the
+    factors. A checkpoint does not say what its layers are. Unless ``kinds`` does, ``embed_tokens``,
     ``tok_embeddings``, ``token_type_embeddings``, ``word_embeddings``, ``wpe`` and ``wte`` count as embeddings, and
-    each other weight of two dimensions as that of a linear layer. Weights of other shapes count only where ``kinds``
-    says what they are. Loading into the model refuses a layer of another kind; `merge_checkpoint` computes the same for
-    all that store (out, in).
+    each other weight of two dimensions as that of a linear layer. Loading into the model refuses a layer of another
+    kind; `merge_checkpoint` computes the same for all that store (out, in).
 
     Args:
         base: the checkpoint that the tuned one started from.
         tuned: the fine-tuned one, with the same names.
         out: the adapter, as in `save_adapter`.
         r: the largest rank that a layer gets: less where its weight has less.
-        targets: names or globs of layers, as in `inject_lora`; None for all whose weights have the same shape in both.
-            Those that are equal in both get no adapter.
+        targets: names or globs of layers; None for all whose weights have the same shape in both. Those that are equal
+            in both get no adapter.
         exclude: names or globs of layers that get none.
-        kinds: the kind of layer by name or glob, such as ``{"embed_tokens": "Embedding", "c_attn":
-            "TransposedLinear"}``; convolutions without groups can be stated too.
-        format, metadata: as in `save_adapter`.
+        kinds: the kind of layer by name or glob, such as ``{"c_attn": "TransposedLinear"}``; weights of more than two
+            dimensions, such as those of convolutions without groups, count only where it is stated.
+        format: as in `save_adapter`.
+        metadata: as in `save_adapter`.
         progress: called with the number of tensors that have been looked at, and of all, after each of them.
 
     Returns:
-        A report: ranks, the part of each layer's change that is lost, and the names of all other tensors that differ,
-        that one checkpoint lacks, or whose dtype cannot be read.
+        A report, which also names all other tensors that differ, that one checkpoint lacks, or that cannot be read.
 
     Raises:
-        ValueError: one error with every pattern that matches nothing, every target that is missing in the tuned
+        ValueError: one error with every pattern that matches nothing and every target that is missing in the tuned
             checkpoint or does not fit, or if no target differs. Nothing is written then.
         FileNotFoundError: if a checkpoint is not there.
         OSError: if a file of a checkpoint is replaced or written to meanwhile, or ``out`` cannot be written.

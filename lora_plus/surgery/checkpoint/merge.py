@@ -72,38 +72,29 @@ def merge_checkpoint(
     names: Names | None = None,
     progress: Progress | None = None,
 ) -> CheckpointReport:
-    """Write a checkpoint whose weights contain the adapters, as merging in the model and saving it would.
+    """Write a checkpoint whose weights contain the adapters, with the bits that `merge_lora` in the model would give.
 
-    A tensor that an adapter changes is computed in float32, or float64 where it or the adapter is, and rounded once.
-    All others are copied byte for byte. A few times the largest tensor is in memory. ``out`` appears whole or not at
-    all; what a killed run left beside it is cleared by the next one. Same input, same bytes.
-
-    Of a folder, shards, index, other files and subfolders are taken over. The report names what is not: hidden files
-    and folders, other files that hold weights or an adapter, because they would not be merged, and links that lead out
-    of the folder (those into the ``blobs`` of a model cache are followed) or to a folder. A module whose own forward
-    uses its weight in a way of its own cannot be known here; `merge_lora` finds out.
+    A changed tensor is computed in float32, or float64 where it or the adapter is, and rounded once; all others are
+    copied byte for byte. A few times the largest tensor is in memory. ``out`` appears whole or not at all; the next run
+    clears what a killed one left beside it. A module whose own forward does not use its weight as it is cannot be known
+    here; `merge_lora` finds out.
 
     Args:
-        base: a ``.safetensors`` file, or a folder with ``model.safetensors`` or with shards and their
-            index, such as ``model.safetensors.index.json``.
+        base: a ``.safetensors`` file, or a folder with ``model.safetensors``, or with shards and their index, whose
+            other files are taken over.
         adapter: a file or folder that `load_adapter` reads, or several, whose updates are added up.
         out: the new file or folder; a folder may be there if it is empty.
-        dtype: of the new checkpoint's tensors, those in float16, bfloat16, float32 and float64; None to keep each
-            one's. Other files, such as config.json, are not changed.
+        dtype: of the new checkpoint's floating-point tensors; None to keep each one's. Files such as config.json stay.
         weights: a factor for each adapter; 1 each if not given.
-        names: from the names of tensors in the adapter's model to those in the checkpoint: a mapping of prefixes, such
-            as ``{"model": ""}`` for ``model.layers.0.q.weight`` that is ``layers.0.q.weight`` here, or a function. None
-            for a new name leaves something out. In a file of kohya's the names are those of modules, with underscores.
+        names: from the names of tensors in the adapter's model to those in the checkpoint, as in `load_adapter`; such
+            as ``{"model": ""}`` for ``model.layers.0.q.weight`` that is ``layers.0.q.weight`` here. In a file of
+            kohya's the names are those of modules, with underscores.
         progress: called with the number of tensors that have been taken on, and of all.
 
-    Returns:
-        A report: which tensors, and how much of the update rounding to half precision lost.
-
     Raises:
-        ValueError: one error with everything that is wrong with the files, or does not fit. Nothing is written then.
-            Also if a new weight would not be finite, found while writing; then nothing stays.
-        FileNotFoundError, FileExistsError: if base or an adapter is not there, or ``out`` is, or appears
-            meanwhile.
+        ValueError: one error with everything that is wrong with the files or does not fit, or a new weight that is not
+            finite. Nothing stays then.
+        FileNotFoundError, FileExistsError: if base or an adapter is not there, or ``out`` is, or appears meanwhile.
         OSError: if a file of base is replaced or written to meanwhile, or ``out`` cannot be written; nothing stays.
     """
     base, out = stated(base), Path(os.path.abspath(stated(out)))
