@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import reduce
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from lora_plus.files.saved_adapter import SavedLayer, most_common
 from lora_plus.layers.base import BaseLayer
-from lora_plus.tensors.matrix import accumulation_dtype, matrix_shape
+from lora_plus.tensors.matrix import accumulation_dtype, joined_rows, matrix_shape
 from lora_plus.tensors.variant import AdapterSpec
 
 from .names import OUT_PROJECTION
@@ -63,21 +62,20 @@ def join_rows(blocks: Sequence[SavedLayer]) -> SavedLayer:
 
 def _joined_factors(blocks: Sequence[SavedLayer], scale: float) -> tuple[Tensor, Tensor]:
     """A and B of the whole weight under a scale; blocks that have the same A share it there."""
-    base = blocks[0].base
-    distinct: list[Tensor] = []
-    columns: list[int] = []
+    groups: list[list[SavedLayer]] = []
     for block in blocks:
-        A = block.tensors["lora_A"]
-        first = next((index for index, other in enumerate(distinct) if _same(A, other)), len(distinct))
-        distinct += [A] if first == len(distinct) else []
-        columns.append(sum(map(len, distinct[:first])))
-    scaled = [rescaled(block, scale) for block in blocks]
-    dtype = reduce(torch.promote_types, (B.dtype for B in scaled))
-    out_features = matrix_shape(base.layout, base.shape)[0]
-    joined = torch.zeros(out_features, sum(map(len, distinct)), dtype=dtype, device=scaled[0].device)
-    for block, B, column in zip(blocks, scaled, columns, strict=True):
-        joined[slice(*block.base.facts["rows"]), column : column + B.shape[1]] = B.to(dtype)
-    return torch.cat(distinct), joined
+        own = next((group for group in groups if _same(block.tensors["lora_A"], group[0].tensors["lora_A"])), None)
+        if own is None:
+            groups.append([block])
+        else:
+            own.append(block)
+    out_features = matrix_shape(blocks[0].base.layout, blocks[0].base.shape)[0]
+    joined = []
+    for group in groups:
+        parts = [(each.base.facts["rows"][0], each.tensors["lora_A"], rescaled(each, scale), 1.0) for each in group]
+        _, B = joined_rows(sorted(parts, key=lambda part: part[0]), out_features)
+        joined.append(B.unflatten(1, (len(group), -1)).sum(1))  # which have one A, so that theirs is one set of columns
+    return torch.cat([group[0].tensors["lora_A"] for group in groups]), torch.cat(joined, dim=1)
 
 
 def attention_to_peft(parts: Sequence[SavedLayer]) -> SavedLayer:

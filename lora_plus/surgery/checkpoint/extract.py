@@ -92,8 +92,6 @@ def extract_checkpoint(
     return draft.report(ignored=ignored)
 
 
-_KINDS = kinds_by_name()
-
 _USUAL_KINDS = dict.fromkeys(
     ("embed_tokens", "tok_embeddings", "token_type_embeddings", "word_embeddings", "wpe", "wte"), "Embedding"
 )
@@ -136,14 +134,15 @@ def _selected(
 
 def _layers(checkpoint: Checkpoint, kinds: Mapping[str, str]) -> dict[str, BaseLayer]:
     """The layers that a checkpoint may have, by name."""
-    unknown = sorted(set(kinds.values()) - _KINDS.keys())
+    by_name = kinds_by_name()
+    unknown = sorted(set(kinds.values()) - by_name.keys())
     if unknown:
-        raise ValueError(f"unknown kind of layer {unknown[0]!r}; choose one of {sorted(_KINDS)}")
+        raise ValueError(f"unknown kind of layer {unknown[0]!r}; choose one of {sorted(by_name)}")
     known = [(matcher(pattern), kind) for pattern, kind in (*kinds.items(), *_USUAL_KINDS.items())]
     found = {}
     for tensor, stored in checkpoint.tensors.items():
         owner, _, parameter = tensor.rpartition(".")
-        kind = _KINDS[next((kind for matches, kind in known if matches(owner, _NO_MODULE)), "Linear")]
+        kind = by_name[next((kind for matches, kind in known if matches(owner, _NO_MODULE)), "Linear")]
         layer = BaseLayer(kind.kind_name(), kind.layout, stored.shape)
         if parameter == "weight" and STORED.get(stored.dtype) in DTYPES and base_problem(layer) is None:
             found[owner] = layer
