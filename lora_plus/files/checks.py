@@ -15,7 +15,7 @@ from lora_plus.layers.kinds import DTYPES, kinds_by_name
 from lora_plus.model.places import PLACE_FINDERS
 from lora_plus.model.settings import LAYOUTS
 from lora_plus.tensors import matrix as functional
-from lora_plus.tensors.variant import VARIANTS, adapter_tensor_specs, only_adds
+from lora_plus.tensors.variant import adapter_tensor_specs, whole_only
 from lora_plus.text import join, parents
 
 from .saved_adapter import SavedAdapter, SavedLayer
@@ -103,11 +103,7 @@ def settings_problem(layer: SavedLayer) -> str | None:
     base, spec = layer.base, layer.spec
     if base.kind == PARAMETER and spec.dropout:
         return f"dropout {spec.dropout} has no input to act on where only a weight is read"
-    if base.rows is not None and VARIANTS[spec.variant].rescales:
-        return f"variant {spec.variant!r} rescales whole weights and cannot act on some rows of one"
-    if base.rows is not None and not only_adds(spec.variant):
-        return f"variant {spec.variant!r} is no plain sum and cannot act on some rows of a weight"
-    return None
+    return None if base.rows is None else whole_only(spec.variant)
 
 
 def row_problems(adapter: SavedAdapter) -> Iterator[str]:

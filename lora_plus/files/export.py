@@ -118,7 +118,7 @@ def _tied(model: nn.Module, data: SavedAdapter) -> dict[str, str]:
     names = dict[int, list[str]]()
     for name, weight in weights.items():
         names.setdefault(id(weight), []).append(name)
-    own = {path: layer.base.facts.get("parameter", join(path, "weight")) for path, layer in data.layers.items()}
+    own = {path: layer.base.weight_name(path) for path, layer in data.layers.items()}
     alike = {
         path: [name for name in names.get(id(weights.get(mine)), ()) if name != mine] for path, mine in own.items()
     }

@@ -199,7 +199,7 @@ class SavedTarget(Target):
     def outline(self, child: str = "") -> Outline:
         modules: dict[str, list[str]] = {}
         for name, layer in sorted(self.adapter.layers.items()):
-            owner, _, parameter = layer.base.facts.get("parameter", join(name, "weight")).rpartition(".")
+            owner, _, parameter = layer.base.weight_name(name).rpartition(".")
             held = modules.setdefault(owner, [])
             held += [] if parameter in held else [parameter]
         for name in [*modules, *self.adapter.trained]:

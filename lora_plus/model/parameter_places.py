@@ -25,7 +25,7 @@ from lora_plus.layers.site import AdapterSite, RowBlock
 from lora_plus.layers.weight import AdaptedWeight
 from lora_plus.tensors.distributed import whole, without_values
 from lora_plus.tensors.matrix import matrix_shape, to_matrix
-from lora_plus.tensors.variant import VARIANTS, AdapterSpec, only_adds
+from lora_plus.tensors.variant import AdapterSpec, whole_only
 from lora_plus.text import join
 
 from .parts import PARTS, Part
@@ -132,12 +132,8 @@ class RowsPlace(Place):
         return self.whole.refusal()
 
     def misfits(self, spec: AdapterSpec) -> str | None:
-        misfit = self.whole.misfits(spec)
-        if misfit is None and VARIANTS[spec.variant].rescales:
-            misfit = f"variant {spec.variant!r} rescales whole weights and cannot act on some rows of one; exclude it"
-        if misfit is None and not only_adds(spec.variant):
-            misfit = f"variant {spec.variant!r} is no plain sum and cannot act on some rows of a weight; exclude it"
-        return misfit
+        why = whole_only(spec.variant)
+        return self.whole.misfits(spec) or (f"{why}; exclude it" if why else None)
 
     def overlapped(self) -> str | None:
         weight = self.adapted()

@@ -191,6 +191,15 @@ def only_adds(variant: str) -> bool:
     return all(getattr(step, "__func__", None) is plain for step, plain in steps)
 
 
+def whole_only(variant: str) -> str | None:
+    """Why a variant cannot act on some rows of a weight; None if it can."""
+    if VARIANTS[variant].rescales:
+        return f"variant {variant!r} rescales whole weights and cannot act on some rows of one"
+    return (
+        None if only_adds(variant) else f"variant {variant!r} is no plain sum and cannot act on some rows of a weight"
+    )
+
+
 def adapter_tensor_specs(variant: str) -> dict[str, TensorSpec]:
     """The tensors that an adapter of a variant can have, by their names."""
     return {tensor.name: tensor for tensor in (*FACTORS, *VARIANTS[variant].tensors, *_TAKEN_OUT)}

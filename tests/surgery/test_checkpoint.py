@@ -664,7 +664,7 @@ def _put_index(folder: Path, **changes: Any) -> None:
         (lambda f: _put_index(f, **{"embed.weight": SHARDS[0]}), "'embed.weight' is in model-"),
         (lambda f: shutil.copy(f / SHARDS[0], f / WEIGHTS), "has both model.safetensors and"),
         (lambda f: (f / SHARDS[1]).unlink(), "model-00002-of-00003.safetensors is not"),
-        (lambda f: _put_index(f, **{"embed.weight": "\ud800.safetensors"}), r"got '\ud800.safetensors'"),
+        (lambda f: _put_index(f, **{"embed.weight": "\ud800.safetensors"}), "half of a pair of surrogates"),
         (lambda f: _put_index(f, **{"embed.weight": ""}), "got ''"),
         (lambda f: os.truncate(f / "model-00002-of-00003.safetensors", 300), "is not a whole safetensors file"),
         (lambda f: shutil.copy(f / SHARDS[0], f / SHARDS[1]),

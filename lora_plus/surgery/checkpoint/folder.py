@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from lora_plus.errors import Problems
 from lora_plus.files.atomic import flush, publish, workspace
+from lora_plus.files.json_text import parsed, read_text
 from lora_plus.files.paths import irregular
 from lora_plus.files.tensor_file import StoredTensor, TensorFile
 
@@ -93,9 +93,9 @@ class Checkpoint:
             problems.append(f"{self.index_name} is {what}")
             return []
         try:
-            self.index_text = (self.folder / self.index_name).read_bytes().decode("utf-8")
-            index = json.loads(self.index_text)
-        except (ValueError, OSError, RecursionError) as error:
+            self.index_text = read_text(self.folder / self.index_name)
+            index = parsed(self.index_text)
+        except (ValueError, OSError) as error:
             problems.append(f"{self.index_name} is not valid JSON: {error}")
             return []
         found = index.get("weight_map") if isinstance(index, dict) else None
@@ -120,10 +120,9 @@ class Checkpoint:
 
     def config(self) -> dict[str, Any]:
         """What ``config.json`` says; nothing where there is none that can be read."""
-        path = self.folder / "config.json"
         try:
-            config = json.loads(path.read_text(encoding="utf-8")) if not self.single and path.is_file() else {}
-        except (ValueError, OSError, RecursionError):
+            config = {} if self.single else parsed(read_text(self.folder / "config.json"))
+        except (ValueError, OSError):
             return {}
         return config if isinstance(config, dict) else {}
 

@@ -18,6 +18,7 @@ from lora_plus.files.tensor_file import DTYPES as STORED
 from lora_plus.files.tensor_file import StoredTensor, equal_in_dtype, read, read_all
 from lora_plus.layers.base import BaseLayer
 from lora_plus.layers.kinds import DTYPES
+from lora_plus.model.places import rows_overlap
 from lora_plus.tensors.matrix import joined_rows, matrix_shape
 from lora_plus.tensors.merged import Summand
 from lora_plus.tensors.variant import VARIANTS
@@ -161,7 +162,7 @@ class Plan:
         if change.updates and change.layout != base.layout:
             yield f"layout {base.layout!r}, and another adapter says {change.layout!r} of {target!r}"
         own = change.updates.setdefault(adapter, [])
-        if any(_overlap(base.rows, other.base.rows) for other in own):
+        if any(rows_overlap(base.rows, other.base.rows) for other in own):
             yield f"it changes rows of {target!r} that another layer of the same adapter changes too"
         if VARIANTS[variant].rescales and factor != 1:
             yield f"weight {factor:g}: {_NO_SUM}"
@@ -245,7 +246,3 @@ def _implied_shape(layer: SavedLayer) -> Shape | None:
     """The shape of a linear layer's weight that A and B fit."""
     A, B = _factors(layer)
     return (B.shape[0], A.shape[1]) if A.ndim == B.ndim == 2 else None
-
-
-def _overlap(one: tuple[int, int] | None, other: tuple[int, int] | None) -> bool:
-    return one is None or other is None or (one[0] < other[1] and other[0] < one[1])
