@@ -84,21 +84,22 @@ STORES: dict[str, Store] = {
 }
 
 
-def store_of_weight(weight: object) -> str | None:
+def _name_of(weight: object) -> str | None:
     """The name in `STORES` of the way in which a weight is stored; None for plain numbers, and what is no weight."""
     if type(weight) is nn.Parameter or not isinstance(weight, Tensor):
         return None
     return next((name for name, store in STORES.items() if store.holds(weight)), None)
 
 
-def _store_of(layer: nn.Module) -> Store | None:
-    name = store_of_weight(getattr(layer, "weight", None))
-    return None if name is None else STORES[name]
+def _store_of(layer: nn.Module) -> Store:
+    name = _name_of(layer.weight)
+    assert name is not None
+    return STORES[name]
 
 
 def _why_no_numbers(weight: Tensor) -> str | None:
-    store = store_of_weight(weight)
-    return None if store is None else f"quantized ({store})"
+    name = _name_of(weight)
+    return None if name is None else f"quantized ({name})"
 
 
 FORMS.append(_why_no_numbers)
@@ -112,12 +113,11 @@ class LoRAQuantizedLinear(LoRALinear):
 
     @classmethod
     def fits(cls, module: nn.Module) -> bool:
-        return type(getattr(module, "weight", None)) is not nn.Parameter and _store_of(module) is not None
+        return _name_of(getattr(module, "weight", None)) is not None
 
     @classmethod
     def unfit(cls, layer: nn.Module) -> str | None:
-        store = _store_of(layer)
-        if store is not None and not store.is_ready(layer):
+        if not _store_of(layer).is_ready(layer):
             return f"{type(layer).__name__} whose weight is not quantized yet; move the model to its device first"
         return super().unfit(layer)
 
@@ -137,9 +137,8 @@ class LoRAQuantizedLinear(LoRALinear):
         """None: the packages' forwards are known."""
 
     def dense_weight(self) -> tuple[Tensor, torch.dtype]:
-        store, dense = _store_of(self), _dense_weight(self)
-        assert store is not None
-        return dense, store.dtype(self, dense)
+        dense = _dense_weight(self)
+        return dense, _store_of(self).dtype(self, dense)
 
     def base_forward(self, *args: Any, **kwargs: Any) -> Tensor:
         y = super().base_forward(*args, **kwargs)
@@ -152,7 +151,7 @@ class LoRAQuantizedLinear(LoRALinear):
     def restore(self) -> nn.Module:
         """As for other layers; with a merged weight, which is plain numbers, it becomes an ``nn.Linear``."""
         merged = self.lora_merge is not None and bool(self.lora_merge.adapters)
-        store = store_of_weight(self.own_weight()) if merged else None
+        store = _name_of(self.own_weight()) if merged else None
         plain = super().restore()
         if store is not None:
             _make_dense(cast(nn.Linear, plain), store)
@@ -161,10 +160,8 @@ class LoRAQuantizedLinear(LoRALinear):
 
 def _dense_weight(layer: nn.Module) -> Tensor:
     """The weight ``(out, in)`` that a quantized linear layer computes with, detached."""
-    store = _store_of(layer)
-    assert store is not None
     with torch.no_grad():
-        return store.dense(layer).detach()
+        return _store_of(layer).dense(layer).detach()
 
 
 def _make_dense(layer: nn.Linear, store: str) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lora_plus.layers.adapter import check_adapter_name
 from lora_plus.layers.base import BaseLayer
-from lora_plus.layers.quantized import store_of_weight
+from lora_plus.layers.kinds import why_no_numbers
 from lora_plus.model.inject import attach, check_selection
 from lora_plus.model.patterns import Pattern
 from lora_plus.model.places import Place
@@ -151,8 +151,8 @@ def _no_counterpart(name: str, base: BaseLayer, state: Mapping[str, Tensor]) -> 
     tensor = state.get(name)
     if tensor is None:
         return f"{name!r} is not in the tuned model{near_misses(name, state)}"
-    if store_of_weight(tensor) is not None or not tensor.is_floating_point():
-        return f"{name!r} of the tuned model is {store_of_weight(tensor) or tensor.dtype}, expected plain numbers"
+    if why_no_numbers(tensor) is not None or not tensor.is_floating_point():
+        return f"{name!r} of the tuned model is {why_no_numbers(tensor) or tensor.dtype}, expected plain numbers"
     if tuple(tensor.shape) != base.shape:
         return f"{name!r} has shape {tuple(tensor.shape)} in the tuned model, {base.shape} here"
     return None
@@ -169,7 +169,7 @@ def _differing(places: Sequence[Place], ours: Mapping[str, Tensor], theirs: Mapp
         if any(base.rows is None for base in here):
             continue
         mine = ours.get(name)
-        if mine is None or mine.shape != tensor.shape or store_of_weight(mine) or store_of_weight(tensor):
+        if mine is None or mine.shape != tensor.shape or why_no_numbers(mine) or why_no_numbers(tensor):
             yield name
             continue
         changed = mine != tensor.to(mine.device)
