@@ -95,8 +95,14 @@ def _entered(shared: type[_LoRAConv], base_class: type[nn.Module], axes: str) ->
 
 
 LoRAConv1d = _entered(_LoRAConv, nn.Conv1d, "k")
+"""``nn.Conv1d`` with adapters."""
 LoRAConv2d = _entered(_LoRAConv, nn.Conv2d, "h w")
+"""``nn.Conv2d`` with adapters."""
 LoRAConv3d = _entered(_LoRAConv, nn.Conv3d, "d h w")
+"""``nn.Conv3d`` with adapters."""
 LoRAConvTranspose1d = _entered(_LoRAConvTranspose, nn.ConvTranspose1d, "k")
+"""``nn.ConvTranspose1d`` with adapters."""
 LoRAConvTranspose2d = _entered(_LoRAConvTranspose, nn.ConvTranspose2d, "h w")
+"""``nn.ConvTranspose2d`` with adapters."""
 LoRAConvTranspose3d = _entered(_LoRAConvTranspose, nn.ConvTranspose3d, "d h w")
+"""``nn.ConvTranspose3d`` with adapters."""
