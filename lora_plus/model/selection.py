@@ -54,6 +54,7 @@ class Selection:
         loose = [place for place in self._parameters.things if id(place) in kept] if self._has_parameters else []
         places = [*(place for place in self._places.things if id(place) in kept), *loose]
         self._check(places)
+        self._complete = not self._problems
         specs = self._specs(places) if targets.ranks or targets.alphas else [targets.spec] * len(places)
         if targets.layouts:
             self._by_place("layouts", targets.layouts, loose)
@@ -171,11 +172,10 @@ class Selection:
     def _by_place(self, setting: str, patterns: Mapping[Any, Any], places: list[Place]) -> dict[Any, Any]:
         """By the key of a place its value. A place that two patterns match is a problem, and a pattern without any."""
         named = _named(places)
-        complete = not self._problems
         values: dict[Any, tuple[Any, Any]] = {}
         for pattern, value in patterns.items():
             hits = named.matching(pattern)
-            if not hits and complete:
+            if not hits and self._complete:  # where places are missing, more patterns match none
                 self._nothing(setting, pattern, "adapted layer", named)
             for place in hits:
                 other, _ = values.setdefault(place.key, (pattern, value))

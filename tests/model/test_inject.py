@@ -149,6 +149,9 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
      "'blocks.0.q' is both a target and trained in full by train_also; add it to exclude"),
     ({"targets": ["q"], "train_also": ["mlp.1"]}, ValueError, "train_also: 'blocks.0.mlp.1' (GELU) has no parameter"),
     ({"targets": ["q"], "rank_pattern": {"v": 2}}, ValueError, "rank_pattern 'v' matches no adapted layer"),
+    ({"targets": ["q"], "rank_pattern": {"v": 2, "k": 3}, "alpha_pattern": {"w": 2}}, ValueError,
+     "rank_pattern 'v' matches no adapted layer\n  rank_pattern 'k' matches no adapted layer\n"
+     "  alpha_pattern 'w' matches no adapted layer"),
     ({"targets": ["q"], "rank_pattern": {"0.q": 2, "q": 3}}, ValueError,
      "rank_pattern: '0.q' and 'q' both match 'blocks.0.q'"),
     ({"targets": ["q"], "alpha_pattern": {"0.q": 2, "blocks.*": 2}}, ValueError, "alpha_pattern: '0.q' and 'blocks.*'"),
