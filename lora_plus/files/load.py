@@ -146,11 +146,7 @@ def _attach(state: State, adapter: str, fitted: _Fitted, *, trainable: bool) -> 
 
 
 def _placed(model: nn.Module, adapter: str) -> dict[Any, tuple[Place, Adapter]]:
-    return {
-        place.key: (place, site.lora_adapters[adapter])
-        for place, site in adapted_places(model)
-        if adapter in site.lora_adapters
-    }
+    return {place.key: (place, each) for place, each in adapted_places(model, adapter)}
 
 
 def _differences(model: nn.Module, adapter: str, data: SavedAdapter, places: Mapping[str, Place]) -> list[str]:

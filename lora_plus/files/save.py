@@ -148,13 +148,11 @@ def describe(model: nn.Module, adapter: str, metadata: Mapping[str, str] | None 
     """One adapter of a model as plain data. Sharded tensors are gathered, so every rank must call this."""
     state = require(model, "saving an adapter", Need.TRAINED, adapters=[adapter])
     storage, layers = state.storage, {}
-    for place, site in adapted_places(model):
-        if adapter in site.lora_adapters:
-            spec, tensors = site.lora_adapters[adapter].as_saved(storage.read)
-            base = place.base()
-            if storage.flat:
-                base = replace(base, shape=storage.shape(place.stored()))
-            layers[place.name] = SavedLayer(base, spec, tensors)
+    for place, each in adapted_places(model, adapter):
+        base = place.base()
+        if storage.flat:
+            base = replace(base, shape=storage.shape(place.stored()))
+        layers[place.name] = SavedLayer(base, *each.as_saved(storage.read))
     found = list(state.trained(adapter))
     inside = {id(child) for _, module, _ in found for child in module.modules() if child is not module}
     trained = {

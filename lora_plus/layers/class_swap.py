@@ -55,7 +55,7 @@ class SwappedModule(nn.Module):
         """Drop all that the plain module does not have."""
         raise NotImplementedError
 
-    def drop(self, adapter: str) -> None:
+    def drop_everywhere(self, adapter: str) -> None:
         """Drop one adapter, if it is here; become plain again with the last one."""
         raise NotImplementedError
 

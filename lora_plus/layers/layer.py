@@ -165,7 +165,7 @@ class LoRALayer(AssignedForward, AdaptedWeight):
         if state["lora_base_forward"] is not None:
             self.__dict__["forward"] = state["lora_base_forward"]
 
-    def drop(self, adapter: str) -> None:
+    def drop_everywhere(self, adapter: str) -> None:
         if adapter in self.adapter_names():
             self.delete_adapter(adapter)
         if not self.adapter_names():

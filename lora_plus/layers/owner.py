@@ -53,7 +53,7 @@ class LoRAOwner(SwappedModule):
             self._parameters[name] = holder.weight
         del self._modules[HOLDERS], self._modules[BASE]
 
-    def drop(self, adapter: str) -> None:
+    def drop_everywhere(self, adapter: str) -> None:
         holders = parameter_holders(self)
         for holder in holders.values():
             if adapter in holder.adapter_names():

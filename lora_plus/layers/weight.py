@@ -118,7 +118,7 @@ class AdaptedWeight(AdapterSite):
         """The names of the adapters that take part in the forward, in the order in which they are applied."""
         return [adapter.name for adapter in self.lora_active]
 
-    def adapter(self, name: str) -> ActiveAdapter:
+    def adapter_named(self, name: str) -> ActiveAdapter:
         """One adapter of the whole weight; those of row blocks are put together to one."""
         if name in self.lora_adapters:
             return self.lora_adapters[name]
@@ -167,7 +167,7 @@ class AdaptedWeight(AdapterSite):
             ValueError: if they have no agreed sum.
         """
         there = self.adapter_names()
-        adapters = [self.adapter(name) for name in dict.fromkeys(names) if name in there]
+        adapters = [self.adapter_named(name) for name in dict.fromkeys(names) if name in there]
         if len(adapters) < 2:
             return tuple(adapters)
         rescaling = [adapter for adapter in adapters if adapter.variant.rescales]
@@ -341,7 +341,7 @@ class AdaptedWeight(AdapterSite):
         for site in self.adapter_sites():
             own = {name: replace(adapter, modules=site._modules) for name, adapter in site.lora_adapters.items()}
             site.__dict__["lora_adapters"] = own
-        self.__dict__["lora_active"] = tuple(map(self.adapter, active))
+        self.__dict__["lora_active"] = tuple(map(self.adapter_named, active))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

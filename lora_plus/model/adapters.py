@@ -138,17 +138,16 @@ def add_adapter(
     given = {"r": r, "alpha": alpha, "dropout": dropout, "scaling": scaling, "variant": variant}
     changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     chosen = [
-        (place, site, replace(site.lora_adapters[like].spec, **changes))
-        for place, site in adapted_places(model)
-        if like in site.lora_adapters
+        (place, other.tensors()["lora_A"].dtype, replace(other.spec, **changes))
+        for place, other in adapted_places(model, like)
     ]
     misfits = [f"{place.name!r}: {why}" for place, _, spec in chosen if (why := place.misfits(spec)) is not None]
     if misfits:
         raise Problems(f"no adapter like {like!r} with these settings was added, because of", misfits)
     prepared = []
     with state.storage.outlined():
-        for place, site, spec in chosen:
-            own = start if dtype is not None else replace(start, dtype=site.lora_A[like].dtype)
+        for place, like_dtype, spec in chosen:
+            own = start if dtype is not None else replace(start, dtype=like_dtype)
             prepared.append((place, spec, place.new_tensors(state.storage, spec, own)))
         attach(state, adapter, prepared)
     return model
@@ -190,7 +189,7 @@ def delete_adapter(model: nn.Module, adapter: str) -> None:
     modules = [module for _, module in state.modules]
     for module in modules:
         if isinstance(module, SwappedModule):
-            module.drop(adapter)
+            module.drop_everywhere(adapter)
     if not any(adapters_of(model)):
         resume_nesting(modules)
         restore_requires_grad(modules)

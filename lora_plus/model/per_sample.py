@@ -162,7 +162,7 @@ class SampleAdapters:
 
     def __init__(self, weight: AdaptedWeight, path: str, grouping: Grouping) -> None:
         self.path, self.grouping = path, grouping
-        self.adapters = {name: weight.adapter(name).unweighted() for name in grouping.adapters}
+        self.adapters = {name: weight.adapter_named(name).unweighted() for name in grouping.adapters}
         specs = [adapter.spec for adapter in self.adapters.values()]
         self.dropouts = {spec.dropout for spec in specs}
         self.only_sums = all(only_adds(spec.variant) for spec in specs)

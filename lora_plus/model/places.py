@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from lora_plus.layers.adapter import Adapter
 from lora_plus.layers.base import BaseLayer
 from lora_plus.layers.class_swap import SwappedModule
 from lora_plus.layers.kinds import lora_class, why_unsupported
@@ -273,18 +274,20 @@ def find_parameters(found: Mapping[int, NamedModule], layouts: Layouts = lambda 
     ]
 
 
-def adapted_places(model: nn.Module) -> Iterator[tuple[Place, AdapterSite]]:
-    """The places of a model that have adapters, with what holds these."""
+def adapted_places(model: nn.Module, name: str | None = None) -> Iterator[tuple[Place, Adapter]]:
+    """The adapters of a model, all or those of a name, with their places."""
     modules: dict[str, nn.Module] = {}
     for path, module in named_modules(model):
         modules[path] = module
         if isinstance(module, AdaptedWeight):
             owner_name = owner_path(path, module)
             for site in module.adapter_sites():
-                if site.lora_adapters:
+                adapters = [each for each in site.lora_adapters.values() if name is None or each.name == name]
+                if adapters:
                     found = (f.adapted(site, module, modules[owner_name], owner_name) for f in PLACE_FINDERS)
                     other = next((place for place in found if place is not None), None)
-                    yield other or LayerPlace(module, [owner_name]), site
+                    place = other or LayerPlace(module, [owner_name])
+                    yield from ((place, adapter) for adapter in adapters)
 
 
 def overlaps(places: Iterable[Place]) -> list[str]:

@@ -48,11 +48,7 @@ def resize_adapter(
     """
     check_count("r", r)
     require(model, "resizing an adapter", Need.GROWABLE | Need.WHOLE, adapters=[adapter])
-    placed = {
-        place.name: (place, site.lora_adapters[adapter])
-        for place, site in adapted_places(model)
-        if adapter in site.lora_adapters
-    }
+    placed = {place.name: (place, each) for place, each in adapted_places(model, adapter)}
     draft = Draft(f"adapter {adapter!r} cannot be resized; it is unchanged")
     owners = {name: place.owner for name, (place, _) in placed.items()}
     holes = {name: owner.no_update(owner) for name, owner in owners.items() if isinstance(owner, LoRALayer)}

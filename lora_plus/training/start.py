@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_plus.errors import Problems
-from lora_plus.layers.site import AdapterSite
+from lora_plus.layers.adapter import Adapter
 from lora_plus.model.dry_run import left_as_it_was
 from lora_plus.model.places import Place, adapted_places
 from lora_plus.model.state import Need, require
@@ -55,13 +55,11 @@ def reset_lora_parameters(
     storage = require(model, "resetting an adapter", needs, adapters=[adapter]).storage
     start = Start(init, None, generator)
     prepared = []
-    for place, site in adapted_places(model):
-        if adapter in site.lora_adapters:
-            held = site.lora_adapters[adapter]
-            with storage.gathered([place.stored()]):
-                fresh = place.new_tensors(storage, held.spec, start)
-            held.check_refill(fresh, init)
-            prepared.append((held, fresh))
+    for place, held in adapted_places(model, adapter):
+        with storage.gathered([place.stored()]):
+            fresh = place.new_tensors(storage, held.spec, start)
+        held.check_refill(fresh, init)
+        prepared.append((held, fresh))
     for held, fresh in prepared:
         with storage.gathered(held.tensors().values(), write=True):
             held.refill(fresh)
@@ -104,10 +102,10 @@ def init_from_gradients(
         )
     model = unwrap(model)
     require(model, "starting an adapter from gradients", Need.WHOLE | Need.CHANGEABLE, adapters=[adapter])
-    sites = [(place, site) for place, site in adapted_places(model) if adapter in site.lora_adapters]
+    placed = list(adapted_places(model, adapter))
     failure = f"adapter {adapter!r} cannot start from gradients; it is unchanged"
-    _check(failure, sites, lambda place, site: _unsuitable(place, site, adapter))
-    weights = {id(place.stored()): place.stored() for place, _ in sites}
+    _check(failure, placed, _unsuitable)
+    weights = {id(place.stored()): place.stored() for place, _ in placed}
     count = 0
     with left_as_it_was(model), _differentiable(weights.values()), torch.enable_grad():
         for batch in batches:
@@ -117,13 +115,14 @@ def init_from_gradients(
         gradients = {key: weight.grad for key, weight in weights.items()}
     if not count:
         raise ValueError("no batch given; pass at least one")
-    _check(failure, sites, lambda place, _: _useless(gradients[id(place.stored())]))
+    _check(failure, placed, lambda place, _: _useless(gradients[id(place.stored())]))
     with torch.no_grad():
-        for place, site in sites:
+        for place, each in placed:
             gradient = gradients[id(place.stored())]
             assert gradient is not None
-            A = site.lora_A[adapter]
-            rows = _top_directions(_matrix(gradient, place, site), A.shape[-2])
+            A = each.tensors()["lora_A"]
+            matrix = place.part_of(functional.to_matrix(gradient, place.base().layout))
+            rows = _top_directions(matrix, A.shape[-2])
             A[..., : rows.shape[-2], :] = rows / math.sqrt(3)
 
 
@@ -133,13 +132,9 @@ def _top_directions(gradient: Tensor, r: int) -> Tensor:
         return truncated(gradient.to(functional.accumulation_dtype(gradient.dtype)), r).A
 
 
-def _matrix(gradient: Tensor, place: Place, site: AdapterSite) -> Tensor:
-    return place.part_of(functional.to_matrix(gradient, place.base().layout))
-
-
-def _unsuitable(place: Place, site: AdapterSite, adapter: str) -> str | None:
+def _unsuitable(place: Place, adapter: Adapter) -> str | None:
     """Why the gradient by this weight cannot be had, or not be used; None if it can."""
-    weight, B = place.stored(), site.lora_B[adapter]
+    weight, B = place.stored(), adapter.tensors()["lora_B"]
     reasons = {
         "its weight has no values (meta device); load them first": weight.is_meta,
         "it is sharded; do this before the model is sharded": is_dtensor(weight),
@@ -158,10 +153,8 @@ def _useless(gradient: Tensor | None) -> str | None:
     return None if bool(gradient.isfinite().all()) else "its gradient is not finite"
 
 
-def _check(
-    failure: str, sites: list[tuple[Place, AdapterSite]], wrong: Callable[[Place, AdapterSite], str | None]
-) -> None:
-    problems = [f"{place.name!r}: {why}" for place, site in sites if (why := wrong(place, site)) is not None]
+def _check(failure: str, placed: list[tuple[Place, Adapter]], wrong: Callable[[Place, Adapter], str | None]) -> None:
+    problems = [f"{place.name!r}: {why}" for place, each in placed if (why := wrong(place, each)) is not None]
     if problems:
         raise Problems(failure, problems)
 

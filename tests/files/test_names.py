@@ -180,7 +180,7 @@ def test_a_checkpoint_is_told_the_same(format: str, tmp_path: Path) -> None:
     model = small("a", "b").double()
     lora_plus.inject_lora(model, ["a", "b"], r=1, train_also=[], dtype=torch.float64)
     lora_plus.save_adapter(randomise(model), path)
-    adapter = model["a"].adapter("default")
+    adapter = model["a"].adapter_named("default")
     (A, B), scale = adapter.factors(), adapter.scale
     tensors = {"alpha.weight": torch.eye(4, dtype=torch.float64)}
     save_file(tensors, base)

@@ -220,7 +220,7 @@ def test_rows_of_one_weight_with_different_dropout_are_not_loaded(tmp_path: Path
     file.document["layers"]["linear.q"]["dropout"] = 0.9
     path.write_bytes(file.bytes())
     loaded = lora_plus.load_adapter(net(), path)
-    assert loaded.linear.adapter("default").spec.dropout == 0.9
+    assert loaded.linear.adapter_named("default").spec.dropout == 0.9
 
 
 def test_a_layout_that_does_not_fit_the_parameter_is_named() -> None:

@@ -303,7 +303,7 @@ def test_two_adapters_on_rows_of_one_weight(tmp_path: Path) -> None:
         adapted = lora_plus.inject_lora(nn.Sequential(nn.Linear(6, 12)).double(), ["0"], r=2, fused={"0": names})
         randomise(adapted, seed)
         lora_plus.save_adapter(adapted, tmp_path / f"{seed}.safetensors")
-        adapter = adapted[0].adapter("default")
+        adapter = adapted[0].adapter_named("default")
         (A, B), scale = adapter.factors(), adapter.scale
         wanted += (seed + 1) * scale * (B @ A).detach()
     paths = [tmp_path / f"{seed}.safetensors" for seed in (0, 1)]

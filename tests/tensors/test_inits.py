@@ -208,7 +208,7 @@ def test_blocks_of_rows_and_stacks_start_from_their_own_part() -> None:
     lp.inject_lora(model, ["qkv.q", "qkv.v"], fused={"qkv": ["q", "k", "v"]}, r=2, init="pissa")
     torch.testing.assert_close(model["qkv"](x), wanted, rtol=1e-12, atol=1e-12)
     randomise(model)
-    adapter = model["qkv"].adapter("default")
+    adapter = model["qkv"].adapter_named("default")
     (A, B), scale = adapter.factors(), adapter.scale
     torch.testing.assert_close(model["qkv"](x), wanted + scale * x @ A.T @ B.T, rtol=1e-12, atol=1e-12)
 
