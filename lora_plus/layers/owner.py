@@ -19,8 +19,7 @@ from .calls import Calls
 from .class_swap import SwappedModule, derived_class, swap_class
 from .parameter import LoRAParameter
 from .shallow_copy import shallow_copy
-from .site import BaseParameters
-from .weight import Holders
+from .site import BaseParameters, Holders
 
 if TYPE_CHECKING:
     from typing_extensions import Self

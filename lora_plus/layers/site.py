@@ -91,6 +91,10 @@ class RowBlock(AdapterSite):
         return f"rows={self.rows[0]}:{self.rows[1]}, {super().extra_repr()}"
 
 
+class Holders(nn.Module):
+    """Holds, inside of a module of the model, what has adapters of blocks of rows or of parameters."""
+
+
 class BaseParameters(nn.Module):
     """The adapted parameters of a module themselves, under the names that they had there.
 

@@ -15,16 +15,12 @@ from lora_plus.tensors.merged import joined
 
 from .adapter import ActiveAdapter, RowsAdapter, summands
 from .merged import Key, Merge, Slot
-from .site import AdapterSite, RowBlock
+from .site import AdapterSite, Holders, RowBlock
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 BLOCKS = "lora_blocks"
-
-
-class Holders(nn.Module):
-    """Holds, inside of a module of the model, what has adapters of blocks of rows or of parameters."""
 
 
 class Override(Protocol):

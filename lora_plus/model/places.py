@@ -15,8 +15,8 @@ from lora_plus.layers.base import BaseLayer
 from lora_plus.layers.class_swap import SwappedModule
 from lora_plus.layers.kinds import lora_class, why_unsupported
 from lora_plus.layers.layer import LoRALayer
-from lora_plus.layers.site import AdapterSite, RowBlock
-from lora_plus.layers.weight import AdaptedWeight, Holders
+from lora_plus.layers.site import AdapterSite, Holders, RowBlock
+from lora_plus.layers.weight import AdaptedWeight
 from lora_plus.tensors.distributed import whole, without_values
 from lora_plus.tensors.init import Start
 from lora_plus.tensors.variant import VARIANTS, AdapterSpec
