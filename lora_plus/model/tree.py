@@ -36,24 +36,25 @@ def walk(model: nn.Module, *, every_name: bool = False) -> Walk:
     """
     check_model(model)
     found = Walk([], [])
-    seen: set[int] = set()
+    _visit("", model, found, None if every_name else set())
+    return found
 
-    def visit(name: str, module: nn.Module) -> None:
-        if not every_name and id(module) in seen:
+
+def _visit(name: str, module: nn.Module, found: Walk, seen: set[int] | None) -> None:
+    """Walk on from a module. A function inside of `walk` would keep the modules until garbage is collected."""
+    if seen is not None:
+        if id(module) in seen:
             return
         seen.add(id(module))
-        wrapper = wrapper_of(module)
-        if wrapper is not None:
-            found.wrappers.append(wrapper)
-            visit(name, module._modules[wrapper.child])  # type: ignore[arg-type]
-            return
-        found.modules.append((name, module))
-        for key, child in module._modules.items():
-            if child is not None and not isinstance(child, (AdapterTensors, BaseParameters)):
-                visit(f"{name}.{key}" if name else key, child)
-
-    visit("", model)
-    return found
+    wrapper = wrapper_of(module)
+    if wrapper is not None:
+        found.wrappers.append(wrapper)
+        _visit(name, module._modules[wrapper.child], found, seen)  # type: ignore[arg-type]
+        return
+    found.modules.append((name, module))
+    for key, child in module._modules.items():
+        if child is not None and not isinstance(child, (AdapterTensors, BaseParameters)):
+            _visit(f"{name}.{key}" if name else key, child, found, seen)
 
 
 def named_modules(model: nn.Module, *, every_name: bool = False) -> list[tuple[str, nn.Module]]:

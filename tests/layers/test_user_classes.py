@@ -1,4 +1,4 @@
-"""A user's class is let go with its models, whatever was made of it."""
+"""A model is let go when nothing refers to it, and a user's class with its models, whatever was made of it."""
 
 from __future__ import annotations
 
@@ -53,6 +53,22 @@ def test_a_class_is_let_go(make: Callable[[], nn.Module], targets: list[str], en
     for _ in range(2):  # what was made of the class goes first
         gc.collect()
     assert kind() is None
+
+
+@pytest.mark.parametrize(("make", "targets"), CASES.values(), ids=CASES)
+def test_a_model_is_let_go_at_once(make: Callable[[], nn.Module], targets: list[str]) -> None:
+    make()  # a class is in a cycle with itself
+    gc.collect()
+    gc.disable()
+    try:
+        model = lora_plus.inject_lora(nn.Sequential(make()), targets, r=2)
+        lora_plus.loraplus_param_groups(model, lr=1e-3)
+        lora_plus.merge_lora(model)
+        module = weakref.ref(model[0])
+        del model
+        assert module() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize(("make", "targets"), CASES.values(), ids=CASES)
