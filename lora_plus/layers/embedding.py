@@ -47,7 +47,7 @@ class LoRAEmbedding(LoRALayer, nn.Embedding):
         return f"{type(layer).__name__} with max_norm and a forward of its own, which would see rows of any norm"
 
     @classmethod
-    def no_update(cls, layer: nn.Module) -> int | None:
+    def frozen_column(cls, layer: nn.Module) -> int | None:
         return layer.padding_idx if isinstance(layer.padding_idx, int) else None
 
     @classmethod

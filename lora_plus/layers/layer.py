@@ -96,8 +96,8 @@ class LoRALayer(AssignedForward, AdaptedWeight):
         return tuple(weight.shape)
 
     @classmethod
-    def no_update(cls, layer: nn.Module) -> int | None:
-        """The column of A that gets no update at the start, if there is one."""
+    def frozen_column(cls, layer: nn.Module) -> int | None:
+        """The column of A that starts at zero and stays so, if there is one."""
         return None
 
     @classmethod
@@ -131,7 +131,7 @@ class LoRALayer(AssignedForward, AdaptedWeight):
         spec = AdapterSpec(r=r, alpha=alpha, scaling=scaling, variant=variant, dropout=dropout)
         start = Start(init, generator=generator)
         matrix = self.matrix_of(self, values=start.needs_values(spec))
-        tensors = start.tensors(matrix, spec, no_update=self.no_update(self))
+        tensors = start.tensors(matrix, spec, frozen_column=self.frozen_column(self))
         self.begin()
         set_requires_grad([self], False)
         keep_out_of_fused_kernels(self)

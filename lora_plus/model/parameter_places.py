@@ -158,8 +158,8 @@ class RowsPlace(Place):
         assert self.rows is not None
         return matrix[self.rows[0] : self.rows[1]]
 
-    def no_update(self) -> int | None:
-        return self.whole.no_update()
+    def frozen_column(self) -> int | None:
+        return self.whole.frozen_column()
 
     def check_adoptable(self) -> None:
         self.whole.check_adoptable()

@@ -120,10 +120,10 @@ class Grouping(NamedTuple):
     """The samples that have an adapter; None if all have one."""
     which: Tensor | None
     """For each of these, the position of its adapter; None if they lie in the adapters' order, as many for each."""
-    parts: tuple[tuple[str | None, Tensor], ...]
+    groups: tuple[tuple[str | None, Tensor], ...]
     """The samples of each adapter, and those that have none."""
     back: Tensor
-    """The position of each sample in the parts, one after the other."""
+    """The position of each sample in the groups, one after the other."""
 
 
 def group_samples(names: Sequence[str | None], order: Sequence[str], device: torch.device) -> Grouping:
@@ -140,14 +140,14 @@ def group_samples(names: Sequence[str | None], order: Sequence[str], device: tor
     which = [position[name] for name in names if name is not None]
     in_order = [n for n in range(len(adapters)) for _ in range(len(which) // len(adapters))]
     there = {name: own for name, own in samples.items() if own}
-    in_parts = [sample for own in there.values() for sample in own]
+    in_groups = [sample for own in there.values() for sample in own]
     return Grouping(
         len(names),
         adapters,
         index([sample for sample, name in enumerate(names) if name is not None]) if samples[None] else None,
         None if which == in_order else index(which),
         tuple((name, index(own)) for name, own in there.items()),
-        index(sorted(range(len(names)), key=in_parts.__getitem__)),
+        index(sorted(range(len(names)), key=in_groups.__getitem__)),
     )
 
 
@@ -174,15 +174,15 @@ class SampleAdapters:
         Raises:
             ValueError: if the first dimensions are not the batch, or the layer is cut by tensor parallelism.
         """
-        size, parts = self.grouping.size, self.grouping.parts
+        size, groups = self.grouping.size, self.grouping.groups
         if y.ndim <= -layer.channel or x.shape[0] != size or y.shape[0] != size:
             raise ValueError(
                 f"layer {self.path!r} got an input of shape {tuple(x.shape)} and gave an output of shape "
                 f"{tuple(y.shape)}, where adapter_per_sample has names for {size} samples; the first dimension of both "
                 "must be the batch, not flattened tokens or the sequence (batch_first=True)"
             )
-        if len(parts) == 1:
-            return layer.adapted(x, y, self._of(parts[0][0]))
+        if len(groups) == 1:
+            return layer.adapted(x, y, self._of(groups[0][0]))
         if is_dtensor(y):
             raise ValueError(
                 f"layer {self.path!r} is cut by tensor parallelism, where all samples have the same adapters; choose "
@@ -192,7 +192,7 @@ class SampleAdapters:
         dropouts = self.dropouts if any(self.dropouts) and layer.training else {0.0}
         if not layer.linear_low_rank or not self.only_sums or len(dropouts) > 1:
             found = [
-                layer.adapted(x.index_select(0, own), y.index_select(0, own), self._of(name)) for name, own in parts
+                layer.adapted(x.index_select(0, own), y.index_select(0, own), self._of(name)) for name, own in groups
             ]
             return torch.cat(found).index_select(0, self.grouping.back)
         (dropout,) = dropouts

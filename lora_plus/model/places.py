@@ -104,7 +104,7 @@ class Place(ABC):
         """Its rows of a matrix that has the rows of its whole weight."""
         return matrix
 
-    def no_update(self) -> int | None:
+    def frozen_column(self) -> int | None:
         """The column of A that starts at zero, if there is one."""
         return None
 
@@ -112,7 +112,7 @@ class Place(ABC):
         """The tensors of a new adapter, by the name of their container; nothing is changed."""
         values = start.needs_values(spec)
         with storage.gathered([self.stored()] if values else []):
-            return start.tensors(self.matrix(values=values), spec, no_update=self.no_update())
+            return start.tensors(self.matrix(values=values), spec, frozen_column=self.frozen_column())
 
     @abstractmethod
     def check_adoptable(self) -> None:
@@ -177,8 +177,8 @@ class LayerPlace(Place):
         matrix = self.kind.matrix_of(self.owner, values=values)
         return whole(matrix) if values else without_values(matrix)
 
-    def no_update(self) -> int | None:
-        return self.kind.no_update(self.owner)
+    def frozen_column(self) -> int | None:
+        return self.kind.frozen_column(self.owner)
 
     def check_adoptable(self) -> None:
         if not isinstance(self.owner, LoRALayer):

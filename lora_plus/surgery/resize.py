@@ -51,7 +51,7 @@ def resize_adapter(
     placed = {place.name: (place, each) for place, each in adapted_places(model, adapter)}
     draft = Draft(f"adapter {adapter!r} cannot be resized; it is unchanged")
     owners = {name: place.owner for name, (place, _) in placed.items()}
-    holes = {name: owner.no_update(owner) for name, owner in owners.items() if isinstance(owner, LoRALayer)}
+    holes = {name: owner.frozen_column(owner) for name, owner in owners.items() if isinstance(owner, LoRALayer)}
     plain = describe(model, adapter)
     _resize(draft, plain, r, generator, holes)
     report = draft.report(adapter)
@@ -116,7 +116,7 @@ def _grown(layer: SavedLayer, fit: Factors, r: int, generator: torch.Generator |
     missing = r - A.shape[-2]  # also where the rank falls, but not below the full one
     if missing:
         weight = A.new_empty(1).expand(*A.shape[:-2], B.shape[-2], A.shape[-1])  # of which only the shape counts
-        fresh = Start(generator=generator).tensors(weight, AdapterSpec(r=missing, alpha=1), no_update=hole)
+        fresh = Start(generator=generator).tensors(weight, AdapterSpec(r=missing, alpha=1), frozen_column=hole)
         A = torch.cat([A, fresh["lora_A"].to(A)], dim=-2)
         B = torch.cat([B, fresh["lora_B"].to(B)], dim=-1)
     factors = {"lora_A": A.to(own["lora_A"].dtype).contiguous(), "lora_B": B.to(own["lora_B"].dtype).contiguous()}

@@ -147,13 +147,13 @@ class Start:
         """Whether a new adapter depends on the numbers in the weight, and not only on its shape."""
         return callable(self.init) or self.init in PRINCIPAL or VARIANTS[spec.variant].rescales
 
-    def tensors(self, matrix: Tensor, spec: AdapterSpec, *, no_update: int | None = None) -> dict[str, Tensor]:
+    def tensors(self, matrix: Tensor, spec: AdapterSpec, *, frozen_column: int | None = None) -> dict[str, Tensor]:
         """The tensors by the name of their container: lora_A, lora_B, the variant's, and what is taken out again.
 
         Args:
             matrix: the frozen weight in its matrix view ``(out, in)``, or a ``(stack, out, in)`` with one for each.
             spec: the adapter's settings.
-            no_update: the column of A that starts at zero, as that of an embedding's padding does.
+            frozen_column: the column of A that starts at zero, as that of an embedding's padding does.
         """
         if matrix.ndim == 2:
             A, B = self._factors(matrix, spec)
@@ -163,8 +163,8 @@ class Start:
             raise ValueError(
                 f"variant {spec.variant!r} freezes A, and init {self.init!r} makes it zero: nothing would be learnt"
             )
-        if no_update is not None:
-            A[..., no_update] = 0
+        if frozen_column is not None:
+            A[..., frozen_column] = 0
         from_weight = isinstance(self.init, str) and self.init in PRINCIPAL
         start = torch.zeros_like(B) if from_weight else B  # with what is taken out again, the update starts at zero
         tensors = {"lora_A": A, "lora_B": B, **_extra(matrix, A, start, spec)}
