@@ -33,13 +33,13 @@ class AssignedForward(SwappedModule):
                 "adapters in it; decorate it with functools.wraps(layer.forward), or assign it before the injection"
             ) from None
 
-    def check_restorable(self) -> None:
-        super().check_restorable()
+    def why_unrestorable(self) -> str | None:
         if self.lora_base_forward is not None and "forward" in self.__dict__:
-            raise ValueError(
+            return (
                 "a forward that was assigned to it after the injection reaches one from before by way of the adapters; "
                 "take the later one back first"
             )
+        return super().why_unrestorable()
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name != "forward":

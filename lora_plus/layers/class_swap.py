@@ -33,17 +33,14 @@ class SwappedModule(nn.Module):
         """The attributes of the class that is derived from this one and a user's, for these adapted parameters."""
         raise NotImplementedError
 
-    def check_restorable(self) -> None:
-        """Raise if the module cannot become what it was.
-
-        Raises:
-            ValueError: naming the class that another tool has put on top.
-        """
+    def why_unrestorable(self) -> str | None:
+        """Why the module cannot become what it was; None if it can."""
         top: type[Any] = type(self)
         if _is_on_top(self):
             top = top.__bases__[-1]
-        if "base_class" not in top.__dict__:
-            raise ValueError(f"its class {top.__name__} was put on top of ours by another tool; undo that first")
+        if "base_class" in top.__dict__:
+            return None
+        return f"its class {top.__name__} was put on top of ours by another tool; undo that first"
 
     def restore(self) -> nn.Module:
         """Become the plain module that it was, in place; the adapters are dropped."""

@@ -220,17 +220,6 @@ class AdaptedWeight(AdapterSite):
         if not self.lora_disabled and self.lora_merge is not None:
             self.lora_merge.show(self.weight_slot())
 
-    def check_not_disabled(self) -> None:
-        """Raise inside a ``disabled`` block."""
-        if self.lora_disabled:
-            raise ValueError("the adapters are disabled; leave the disabled(model) block first")
-
-    def check_enabled(self) -> None:
-        """Raise inside a block at whose end a state is restored, with which changes to adapters would be mixed up."""
-        self.check_not_disabled()
-        if self.lora_override is not None:
-            raise ValueError("each sample has an adapter of its own; leave the adapter_per_sample block first")
-
     def is_merged_now(self) -> bool:
         """Whether the weight as it is bound contains the adapters; raises where that would mislead.
 
@@ -250,13 +239,14 @@ class AdaptedWeight(AdapterSite):
             self.check_unchanged(merge)
         return True
 
-    def check_unmergeable(self) -> None:
-        """Raise if the base's own weight cannot be bound back, because the merged one has become a computed one."""
-        if self.lora_merge is not None and not self.lora_merge.can_be_hidden(self.weight_slot()):
-            raise ValueError(
-                f"the merged weight of this {self.title()} was parametrized or pruned; undo that first, with "
-                "torch.nn.utils.parametrize.remove_parametrizations or torch.nn.utils.prune.remove"
-            )
+    def why_unmergeable(self) -> str | None:
+        """Why the base's own weight cannot be bound back: the merged one has become a computed one. None if it can."""
+        if self.lora_merge is None or self.lora_merge.can_be_hidden(self.weight_slot()):
+            return None
+        return (
+            f"the merged weight of this {self.title()} was parametrized or pruned; undo that first, with "
+            "torch.nn.utils.parametrize.remove_parametrizations or torch.nn.utils.prune.remove"
+        )
 
     def check_unchanged(self, merge: Merge, *, by_value: bool = False) -> None:
         """Raise if an adapter has been changed, or the weight been replaced, since it was merged."""
@@ -265,7 +255,8 @@ class AdaptedWeight(AdapterSite):
                 f"an adapter of this {self.title()} was changed while it was merged, which the merged weight "
                 "does not follow; call unmerge_lora(model), and merge_lora(model) again if it shall be merged"
             )
-        self.check_unmergeable()
+        if (why := self.why_unmergeable()) is not None:
+            raise ValueError(why)
         if not self.lora_disabled and not merge.is_shown(self.weight_slot()):
             raise ValueError(
                 f"the weight of this {self.title()} was replaced while it was merged (by tying weights again, or "

@@ -166,23 +166,15 @@ CHECKS: dict[Need, tuple[str, Callable[[State], Iterable[str]]]] = {
         for name, _, record in state.trained() if record.exchanged
     )),
     Need.HIDEABLE: ("the base's own weights", lambda state: (
-        fault for _, weight in state.weights if (fault := _refusal(weight.check_unmergeable))
+        fault for _, weight in state.weights if (fault := weight.why_unmergeable())
     )),
     Need.RESTORABLE: ("layers that can be restored", lambda state: (
         f"{name or 'the model'!r} cannot be restored: {fault}"
         for name, module in state.modules
-        if isinstance(module, SwappedModule) and (fault := _refusal(module.check_restorable))
+        if isinstance(module, SwappedModule) and (fault := module.why_unrestorable())
     )),
 }  # fmt: skip
 """Each need as messages say it, and the faults of a model that does not meet it, with what to do."""
 
 
 _OF_ENGINES = Need.UNSHARDED | Need.WHOLE | Need.UNCOPIED
-
-
-def _refusal(check: Callable[[], None]) -> str | None:
-    try:
-        check()
-    except ValueError as error:
-        return str(error)
-    return None
