@@ -37,14 +37,11 @@ def grid(
     alpha: float | Sequence[float] = 16,
     seed: int | Sequence[int] = 0,
 ) -> list[Candidate]:
-    """A candidate for each combination of these values, the last ones varying fastest.
+    """A candidate for each combination of these values, each a number or several, the last ones varying fastest.
 
     Examples:
         >>> len(grid(lr=[1e-4, 3e-4], lr_ratio=[1, 4, 16], seed=range(2)))
         12
-
-    Args:
-        lr, lr_ratio, r, alpha, seed: a number, or several.
     """
     given: tuple[Any, ...] = (lr, lr_ratio, r, alpha, seed)
     axes = [value if isinstance(value, Sequence) else (value,) for value in given]
@@ -130,11 +127,7 @@ class SweepResult:
 
     @property
     def best(self) -> SweepRow:
-        """The best candidate's row.
-
-        Raises:
-            ValueError: if all diverged.
-        """
+        """The best candidate's row; raises a ValueError if all diverged."""
         if self.rows[0].stopped == "diverged":
             raise ValueError("all candidates diverged; try lower rates")
         return self.rows[0]

@@ -73,8 +73,7 @@ def loraplus_param_groups(
 ) -> list[dict[str, Any]]:
     """Parameter groups for any torch optimizer: A at one rate, B at ``lr_ratio`` times that rate.
 
-    Each trainable parameter of the model is in exactly one group, and no group is empty. The groups, by their
-    ``"name"``:
+    Each trainable parameter of the model is in exactly one group, and no group is empty. The groups, by ``"name"``:
 
     - ``lora_A``, ``lora_B``: the adapters' matrices, at the two rates of ``lr_mode``, with decay;
     - ``lora_embedding``: both matrices of embedding adapters, at ``embedding_lr``, with decay;
@@ -82,34 +81,28 @@ def loraplus_param_groups(
     - ``other``, ``other_no_decay``: whatever else is trained (heads, norms), at ``lr``; biases, norm weights and
       other parameters of less than two dimensions are not decayed.
 
-    The groups of A and B note their ratio as ``"loraplus_ratio"``, which `check_lr_ratio` goes by. Where ``decayed``
-    says otherwise than above, a kind has two groups: the other ones are ``lora_A_no_decay``, ``lora_B_no_decay``,
-    ``lora_embedding_no_decay`` and ``lora_magnitude_decay``.
-
-    With ``lr_ratio=1, embedding_lr=None`` and the same weight decay on each parameter, training follows plain LoRA with
-    the same optimizer bit for bit. `fold_lr_ratio` is for optimizers that take a single rate.
+    Where ``decayed`` says otherwise, there are ``lora_A_no_decay`` and the like, and ``lora_magnitude_decay``. The
+    groups of A and B note their ratio as ``"loraplus_ratio"``, which `check_lr_ratio` goes by. With ``lr_ratio=1,
+    embedding_lr=None`` and the same weight decay on each parameter, training follows plain LoRA bit for bit.
 
     Args:
         model: a model with adapters; wrapped (DDP, compiled) or not.
         lr: the rate that ``lr_mode`` says; `convert_lr` gives it for a tuned LoRA run. Of a tensor each group gets a
             copy, and none of them the tensor itself.
-        lr_ratio: rate of B over rate of A. Theory asks for more than 1 at large width; below 1, A outruns B, which is
-            the opposite of LoRA+ but allowed.
+        lr_ratio: rate of B over rate of A. Theory asks for more than 1 at large width.
         lr_mode: ``"A"``: lr is A's rate, as in the paper; ``"geometric"``: lr is the geometric mean of both rates,
             the one to keep when a tuned LoRA run is switched to LoRA+; ``"B"``: lr is B's rate.
         weight_decay: of the groups that are decayed. With a decoupled decay (AdamW) B decays ``lr_ratio`` times faster
             than A.
         embedding_lr: rate of embedding adapters, absolute as in the original LoRA+ code; None for ``lr``.
         roles: ``(adapter, role, parameter)`` for adapters that are not this library's, with the roles ``"A"``, ``"B"``,
-            ``"B_bias"`` (a bias that B adds, at B's rate, without decay), ``"embedding_A"``, ``"embedding_B"`` and
-            ``"magnitude"``; `lora_plus.engines.peft.peft_roles` gives PEFT's.
-        decayed: the parameters that ``weight_decay`` is for, such as those of a trainer's own rule, in place of the
-            rule above.
+            ``"B_bias"`` (a bias that B adds), ``"embedding_A"``, ``"embedding_B"`` and ``"magnitude"``;
+            `lora_plus.engines.peft.peft_roles` gives PEFT's.
+        decayed: the parameters that ``weight_decay`` is for, in place of the rule above.
 
     Raises:
-        ValueError: if the model has no adapter, or none that is trainable, or a number is out of range, or a role is
-            not one of those above, or a base weight under an adapter is trainable, or what a variant or an init holds
-            fixed.
+        ValueError: if no adapter is trainable and active, or a number or a role is unknown, or a base weight under an
+            adapter is trainable, or what a variant or an init holds fixed.
     """
     rate_A, rate_B = rates(lr, lr_ratio, lr_mode)
     check_number("weight_decay", weight_decay, "finite and at least 0", tensor=True)

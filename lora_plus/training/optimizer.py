@@ -153,7 +153,8 @@ def _stale(training: _Training) -> Iterator[str]:
 
 
 def _left_out(training: _Training) -> Iterator[str]:
-    names = [training.names[key] for key in training.names if key in training.trainable - training.position.keys()]
+    left = training.trainable - training.position.keys()
+    names = [name for key, name in training.names.items() if key in left]
     if names:
         yield (
             f"{some(names)} would not be trained, being in no group of the optimizer: build its groups with "

@@ -17,10 +17,8 @@ def rebind_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> Iter
 
     ``fully_shard``, ``parallelize_module``, ``to_empty`` and ``load_state_dict(assign=True)`` put other parameters into
     a model; an optimizer that was built before goes on with the old ones and trains nothing. A parameter's place is the
-    module that holds it and its name there, so it does not matter if names in the model get other prefixes.
-
-    Groups, their settings and schedulers that were made with the optimizer stay. Where the block raises, nothing is
-    rebound.
+    module that holds it and its name there. Groups, their settings and schedulers stay. Where the block raises, nothing
+    is rebound.
 
     Examples:
         >>> optimizer = create_loraplus_optimizer(model, torch.optim.AdamW, lr=1e-3)
