@@ -236,8 +236,8 @@ def _off_ratio(training: _Training) -> Iterator[str]:
             found = f"{rate_B / rate_A:.4g}" if rate_A else "infinite"
             yield (
                 f"{some(names)} learns at {rate_B:.4g} in {training.labels[of_B]}, and the A beside it at "
-                f"{rate_A:.4g} in {training.labels[of_A]}: a ratio of {found}, where {expected} is expected; try "
-                "check_lr_ratio(optimizer, scheduler)"
+                f"{rate_A:.4g} in {training.labels[of_A]}: a ratio of {found}, where {expected} is expected; call "
+                "check_lr_ratio with the scheduler"
             )
 
 

@@ -70,8 +70,8 @@ def _check_fresh(optimizer: torch.optim.Optimizer) -> None:
     kind = type(optimizer).__name__
     if optimizer.state:
         raise ValueError(
-            f"the {kind} has state, which cannot be moved to other parameters; build a new one and load the state with "
-            "torch.distributed.checkpoint.state_dict.set_optimizer_state_dict"
+            f"the {kind} has state, which cannot be moved to other parameters; build a new one, and load the state by "
+            "names (set_optimizer_state_dict of torch.distributed)"
         )
     inner = [type(value).__name__ for value in vars(optimizer).values() if isinstance(value, torch.optim.Optimizer)]
     if inner:

@@ -120,8 +120,8 @@ def _noted(groups: Sequence[Mapping[str, Any]]) -> list[tuple[int, Mapping[str, 
     noted = [(position, group) for position, group in enumerate(groups) if LR_RATIO in group]
     if not noted:
         raise ValueError(
-            f"no group of the optimizer notes the ratio of the rates of A and B (as {LR_RATIO!r}); make the groups "
-            "with loraplus_param_groups, and load the state of such groups only"
+            f"no group of the optimizer notes the ratio of the rates of A and B ({LR_RATIO!r}); make the groups with "
+            "loraplus_param_groups, and load the state of such groups"
         )
     return noted
 
