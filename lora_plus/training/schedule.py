@@ -47,20 +47,20 @@ def check_lr_ratio(optimizer: torch.optim.Optimizer, scheduler: Any = None, *, s
     if scheduler is None:
         watch.check(optimizer.param_groups, "at present")
         return
-    name = _described(scheduler)
-    trial = _on_trial(optimizer, scheduler, name)
-    wanted = [1.0] * _required_arguments(trial.step)
+    name = _title(scheduler)
+    copied = _copied(optimizer, scheduler, name)
+    wanted = [1.0] * _required_arguments(copied.step)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that the optimizer does not step in between
-        watch.check(trial.optimizer.param_groups, f"under {name}, at step 0,")
+        watch.check(copied.optimizer.param_groups, f"under {name}, at step 0,")
         for step in range(1, steps + 1):
             try:
-                trial.step(*wanted)
+                copied.step(*wanted)
             except ValueError as error:
                 if step > 1 and _ENDED in str(error):
                     break
                 raise
-            watch.check(trial.optimizer.param_groups, f"under {name}, at step {step},")
+            watch.check(copied.optimizer.param_groups, f"under {name}, at step {step},")
 
 
 _ENDED = "Tried to step"
@@ -130,7 +130,7 @@ class _Rates(torch.optim.Optimizer):
     """Rates for a schedule to act on."""
 
 
-def _on_trial(optimizer: torch.optim.Optimizer, scheduler: Any, name: str) -> Any:
+def _copied(optimizer: torch.optim.Optimizer, scheduler: Any, name: str) -> Any:
     """A copy of the scheduler that acts on rates of its own."""
     scheduled = getattr(scheduler, "optimizer", None)
     if scheduled is None:
@@ -138,7 +138,7 @@ def _on_trial(optimizer: torch.optim.Optimizer, scheduler: Any, name: str) -> An
     if scheduled.param_groups is not optimizer.param_groups:
         raise ValueError(f"{name} sets the rates of another optimizer; pass the one that it was made with")
     settings = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
-    memo: dict[int, Any] = {}  # one for all: a rate that groups share is a tensor that they share in the trial, too
+    memo: dict[int, Any] = {}  # one for all: a rate that groups share is a tensor that they share in the copy, too
     groups = [{**setting, "params": [torch.zeros(1)]} for setting in copy.deepcopy(settings, memo)]
     defaults = copy.deepcopy(getattr(optimizer, "defaults", {}), memo)  # ZeRO's optimizers have none
     rates = _Rates(groups, defaults)
@@ -157,9 +157,9 @@ def _owners(scheduler: Any) -> dict[int, Any]:
     return {id(owner): owner for owner in owners if not any(owner is part for part in parts)}
 
 
-def _described(scheduler: Any) -> str:
+def _title(scheduler: Any) -> str:
     """The scheduler's class, and those of its parts."""
-    parts = ", ".join(map(_described, getattr(scheduler, "_schedulers", ())))
+    parts = ", ".join(map(_title, getattr(scheduler, "_schedulers", ())))
     return f"{type(scheduler).__name__}({parts})" if parts else type(scheduler).__name__
 
 
