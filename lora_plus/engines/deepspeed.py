@@ -18,6 +18,7 @@ from deepspeed.runtime import lr_schedules
 from torch import nn
 
 from lora_plus.errors import Problems
+from lora_plus.model.state import State
 from lora_plus.model.unsaved import unsaved
 from lora_plus.training.groups import LR_RATIO, create_loraplus_optimizer, loraplus_param_groups
 from lora_plus.training.schedule import check_lr_ratio
@@ -112,7 +113,7 @@ def check_engine(engine: Any) -> None:
             f"trainable parameters {left[:3]}{f' and {len(left) - 3} more' if left[3:] else ''} are not in the "
             "optimizer and would stay as they are; inject adapters and build the groups before deepspeed.initialize"
         )
-    beside = unsaved(engine.module)
+    beside = unsaved(State(engine.module))
     problems += beside.wrong()
     if problems:
         raise Problems("the DeepSpeed engine would not train with LoRA+", problems)

@@ -19,6 +19,7 @@ from transformers.trainer_optimizer import is_optimizer_factory
 import lora_plus
 from lora_plus.files.formats import FORMATS, Inexpressible
 from lora_plus.files.save import save_adapter
+from lora_plus.model.state import State
 from lora_plus.model.storage import storage_of
 from lora_plus.model.tree import adapter_sites
 from lora_plus.model.unsaved import unsaved
@@ -204,7 +205,7 @@ class LoraPlusTrainer(Trainer):
             prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         if self.is_deepspeed_enabled:  # its own checkpoints leave out adapters' frozen matrices
             self._load_run(resume_from_checkpoint)
-        unsaved(self.model).check("training was not started")  # the first checkpoint would be too late
+        unsaved(State(self.model)).check("training was not started")  # the first checkpoint would be too late
         if self.args.loraplus_lr_ratio is not None:
             self._check_training(max_steps)
         return prepared

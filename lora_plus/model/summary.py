@@ -78,7 +78,7 @@ def lora_summary(model: nn.Module) -> Summary:
     ]
     parameters = list(model.parameters())
     trainable = sum(math.prod(shape(p)) for p in parameters if p.requires_grad)
-    beside = [(name, math.prod(shape(parameter))) for name, parameter in unsaved(model).parameters.items()]
+    beside = [(name, math.prod(shape(parameter))) for name, parameter in unsaved(state).parameters.items()]
     return Summary(rows, trained, trainable, sum(math.prod(shape(p)) for p in parameters), beside)
 
 

@@ -12,9 +12,9 @@ from lora_plus.errors import Problems
 from lora_plus.layers.weight import AdaptedWeight
 from lora_plus.text import join, some
 
-from .storage import storage_of
+from .state import State
 from .train_also import record_of
-from .tree import named_modules, own_parameters, owner_path
+from .tree import own_parameters, owner_path
 
 
 @dataclass(frozen=True)
@@ -57,18 +57,14 @@ class Unsaved:
             )
 
 
-def unsaved(model: nn.Module, others: Collection[int] = ()) -> Unsaved:
-    """Find what is trained and saved with no adapter, in one walk over the model.
-
-    ``others`` are the ids of parameters that somebody else saves.
-    """
-    storage_of(model)
+def unsaved(state: State, others: Collection[int] = ()) -> Unsaved:
+    """Find what is trained and saved with no adapter; ``others`` are the ids of parameters that somebody else saves."""
     saved, bases = set(others), set[int]()
     trainable: list[tuple[str, nn.Parameter]] = []
     fixed: dict[str, list[str]] = {}
     fixed_active: dict[str, list[str]] = {}
     adapted = False
-    for path, module in named_modules(model):
+    for path, module in state.modules:
         trainable += [(join(path, name), own) for name, own in own_parameters(module) if own.requires_grad]
         if record_of(module) is not None:
             saved |= {id(parameter) for parameter in module.parameters()}
@@ -94,6 +90,6 @@ def unsaved(model: nn.Module, others: Collection[int] = ()) -> Unsaved:
 
 def check_saved(model: nn.Module, adapter: str, what: str) -> None:
     """Raise where the file of an adapter would be wrong, and warn of what it will lack, for our caller's caller."""
-    beside = unsaved(model)
+    beside = unsaved(State(model))
     beside.check(what, adapter)
     beside.warn(stacklevel=3)

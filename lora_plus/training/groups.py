@@ -10,8 +10,7 @@ import torch
 from torch import nn
 
 from lora_plus.errors import check_makes_optimizers, check_number, named_keywords
-from lora_plus.model.storage import storage_of
-from lora_plus.model.tree import adapters_of
+from lora_plus.model.state import State
 from lora_plus.model.unsaved import unsaved
 from lora_plus.tensors.variant import FACTORS, VARIANTS
 
@@ -113,13 +112,13 @@ def loraplus_param_groups(
         "B": {"lr": rate_B, LR_RATIO: float(lr_ratio)},
         "embedding": {"lr": lr if embedding_lr is None else embedding_lr},
     }
-    shape = storage_of(model).shape  # from here on parameters are the ones that are trained, and not gathered copies
-    role_of = _roles(model, roles)
-    unsaved(model).check("the groups were not made")
+    state = State(model)  # from here on parameters are the ones that are trained, and not gathered copies
+    role_of = _roles(state, roles)
+    unsaved(state).check("the groups were not made")
     names = group_names()
     rule = None if decayed is None else {id(parameter) for parameter in decayed}
     members: dict[tuple[str, bool], list[nn.Parameter]] = {key: [] for key in names}
-    for parameter, kind, decays in _trained(model, role_of, shape):
+    for parameter, kind, decays in _trained(model, role_of, state.storage.shape):
         members[kind, decays if rule is None else id(parameter) in rule].append(parameter)
     if all(kind == "other" for (kind, _), held in members.items() if held):
         raise ValueError(
@@ -174,11 +173,11 @@ def create_loraplus_optimizer(
     return optimizer
 
 
-def _roles(model: nn.Module, given: Roles) -> dict[int, str]:
+def _roles(state: State, given: Roles) -> dict[int, str]:
     """By id, the role of each parameter of an adapter. Raises where no trainable one takes part in the forward."""
     roles: dict[int, str] = {}
     trained: dict[str, bool] = {}
-    for _, adapter, weight in adapters_of(model):
+    for _, adapter, weight in state.adapters():
         for role, parameter in adapter.parameters():
             roles[id(parameter)] = role
             if parameter.requires_grad:

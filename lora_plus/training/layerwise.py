@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from lora_plus.model.tree import adapters_of
+from lora_plus.model.state import State
 from lora_plus.model.unsaved import unsaved
 
 from .groups import LR_RATIO, LrMode, own_rate, rates
@@ -35,8 +35,9 @@ def split_loraplus_groups(
         ValueError: if a group has no ``"lr"``, or no group holds a B matrix of the model.
     """
     factor_A, factor_B = rates(1.0, lr_ratio, lr_mode)
-    unsaved(model).check("the groups were not split")
-    role_of = {id(parameter): role for _, adapter, _ in adapters_of(model) for role, parameter in adapter.parameters()}
+    state = State(model)
+    unsaved(state).check("the groups were not split")
+    role_of = {id(parameter): role for _, adapter, _ in state.adapters() for role, parameter in adapter.parameters()}
     factors = {"A": factor_A, "B": factor_B}
     part_of = {role: role if factor != 1.0 else "" for role, factor in factors.items()}
     split: list[dict[str, Any]] = []

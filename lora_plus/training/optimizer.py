@@ -13,8 +13,7 @@ from torch import nn
 from lora_plus.errors import Problems, check_number
 from lora_plus.layers.adapter import Adapter
 from lora_plus.layers.weight import AdaptedWeight
-from lora_plus.model.storage import storage_of
-from lora_plus.model.tree import adapters_of
+from lora_plus.model.state import State
 from lora_plus.model.unsaved import Unsaved, unsaved
 from lora_plus.text import some
 
@@ -69,7 +68,6 @@ def check_optimizer(
         _check_kind(each)
     if lr_ratio is not None:
         check_number("lr_ratio", lr_ratio, tensor=True)
-    storage_of(model)
     training = _Training.of(model, [group for each in optimizers for group in each.param_groups], lr_ratio, roles)
     findings = [finding for check in _CHECKS for finding in check(training)]
     for add in CHECKS:
@@ -121,7 +119,8 @@ class _Training:
 
     @classmethod
     def of(cls, model: nn.Module, groups: list[Mapping[str, Any]], lr_ratio: float | None, roles: Roles) -> _Training:
-        adapters = list(adapters_of(model))
+        state = State(model)
+        adapters = list(state.adapters())
         own = [
             _Tensor(adapter.name, role, id(parameter))
             for _, adapter, _ in adapters
@@ -137,7 +136,7 @@ class _Training:
             trainable={id(parameter) for parameter in model.parameters() if parameter.requires_grad},
             adapters=adapters,
             tensors=own + others,
-            beside=unsaved(model, {tensor.key for tensor in others}),
+            beside=unsaved(state, {tensor.key for tensor in others}),
         )
 
 
