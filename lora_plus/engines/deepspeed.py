@@ -20,7 +20,7 @@ from torch import nn
 from lora_plus.errors import Problems
 from lora_plus.model.state import State
 from lora_plus.model.unsaved import unsaved
-from lora_plus.training.groups import LR_RATIO, create_loraplus_optimizer, loraplus_param_groups
+from lora_plus.training.groups import LR_RATIO, LrMode, create_loraplus_optimizer, loraplus_param_groups
 from lora_plus.training.schedule import check_lr_ratio
 
 _Groups = Sequence[Mapping[str, Any]]
@@ -33,7 +33,7 @@ def initialize(
     config: _Config,
     lr: float,
     lr_ratio: float = 4.0,
-    lr_mode: str = "A",
+    lr_mode: LrMode = "A",
     weight_decay: float = 0.0,
     embedding_lr: float | None = 1e-6,
     optimizer_cls: Callable[..., torch.optim.Optimizer] | None = None,

@@ -112,7 +112,8 @@ def add_adapter(
     the other one's alpha, and with it a ratio that `fold_lr_ratio` has moved there.
 
     Example:
-        >>> from lora_plus import adapter_names, inject_lora
+        >>> from lora_plus import inject_lora
+        >>> from lora_plus.model import adapter_names
         >>> model = inject_lora(nn.Sequential(nn.Linear(8, 8)), ["0"], r=4, adapter="math")
         >>> adapter_names(add_adapter(model, "code", like="math"))
         ['math', 'code']

@@ -19,17 +19,14 @@ def split_loraplus_groups(
     """Split A and B out of parameter groups that exist already, each at its own group's rate times its factor.
 
     For groups with several base rates, such as layer-wise decay. Everything else, embedding adapters included, stays at
-    its group's rate. With ``lr_mode="A"`` only the B matrices leave their group.
+    its group's rate. With ``lr_mode="A"`` only the B matrices leave their group. New groups are named after their group
+    and ``lora_A`` or ``lora_B``; where a group held both, they note their ratio as ``"loraplus_ratio"``.
 
     Args:
         groups: dicts with ``"params"`` and ``"lr"``, as for a torch optimizer; they are not changed. Their other
             entries are passed on to the parts.
         model: the model that the parameters belong to.
         lr_ratio, lr_mode: as in `loraplus_param_groups`.
-
-    Returns:
-        New groups, none of them empty. The parts are named after their group and ``lora_A`` or ``lora_B``. Where a
-        group held both, the parts with A and B note their ratio as ``"loraplus_ratio"``.
 
     Raises:
         ValueError: if a group has no ``"lr"``, or no group holds a B matrix of the model.

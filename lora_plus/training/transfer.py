@@ -16,12 +16,8 @@ def convert_lr(lr: float, *, lr_ratio: float = 4.0, lr_mode: LrMode = "A") -> fl
     ``lr / sqrt(lr_ratio)`` in mode "A", ``lr`` in mode "geometric", ``lr * sqrt(lr_ratio)`` in mode "B".
 
     Examples:
-        >>> convert_lr(2e-4, lr_ratio=4)
-        0.0001
-        >>> convert_lr(2e-4, lr_ratio=4, lr_mode="geometric")
-        0.0002
-        >>> convert_lr(2e-4, lr_ratio=4, lr_mode="B")
-        0.0004
+        >>> convert_lr(2e-4, lr_ratio=4), convert_lr(2e-4, lr_ratio=4, lr_mode="B")
+        (0.0001, 0.0004)
 
     Args:
         lr: the rate at which plain LoRA does best, with the same optimizer, rank and alpha.
