@@ -13,8 +13,7 @@ from torch import nn
 
 from lora_plus.errors import Problems
 from lora_plus.model.places import adapted_places
-from lora_plus.model.state import Need, require
-from lora_plus.model.storage import storage_of
+from lora_plus.model.state import Need, State, require
 from lora_plus.model.tree import is_spare_replica, submodule
 from lora_plus.model.unsaved import check_saved
 from lora_plus.text import join
@@ -68,11 +67,11 @@ def save_adapter(
     """
     real, chosen = _destination(path, format)
     _check_texts(metadata or {})
-    require(model, "saving an adapter", adapters=[adapter])
+    state = require(model, "saving an adapter", Need.TRAINED, adapters=[adapter])
     check_saved(model, adapter, f"adapter {adapter!r} was not saved")
     if is_spare_replica(model):
         return
-    data = describe(model, adapter, metadata)
+    data = _described(state, adapter, metadata)
 
     def write() -> None:
         broken = not_finite(data, model)
@@ -80,7 +79,7 @@ def save_adapter(
             raise Problems(f"adapter {adapter!r} was not saved", broken)
         _write(data, real, chosen, ModelTarget(model))
 
-    storage_of(model).on_one_rank(write)
+    state.storage.on_one_rank(write)
 
 
 def write_adapter(adapter: SavedAdapter, path: PathLike, *, format: FormatName | None = None) -> None:
@@ -146,9 +145,12 @@ def write_files(path: Path, files: Files) -> None:
 
 def describe(model: nn.Module, adapter: str, metadata: Mapping[str, str] | None = None) -> SavedAdapter:
     """One adapter of a model as plain data. Sharded tensors are gathered, so every rank must call this."""
-    state = require(model, "saving an adapter", Need.TRAINED, adapters=[adapter])
+    return _described(require(model, "saving an adapter", Need.TRAINED, adapters=[adapter]), adapter, metadata)
+
+
+def _described(state: State, adapter: str, metadata: Mapping[str, str] | None) -> SavedAdapter:
     storage, layers = state.storage, {}
-    for place, each in adapted_places(model, adapter):
+    for place, each in adapted_places(state.model, adapter):
         base = place.base()
         if storage.flat:
             base = replace(base, shape=storage.shape(place.stored()))
