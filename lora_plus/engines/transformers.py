@@ -19,9 +19,9 @@ from transformers.trainer_optimizer import is_optimizer_factory
 import lora_plus
 from lora_plus.files.formats import FORMATS, Inexpressible
 from lora_plus.files.save import save_adapter
+from lora_plus.model.adapters import adapter_names
 from lora_plus.model.state import State
 from lora_plus.model.storage import storage_of
-from lora_plus.model.tree import adapter_sites
 from lora_plus.model.unsaved import unsaved
 from lora_plus.training.groups import LR_RATIO, Roles, loraplus_param_groups
 from lora_plus.training.optimizer import check_optimizer
@@ -288,7 +288,7 @@ def _adapters(model: Any) -> list[str]:
     """The names of the adapters of `inject_lora` in a model."""
     if not isinstance(model, nn.Module):
         return []
-    return list(dict.fromkeys(adapter for _, site, _ in adapter_sites(model) for adapter in site.lora_adapters))
+    return adapter_names(model)
 
 
 def _save_adapter(model: nn.Module, folder: Path, adapter: str) -> None:

@@ -11,11 +11,10 @@ from torch.nn.parameter import is_lazy
 from lora_plus.layers.adapter import Adapter, check_adapter_name
 from lora_plus.layers.class_swap import SwappedModule
 from lora_plus.layers.weight import AdaptedWeight
-from lora_plus.text import join
 
 from .storage import storage_of
-from .train_also import Trained, record_of
-from .tree import owner_path, walk
+from .train_also import Trained, trained_in
+from .tree import adapters_in, walk, weights_in
 
 
 class State:
@@ -30,28 +29,16 @@ class State:
             first.setdefault(id(named[1]), named)
         self.modules = list(first.values())
         """``(name, module)`` for all modules, each once."""
-        self.weights = [
-            (join(owner_path(path, module), module.lora_label), module)
-            for path, module in self.modules
-            if isinstance(module, AdaptedWeight)
-        ]
+        self.weights = list(weights_in(self.modules))
         """``(name, weight)`` for all that is adapted."""
 
     def adapters(self, name: str | None = None) -> Iterator[tuple[str, Adapter, AdaptedWeight]]:
         """``(name, adapter, weight)`` for the adapters of weights and of blocks of rows: all, or those of a name."""
-        for path, module in self.modules:
-            if isinstance(module, AdaptedWeight):
-                for site in module.adapter_sites():
-                    for adapter in site.lora_adapters.values():
-                        if name is None or adapter.name == name:
-                            yield join(owner_path(path, module), site.lora_label), adapter, module
+        return adapters_in(self.modules, name)
 
     def trained(self, adapter: str | None = None) -> Iterator[tuple[str, nn.Module, Trained]]:
         """``(name, module, record)`` for the modules trained in full, with one adapter or with any."""
-        for name, module in self.modules:
-            record = record_of(module)
-            if record is not None and adapter in (None, record.adapter):
-                yield name, module, record
+        return trained_in(self.modules, adapter)
 
 
 class Need(Flag):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lora_plus.tensors.distributed import fill, is_dtensor
 
 from .storage import Storage
-from .tree import named_modules
+from .tree import Named, named_modules
 
 
 @dataclass
@@ -54,7 +54,12 @@ def record_of(module: nn.Module) -> Trained | None:
 
 def trained_modules(model: nn.Module, adapter: str | None = None) -> Iterator[tuple[str, nn.Module, Trained]]:
     """``(name, module, record)`` for the modules trained in full, with one adapter or with any."""
-    for name, module in named_modules(model):
+    return trained_in(named_modules(model), adapter)
+
+
+def trained_in(modules: Named, adapter: str | None = None) -> Iterator[tuple[str, nn.Module, Trained]]:
+    """`trained_modules` among modules that a walk has met."""
+    for name, module in modules:
         record = record_of(module)
         if record is not None and adapter in (None, record.adapter):
             yield name, module, record

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +14,9 @@ from lora_plus.layers.adapter import Adapter, AdapterTensors
 from lora_plus.layers.site import AdapterSite, BaseParameters
 from lora_plus.layers.weight import AdaptedWeight
 from lora_plus.text import join
+
+Named = Sequence[tuple[str, nn.Module]]
+"""Modules with their names."""
 
 
 class Walk(NamedTuple):
@@ -163,26 +166,41 @@ def is_spare_replica(model: nn.Module) -> bool:
 
 def adapted_weights(model: nn.Module) -> Iterator[tuple[str, AdaptedWeight]]:
     """``(name, weight)`` for every adapted layer or parameter of a model, each once, under its first name."""
-    for path, module in named_modules(model):
-        if isinstance(module, AdaptedWeight):
-            yield join(owner_path(path, module), module.lora_label), module
-
-
-def adapters_of(model: nn.Module, name: str | None = None) -> Iterator[tuple[str, Adapter, AdaptedWeight]]:
-    """``(name, adapter, weight)`` for the adapters of a model's weights and blocks of rows: all, or those of a name."""
-    for path, site, weight in adapter_sites(model):
-        for adapter in site.lora_adapters.values():
-            if name is None or adapter.name == name:
-                yield path, adapter, weight
+    return weights_in(named_modules(model))
 
 
 def adapter_sites(model: nn.Module) -> Iterator[tuple[str, AdapterSite, AdaptedWeight]]:
     """``(name, site, weight)`` for all that has adapters in a model: whole weights, and blocks of their rows."""
-    for path, module in named_modules(model):
+    return sites_in(named_modules(model))
+
+
+def adapters_of(model: nn.Module, name: str | None = None) -> Iterator[tuple[str, Adapter, AdaptedWeight]]:
+    """``(name, adapter, weight)`` for the adapters of a model's weights and blocks of rows: all, or those of a name."""
+    return adapters_in(named_modules(model), name)
+
+
+def weights_in(modules: Named) -> Iterator[tuple[str, AdaptedWeight]]:
+    """`adapted_weights` of modules that a walk has met."""
+    for path, module in modules:
+        if isinstance(module, AdaptedWeight):
+            yield join(owner_path(path, module), module.lora_label), module
+
+
+def sites_in(modules: Named) -> Iterator[tuple[str, AdapterSite, AdaptedWeight]]:
+    """`adapter_sites` of modules that a walk has met."""
+    for path, module in modules:
         if isinstance(module, AdaptedWeight):
             for site in module.adapter_sites():
                 if site.lora_adapters:
                     yield join(owner_path(path, module), site.lora_label), site, module
+
+
+def adapters_in(modules: Named, name: str | None = None) -> Iterator[tuple[str, Adapter, AdaptedWeight]]:
+    """`adapters_of` modules that a walk has met."""
+    for path, site, weight in sites_in(modules):
+        for adapter in site.lora_adapters.values():
+            if name is None or adapter.name == name:
+                yield path, adapter, weight
 
 
 def owner_path(path: str, weight: AdaptedWeight) -> str:

@@ -229,7 +229,7 @@ def inactive() -> dict[str, tuple[str, str]]:
 def test_an_inactive_adapter_fails_the_second_step_unless_frozen(two_processes: Processes) -> None:
     for found in two_processes(inactive):
         assert "the adapter 'other' is trainable but not active" in found["trainable"][0]
-        assert "under DistributedDataParallel before it wraps the model" in found["trainable"][0]
+        assert "before DDP wraps the model" in found["trainable"][0]
         assert "Expected to have finished reduction in the prior iteration" in found["trainable"][1]
         assert found["frozen"] == ("", "")
         assert "'other' is trainable but not active" in found["unused ones looked for"][0]
@@ -245,7 +245,7 @@ def injected_into_wrapped() -> str:
 
 def test_injecting_into_a_wrapped_model_is_refused(two_processes: Processes) -> None:
     for message in two_processes(injected_into_wrapped):
-        assert "add the adapter to the plain model first, then wrap it" in message
+        assert "do it before the model is wrapped" in message
 
 
 # ---- saving and resuming -------------------------------------------------------------------------------------------
