@@ -9,10 +9,8 @@ from torch import Tensor
 
 from lora_plus.errors import warn_user
 from lora_plus.files.target import Outline, Target
-from lora_plus.layers import LoRAConv1d, LoRAConv2d, LoRAConv3d, LoRAEmbedding, LoRALinear
 from lora_plus.layers.base import BaseLayer
-from lora_plus.layers.layer import LoRALayer
-from lora_plus.layers.linear import LoRATransposedLinear
+from lora_plus.layers.kinds import kinds_by_name
 from lora_plus.tensors.matrix import matrix_shape
 from lora_plus.text import parents
 
@@ -21,7 +19,9 @@ from .renaming import FolderTarget
 
 Shape = tuple[int, ...]
 
-_CONVOLUTIONS: dict[int, type[LoRALayer]] = {3: LoRAConv1d, 4: LoRAConv2d, 5: LoRAConv3d}
+_LINEAR, _TRANSPOSED = "Linear", "TransposedLinear"
+_CONVOLUTIONS = {3: "Conv1d", 4: "Conv2d", 5: "Conv3d"}
+"""By the number of dimensions of the weight."""
 
 _INSTEAD = "load the adapter into its model and save it as a .safetensors file, which says all that is needed"
 
@@ -64,7 +64,7 @@ def implied_target(
     linear = {path: shapes[path] for path in shapes if len(shapes[path]) == 2 and bases[path] is None}
     fitting = {path: _ways_round(shape, found[path]) for path, shape in linear.items()}
     certain = {kind for kinds in fitting.values() if len(kinds) == 1 for kind in kinds}
-    usual: type[LoRALayer] = LoRATransposedLinear if config.get("fan_in_fan_out") else LoRALinear
+    usual = _TRANSPOSED if config.get("fan_in_fan_out") else _LINEAR
     for path, kinds in fitting.items():
         if len(kinds) == 2 and certain - {usual}:
             problems.append(
@@ -76,9 +76,9 @@ def implied_target(
     return FolderTarget(target, Outline({}, names, whole=False), bases.get)
 
 
-def _warn_of_squares(fitting: Mapping[str, Sequence[type[LoRALayer]]], usual: type[LoRALayer]) -> None:
+def _warn_of_squares(fitting: Mapping[str, Sequence[str]], usual: str) -> None:
     """Name the square weights that are taken for transposed ones, and are not sure to be."""
-    if usual is not LoRATransposedLinear:
+    if usual != _TRANSPOSED:
         return
     sure = {path.rpartition(".")[2] for path, kinds in fitting.items() if len(kinds) == 1}
     doubtful = [path for path, kinds in fitting.items() if len(kinds) == 2 and path.rpartition(".")[2] not in sure]
@@ -126,18 +126,18 @@ def implied_shapes(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> 
 
 def usual_base(shape: Shape) -> BaseLayer | None:
     """The linear layer or convolution that has a weight of this shape; None if there is none."""
-    kind = LoRALinear if len(shape) == 2 else _CONVOLUTIONS.get(len(shape))
+    kind = _LINEAR if len(shape) == 2 else _CONVOLUTIONS.get(len(shape))
     return None if kind is None else _of_kind(kind, shape)
 
 
-def _of_kind(kind: type[LoRALayer], shape: Shape, **facts: Any) -> BaseLayer:
-    return BaseLayer(kind.kind_name(), kind.layout, shape, facts)
+def _of_kind(kind: str, shape: Shape, **facts: Any) -> BaseLayer:
+    return BaseLayer(kind, kinds_by_name()[kind].layout, shape, facts)
 
 
 def _base(shape: Shape, parts: Mapping[str, Shape]) -> BaseLayer | None:
     """The base layer, unless it is a linear one, or nothing that PEFT adapts."""
     if len(shape) == 2 and "lora_embedding_A" in parts:
-        return _of_kind(LoRAEmbedding, shape)
+        return _of_kind("Embedding", shape)
     if len(shape) not in _CONVOLUTIONS:
         return None
     channels = parts.get("lora_A.weight", shape)[1:2]  # of all groups
@@ -145,7 +145,8 @@ def _base(shape: Shape, parts: Mapping[str, Shape]) -> BaseLayer | None:
     return _of_kind(_CONVOLUTIONS[len(shape)], shape, **({"groups": groups} if groups > 1 else {}))
 
 
-def _ways_round(shape: Shape, parts: Mapping[str, Shape]) -> list[type[LoRALayer]]:
+def _ways_round(shape: Shape, parts: Mapping[str, Shape]) -> list[str]:
     """The kinds of linear layer that the adapter fits, of a weight of this shape."""
     ends = parts.get("lora_B.weight", ())[:1] + parts.get("lora_A.weight", ())[1:]
-    return [kind for kind in (LoRALinear, LoRATransposedLinear) if matrix_shape(kind.layout, shape) == ends]
+    by_name = kinds_by_name()
+    return [kind for kind in (_LINEAR, _TRANSPOSED) if matrix_shape(by_name[kind].layout, shape) == ends]
