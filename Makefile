@@ -51,10 +51,12 @@ paper: $(VENV)/.bench  ## the LoRA+ paper's experiments on toys, under ten minut
 finetune: $(VENV)/.bench  ## methods compared on pretrained models; writes benchmarks/results/finetune.md
 	$(BIN)/python benchmarks/studies/finetune/sweep.py $(FINETUNE_ARGS)
 
-lint: $(VENV)/.lint  ## style and types
+lint: $(VENV)/.lint  ## style and types; npm fetches pyright
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/mypy --strict --follow-imports=silent tests/typed
+	$(BIN)/pyright --pythonpath $(BIN)/python tests/typed
 
 docs: $(VENV)/.docs  ## the documentation's pages, into site/; any warning is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
