@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Mapping
 from io import FileIO
 from pathlib import Path
+from typing import BinaryIO
 
 from torch import Tensor
 
@@ -29,7 +30,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         name: StoredTensor(NAMES[tensor.dtype], tuple(tensor.shape), 0, tensor.numel() * tensor.element_size())
         for name, tensor in sorted(tensors.items())
     }
-    with path.open("wb", buffering=0) as file:
+    with path.open("wb", buffering=2**20) as file:  # tensors can be many and small
         for name in _begin(file, entries, metadata):
             held = tensors[name].detach().cpu().contiguous()
             _write(file, memory_of(held))
@@ -65,7 +66,7 @@ def write_stream(
         os.fsync(new.fileno())
 
 
-def _begin(file: FileIO, tensors: Mapping[str, StoredTensor], metadata: Mapping[str, str]) -> list[str]:
+def _begin(file: BinaryIO | FileIO, tensors: Mapping[str, StoredTensor], metadata: Mapping[str, str]) -> list[str]:
     """Write the header, and give the names in the order in which the data of the tensors has to follow."""
     # readers map the data into memory, where elements have to lie at multiples of their size
     names = sorted(tensors, key=lambda name: -tensors[name].element_size())
@@ -80,7 +81,7 @@ def _begin(file: FileIO, tensors: Mapping[str, StoredTensor], metadata: Mapping[
     return names
 
 
-def _write(file: FileIO, data: memoryview) -> None:
+def _write(file: BinaryIO | FileIO, data: memoryview) -> None:
     while data:  # a call need not write all
         data = data[file.write(data) :]
 
