@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ast
+import io
 import re
 import subprocess
 import sys
+import tokenize
 from pathlib import Path
 
 import pytest
@@ -64,6 +66,51 @@ def test_every_file_has_a_room_and_a_docstring() -> None:
     for module, path in MODULES.items():
         assert room(module) in {*ROOMS, *OUTSIDE}, module
         assert ast.get_docstring(ast.parse(path.read_text())), path
+
+
+CORE_LINES = 4800
+"""Lines of code that the core has at most; docstrings, comments and blank lines are not counted."""
+
+
+def files_in_the_map() -> dict[str, bool]:
+    """What the map in CONTRIBUTING.md names: each file, as a module, and whether it is of the core."""
+    tree = (PACKAGE.parent / "CONTRIBUTING.md").read_text().split("## The house")[1].split("```")[1]
+    found, folder = {}, ""
+    for line in tree.strip().splitlines():
+        inside = re.match(r"( *)([a-z/]+)/", line)
+        if inside:
+            folder = f"{folder.split('.')[0]}." if inside[1] else ""
+            folder += inside[2].replace("/", ".") + "."
+        elif not line.startswith(" "):
+            folder = ""
+        found |= {folder + name: bool(star) for name, star in re.findall(r"(\w+)\.py( \*)?", line)}
+    return found
+
+
+def test_the_map_names_every_file() -> None:
+    rooms = {"tensors", "layers", "model", "training", "files", "surgery", "engines", "text", "errors"}
+    files = {name for name, path in MODULES.items() if room(name) in rooms and path.name != "__init__.py"}
+    assert set(files_in_the_map()) == {name for name in files if not name.startswith("files.peft")}
+
+
+def code_lines(path: Path) -> int:
+    source = path.read_text()
+    docstrings = {
+        line
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+        for line in range(node.lineno, (node.end_lineno or 0) + 1)
+    }
+    silent = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    code = {line for each in tokens if each.type not in silent for line in range(each.start[0], each.end[0] + 1)}
+    return len(code - docstrings)
+
+
+def test_the_core_is_small_and_imports_no_other_file() -> None:
+    core = {name for name, is_core in files_in_the_map().items() if is_core}
+    assert {name: others for name in core if (others := imports(name) - core - {"version"})} == {}
+    assert sum(code_lines(MODULES[name]) for name in core) <= CORE_LINES
 
 
 def test_importing_the_library_loads_no_other_package() -> None:
