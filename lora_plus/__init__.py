@@ -1,7 +1,7 @@
 """LoRA and LoRA+ for any PyTorch model: inject adapters, train them, save them, merge them.
 
-The names are imported when the first one is asked for, so that help and completion of the command line do not wait for
-torch.
+The rooms have more names: `lora_plus.training`, `lora_plus.files`, `lora_plus.surgery`, `lora_plus.layers`. A room is
+imported when one of its names is asked for, so that help and completion of the command line do not wait for torch.
 """
 
 import sys
@@ -9,10 +9,29 @@ from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from .version import __version__
+from .version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from .public import *
+    from .files import export_adapter, load_adapter, save_adapter
+    from .layers import LoRALinear
+    from .model import (
+        adapter_per_sample,
+        add_adapter,
+        check_adapters,
+        delete_adapter,
+        disabled,
+        inject_lora,
+        lora_summary,
+        merge_and_unload,
+        merge_lora,
+        merged,
+        remove_lora,
+        rename_adapter,
+        set_adapter,
+        unmerge_lora,
+    )
+    from .surgery import merge_checkpoint
+    from .training import check_optimizer, create_loraplus_optimizer, loraplus_param_groups
 
 __all__ = [
     "LoRALinear",
@@ -40,20 +59,24 @@ __all__ = [
     "unmerge_lora",
 ]
 
+_ROOMS = ("model", "layers", "training", "files", "surgery")
+"""The first one that has a name gives it."""
+
 
 class _Package(ModuleType):
-    """A package whose public names are imported late, and are not those of files that are called the same."""
+    """A package whose rooms are imported when one of their names is asked for."""
 
     def __getattr__(self, name: str) -> Any:
-        if name not in __all__:
-            raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
-        public = vars(import_module(f"{self.__name__}.public"))
-        vars(self).update({each: public[each] for each in __all__ if each in public})
-        return vars(self)[name]
+        if name in __all__:
+            for room in _ROOMS:
+                names = vars(import_module(f"{self.__name__}.{room}"))
+                if name in names:
+                    setattr(self, name, names[name])
+                    return names[name]
+        raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if not (isinstance(value, ModuleType) and name in __all__):  # as importing lora_plus.sweep would do
-            super().__setattr__(name, value)
+        super().__setattr__(name, value)
         if name == "model":  # Python sets it when the room has been imported, whichever name was asked for
             import_module(f"{self.__name__}.engines")  # they enter themselves in its tables
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import io
+import os
 import re
 import subprocess
 import sys
@@ -17,7 +18,7 @@ PACKAGE = Path(__file__).parent.parent / "lora_plus"
 ROOMS = ["text", "errors", "tensors", "layers", "model", "training", "files", "surgery", "engines", "cli"]
 """Each imports those before it only."""
 
-OUTSIDE = {"version", "public", "", "__main__"}
+OUTSIDE = {"version", "", "__main__"}
 """What is in no room: anybody may import the version, and the others import rooms."""
 
 
@@ -122,6 +123,22 @@ def test_importing_the_library_loads_no_other_package() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "['lora_plus']"
+
+
+def test_importing_the_library_takes_at_most_50_milliseconds(tmp_path: Path) -> None:
+    code = (
+        "import time, torch, safetensors, einops\n"
+        "start = time.process_time()\n"
+        "import lora_plus\n"
+        "print(time.process_time() - start)"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    environment["PYTHONPYCACHEPREFIX"] = str(tmp_path)
+    times = [
+        float(subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, check=True).stdout)
+        for _ in range(2)
+    ]
+    assert min(times) <= 0.05
 
 
 def test_the_command_lines_help_does_not_import_torch() -> None:
