@@ -23,9 +23,9 @@ def local(tensor: Tensor) -> Tensor:
 
 def without_values(tensor: Tensor) -> Tensor:
     """A plain tensor with the shape, dtype and device of a DTensor, whose numbers do not count; others as they are."""
-    return (
-        torch.empty(1, dtype=tensor.dtype, device=tensor.device).expand(tensor.shape) if is_dtensor(tensor) else tensor
-    )
+    if not is_dtensor(tensor):
+        return tensor
+    return torch.empty(1, dtype=tensor.dtype, device=tensor.device).expand(tensor.shape)
 
 
 def distributed_like(values: Tensor, tensor: Tensor) -> Tensor:

@@ -58,22 +58,13 @@ def can_fuse(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 def fused_linear(x: Tensor, weight: Tensor, bias: Tensor | None, updates: Sequence[Update]) -> Tensor:
     """``W x + b + sum_i scale_i * B_i A_i u_i``: ``(..., in) -> (..., out)``, in the dtype of ``F.linear(x, W, b)``.
 
-    The factors are cast to the dtype of the arithmetic, here and again in the backward. Every input can have a
-    gradient, and gradients of gradients are right.
-
-    Args:
-        x: ``(..., in)``, of the weight's dtype unless autocast says otherwise.
-        weight: ``(out, in)``.
-        bias: ``(out,)`` or None.
-        updates: the adapters' parts.
+    The factors are cast to the dtype of the arithmetic, which is that of ``x (..., in)``, ``weight (out, in)`` and
+    ``bias (out,)`` unless autocast says otherwise. Every input can have a gradient, and such gradients have theirs.
     """
     if autocast_is_on(x.device):
         dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight, bias = (
-            _autocast(x, dtype),
-            _autocast(weight, dtype),
-            None if bias is None else _autocast(bias, dtype),
-        )
+        x, weight = _autocast(x, dtype), _autocast(weight, dtype)
+        bias = None if bias is None else _autocast(bias, dtype)
         updates = [update._replace(u=None if update.u is None else _autocast(update.u, dtype)) for update in updates]
     if not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
         return _compute(x, weight, bias, updates)[0]
@@ -90,23 +81,15 @@ def _rows(tensor: Tensor) -> Tensor:
     return tensor if tensor.ndim == 2 else tensor.reshape(-1, tensor.shape[-1])
 
 
-def _as(factor: Tensor, dtype: torch.dtype) -> Tensor:
-    return factor if factor.dtype is dtype else factor.to(dtype)
-
-
-def _hidden(A: Tensor, u: Tensor) -> Tensor:
-    """``A u`` as ``(r, rows)``."""
-    return torch.mm(_as(A, u.dtype), _rows(u).t())
-
-
 def _compute(x: Tensor, weight: Tensor, bias: Tensor | None, updates: Sequence[Update]) -> tuple[Tensor, list[Tensor]]:
-    """The output, and ``A u`` of each update."""
+    """The output, and ``A u`` of each update as ``(r, rows)``."""
     # products with the factors come before those with the weight: what they read is then still in the cache
-    hidden = [_hidden(A, x if u is None else u) for u, A, _, _ in updates]
+    inputs = [x if update.u is None else update.u for update in updates]
+    hidden = [torch.mm(update.A.to(u.dtype), _rows(u).t()) for update, u in zip(updates, inputs, strict=True)]
     y = F.linear(x, weight, bias).contiguous()
     rows = y.view(-1, y.shape[-1])
     for h, (_, _, B, scale) in zip(hidden, updates, strict=True):
-        rows.addmm_(h.t(), _as(B, h.dtype).t(), alpha=scale)
+        rows.addmm_(h.t(), B.to(h.dtype).t(), alpha=scale)
     return y.detach(), hidden  # not a view any more: the output of an autograd function could not be changed in place
 
 
@@ -143,26 +126,23 @@ class _FusedLinear(torch.autograd.Function):
             dh = next(further) if of_B else None
             du = dA = dB = None
             if of_B and d is not None:
-                dB = _as(torch.mm(h, d).mul_(scale).t(), B.dtype)
+                dB = torch.mm(h, d).mul_(scale).t().to(B.dtype)
             if d is not None and (of_u or of_A or (of_x and on_x)):
-                of_y = torch.mm(_as(B, d.dtype).t(), d.t()).mul_(scale)  # (r, rows)
+                of_y = torch.mm(B.to(d.dtype).t(), d.t()).mul_(scale)  # (r, rows)
                 dh = of_y if dh is None else of_y + dh
             if dh is not None:
-                dA = _as(torch.mm(dh, _rows(u)), A.dtype) if of_A else None
-                du = torch.mm(dh.t(), _as(A, dh.dtype)).view(*ctx.shape) if of_u else None
-                into_dx += [(dh.t(), _as(A, dh.dtype))] if on_x else []
+                dA = torch.mm(dh, _rows(u)).to(A.dtype) if of_A else None
+                into_u = (dh.t(), A.to(dh.dtype))
+                du = torch.mm(*into_u).view(*ctx.shape) if of_u else None
+                into_dx += [into_u] if on_x else []
             grads += [du, dA, dB]
         dx = None
-        if of_x:
-            products = into_dx if d is None else [(d, weight), *into_dx]
-            dx = _sum_of_products(products).view(ctx.shape) if products else None
+        products = into_dx if d is None else [(d, weight), *into_dx]
+        if of_x and products:
+            dx = torch.mm(*products[0])
+            for product in products[1:]:
+                dx.addmm_(*product)
+            dx = dx.view(ctx.shape)
         dweight = torch.mm(d.t(), _rows(x)) if of_weight and d is not None else None
         dbias = d.sum(0) if of_bias and d is not None else None
         return dx, dweight, dbias, None, *grads
-
-
-def _sum_of_products(pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
-    total = torch.mm(*pairs[0])
-    for factors in pairs[1:]:
-        total.addmm_(*factors)
-    return total

@@ -85,17 +85,12 @@ def kaiming_B(weight: Tensor, r: int, generator: torch.Generator | None = None) 
     return B.new_zeros(r, in_features), B
 
 
-INITS: dict[str, Init] = {
-    "kaiming": kaiming,
-    "gaussian": gaussian,
-    "orthogonal": orthogonal,
-    "kaiming_B": kaiming_B,
-}
+INITS: dict[str, Init] = {"kaiming": kaiming, "gaussian": gaussian, "orthogonal": orthogonal, "kaiming_B": kaiming_B}
 
 
 def pissa(weight: Tensor, r: int, scale: float) -> tuple[Tensor, Tensor]:
     """The part ``scale * B0 A0`` has the r largest singular values (Meng et al. 2024, arXiv:2404.02948)."""
-    return _singular(weight, slice(0, r), scale)
+    return _singular(weight, slice(r), scale)
 
 
 def milora(weight: Tensor, r: int, scale: float) -> tuple[Tensor, Tensor]:
@@ -116,9 +111,11 @@ def _singular(weight: Tensor, chosen: slice, scale: float) -> tuple[Tensor, Tens
     return root[:, None] * Vh[chosen], U[:, chosen] * root * math.copysign(1.0, scale)
 
 
-Principal = Callable[[Tensor, int, float], tuple[Tensor, Tensor]]
-
-PRINCIPAL: dict[str, Principal] = {"pissa": pissa, "milora": milora, "olora": olora}
+PRINCIPAL: dict[str, Callable[[Tensor, int, float], tuple[Tensor, Tensor]]] = {
+    "pissa": pissa,
+    "milora": milora,
+    "olora": olora,
+}
 
 
 @dataclass(frozen=True)
@@ -155,11 +152,12 @@ class Start:
             spec: the adapter's settings.
             frozen_column: the column of A that starts at zero, as that of an embedding's padding does.
         """
+        variant = VARIANTS[spec.variant]
         if matrix.ndim == 2:
             A, B = self._factors(matrix, spec)
         else:
             A, B = map(torch.stack, zip(*(self._factors(each, spec) for each in matrix), strict=True))
-        if "lora_A" in VARIANTS[spec.variant].frozen and not bool(A.any()):
+        if "lora_A" in variant.frozen and not bool(A.any()):
             raise ValueError(
                 f"variant {spec.variant!r} freezes A, and init {self.init!r} makes it zero: nothing would be learnt"
             )
@@ -167,16 +165,31 @@ class Start:
             A[..., frozen_column] = 0
         from_weight = isinstance(self.init, str) and self.init in PRINCIPAL
         start = torch.zeros_like(B) if from_weight else B  # with what is taken out again, the update starts at zero
-        tensors = {"lora_A": A, "lora_B": B, **_extra(matrix, A, start, spec)}
+        extra = variant.extra(matrix, A, start, spec.scale)
+        made = {name: tuple(tensor.shape) for name, tensor in extra.items()}
+        stated = {tensor.name: tensor.shape(matrix.shape, spec.r) for tensor in variant.tensors}
+        if made != stated:
+            raise ValueError(f"variant {spec.variant!r} made the tensors {made} besides A and B, and states {stated}")
+        tensors = {"lora_A": A, "lora_B": B, **extra}
         tensors |= dict(zip(SUBTRACTED, (A, B), strict=True)) if from_weight else {}
         wanted = accumulation_dtype(matrix.dtype) if self.dtype is None else self.dtype
         return {name: tensor.to(wanted, copy=from_weight).contiguous() for name, tensor in tensors.items()}
 
     def _factors(self, matrix: Tensor, spec: AdapterSpec) -> tuple[Tensor, Tensor]:
-        init = self.init
+        """A and B for one matrix."""
+        init, r = self.init, spec.r
         if not isinstance(init, str):
-            return _checked(init, matrix, spec.r, self.generator)
-        return INITS[init](matrix, spec.r, self.generator) if init in INITS else _of_weight(matrix, spec, init)
+            return _checked(init, matrix, r, self.generator)
+        if init in INITS:
+            return INITS[init](matrix, r, self.generator)
+        if matrix.is_meta:
+            raise ValueError(
+                f"init {init!r} starts from the weight, which has no values on the meta device; load it first"
+            )
+        if r > min(matrix.shape):
+            raise ValueError(f"init {init!r} takes r={r} directions of a weight that has {min(matrix.shape)}")
+        with full_precision(matrix.device):
+            return PRINCIPAL[init](matrix.to(accumulation_dtype(matrix.dtype)), r, spec.scale)
 
 
 def _checked(init: Init, matrix: Tensor, r: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
@@ -191,23 +204,3 @@ def _checked(init: Init, matrix: Tensor, r: int, generator: torch.Generator | No
     if not all(t.is_floating_point() and bool(t.isfinite().all()) for t in (A, B)):
         raise ValueError(f"init {init!r} returned values that are not finite floating-point numbers")
     return A, B
-
-
-def _of_weight(matrix: Tensor, spec: AdapterSpec, init: str) -> tuple[Tensor, Tensor]:
-    if matrix.is_meta:
-        raise ValueError(f"init {init!r} starts from the weight, which has no values on the meta device; load it first")
-    if spec.r > min(matrix.shape):
-        raise ValueError(f"init {init!r} takes r={spec.r} directions of a weight that has {min(matrix.shape)}")
-    with full_precision(matrix.device):
-        return PRINCIPAL[init](matrix.to(accumulation_dtype(matrix.dtype)), spec.r, spec.scale)
-
-
-def _extra(matrix: Tensor, A: Tensor, B: Tensor, spec: AdapterSpec) -> dict[str, Tensor]:
-    """The tensors of the variant, which must be those that it states."""
-    variant = VARIANTS[spec.variant]
-    made = variant.extra(matrix, A, B, spec.scale)
-    shapes = {name: tuple(tensor.shape) for name, tensor in made.items()}
-    stated = {tensor.name: tensor.shape(matrix.shape, spec.r) for tensor in variant.tensors}
-    if shapes != stated:
-        raise ValueError(f"variant {spec.variant!r} made the tensors {shapes} besides A and B, and states {stated}")
-    return made

@@ -31,8 +31,10 @@ def truncated(matrix: Tensor, r: int) -> Factors:
     The rows of A have norm 1, about as at the start of training, and B the singular values. Columns of zeros stay zero
     to the bit: an embedding's rows that nothing changes.
     """
-    decompose = _exact_svd if min(matrix.shape[-2:]) <= _EXACT else _randomized_svd
-    U, S, Vh = decompose(matrix, r)
+    if min(matrix.shape[-2:]) <= _EXACT:
+        U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
+    else:
+        U, S, Vh = _randomized_svd(matrix, r)
     A = Vh[..., :r, :] * matrix.any(dim=-2, keepdim=True)
     B = U[..., :r] * S[..., None, :r]
     size = torch.linalg.vector_norm(matrix)
@@ -63,10 +65,6 @@ def singular_values(A: Tensor, B: Tensor) -> Tensor:
 _EXACT = 1024
 """Rows or columns up to which the decomposition is exact: it takes 0.7 seconds there, and eight times that at 2048."""
 _POWER_STEPS = 4
-
-
-def _exact_svd(matrix: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.linalg.svd(matrix, full_matrices=False)  # type: ignore[no-any-return]
 
 
 def _randomized_svd(matrix: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,7 +1,6 @@
 """Tensor arithmetic of LoRA: the matrix view of a weight, the update, and the update applied to activations.
 
-Everything here takes and returns tensors; nothing knows about ``nn.Module``. ``A`` is always ``(r, in)`` and ``B``
-always ``(out, r)``, whatever the layout of the weight they belong to.
+``A`` is always ``(r, in)`` and ``B`` always ``(out, r)``, whatever the layout of the weight they belong to.
 """
 
 from __future__ import annotations
@@ -21,11 +20,9 @@ Index = tuple[slice, ...]
 
 
 def to_matrix(weight: Tensor, layout: str) -> Tensor:
-    """The weight as a matrix ``(out, in)``, or as a stack of them ``(stack, out, in)``.
+    """A stored weight as a matrix ``(out, in)``, or as a stack of them ``(stack, out, in)``.
 
-    Args:
-        weight: the weight as the layer stores it.
-        layout: einops pattern from the stored axes to the matrix, e.g. ``"o i h w -> o (i h w)"`` for Conv2d.
+    The layout is the einops pattern for that, such as ``"o i h w -> o (i h w)"`` for Conv2d.
     """
     stored, viewed = layout.split(" -> ")
     return weight if stored == viewed else rearrange(weight, layout)
@@ -48,10 +45,7 @@ def matrix_shape(layout: str, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 def accumulation_dtype(*dtypes: torch.dtype) -> torch.dtype:
     """The dtype in which weights are combined: the widest of the given ones, float32 at least."""
-    wide = torch.float32
-    for dtype in dtypes:
-        wide = torch.promote_types(wide, dtype)
-    return wide
+    return functools.reduce(torch.promote_types, dtypes, torch.float32)
 
 
 def autocast_is_on(device: torch.device) -> bool:
@@ -67,17 +61,8 @@ def full_precision(device: torch.device) -> AbstractContextManager[object]:
 def add_delta(weight: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
     """The weight with its update, ``W + scale * B @ A``, computed in float32 or better.
 
-    Eq. 3 of Hu et al. 2021 (arXiv:2106.09685). Batched over one leading dimension, if there is one.
-
-    Args:
-        weight: ``(out, in)`` or ``(stack, out, in)``.
-        A: ``(r, in)`` or ``(stack, r, in)``.
-        B: ``(out, r)`` or ``(stack, out, r)``.
-        scale: the factor of the update, e.g. alpha / r.
-
-    Returns:
-        Of the weight's shape, in the widest of the dtypes and float32. A transposed weight gives a transposed result,
-        so that it lies in memory as the stored weight does.
+    Eq. 3 of Hu et al. 2021 (arXiv:2106.09685). Batched over one leading dimension, if all have one. A transposed
+    weight gives a transposed result, so that it lies in memory as the stored weight does.
     """
     wide = accumulation_dtype(weight.dtype, A.dtype, B.dtype)
     if weight.stride(-1) != 1 and weight.stride(-2) == 1:
@@ -115,11 +100,8 @@ def block_elements(device: torch.device) -> int:
 def joined_rows(blocks: Sequence[tuple[int, Tensor, Tensor, float]], rows: int) -> tuple[Tensor, Tensor]:
     """A and B of the common update, at scale 1, of adapters that have some rows each: ``(R, in)`` and ``(rows, R)``.
 
-    The A's are stacked. B has block i in rows and columns of its own, and zeros elsewhere.
-
-    Args:
-        blocks: ``(first row, A, B, scale)`` of each, from the top: A is ``(r_i, in)`` and B ``(rows_i, r_i)``.
-        rows: the number of all rows.
+    Of each, from the top: its first row, A ``(r_i, in)``, B ``(rows_i, r_i)`` and scale. The A's are stacked. The
+    common B has block i in rows and columns of its own, and zeros elsewhere.
     """
     width = sum(B.shape[1] for _, _, B, _ in blocks)
     pieces, row, column = [], 0, 0
@@ -134,9 +116,8 @@ def joined_rows(blocks: Sequence[tuple[int, Tensor, Tensor, float]], rows: int) 
 def blocks(layout: str, shape: Sequence[int], elements: int) -> Iterator[tuple[Index, Index]]:
     """Cut a stored weight into blocks of whole rows of its matrix view, of about so many elements, or leave it whole.
 
-    Yields:
-        The block's index in the stored weight, and that of its rows in the matrix view (``(rows,)``, or
-        ``(matrices, rows)`` of a stack); both are empty for the whole.
+    Yields the block's index in the stored weight, and that of its rows in the matrix view (``(rows,)``, or
+    ``(matrices, rows)`` of a stack); both are empty for the whole.
     """
     if math.prod(shape) <= elements:
         yield (), ()

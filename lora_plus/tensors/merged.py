@@ -73,14 +73,12 @@ def merged_weight(base: Tensor, layout: str, summands: Sequence[Summand], dtype:
             size.append(torch.linalg.vector_norm(exact - part.to(exact.dtype)))
     if not math.isfinite(total) and not as_finite_as(values, base):
         raise ValueError(f"the merged weight is not finite in {dtype}")
-    return Merged(values, _ratio(lost, size) if size else None)
+    if not size:
+        return Merged(values, None)
+    error, moved = (float(torch.linalg.vector_norm(torch.stack(norms))) for norms in (lost, size))
+    return Merged(values, error / (moved or 1.0))
 
 
 def as_finite_as(new: Tensor, old: Tensor) -> bool:
     """Whether each value is finite that is so in the old tensor."""
     return bool((torch.isfinite(new) | ~torch.isfinite(old)).all())
-
-
-def _ratio(lost: list[Tensor], size: list[Tensor]) -> float:
-    total = float(torch.linalg.vector_norm(torch.stack(size)))
-    return float(torch.linalg.vector_norm(torch.stack(lost))) / (total or 1.0)

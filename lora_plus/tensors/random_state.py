@@ -15,15 +15,13 @@ Result = TypeVar("Result")
 def random_state() -> Callable[[], None]:
     """A function that brings back torch's random states as they are now: the CPU's, and all of the accelerator's."""
     on_cpu, accelerator = torch.get_rng_state(), _accelerator()
-    every = hasattr(accelerator, "get_rng_state_all")
-    on_devices = (
-        None if accelerator is None else accelerator.get_rng_state_all() if every else accelerator.get_rng_state()
-    )
+    suffix = "_all" if hasattr(accelerator, "get_rng_state_all") else ""
+    on_devices = None if accelerator is None else getattr(accelerator, "get_rng_state" + suffix)()
 
     def bring_back() -> None:
         torch.set_rng_state(on_cpu)
         if accelerator is not None:
-            (accelerator.set_rng_state_all if every else accelerator.set_rng_state)(on_devices)
+            getattr(accelerator, "set_rng_state" + suffix)(on_devices)
 
     return bring_back
 

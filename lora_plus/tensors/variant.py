@@ -53,7 +53,6 @@ FACTORS = (
     TensorSpec("lora_B", ("out", "r"), "B", "B", decays=True),
 )
 """The tensors of every adapter."""
-
 _TAKEN_OUT = (
     TensorSpec(SUBTRACTED[0], ("r", "in"), "start", "other", decays=True),
     TensorSpec(SUBTRACTED[1], ("out", "r"), "start", "other", decays=True),
@@ -64,34 +63,19 @@ _TAKEN_OUT = (
 class HasWeight(Protocol):
     """The layer that an adapter joins, as a variant sees it."""
 
-    def weight_matrix(self) -> Tensor:
-        """The stored weight in its matrix view."""
-        ...
-
-    def weight_part(self, x: Tensor, y: Tensor) -> Tensor:
-        """``W x`` alone, of the base's output ``y`` for the input ``x``."""
-        ...
-
-    def per_channel(self, values: Tensor) -> Tensor:
-        """A value for each output channel ``(out,)``, shaped to broadcast over the layer's output."""
-        ...
+    def weight_matrix(self) -> Tensor: ...  # the stored weight in its matrix view
+    def weight_part(self, x: Tensor, y: Tensor) -> Tensor: ...  # W x alone, of the base's output y for x
+    def per_channel(self, values: Tensor) -> Tensor: ...  # (out,), shaped to broadcast over the layer's output
 
 
 class HasFactors(Protocol):
     """An adapter, as its variant sees it."""
 
     @property
-    def scale(self) -> float:
-        """The factor of B A."""
-        ...
+    def scale(self) -> float: ...  # the factor of B A
 
-    def factors(self) -> tuple[Tensor, Tensor]:
-        """A ``(r, in)`` and B ``(out, r)``."""
-        ...
-
-    def tensors(self) -> Mapping[str, Tensor]:
-        """All its tensors, by their names."""
-        ...
+    def factors(self) -> tuple[Tensor, Tensor]: ...  # A (r, in) and B (out, r)
+    def tensors(self) -> Mapping[str, Tensor]: ...  # all its tensors, by their names
 
 
 class Variant(Protocol):
@@ -99,10 +83,8 @@ class Variant(Protocol):
 
     tensors: tuple[TensorSpec, ...]
     """The tensors that it has besides A and B."""
-
     rescales: bool
     """Whether it rescales the weight: it needs the weight's numbers, all its rows, and to be the only one that does."""
-
     frozen: tuple[str, ...]
     """The containers whose tensors are not trained."""
 
@@ -195,9 +177,9 @@ def whole_only(variant: str) -> str | None:
     """Why a variant cannot act on some rows of a weight; None if it can."""
     if VARIANTS[variant].rescales:
         return f"variant {variant!r} rescales whole weights and cannot act on some rows of one"
-    return (
-        None if only_adds(variant) else f"variant {variant!r} is no plain sum and cannot act on some rows of a weight"
-    )
+    if not only_adds(variant):
+        return f"variant {variant!r} is no plain sum and cannot act on some rows of a weight"
+    return None
 
 
 def adapter_tensor_specs(variant: str) -> dict[str, TensorSpec]:
