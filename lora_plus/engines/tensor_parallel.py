@@ -25,7 +25,7 @@ from torch.distributed.tensor.placement_types import Placement
 
 from lora_plus.layers.kinds import lora_class
 from lora_plus.layers.layer import LoRALayer
-from lora_plus.tensors.variant import known_tensors
+from lora_plus.tensors.variant import VARIANTS, known_tensors
 
 _OUT, _IN = 0, 1
 """The dimensions of a weight's matrix view."""
@@ -114,7 +114,8 @@ class _MatrixCut(ParallelStyle):
                 f"{subject} whose adapters have dropout on a {mesh.device_type} mesh, where each rank would drop other "
                 "entries of the same input; inject with dropout=0"
             )
-        reused = any(adapter.variant.rescales for adapter in adapters) or getattr(module, "max_norm", None) is not None
+        rescaled = any(VARIANTS[adapter.spec.variant].rescales for adapter in adapters)
+        reused = rescaled or getattr(module, "max_norm", None) is not None
         if self.cut == _IN and not kind.linear_low_rank and reused:
             raise ValueError(
                 f"{subject} with a DoRA adapter or max_norm, for which the rows that were looked up are needed twice, "

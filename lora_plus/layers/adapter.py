@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_plus.tensors.distributed import fill
 from lora_plus.tensors.matrix import joined_rows
 from lora_plus.tensors.merged import Summand
-from lora_plus.tensors.variant import SUBTRACTED, VARIANTS, AdapterSpec, Variant, adapter_tensor_specs
+from lora_plus.tensors.variant import SUBTRACTED, VARIANTS, AdapterSpec, adapter_tensor_specs
 
 
 class AdapterTensors(nn.Module):
@@ -74,15 +73,10 @@ class Adapter:
         """The factor of B A."""
         return self.spec.scale * self.strength
 
-    @property
-    def variant(self) -> Variant:
-        """How its low-rank term joins the layer."""
-        return VARIANTS[self.spec.variant]
-
     def tensors(self) -> dict[str, nn.Parameter]:
         """Its parameters by the name of their container: lora_A, lora_B, those of its variant and its start."""
-        stated, modules = adapter_tensor_specs(self.spec.variant), self.modules
-        held = [(name, modules[name]._parameters) for name in stated if name in modules]
+        stated = adapter_tensor_specs(self.spec.variant)
+        held = [(name, self.modules[name]._parameters) for name in stated if name in self.modules]
         return {name: parameters[self.name] for name, parameters in held if self.name in parameters}
 
     def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
@@ -99,7 +93,7 @@ class Adapter:
 
     def is_trained(self, container: str) -> bool:
         """Whether training changes its tensor in this container: its variant or its start can hold it fixed."""
-        return container not in SUBTRACTED and container not in self.variant.frozen
+        return container not in SUBTRACTED and container not in VARIANTS[self.spec.variant].frozen
 
     def set_trainable(self, trainable: bool) -> None:
         """Put it into training, but for what is held fixed, or take it out."""
@@ -110,18 +104,6 @@ class Adapter:
         """Bind other parameters as its own, by their containers; the ones that it had are left as they are."""
         for container, parameter in parameters.items():
             self.modules[container]._parameters[self.name] = parameter
-
-    def check_refill(self, tensors: Mapping[str, Tensor], init: object) -> None:
-        """Raise if it lacks one of these tensors, which this init has made."""
-        if not tensors.keys() <= self.tensors().keys():
-            raise ValueError(
-                f"init {init!r} needs tensors that the adapter {self.name!r} does not have; inject with it"
-            )
-
-    def refill(self, tensors: Mapping[str, Tensor]) -> None:
-        """Write whole values into its tensors, in place; those that are not given become zero."""
-        for name, parameter in self.tensors().items():
-            fill(parameter, tensors[name] if name in tensors else torch.zeros(parameter.shape))
 
     def as_saved(
         self, gather: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]] = dict
@@ -152,14 +134,10 @@ class RowsAdapter:
     """The adapters of one name on several blocks of a weight's rows, as one adapter of the whole weight.
 
     They are plain sums, without tensors besides A and B, and alike in their settings but for r and alpha.
-
-    Args:
-        blocks: the first row and the adapter of each block.
-        rows: the number of rows of the whole weight.
     """
 
     def __init__(self, blocks: Sequence[tuple[int, Adapter]], rows: int) -> None:
-        self.blocks, self.rows = tuple(blocks), rows
+        self.blocks, self.rows = tuple(blocks), rows  # the first row and the adapter of each; how many rows in all
 
     @property
     def name(self) -> str:
@@ -186,11 +164,6 @@ class RowsAdapter:
         """The factor of B A; B has the scales of the blocks in it."""
         return self.strength
 
-    @property
-    def variant(self) -> Variant:
-        """As that of an `Adapter`."""
-        return self.blocks[0][1].variant
-
     def tensors(self) -> dict[str, nn.Parameter]:
         """None that are of the whole weight."""
         return {}
@@ -211,7 +184,7 @@ ActiveAdapter = Adapter | RowsAdapter
 
 def summands(adapters: Sequence[ActiveAdapter]) -> list[Summand]:
     """Adapters of one weight, as merging takes them."""
-    return [Summand(each.variant, *each.factors(), each.scale, each.tensors()) for each in adapters]
+    return [Summand(VARIANTS[each.spec.variant], *each.factors(), each.scale, each.tensors()) for each in adapters]
 
 
 def whole_factors(tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:

@@ -6,9 +6,10 @@ they were. A class for a user's own class is made on the fly and let go with the
 
 from __future__ import annotations
 
+import copy
 import sys
-from collections.abc import Callable
-from typing import Any, ClassVar
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar, TypeVar
 from weakref import WeakValueDictionary
 
 import torch
@@ -16,6 +17,9 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from .fused_kernels import check_not_fused, warn_of_quantization
+from .merged import Merge
+
+Module = TypeVar("Module", bound=nn.Module)
 
 
 class SwappedModule(nn.Module):
@@ -110,6 +114,21 @@ def swap_class(module: nn.Module, change: Callable[[Any], type[nn.Module]]) -> N
         new = type(top.__name__.removesuffix(old.__name__) + below.__name__, (*others, below), body)
     # a module's own __setattr__ may know only its own attributes
     object.__setattr__(module, "__class__", new or change(top))
+
+
+def shallow_copy(module: Module, own: Iterable[str]) -> Module:
+    """What ``copy.copy`` gives, but that its tables, and those of these submodules and all in them, are its own.
+
+    Torch's shares them, so that an adapter that is renamed or taken out of one would be half gone from the other.
+    """
+    copied = module.__class__.__new__(module.__class__)
+    tables = {name: copy.copy(value) for name, value in module.__dict__.items() if isinstance(value, (dict, Merge))}
+    copied.__dict__.update(module.__dict__ | tables)
+    for name in own:
+        child = module._modules[name]
+        assert child is not None
+        copied._modules[name] = shallow_copy(child, child._modules)
+    return copied
 
 
 def _is_on_top(module: nn.Module) -> bool:

@@ -72,10 +72,14 @@ def why_unsupported(module: nn.Module, kind: type[LoRALayer] | None) -> str | No
         return f"{name} whose weight is empty"
     if isinstance(module, LoRALayer):
         return None
-    unfit = kind.unfit(module)
-    if unfit is None and (taken := _taken_names(module)):
-        return f"{name} that has attributes of a LoRA layer already: {sorted(taken)}"
-    return unfit
+    if (unfit := kind.unfit(module)) is not None:
+        return unfit
+    layer_class = type(module)
+    if layer_class not in _TAKEN:
+        _TAKEN[layer_class] = _OWN_NAMES.intersection(dir(layer_class))
+    held = (module.__dict__, module._parameters, module._buffers, module._modules)
+    taken = _TAKEN[layer_class].union(*(_OWN_NAMES.intersection(names) for names in held))
+    return f"{name} that has attributes of a LoRA layer already: {sorted(taken)}" if taken else None
 
 
 def why_no_numbers(weight: object) -> str | None:
@@ -89,15 +93,6 @@ _OWN_NAMES = {*dir(LoRALayer), *LoRALayer.__annotations__, *LoRALayer.lora_state
 
 _TAKEN: WeakKeyDictionary[type[Any], set[str]] = WeakKeyDictionary()
 """Layer class -> attributes of it that a LoRA layer has, too; asking ``dir`` is slow."""
-
-
-def _taken_names(module: nn.Module) -> set[str]:
-    """Attributes of a plain layer that a LoRA layer has, too."""
-    layer_class = type(module)
-    if layer_class not in _TAKEN:
-        _TAKEN[layer_class] = _OWN_NAMES.intersection(dir(layer_class))
-    held = (module.__dict__, module._parameters, module._buffers, module._modules)
-    return _TAKEN[layer_class].union(*(_OWN_NAMES.intersection(names) for names in held))
 
 
 def numbers_like(weight: Tensor, *shape: int) -> Tensor:

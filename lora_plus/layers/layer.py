@@ -13,15 +13,14 @@ from torch import Tensor, nn
 from lora_plus.tensors.init import Init, InitName, Start
 from lora_plus.tensors.matrix import to_matrix
 from lora_plus.tensors.random_state import draws
-from lora_plus.tensors.variant import AdapterSpec, Scaling, VariantName
+from lora_plus.tensors.variant import VARIANTS, AdapterSpec, Scaling, VariantName
 
 from .adapter import ActiveAdapter, check_adapter_name
 from .assigned_forward import AssignedForward
 from .calls import Calls
-from .class_swap import derived_class, swap_class
+from .class_swap import derived_class, shallow_copy, swap_class
 from .freezing import set_requires_grad
 from .fused_kernels import keep_out_of_fused_kernels, let_into_fused_kernels
-from .shallow_copy import shallow_copy
 from .weight import AdaptedWeight
 
 if TYPE_CHECKING:
@@ -82,18 +81,14 @@ class LoRALayer(AssignedForward, AdaptedWeight):
         return None
 
     @classmethod
-    def matrix_of(cls, layer: nn.Module, *, values: bool = True) -> Tensor:
+    def matrix_of(cls, layer: Any, *, values: bool = True) -> Tensor:
         """The layer's weight, detached, in its matrix view; without values only shape, dtype and device count."""
-        weight = layer.weight
-        assert isinstance(weight, Tensor)
-        return to_matrix(weight.detach(), cls.layout)
+        return to_matrix(layer.weight.detach(), cls.layout)
 
     @classmethod
-    def stored_shape(cls, layer: nn.Module) -> tuple[int, ...]:
+    def stored_shape(cls, layer: Any) -> tuple[int, ...]:
         """The shape of the weight as the layer's class stores it."""
-        weight = layer.weight
-        assert isinstance(weight, Tensor)
-        return tuple(weight.shape)
+        return tuple(layer.weight.shape)
 
     @classmethod
     def frozen_column(cls, layer: nn.Module) -> int | None:
@@ -221,7 +216,7 @@ class LoRALayer(AssignedForward, AdaptedWeight):
             A, B = adapter.factors()
             A, B = A.to(device=device, dtype=dtype), B.to(device=device, dtype=dtype)
             update = self.low_rank(x, A, B, adapter.scale, self.dropout_of(adapter.spec), y)
-            y = adapter.variant.join(self, adapter, x, y, update)
+            y = VARIANTS[adapter.spec.variant].join(self, adapter, x, y, update)
         return y
 
     def dropout_of(self, spec: AdapterSpec) -> float:

@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_plus.tensors.fused import Update, can_fuse, fused_linear
-from lora_plus.tensors.matrix import linear_update
 from lora_plus.tensors.variant import only_adds
 
 from .adapter import ActiveAdapter
@@ -19,12 +18,25 @@ from .layer import LoRALayer
 _LINEAR_FORWARD = nn.Linear.forward
 
 
+class _LoRALinearMap(LoRALayer):
+    """What the linear layers share, however their weight is stored."""
+
+    linear_low_rank = True
+
+    def trial_input(self) -> Tensor:
+        return numbers_like(self.weight, 2, self.matrix_of(self, values=False).shape[1])
+
+    def low_rank(self, x: Tensor, A: Tensor, B: Tensor, scale: float, dropout: float, y: Tensor) -> Tensor:
+        if dropout:
+            x = F.dropout(x, dropout)
+        return F.linear(F.linear(x, A) * scale, B)  # scaled where that is cheapest: (..., in) -> (..., r) -> (..., out)
+
+
 @adapts(nn.Linear)
-class LoRALinear(LoRALayer, nn.Linear):
+class LoRALinear(_LoRALinearMap, nn.Linear):
     """``y = W x + b + s B A x`` (Hu et al. 2021, arXiv:2106.09685): ``(..., in_features) -> (..., out_features)``."""
 
     layout = "o i -> o i"
-    linear_low_rank = True
 
     @classmethod
     def unfit(cls, layer: nn.Module) -> str | None:
@@ -53,23 +65,16 @@ class LoRALinear(LoRALayer, nn.Linear):
         dropout = self.dropout_of(adapter.spec)
         return Update(F.dropout(x, dropout) if dropout else None, *adapter.factors(), adapter.scale)
 
-    def trial_input(self) -> Tensor:
-        return numbers_like(self.weight, 2, self.weight.shape[1])
-
-    def low_rank(self, x: Tensor, A: Tensor, B: Tensor, scale: float, dropout: float, y: Tensor) -> Tensor:
-        return linear_update(x, A, B, scale, dropout)
-
 
 PLAIN_CONV1D = [("transformers.pytorch_utils", "Conv1D")]
 """Module and name of the classes that store a linear layer as ``(in, out)`` and compute nothing else."""
 
 
 @adapts(nn.Module)
-class LoRATransposedLinear(LoRALayer):
+class LoRATransposedLinear(_LoRALinearMap):
     """A linear layer that stores its weight as ``(in, out)``, as GPT-2's ``Conv1D`` does: ``y = x W + b + s B A x``."""
 
     layout = "i o -> o i"
-    linear_low_rank = True
 
     @classmethod
     def fits(cls, module: nn.Module) -> bool:
@@ -80,9 +85,3 @@ class LoRATransposedLinear(LoRALayer):
     def plain_classes(cls) -> tuple[Any, ...]:
         found = (getattr(sys.modules.get(module), name, None) for module, name in PLAIN_CONV1D)
         return tuple(layer_class for layer_class in found if layer_class is not None)
-
-    def trial_input(self) -> Tensor:
-        return numbers_like(self.weight, 2, self.weight.shape[0])
-
-    def low_rank(self, x: Tensor, A: Tensor, B: Tensor, scale: float, dropout: float, y: Tensor) -> Tensor:
-        return linear_update(x, A, B, scale, dropout)

@@ -70,10 +70,6 @@ class Merge:
             assert slot is not None
             slot.bind(tensor)
 
-    def can_be_hidden(self, slot: Slot | None) -> bool:
-        """Whether the base's own weight can be bound again."""
-        return self.own is None or slot is not None
-
     def is_shown(self, slot: Slot | None) -> bool:
         """Whether the merged weight is still the one that is bound."""
         return self.bound is None or (slot is not None and slot.tensor is self.bound)

@@ -16,9 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from .calls import Calls
-from .class_swap import SwappedModule, derived_class, swap_class
+from .class_swap import SwappedModule, derived_class, shallow_copy, swap_class
 from .parameter import LoRAParameter
-from .shallow_copy import shallow_copy
 from .site import BaseParameters, Holders
 
 if TYPE_CHECKING:

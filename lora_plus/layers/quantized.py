@@ -35,29 +35,25 @@ class Store:
     """Whether the layer's weight has been quantized yet."""
 
 
-def _four_bit(layer: Any) -> Tensor:
+def _four_bit(layer: Any) -> Any:
     state = layer.weight.quant_state
     if getattr(state, "packing_format_for_cpu", False):
         layer.state_dict()  # which brings a weight that was repacked for the CPU back to the usual order
-    dense: Tensor = sys.modules["bitsandbytes"].functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
-    return dense
+    return sys.modules["bitsandbytes"].functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
 
 
-def _eight_bit_scales(layer: Any) -> Tensor | None:
-    scales: Tensor | None = layer.weight.SCB if layer.weight.SCB is not None else layer.state.SCB
-    return scales
+def _eight_bit_scales(layer: Any) -> Any:
+    return layer.weight.SCB if layer.weight.SCB is not None else layer.state.SCB
 
 
-def _eight_bit(layer: Any) -> Tensor:
-    module = sys.modules["bitsandbytes"]
-    dense: Tensor = module.functional.int8_vectorwise_dequant(layer.weight.data, _eight_bit_scales(layer))
-    return dense
+def _eight_bit(layer: Any) -> Any:
+    dequantize = sys.modules["bitsandbytes"].functional.int8_vectorwise_dequant
+    return dequantize(layer.weight.data, _eight_bit_scales(layer))
 
 
-def _tensor_subclass(layer: Any) -> Tensor:
+def _tensor_subclass(layer: Any) -> Any:
     weight = layer.weight
-    dense: Tensor = weight.get_original_weight() if hasattr(weight, "get_original_weight") else weight.dequantize()
-    return dense
+    return weight.get_original_weight() if hasattr(weight, "get_original_weight") else weight.dequantize()
 
 
 STORES: dict[str, Store] = {
@@ -91,10 +87,8 @@ def _name_of(weight: object) -> str | None:
     return next((name for name, store in STORES.items() if store.holds(weight)), None)
 
 
-def _store_of(layer: nn.Module) -> Store:
-    name = _name_of(layer.weight)
-    assert name is not None
-    return STORES[name]
+def _store_of(layer: Any) -> Store:
+    return next(store for store in STORES.values() if store.holds(layer.weight))
 
 
 def _why_no_numbers(weight: Tensor) -> str | None:
@@ -122,15 +116,13 @@ class LoRAQuantizedLinear(LoRALinear):
         return super().unfit(layer)
 
     @classmethod
-    def matrix_of(cls, layer: nn.Module, *, values: bool = True) -> Tensor:
+    def matrix_of(cls, layer: Any, *, values: bool = True) -> Tensor:
         if values:
             return _dense_weight(layer)
-        assert isinstance(layer.weight, Tensor)
         return torch.empty(1, device=layer.weight.device).expand(cls.stored_shape(layer))
 
     @classmethod
-    def stored_shape(cls, layer: nn.Module) -> tuple[int, ...]:
-        assert isinstance(layer, nn.Linear)
+    def stored_shape(cls, layer: Any) -> tuple[int, ...]:
         return layer.out_features, layer.in_features
 
     def trial_input(self) -> None:  # type: ignore[override]

@@ -42,19 +42,6 @@ class AdapterSite(nn.Module):
             parameter = nn.Parameter(tensor, requires_grad=trainable and adapter.is_trained(container))
             self._modules[container]._parameters[name] = parameter  # type: ignore[union-attr]
 
-    def drop_adapter(self, name: str) -> None:
-        """Forget an adapter."""
-        del self.lora_adapters[name]
-        for container in self.tensor_containers().values():
-            container._parameters.pop(name, None)
-
-    def rename_adapter(self, old: str, new: str) -> None:
-        """Call an adapter by another name; its parameters and its place in the order stay."""
-        for container in self.tensor_containers().values():
-            container.rename(old, new)
-        self.lora_adapters[old].name = new
-        self.lora_adapters = {adapter.name: adapter for adapter in self.lora_adapters.values()}
-
     def tensor_containers(self) -> dict[str, AdapterTensors]:
         """The containers of the adapters' tensors, by their names."""
         return {name: child for name, child in self._modules.items() if isinstance(child, AdapterTensors)}
@@ -62,9 +49,7 @@ class AdapterSite(nn.Module):
     def freeze_adapters(self) -> None:
         """Take the tensors of all adapters out of training."""
         for container in self.tensor_containers().values():
-            for parameter in container._parameters.values():
-                assert parameter is not None
-                parameter.requires_grad_(False)
+            container.requires_grad_(False)
 
     def extra_repr(self) -> str:
         specs = {name: adapter.spec for name, adapter in self.lora_adapters.items()}

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lora_plus.tensors.matrix import from_matrix, to_matrix
 from lora_plus.tensors.merged import joined
+from lora_plus.tensors.variant import VARIANTS
 
 from .adapter import ActiveAdapter, RowsAdapter, summands
 from .merged import Key, Merge, Slot
@@ -92,10 +93,8 @@ class AdaptedWeight(AdapterSite):
 
     def row_blocks(self) -> list[RowBlock]:
         """The blocks of rows that have adapters, from the top."""
-        container = self._modules.get(BLOCKS)
-        if container is None:
-            return []
-        return sorted(container.children(), key=lambda block: block.rows)  # type: ignore[arg-type, return-value]
+        blocks: Any = self._modules.get(BLOCKS)
+        return [] if blocks is None else sorted(blocks.children(), key=lambda block: block.rows)
 
     def row_block(self, label: str, rows: tuple[int, int], total: int) -> RowBlock:
         """The block of these rows out of ``total``, which is made if it is not there."""
@@ -125,22 +124,25 @@ class AdaptedWeight(AdapterSite):
         """Drop an adapter of this weight, and the blocks that have none left."""
         assert self.lora_merge is None
         self.lora_active = tuple(adapter for adapter in self.lora_active if adapter.name != name)
-        for site in list(self.adapter_sites()):
-            if name in site.lora_adapters:
-                site.drop_adapter(name)
-        blocks = self._modules.get(BLOCKS)
-        if blocks is not None:
-            empty = [block.lora_label for block in self.row_blocks() if not block.lora_adapters]
-            for label in empty:
-                del blocks._modules[label]
-            if not blocks._modules:
-                del self._modules[BLOCKS]
+        blocks: Any = self._modules.get(BLOCKS)
+        for site in self.adapter_sites():
+            site.lora_adapters.pop(name, None)
+            for container in site.tensor_containers().values():
+                container._parameters.pop(name, None)
+            if site is not self and not site.lora_adapters:
+                del blocks._modules[site.lora_label]
+        if blocks is not None and not blocks._modules:
+            del self._modules[BLOCKS]
 
     def rename_everywhere(self, old: str, new: str) -> None:
-        """Call an adapter of this weight by another name, in every state that it is in."""
+        """Call an adapter by another name, in every state; its parameters and its place in the order stay."""
         for site in self.adapter_sites():
-            if old in site.lora_adapters:
-                site.rename_adapter(old, new)
+            if old not in site.lora_adapters:
+                continue
+            site.lora_adapters[old].name = new
+            site.lora_adapters = {adapter.name: adapter for adapter in site.lora_adapters.values()}
+            for container in site.tensor_containers().values():
+                container.rename(old, new)
         if self.lora_merge is not None:
             self.lora_merge.rename(old, new)
 
@@ -166,7 +168,7 @@ class AdaptedWeight(AdapterSite):
         adapters = [self.adapter_named(name) for name in dict.fromkeys(names) if name in there]
         if len(adapters) < 2:
             return tuple(adapters)
-        rescaling = [adapter for adapter in adapters if adapter.variant.rescales]
+        rescaling = [adapter for adapter in adapters if VARIANTS[adapter.spec.variant].rescales]
         if len(rescaling) > 1:
             same = [adapter.name for adapter in rescaling]
             raise ValueError(
@@ -174,7 +176,7 @@ class AdaptedWeight(AdapterSite):
                 "meaning; use one of them at a time"
             )
         # a rescaling acts on the base; sums come after it
-        return (*rescaling, *(adapter for adapter in adapters if not adapter.variant.rescales))
+        return (*rescaling, *(adapter for adapter in adapters if adapter not in rescaling))
 
     def acting(self) -> tuple[ActiveAdapter, ...]:
         """The adapters that act on all samples now, in the order in which they are applied."""
@@ -221,7 +223,7 @@ class AdaptedWeight(AdapterSite):
             self.lora_merge.show(self.weight_slot())
 
     def is_merged_now(self) -> bool:
-        """Whether the weight as it is bound contains the adapters; raises where that would mislead.
+        """Whether the weight as it is bound contains the adapters.
 
         Raises:
             ValueError: if the adapters were to be trained or have been changed, or the weight has been replaced.
@@ -241,7 +243,7 @@ class AdaptedWeight(AdapterSite):
 
     def why_unmergeable(self) -> str | None:
         """Why the base's own weight cannot be bound back: the merged one has become a computed one. None if it can."""
-        if self.lora_merge is None or self.lora_merge.can_be_hidden(self.weight_slot()):
+        if self.lora_merge is None or self.lora_merge.own is None or self.weight_slot() is not None:
             return None
         return (
             f"the merged weight of this {self.title()} was parametrized or pruned; undo that first, with "

@@ -16,7 +16,7 @@ from lora_plus.layers.freezing import restore_requires_grad, set_requires_grad
 from lora_plus.layers.fused_kernels import resume_nesting
 from lora_plus.tensors.init import Init, InitName, Start
 from lora_plus.tensors.random_state import draws
-from lora_plus.tensors.variant import Scaling, VariantName
+from lora_plus.tensors.variant import VARIANTS, Scaling, VariantName
 from lora_plus.text import join
 
 from .inject import attach, gc_paused
@@ -74,7 +74,7 @@ def set_adapter(
     for path, weight in weights:
         for each in weight.in_order(names):
             factor = strengths[each.name]
-            if each.variant.rescales and factor != 1:
+            if VARIANTS[each.spec.variant].rescales and factor != 1:
                 raise ValueError(
                     f"the factor of {each.name!r} must be 1, got {factor}: on {path!r} it is of the variant "
                     f"{each.spec.variant!r}, which rescales the weight, so that its effect is not proportional to its "

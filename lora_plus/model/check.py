@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lora_plus.layers.adapter import Adapter
 from lora_plus.layers.layer import LoRALayer
 from lora_plus.layers.weight import AdaptedWeight
+from lora_plus.tensors.variant import VARIANTS
 
 from .dry_run import copied, left_as_it_was
 from .state import Need, require
@@ -298,7 +299,7 @@ def _random_adapters(probes: list[_Probe]) -> Iterator[None]:
     own = [(probe, probe.adapter.tensors()) for probe in probes]
     try:
         for probe, tensors in own:
-            own_tensors = {each.name for each in probe.adapter.variant.tensors}
+            own_tensors = {each.name for each in VARIANTS[probe.adapter.spec.variant].tensors}
             for name, tensor in tensors.items():
                 noise = 0.02 * torch.randn(tensor.shape, generator=generator)
                 near = tensor.detach() if name in own_tensors else torch.zeros_like(tensor)

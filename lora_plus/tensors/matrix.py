@@ -138,14 +138,3 @@ def blocks(layout: str, shape: Sequence[int], elements: int) -> Iterator[tuple[I
 
 _LEAST_ROWS = 64
 """Rows of a block, at least: where a row lies across the memory, fewer would use a part of each cache line."""
-
-
-def linear_update(x: Tensor, A: Tensor, B: Tensor, scale: float, dropout: float = 0.0) -> Tensor:
-    """``scale * B A x``: ``(..., in) -> (..., out)``.
-
-    The scale is applied where it is cheapest, to the rank-r activation. Dropout acts on the input.
-    """
-    if dropout:
-        x = F.dropout(x, dropout)
-    h = F.linear(x, A) * scale  # (..., in) -> (..., r)
-    return F.linear(h, B)

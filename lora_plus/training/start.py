@@ -17,7 +17,7 @@ from lora_plus.model.places import Place, adapted_places
 from lora_plus.model.state import Need, require
 from lora_plus.model.tree import replica_group, unwrap
 from lora_plus.tensors import matrix as functional
-from lora_plus.tensors.distributed import is_dtensor
+from lora_plus.tensors.distributed import fill, is_dtensor
 from lora_plus.tensors.init import Init, InitName, Start
 from lora_plus.tensors.low_rank import truncated
 from lora_plus.tensors.random_state import draws
@@ -58,11 +58,13 @@ def reset_lora_parameters(
     for place, held in adapted_places(model, adapter):
         with storage.gathered([place.stored()]):
             fresh = place.new_tensors(storage, held.spec, start)
-        held.check_refill(fresh, init)
+        if not fresh.keys() <= held.tensors().keys():
+            raise ValueError(f"init {init!r} needs tensors that the adapter {adapter!r} does not have; inject with it")
         prepared.append((held, fresh))
     for held, fresh in prepared:
         with storage.gathered(held.tensors().values(), write=True):
-            held.refill(fresh)
+            for name, parameter in held.tensors().items():
+                fill(parameter, fresh[name] if name in fresh else torch.zeros(parameter.shape))
 
 
 def init_from_gradients(
