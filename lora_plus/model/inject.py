@@ -22,6 +22,7 @@ from lora_plus.layers.weight import AdaptedWeight
 from lora_plus.tensors.init import Init, InitName, Start
 from lora_plus.tensors.random_state import draws
 from lora_plus.tensors.variant import AdapterSpec, Scaling, VariantName
+from lora_plus.text import parents
 
 from .patterns import Pattern
 from .places import NamedModule, Place
@@ -74,8 +75,8 @@ def inject_lora(
     """Give the selected layers of a model a low-rank adapter and freeze everything else.
 
     The layers become LoRA layers in place: the same objects, with the same parameters under the same names. With
-    B = 0, as the default init leaves it, the model computes what it computed before. Any number of threads may run the
-    model; none may run it while another one changes it (injects, loads, chooses, merges or disables adapters).
+    B = 0, as the default init leaves it, the model computes what it computed before. No thread may run the model while
+    another one changes it.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
@@ -87,17 +88,9 @@ def inject_lora(
         model: any module; it is changed.
         targets: what gets adapters: a pattern or a list of patterns. A pattern is a name (``"q"`` matches ``q`` and
             whatever ends in ``.q``), a glob (``"layers.*.mlp.*"``, which may also start at any dot), a compiled
-            regular expression (on the full name), a module type, a function ``(name, module) -> bool``, or
-            ``"all-linear"``: every linear layer and the projections of every ``nn.MultiheadAttention``, but a head
-            tied to an embedding, and what ``exclude`` or ``train_also`` names. ``""`` is the model itself.
-
-            The projections of an ``nn.MultiheadAttention`` ``attn`` are ``attn.q``, ``attn.k``, ``attn.v`` and
-            ``attn.out_proj`` (or ``attn.out``); ``attn.in_proj`` is the first three, ``attn`` or the type all of
-            them. A recurrent layer stands for its matrices, ``lstm.weight_ih_l0`` for one of them. A parameter of two
-            or three dimensions is a target under its own name (``"experts.gate_up_proj"``), as is the weight of a
-            layer that is read but not called (``"proj.weight"``); the update of such a weight is a dense matrix in
-            every step, and dropout is refused there. Parameters are looked at only for a name, a glob or a regular
-            expression that matches nothing else.
+            regular expression (on the full name), a module type, a function ``(name, module) -> bool``,
+            ``"all-linear"``, or ``""`` for the model itself. They match layers, parts of layers that read their weights
+            themselves (``attn.q``, ``lstm.weight_ih_l0``), and else parameters of two or three dimensions.
         r: rank of the update.
         alpha: numerator of the scaling.
         dropout: probability that an entry of an adapter's input is dropped in training.
@@ -106,14 +99,13 @@ def inject_lora(
         alpha_pattern: the same for ``alpha``.
         scaling: ``"standard"`` (alpha / r) or ``"rslora"`` (alpha / sqrt(r)).
         init: ``"kaiming"``, ``"gaussian"``, ``"orthogonal"`` (B zero), ``"kaiming_B"`` (A zero), ``"pissa"``,
-            ``"milora"``, ``"olora"`` (both from the weight, and taken out of the update again), as in
-            `lora_plus.tensors.init`, or a function ``(weight, r, generator) -> (A, B)``. See also
-            `init_from_gradients`.
+            ``"milora"``, ``"olora"`` (both from the weight, and taken out of the update again), or a function
+            ``(weight, r, generator) -> (A, B)``.
         variant: ``"lora"``, ``"lora_fa"`` (A frozen at its start; plain LoRA in files of other formats) or ``"dora"``.
         train_also: patterns of modules to train in full and save with the adapter, such as a new head.
-        fused: ``{pattern: names}`` for layers that compute several projections together, e.g.
-            ``{"c_attn": ["q", "k", "v"]}``, or ``{"qkv": {"q": 64, "k": 16, "v": 16}}`` with the rows of each. They are
-            then targets ``c_attn.q``, ..., with factors of their own; ``c_attn`` stands for all of them.
+        fused: ``{"c_attn": ["q", "k", "v"]}`` for layers that compute several projections together, or
+            ``{"qkv": {"q": 64, "k": 16, "v": 16}}`` with the rows of each. They are then targets ``c_attn.q``, ...,
+            with factors of their own; ``c_attn`` stands for all of them.
         layouts: ``{pattern: layout}`` for parameters that are not stored as (out, in): one of ``"i o -> o i"``,
             ``"e o i -> e o i"`` (a stack of experts, the default for three dimensions), ``"e i o -> e o i"``.
         adapter: name of the adapter. A model can hold several; the one injected last is the active one.
@@ -198,14 +190,9 @@ def attach(
     for weight in dict.fromkeys((*modules, *(place.adapted() for place, _, _ in prepared))):
         if isinstance(weight, AdaptedWeight):
             weight.activate((adapter,))
-    _keep_adapters_in(modules)
-
-
-def _keep_adapters_in(modules: Sequence[nn.Module]) -> None:
-    """See to it that no fused kernel of torch passes the adapters by."""
-    root, *_ = modules
-    if isinstance(root, LoRALayer):  # what it is a part of is not known
-        keep_out_of_fused_kernels(root)
+    # no fused kernel of torch may pass the adapters by
+    if isinstance(modules[0], LoRALayer):  # what it is a part of is not known
+        keep_out_of_fused_kernels(modules[0])
     for module in modules:
         if isinstance(module, nn.TransformerEncoderLayer):
             for child in module.children():
@@ -217,28 +204,23 @@ def _keep_adapters_in(modules: Sequence[nn.Module]) -> None:
             stop_nesting(module)
 
 
-def _check_offloading(state: State, places: Sequence[Place]) -> None:
-    """Raise where weights have values only while a forward runs that would not bring in the adapted ones.
+def check_selection(state: State, places: Sequence[Place], train_also: Sequence[NamedModule]) -> None:
+    """Raise if a layer is inside a module that another adapter trains in full, or a module cannot be so trained.
 
-    A tool that offloads weights assigns a forward to the module around which it brings them in. A layer with such a
-    forward of its own can be adapted: that forward is then its base computation.
+    So, too, where weights have values only while a forward runs that would not bring in the adapted ones.
     """
+    # A tool that offloads weights assigns a forward to the module around which it brings them in. A layer with such a
+    # forward of its own can be adapted: that forward is then its base computation.
     assigned = {name for name, module in state.names if "forward" in module.__dict__}
     for place in places if assigned else ():
         if isinstance(place.owner, AdaptedWeight) or not place.stored().is_meta:
             continue
-        path = place.owner_name.split(".")
-        around = {"", *(".".join(path[:end]) for end in range(1, len(path) + 1))} & assigned
+        around = {"", place.owner_name, *parents(place.owner_name)} & assigned
         if around and (not place.called or place.owner_name not in around):
             raise ValueError(
                 f"the weight of {place.name!r} is offloaded: it has values only while {max(around, key=len)!r} runs, "
                 "which does not know of adapters inside; exclude it, or load the model without offloading it"
             )
-
-
-def check_selection(state: State, places: Sequence[Place], train_also: Sequence[NamedModule]) -> None:
-    """Raise if a layer is inside a module that another adapter trains in full, or a module cannot be so trained."""
-    _check_offloading(state, places)
     for name, module, record in state.trained():
         inside = {id(child) for child in module.modules()}
         for place in places:

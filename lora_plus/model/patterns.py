@@ -10,6 +10,8 @@ from typing import Any, Generic, TypeVar
 
 from torch import nn
 
+from lora_plus.text import endings
+
 Pattern = str | re.Pattern[str] | type[nn.Module] | Callable[[str, nn.Module], bool]
 """Selects modules: a name, a glob, a compiled regular expression, a type, or a function of name and module."""
 
@@ -72,12 +74,6 @@ class Names(Generic[Thing]):
         """Full names, and what follows a dot in them: a plain name is looked up here, and not compared with each."""
         found: dict[str, list[Thing]] = {}
         for thing, names in self.named:
-            endings: dict[str, None] = {}
-            for name, _ in names:
-                endings[name] = None
-                while "." in name:
-                    name = name[name.index(".") + 1 :]
-                    endings[name] = None
-            for ending in endings:
+            for ending in dict.fromkeys(end for name, _ in names for end in (name, *endings(name))):
                 found.setdefault(ending, []).append(thing)
         return found

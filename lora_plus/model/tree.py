@@ -30,12 +30,9 @@ class Walk(NamedTuple):
 def walk(model: nn.Module, *, every_name: bool = False) -> Walk:
     """``(name, module)`` for all modules but containers of ours, as ``model.named_modules()`` orders them.
 
-    Wrappers that engines put around modules are passed by, and names are those of the model without them. Torch's chain
-    of generators takes three times as long, which shows where there are thousands of layers.
-
-    Args:
-        model: the module to start from.
-        every_name: whether a module that has several names is given under each of them.
+    Wrappers that engines put around modules are passed by, and names are those of the model without them. With
+    ``every_name`` a module is given under each of its names. Torch's chain of generators takes three times as long,
+    which shows where there are thousands of layers.
     """
     check_model(model)
     found = Walk([], [])
@@ -134,16 +131,10 @@ def wrapper_of(module: nn.Module) -> Wrapper | None:
     return None
 
 
-def wrapped(module: nn.Module) -> nn.Module | None:
-    """The module that this one wraps; None if it is no wrapper."""
-    wrapper = wrapper_of(module)
-    return None if wrapper is None else module._modules[wrapper.child]
-
-
 def unwrap(model: nn.Module) -> nn.Module:
     """The model inside of DistributedDataParallel, FSDP, a compiled module or any other wrapper."""
-    inner = wrapped(model)
-    return model if inner is None else unwrap(inner)
+    wrapper = wrapper_of(model)
+    return model if wrapper is None else unwrap(getattr(model, wrapper.child))
 
 
 def replica_group(model: nn.Module) -> Any:
@@ -151,11 +142,7 @@ def replica_group(model: nn.Module) -> Any:
     wrapper = wrapper_of(model)
     if wrapper is None:
         return None
-    if wrapper.replicas is not None:
-        return wrapper.replicas(model)
-    inner = wrapped(model)
-    assert inner is not None
-    return replica_group(inner)
+    return wrapper.replicas(model) if wrapper.replicas is not None else replica_group(getattr(model, wrapper.child))
 
 
 def is_spare_replica(model: nn.Module) -> bool:
