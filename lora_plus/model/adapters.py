@@ -30,18 +30,12 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def adapter_names(model: nn.Module) -> list[str]:
-    """The names of the adapters that the model holds.
-
-    They are in the order of the layers that they are on, and on one layer in the order in which they were added.
-    """
+    """The names of the adapters that the model holds, layer by layer in the order in which they were added."""
     return list(dict.fromkeys(adapter.name for _, adapter, _ in adapters_of(model)))
 
 
 def active_adapters(model: nn.Module) -> list[str]:
-    """The names of the adapters that take part in the forward.
-
-    They are in the order of the layers that they are on, and on one layer in the order in which they are applied.
-    """
+    """The names of the adapters that take part in the forward, layer by layer in the order in which they act."""
     return list(dict.fromkeys(name for _, weight in adapted_weights(model) for name in weight.active_names()))
 
 
@@ -55,8 +49,8 @@ def set_adapter(
     Args:
         model: a model with adapters.
         adapters: a name, several, or a mapping from name to a factor of the adapter's scale, as in
-            ``{"style": 0.6, "task": 1.0}``. The factor holds, also in merging, until adapters are chosen again; it is
-            not saved. It may be zero or negative.
+            ``{"style": 0.6, "task": 1.0}``, of any sign. The factor holds, also in merging, until adapters are chosen
+            again; it is not saved.
         trainable: True makes these adapters, and the modules trained in full with them, trainable and freezes all
             others; False freezes all; None leaves ``requires_grad`` as it is.
 
@@ -68,10 +62,10 @@ def set_adapter(
     """
     names = (adapters,) if isinstance(adapters, str) else tuple(dict.fromkeys(adapters))
     strengths = adapters if isinstance(adapters, Mapping) else dict.fromkeys(names, 1.0)
-    _check_strengths(strengths)
+    for name, factor in strengths.items():
+        check_number(f"the factor of {name!r}", factor, "finite")
     state = require(model, "choosing adapters", Need.CHANGEABLE, adapters=names)
-    weights = list(state.weights)
-    for path, weight in weights:
+    for path, weight in state.weights:
         for each in weight.in_order(names):
             factor = strengths[each.name]
             if VARIANTS[each.spec.variant].rescales and factor != 1:
@@ -80,7 +74,7 @@ def set_adapter(
                     f"{each.spec.variant!r}, which rescales the weight, so that its effect is not proportional to its "
                     "scale"
                 )
-    for _, weight in weights:
+    for _, weight in state.weights:
         weight.activate(names, strengths)
     if trainable is not None:
         for _, adapter, _ in state.adapters():
@@ -108,8 +102,8 @@ def add_adapter(
     """Add another adapter on the same layers and with the same settings as one that the model has.
 
     Its tensors are drawn anew. As after `inject_lora`, it is the active and trainable one, and the others are frozen.
-    Modules that are trained in full with the other one (``train_also``) are not shared: this one has none. It has
-    the other one's alpha, and with it a ratio that `fold_lr_ratio` has moved there.
+    It has no modules trained in full (``train_also``). It has the other one's alpha, and with it a ratio that
+    `fold_lr_ratio` has moved there.
 
     Example:
         >>> from lora_plus import inject_lora
@@ -130,36 +124,30 @@ def add_adapter(
         The same model.
 
     Raises:
-        KeyError: if the model holds no adapter ``like``.
-        TypeError, ValueError: if a setting is out of range or does not fit a layer, if it cannot have this name or
-            another one has it, or if the model is merged or disabled. The model is then as it was.
+        KeyError, TypeError, ValueError: if there is no adapter ``like``, the name is taken, a setting is out of range
+            or fits not every layer, or the model is merged or disabled. The model is then as it was.
     """
     state = require(model, "adding an adapter", Need.GROWABLE, adapters=[like], new=adapter)
     start = Start(init, dtype, generator)
     given = {"r": r, "alpha": alpha, "dropout": dropout, "scaling": scaling, "variant": variant}
     changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     chosen = [
-        (place, other.tensors()["lora_A"].dtype, replace(other.spec, **changes))
+        (place, replace(other.spec, **changes), replace(start, dtype=dtype or other.tensors()["lora_A"].dtype))
         for place, other in adapted_places(model, like)
     ]
-    misfits = [f"{place.name!r}: {why}" for place, _, spec in chosen if (why := place.misfits(spec)) is not None]
+    misfits = [f"{place.name!r}: {why}" for place, spec, _ in chosen if (why := place.misfits(spec)) is not None]
     if misfits:
         raise Problems(f"no adapter like {like!r} with these settings was added, because of", misfits)
-    prepared = []
     with state.storage.outlined():
-        for place, like_dtype, spec in chosen:
-            own = start if dtype is not None else replace(start, dtype=like_dtype)
-            prepared.append((place, spec, place.new_tensors(state.storage, spec, own)))
+        prepared = [(place, spec, place.new_tensors(state.storage, spec, own)) for place, spec, own in chosen]
         attach(state, adapter, prepared)
     return model
 
 
 def rename_adapter(model: nn.Module, old: str, new: str) -> None:
-    """Give an adapter another name.
+    """Give an adapter another name; only the keys in ``state_dict()`` change.
 
-    Its parameters stay the same objects, so optimizers go on working; its place among the adapters, whether it is
-    active, with what factor, trained or merged, and the modules trained in full with it stay, too. Only the keys in
-    ``state_dict()`` change.
+    Its parameters stay the same objects, so optimizers go on working.
 
     Raises:
         KeyError: if the model holds no adapter of the old name.
@@ -205,8 +193,7 @@ def disabled(model: M) -> Iterator[M]:
 
     Raises:
         ValueError: if the model has no adapter, for one that is injected inside would not be disabled; or if a module
-            is trained in full whose parameters have no shape of their own between forwards
-            (FullyShardedDataParallel, ZeRO-3).
+            is trained in full and sharded by FullyShardedDataParallel or ZeRO-3.
     """
     state = require(model, "disabling adapters", Need.ADAPTED | Need.EXCHANGEABLE | Need.HIDEABLE)
     weights = [weight for _, weight in state.weights]
@@ -224,9 +211,8 @@ def disabled(model: M) -> Iterator[M]:
 def adapter_state_dict(model: nn.Module, *, adapter: str = "default") -> dict[str, Tensor]:
     """An adapter's tensors, detached: ``<module>.lora_A``, ``<module>.lora_B``, ... and modules trained with it.
 
-    Names are the plain model's, whatever wraps it. Where parameters are sharded (``fully_shard``, tensor parallelism,
-    FullyShardedDataParallel, ZeRO-3) every rank must call this, and each gets the whole tensors, gathered layer by
-    layer. A warning names trainable parameters that belong to no adapter, as that of `save_adapter` does.
+    Names are the plain model's, whatever wraps it. Where parameters are sharded every rank must call this, and each
+    gets the whole tensors, gathered layer by layer. A warning names trainable parameters that belong to no adapter.
 
     Raises:
         KeyError: if the model holds no adapter of this name.
@@ -237,8 +223,3 @@ def adapter_state_dict(model: nn.Module, *, adapter: str = "default") -> dict[st
     found: list[tuple[str, Mapping[str, Tensor]]] = [(path, own.tensors()) for path, own, _ in state.adapters(adapter)]
     found += [(path, module.state_dict(keep_vars=True)) for path, module, _ in state.trained(adapter)]
     return {join(path, name): tensor for path, own in found for name, tensor in state.storage.read(own).items()}
-
-
-def _check_strengths(strengths: Mapping[str, float]) -> None:
-    for name, factor in strengths.items():
-        check_number(f"the factor of {name!r}", factor, "finite")

@@ -55,26 +55,23 @@ def merge_lora(model: nn.Module, *, adapters: Sequence[str] | None = None) -> Me
 
     Adapters that are not merged have no effect until `unmerge_lora` brings back those that are active now.
 
-    Where the weights are sharded by ``fully_shard`` or tensor parallelism, the merged values are written into the
-    parameters' shards instead, and the base's are kept aside; every rank must call this, and `unmerge_lora`.
-
-    The merged weight is computed in float32 or better and rounded once to the weight's dtype. Everything is computed
-    and checked before the first layer is changed. A weight shared with another layer is shared no longer while merged;
-    a warning names such layers.
+    The merged weight is computed in float32 or better and rounded once to the weight's dtype. A weight shared with
+    another layer is shared no longer while merged; a warning names such layers. Where the weights are sharded by
+    ``fully_shard`` or tensor parallelism, every rank must call this, and `unmerge_lora`; the shards are written into.
 
     Args:
         model: the model; it is changed.
-        adapters: names of the adapters to merge; None for those that are active. An adapter that is active keeps the
-            factor that `set_adapter` gave it; the others have 1.
+        adapters: names of the adapters to merge; None for those that are active. Those keep their factors
+            (`set_adapter`); the others have 1.
 
     Returns:
         A report: which layers, and how much of the update the rounding lost.
 
     Raises:
         KeyError: if the model has no such adapter.
-        ValueError: if there is nothing to merge, the model is merged already, a layer's weight cannot be replaced, or
-            a merged weight would not be finite; or if the weights have no shape of their own between forwards
-            (FullyShardedDataParallel, ZeRO-3). The model is then as it was.
+        ValueError: if there is nothing to merge, the model is merged already, a layer's weight cannot be replaced, a
+            merged weight would not be finite, or the model is sharded by FullyShardedDataParallel or ZeRO-3. The model
+            is then as it was.
     """
     report, merges = _compute(_mergeable(model, adapters), adapters)
     for weight, merge in merges:
@@ -89,10 +86,10 @@ def unmerge_lora(model: nn.Module) -> None:
         ValueError: if the model is not merged.
     """
     state = require(model, "unmerging", Need.ENABLED | Need.HIDEABLE)
-    merged_weights = [weight for _, weight in state.weights if weight.lora_merge is not None]
-    if not merged_weights:
+    bound = [weight for _, weight in state.weights if weight.lora_merge is not None]
+    if not bound:
         raise ValueError("the model is not merged")
-    for weight in merged_weights:
+    for weight in bound:
         weight.unmerge()
 
 
@@ -144,10 +141,9 @@ def _mergeable(model: nn.Module, adapters: Sequence[str] | None, needs: Need = N
 
 def _is_merged(state: State, adapters: Sequence[str] | None) -> bool:
     """Whether the model is merged with these adapters; a model that is merged in any other way is an error."""
-    weights = list(state.weights)
-    if not any(weight.lora_merge is not None for _, weight in weights):
+    if not any(weight.lora_merge is not None for _, weight in state.weights):
         return False
-    for path, weight in weights:
+    for path, weight in state.weights:
         merge = weight.lora_merge
         wanted = tuple(adapter.name for adapter in _wanted(weight, adapters))
         if merge is None:
@@ -179,7 +175,7 @@ def _compute(
         if not wanted and weight.lora_merge is None:
             merges.append((weight, Merge()))  # what else it has must have no effect, and no keys
             continue
-        made = _refusal(weight, ties.get(path, []), dequantize) or merged_state(state.storage, weight, wanted)
+        made = _refusal(weight, ties.get(path, []), dequantize) or _merged_state(state.storage, weight, wanted)
         if isinstance(made, str):
             problems.append(f"{path!r}: {made}")
             continue
@@ -200,31 +196,24 @@ def _compute(
     return report, merges
 
 
-def merged_state(storage: Storage, weight: AdaptedWeight, adapters: Sequence[ActiveAdapter]) -> Merge | str:
+def _merged_state(storage: Storage, weight: AdaptedWeight, adapters: Sequence[ActiveAdapter]) -> Merge | str:
     """The merged state of a weight, or why it cannot be merged. Every rank must call it if the weight is a DTensor."""
     names = tuple(adapter.name for adapter in adapters)
     own, tensors = weight.weight, weight.noted_tensors(names)
     with storage.exposed(weight):
-        made = _merged_values(weight, adapters)
-    if isinstance(made, str):
-        return made
-    values, lost = made
+        base, dtype = weight.dense_weight()
+        try:
+            bound, lost = merged_weight(base, weight.layout, summands(adapters), dtype)
+        except ValueError as error:
+            return str(error)
+        plain = weight.weight
+        if isinstance(plain, nn.Parameter):
+            bound = nn.Parameter(bound, requires_grad=plain.requires_grad)
+        if isinstance(weight, LoRALayer) and (differs := _unlike(weight, adapters, bound)) is not None:
+            return differs
     copies = {key: tensor.detach().clone() for key, tensor in tensors.items()}
-    merge = Merge(adapters=names, copies=copies, versions=versions(tensors), lost=lost, own=own, bound=values)
+    merge = Merge(adapters=names, copies=copies, versions=versions(tensors), lost=lost, own=own, bound=bound)
     return storage.bound(merge, tensors)
-
-
-def _merged_values(weight: AdaptedWeight, adapters: Sequence[ActiveAdapter]) -> tuple[Tensor, float | None] | str:
-    """What to bind in place of a whole weight, and how much rounding lost; or why it cannot be merged."""
-    base, dtype = weight.dense_weight()
-    try:
-        values, lost = merged_weight(base, weight.layout, summands(adapters), dtype)
-    except ValueError as error:
-        return str(error)
-    own = weight.weight
-    bound = nn.Parameter(values, requires_grad=own.requires_grad) if isinstance(own, nn.Parameter) else values
-    differs = _unlike(weight, adapters, bound) if isinstance(weight, LoRALayer) else None
-    return (bound, lost) if differs is None else differs
 
 
 def _refusal(weight: AdaptedWeight, others: list[str], dequantize: bool) -> str | None:

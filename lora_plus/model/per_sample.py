@@ -32,17 +32,13 @@ M = TypeVar("M", bound=nn.Module)
 def adapter_per_sample(model: M, adapters: Sequence[str | None]) -> Iterator[M]:
     """For the length of a ``with`` block, sample i of a batch is computed with adapter i, or with none.
 
-    A sample is index i of the first dimension of each adapted layer's input and output. What it gets is what it would
-    get alone with its adapter chosen by `set_adapter`, in training and in evaluation, with gradients for the adapters
-    that have ``requires_grad``; where its name is None, or a layer lacks the adapter, it is what the base computes,
-    bit for bit. Which adapters are active makes no difference, and is as before afterwards; modules trained in full
-    with another adapter keep their values. Adapters may differ in everything, rank and variant too; linear layers
-    compute all in two batched products, whatever their number.
+    A sample is index i of the first dimension of each adapted layer's input and output. It gets what it would get
+    alone with its adapter chosen by `set_adapter`, with gradients for the adapters that have ``requires_grad``; where
+    its name is None, or a layer lacks the adapter, what the base computes, bit for bit. Modules trained in full with
+    another adapter keep their values. Adapters may differ in everything, rank and variant too.
 
     In activation checkpointing layers are computed again in the backward pass, so that has to be inside the block.
-    Without gradients the factors are stacked once for each layer and block, and again if one of them is changed or a
-    forward with gradients comes between; what is written through ``.data``, as engines do, counts from then or from the
-    next block on.
+    What engines write through ``.data`` counts from the next forward with gradients or the next block on.
 
     Example:
         >>> from lora_plus import inject_lora
@@ -59,12 +55,15 @@ def adapter_per_sample(model: M, adapters: Sequence[str | None]) -> Iterator[M]:
     Raises:
         TypeError: if that is not a list of names.
         KeyError: if the model holds no adapter of such a name.
-        ValueError: if the list is empty, the model has no adapter, it is merged or its adapters are disabled, or a
-            whole batch shares what differs between adapters: an adapted parameter, or a module trained in full
-            (``train_also``). Inside the block: if a layer gets another number of samples, or adapters are chosen,
-            added, deleted or merged.
+        ValueError: if the list is empty, the model has no adapter, it is merged or disabled, or a whole batch shares an
+            adapted parameter or a module trained in full. Inside the block: if a layer gets another number of samples,
+            or adapters are chosen, added, deleted or merged.
     """
-    names = _checked_names(adapters)
+    if isinstance(adapters, str) or not all(name is None or isinstance(name, str) for name in adapters):
+        raise TypeError(f"expected a list with the name of an adapter, or None, for each sample, got {adapters!r}")
+    names = tuple(adapters)
+    if not names:
+        raise ValueError("expected the name of an adapter, or None, for each sample of the batch, got an empty list")
     chosen = [name for name in dict.fromkeys(names) if name is not None]
     needs = Need.ADAPTED | Need.UNDISABLED | Need.UNMERGED
     state = require(model, "choosing an adapter for each sample", needs, adapters=chosen)
@@ -74,10 +73,9 @@ def adapter_per_sample(model: M, adapters: Sequence[str | None]) -> Iterator[M]:
                 f"{path!r} is trained in full with the adapter {record.adapter!r}, and a batch has only one {path!r}; "
                 "run the samples of each adapter on their own, with set_adapter"
             )
-    weights = list(state.weights)
     made: list[SampleAdapters] = []
     groupings = {}
-    for path, weight in weights:
+    for path, weight in state.weights:
         there = weight.adapter_names()
         here = tuple(name if name in there else None for name in names)
         key = (here, weight.weight.device)
@@ -90,23 +88,14 @@ def adapter_per_sample(model: M, adapters: Sequence[str | None]) -> Iterator[M]:
                 "the samples of each adapter on their own, with set_adapter"
             )
         made.append(SampleAdapters(weight, path, grouping))
-    outer = [weight.lora_override for _, weight in weights]
+    outer = [weight.lora_override for _, weight in state.weights]
     try:
-        for (_, weight), samples in zip(weights, made, strict=True):
+        for (_, weight), samples in zip(state.weights, made, strict=True):
             weight.lora_override = samples
         yield model
     finally:
-        for (_, weight), before in zip(weights, outer, strict=True):
+        for (_, weight), before in zip(state.weights, outer, strict=True):
             weight.lora_override = before
-
-
-def _checked_names(adapters: Sequence[str | None]) -> tuple[str | None, ...]:
-    if isinstance(adapters, str) or not all(name is None or isinstance(name, str) for name in adapters):
-        raise TypeError(f"expected a list with the name of an adapter, or None, for each sample, got {adapters!r}")
-    names = tuple(adapters)
-    if not names:
-        raise ValueError("expected the name of an adapter, or None, for each sample of the batch, got an empty list")
-    return names
 
 
 class Grouping(NamedTuple):
@@ -152,13 +141,7 @@ def group_samples(names: Sequence[str | None], order: Sequence[str], device: tor
 
 
 class SampleAdapters:
-    """The adapters of a batch's samples on one layer.
-
-    Args:
-        weight: the layer.
-        path: its name in the model.
-        grouping: the samples by adapter; the layer has all of these adapters.
-    """
+    """The adapters of a batch's samples on one layer, which has this name and all of the grouping's adapters."""
 
     def __init__(self, weight: AdaptedWeight, path: str, grouping: Grouping) -> None:
         self.path, self.grouping = path, grouping
@@ -201,7 +184,10 @@ class SampleAdapters:
             x = x.index_select(0, rows)
         if dropout:
             x = F.dropout(x, dropout)
-        update = _update_of_each(x, *self._factors(layer, x.dtype)).to(y.dtype)
+        A, B, scales = self._factors(layer, x.dtype)
+        h = torch.bmm(x.reshape(len(A), -1, x.shape[-1]), A.mT)  # (parts, rows, r)
+        h = (h * scales[:, None, None]).to(h.dtype)
+        update = torch.bmm(h, B).reshape(*x.shape[:-1], B.shape[-1]).to(y.dtype)  # scale_i B_i A_i x_i of each part
         return y + update if rows is None else y.index_add(0, rows, update)
 
     def _of(self, name: str | None) -> list[ActiveAdapter]:
@@ -218,7 +204,8 @@ class SampleAdapters:
         if torch.is_grad_enabled():
             self._stacked = None  # an engine may write what is trained into the same memory without a trace
             return self._gathered(dtype)
-        held = _held(layer)
+        containers = (site._modules.get(name) for site in layer.adapter_sites() for name in ("lora_A", "lora_B"))
+        held = [tensor for each in containers if each is not None for tensor in each.parameters(recurse=False)]
         state = [(id(tensor), 0 if tensor.is_inference() else tensor._version) for tensor in held]
         stacked = self._stacked  # another thread may exchange it meanwhile
         if stacked is None or stacked.state != state or stacked.factors[0].dtype != dtype:
@@ -247,28 +234,7 @@ class _Stacked(NamedTuple):
     factors: tuple[Tensor, Tensor, Tensor]
 
 
-def _update_of_each(x: Tensor, A: Tensor, B: Tensor, scales: Tensor) -> Tensor:
-    """``scale_i * B_i A_i x_i`` for each part i of a batch: ``(batch, ..., in) -> (batch, ..., out)``.
-
-    Args:
-        x: ``(batch, ..., in)``, which is so many equal parts as there are factors, one after the other.
-        A: ``(parts, r, in)``.
-        B: ``(parts, r, out)``, transposed.
-        scales: ``(parts,)``, float32 or better: the factor of each part's update.
-    """
-    rows = x.reshape(len(A), -1, x.shape[-1])
-    h = torch.bmm(rows, A.mT)  # (parts, rows, r)
-    h = (h * scales[:, None, None]).to(h.dtype)
-    return torch.bmm(h, B).reshape(*x.shape[:-1], B.shape[-1])
-
-
 def _widened(factor: Tensor, rank: int) -> Tensor:
     """The factor ``(out, r)`` with columns of zeros up to this rank."""
     missing = rank - factor.shape[-1]
     return F.pad(factor, (0, missing)) if missing else factor
-
-
-def _held(layer: LoRALayer) -> list[nn.Parameter]:
-    """The factors of all adapters of a layer."""
-    containers = (site._modules.get(name) for site in layer.adapter_sites() for name in ("lora_A", "lora_B"))
-    return [tensor for held in containers if held is not None for tensor in held._parameters.values()]  # type: ignore[misc]
