@@ -29,7 +29,8 @@ from lora_plus.tensors.variant import AdapterSpec, whole_only
 from lora_plus.text import join
 
 from .parts import PARTS, Part
-from .places import PLACE_FINDERS, LayerPlace, Layouts, ModuleNames, NamedModule, Place, Rows, described, rows_overlap
+from .places import PLACE_FINDERS, LayerPlace, Layouts, NamedModule, Place, Rows, described, rows_overlap
+from .tree import Named
 
 
 class ParameterPlace(Place):
@@ -41,9 +42,9 @@ class ParameterPlace(Place):
         self,
         owner: nn.Module,
         owner_name: str,
-        names: ModuleNames,
+        names: Named,
         part: Part,
-        aliases: ModuleNames = (),
+        aliases: Named = (),
         of: str | None = None,
     ) -> None:
         self.owner, self.owner_name, self.names, self.aliases = owner, owner_name, names, aliases
@@ -112,17 +113,9 @@ class ParameterPlace(Place):
 
 
 class RowsPlace(Place):
-    """A block of rows of a weight: one of several projections that are computed together.
+    """A block of rows of a weight: one of several projections that are computed together; named in its owner."""
 
-    Args:
-        whole: the place of the weight.
-        rows: which rows.
-        label: the name of the block in the weight's owner.
-        names: as of any place.
-        aliases: further names.
-    """
-
-    def __init__(self, whole: Place, rows: Rows, label: str, names: ModuleNames, aliases: ModuleNames = ()) -> None:
+    def __init__(self, whole: Place, rows: Rows, label: str, names: Named, aliases: Named = ()) -> None:
         self.whole, self.rows, self.label, self.names, self.aliases = whole, rows, label, names, aliases
         self.owner, self.owner_name = whole.owner, whole.owner_name
         self.key, self.weight_key = (whole.key, rows), whole.key
@@ -187,7 +180,11 @@ class _Finder:
         return [module.__name__ for module in PARTS]
 
     def instead(self, entry: NamedModule, fused: Mapping[str, Rows]) -> list[Place]:
-        places: list[Place] = [rows_of_layer(entry, label, rows) for label, rows in fused.items()]
+        places: list[Place] = []
+        for label, rows in fused.items():
+            layer = LayerPlace(entry.module, entry.names)
+            names = [(join(name, label), entry.module) for name in entry.names]
+            places.append(RowsPlace(layer, rows, label, names, layer.names))
         reader: Any = next((parent for parent in type(entry.module).__mro__ if parent in PARTS), None)
         for part in PARTS[reader](entry.module) if reader is not None else ():
             owner = entry.module._modules.get(part.child) if part.child else entry.module
@@ -201,9 +198,12 @@ class _Finder:
         for parameter, value in raw_parameters(entry.module).items():
             names = [(join(name, parameter), entry.module) for name in entry.names]
             layout = next((layout for each in names if (layout := layouts(*each)) is not None), None)
-            if layout is None:
-                layout = there[parameter].layout if parameter in there else _usual_layout(entry.module, value)
-            places.append(ParameterPlace(entry.module, entry.name, names, Part(parameter, parameter, layout=layout)))
+            if layout is None and parameter in there:
+                layout = there[parameter].layout
+            elif layout is None and value.ndim == 3:  # transformers marks experts that are stored as (stack, in, out)
+                layout = "e i o -> e o i" if getattr(entry.module, "is_transposed", False) else "e o i -> e o i"
+            part = Part(parameter, parameter, layout=layout or "o i -> o i")
+            places.append(ParameterPlace(entry.module, entry.name, names, part))
         return places
 
     def adapted(self, site: AdapterSite, weight: AdaptedWeight, owner: nn.Module, owner_name: str) -> Place | None:
@@ -220,13 +220,6 @@ class _Finder:
 PLACE_FINDERS.append(_Finder())
 
 
-def rows_of_layer(entry: NamedModule, label: str, rows: Rows) -> RowsPlace:
-    """A block of rows of a layer, which has the layer's own names for further ones."""
-    layer = LayerPlace(entry.module, entry.names)
-    names = [(join(name, label), entry.module) for name in entry.names]
-    return RowsPlace(layer, rows, label, names, layer.names)
-
-
 def _part_place(entry: NamedModule, part: Part, owner: nn.Module, of: str) -> Place:
     own_name = join(part.child, part.label)
     names = [(join(name, own_name), owner) for name in entry.names]
@@ -235,9 +228,3 @@ def _part_place(entry: NamedModule, part: Part, owner: nn.Module, of: str) -> Pl
     own = part if part.rows is None else replace(part, label=part.parameter)
     place = ParameterPlace(owner, join(entry.name, part.child), names, own, aliases, of)
     return place if part.rows is None else RowsPlace(place, part.rows, part.label, names, aliases)
-
-
-def _usual_layout(owner: nn.Module, parameter: Tensor) -> str:
-    # transformers marks experts that are stored as (stack, in, out)
-    stack = "e i o -> e o i" if getattr(owner, "is_transposed", False) else "e o i -> e o i"
-    return stack if parameter.ndim == 3 else "o i -> o i"

@@ -22,13 +22,10 @@ from lora_plus.tensors.init import Start
 from lora_plus.tensors.variant import VARIANTS, AdapterSpec
 
 from .storage import Storage
-from .tree import named_modules, owner_path
+from .tree import Named, named_modules, owner_path
 
 Rows = tuple[int, int]
 """The first row of a block, and the row after its last one, in the matrix view of a weight."""
-
-ModuleNames = Sequence[tuple[str, nn.Module]]
-"""Names in a model, each with the module that a type or a function is asked about."""
 
 
 @dataclass
@@ -50,9 +47,9 @@ class Place(ABC):
     owner: nn.Module
     """The layer, or the module that has the parameter."""
     owner_name: str
-    names: ModuleNames
-    """Its own name, once for each name of the owner."""
-    aliases: ModuleNames = ()
+    names: Named
+    """Its own name, once for each name of the owner, with the module that a type or a function is asked about."""
+    aliases: Named = ()
     """Further names for targets, which can be those of several places."""
     key: Any
     """The same for the same place, under whatever name it was found."""
@@ -132,12 +129,7 @@ class Place(ABC):
 
 
 class LayerPlace(Place):
-    """A layer that is called.
-
-    Args:
-        layer: the layer, which no kind need adapt.
-        names: its names in the model.
-    """
+    """A layer that is called, which no kind need adapt."""
 
     called = True
 
@@ -207,12 +199,7 @@ class Finder(Protocol):
         ...
 
     def instead(self, entry: NamedModule, fused: Mapping[str, Rows]) -> list[Place]:
-        """The places of a module that is no place itself; empty for any other.
-
-        Args:
-            entry: the module.
-            fused: its blocks of rows by their names, where the user says that it is a fused layer.
-        """
+        """The places of a module that is no place itself, as one with these ``fused`` rows; empty for any other."""
         ...
 
     def parameters(self, entry: NamedModule, layouts: Layouts) -> list[Place]:
@@ -229,10 +216,7 @@ PLACE_FINDERS: list[Finder] = []
 
 
 def find_modules(named: Iterable[tuple[str, nn.Module]]) -> dict[int, NamedModule]:
-    """Every module of a model once, by identity, with all its names; what holds adapters is left out.
-
-    ``named`` are its modules under each of their names, as `walk` meets them.
-    """
+    """The modules that a walk met, each once, by identity, with all names; what holds adapters is left out."""
     found: dict[int, NamedModule] = {}
     hidden: set[int] = set()
     for name, module in named:  # a module comes before what it holds
@@ -244,11 +228,9 @@ def find_modules(named: Iterable[tuple[str, nn.Module]]) -> dict[int, NamedModul
 
 
 def find_places(found: Mapping[int, NamedModule], fused: Mapping[int, Mapping[str, Rows]]) -> list[Place]:
-    """The places of a model, in the order of its modules: layers, and what finders find instead.
+    """The places of these modules, in their order: layers, and what finders find instead.
 
-    Args:
-        found: the modules, from `find_modules`.
-        fused: by the identity of a linear layer, its blocks of rows by their names.
+    ``fused`` has by the identity of a linear layer its blocks of rows by their names.
     """
     places: list[Place] = []
     inside: set[int] = set()
@@ -263,12 +245,7 @@ def find_places(found: Mapping[int, NamedModule], fused: Mapping[int, Mapping[st
 
 
 def find_parameters(found: Mapping[int, NamedModule], layouts: Layouts = lambda name, owner: None) -> list[Place]:
-    """Every parameter of the model as a place of its own, whoever reads it.
-
-    Args:
-        found: the modules, from `find_modules`.
-        layouts: the layout that a user states for a parameter of this name in this module, if any.
-    """
+    """Every parameter of these modules as a place of its own, whoever reads it."""
     return [
         place for entry in found.values() for finder in PLACE_FINDERS for place in finder.parameters(entry, layouts)
     ]
@@ -285,20 +262,16 @@ def adapted_places(model: nn.Module, name: str | None = None) -> Iterator[tuple[
                 adapters = [each for each in site.lora_adapters.values() if name is None or each.name == name]
                 if adapters:
                     found = (f.adapted(site, module, modules[owner_name], owner_name) for f in PLACE_FINDERS)
-                    other = next((place for place in found if place is not None), None)
-                    place = other or LayerPlace(module, [owner_name])
+                    place = next(filter(None, found), None) or LayerPlace(module, [owner_name])
                     yield from ((place, adapter) for adapter in adapters)
 
 
 def overlaps(places: Iterable[Place]) -> list[str]:
     """What is wrong with adapting all of these: a layer and its own parameter, or rows that overlap or are adapted."""
     lines: list[str] = []
-    layers: dict[int, Place] = {}
     weights: dict[Any, list[Place]] = {}
     places = list(places)
-    for place in places:
-        if place.called:
-            layers.setdefault(id(place.owner), place)
+    layers = {id(place.owner): place for place in reversed(places) if place.called}
     for place in places:
         layer = layers.get(id(place.owner))
         if layer is not None and not place.called:

@@ -53,7 +53,13 @@ class Selection:
         kept = {id(place) for place in chosen.values()}
         loose = [place for place in self._parameters.things if id(place) in kept] if self._has_parameters else []
         places = [*(place for place in self._places.things if id(place) in kept), *loose]
-        self._check(places)
+        self._problems += overlaps(places)
+        for place in places:
+            if id(place.owner) in self._inside_trained:
+                what = "is both a target and trained in full by train_also; add it to exclude"
+                self._problems.append(f"{place.name!r} {what}")
+            if (reason := place.misfits(targets.spec)) is not None:
+                self._problems.append(f"{place.name!r}: {reason}")
         self._complete = not self._problems
         specs = self._specs(places) if targets.ranks or targets.alphas else [targets.spec] * len(places)
         if targets.layouts:
@@ -94,11 +100,11 @@ class Selection:
     def _target(self, pattern: Pattern) -> list[Place]:
         """The places for one target; a module's parts that cannot be adapted are a problem."""
         hits = self._matching("target", pattern)
-        reasons = [place.refusal() for place in hits]
-        supported = [place for place, reason in zip(hits, reasons, strict=True) if reason is None]
+        reasons = [(place, place.refusal()) for place in hits]
+        supported = [place for place, reason in reasons if reason is None]
         kept = [place for place in supported if not self._is_excluded(place)] if self._excluded else supported
         if hits and not supported:
-            named = [f"{it.name or 'the model itself'} ({why})" for it, why in zip(hits[:4], reasons, strict=False)]
+            named = [f"{place.name or 'the model itself'} ({reason})" for place, reason in reasons[:4]]
             more = f" and {len(hits) - 4} more" if len(hits) > 4 else ""
             self._problems.append(
                 f"target {shown(pattern)} matches nothing that can be adapted: {', '.join(named)}{more}; {_supported()}"
@@ -108,7 +114,7 @@ class Selection:
         if len(hits) > len(supported) > 0:
             self._problems += [
                 f"target {shown(pattern)} matches {place.name!r}, which cannot be adapted: {reason}; exclude it"
-                for place, reason in zip(hits, reasons, strict=True)
+                for place, reason in reasons
                 if reason is not None and place.of and not self._is_excluded(place)
             ]
         return kept
@@ -127,23 +133,12 @@ class Selection:
             else:
                 self._problems.append(f"{ALL_LINEAR!r}: {place.name!r} cannot be adapted: {reason}; exclude it")
         if not kept and not self._problems:
-            what = f"target {ALL_LINEAR!r} finds no linear layer to adapt in this model"
-            self._problems.append(what + self._hidden())
+            self._problems.append(f"target {ALL_LINEAR!r} finds no linear layer to adapt in this model{self._hidden()}")
         return kept
 
     def _is_excluded(self, place: Place) -> bool:
         # a layer goes with its own parameters and blocks
         return place.key in self._excluded or id(place.owner) in self._excluded
-
-    def _check(self, places: list[Place]) -> None:
-        """Note what is wrong with adapting all of these."""
-        self._problems += overlaps(places)
-        for place in places:
-            if id(place.owner) in self._inside_trained:
-                what = "is both a target and trained in full by train_also; add it to exclude"
-                self._problems.append(f"{place.name!r} {what}")
-            if (reason := place.misfits(self._targets.spec)) is not None:
-                self._problems.append(f"{place.name!r}: {reason}")
 
     # ---- settings by pattern -----------------------------------------------------------------------------------
 
