@@ -84,8 +84,8 @@ def export_adapter(
         raise ValueError(f"unknown reader {for_!r}; choose one of {sorted(READERS)}")
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {DTYPES} or None, got {dtype!r}")
-    require(model, "exporting an adapter", adapters=[adapter])
-    check_saved(model, adapter, f"adapter {adapter!r} was not exported")
+    state = require(model, "exporting an adapter", adapters=[adapter])
+    check_saved(state, adapter, f"adapter {adapter!r} was not exported")
     real = Path(os.path.realpath(stated(path)))
     spare, reader, model = is_spare_replica(model), READERS[for_], unwrap(model)
     whole = describe(model, adapter, {} if base_model is None else {"base_model_name_or_path": base_model})

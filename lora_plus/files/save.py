@@ -68,7 +68,7 @@ def save_adapter(
     real, chosen = _destination(path, format)
     _check_texts(metadata or {})
     state = require(model, "saving an adapter", Need.TRAINED, adapters=[adapter])
-    check_saved(model, adapter, f"adapter {adapter!r} was not saved")
+    check_saved(state, adapter, f"adapter {adapter!r} was not saved")
     if is_spare_replica(model):
         return
     data = _described(state, adapter, metadata)

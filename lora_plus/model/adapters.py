@@ -219,7 +219,7 @@ def adapter_state_dict(model: nn.Module, *, adapter: str = "default") -> dict[st
         ValueError: if what is trainable must not be (`save_adapter`), or the adapters are disabled.
     """
     state = require(model, "taking an adapter's tensors", Need.TRAINED, adapters=[adapter])
-    check_saved(model, adapter, f"the tensors of adapter {adapter!r} were not taken")
+    check_saved(state, adapter, f"the tensors of adapter {adapter!r} were not taken")
     found: list[tuple[str, Mapping[str, Tensor]]] = [(path, own.tensors()) for path, own, _ in state.adapters(adapter)]
     found += [(path, module.state_dict(keep_vars=True)) for path, module, _ in state.trained(adapter)]
     return {join(path, name): tensor for path, own in found for name, tensor in state.storage.read(own).items()}

@@ -30,9 +30,8 @@ def check_adapters(model: nn.Module, *inputs: Any, **keywords: Any) -> list[str]
     """Run the model on these inputs, and raise unless every active adapter has an effect and is reached by gradients.
 
     The adapters' tensors are exchanged for random ones, since at B = 0 neither an effect nor a gradient of A could be
-    seen. A gradient that is not zero proves that the output depends on a tensor. It is asked for in train mode and in
-    eval mode; a third pass, in eval mode without gradients, shows that inference does not take another path. The cost
-    is these few passes, whatever the number of adapters.
+    seen. A gradient that is not zero, in train mode and in eval mode, proves that the output depends on a tensor; a
+    third pass, without gradients, shows that inference does not take another path.
 
     The model, its gradients, buffers and modes and the random states of torch, Python and numpy are left as they were.
     What a forward changes besides, parameters of its own accord or a generator, it changes here too.
@@ -69,10 +68,9 @@ def check_adapters(model: nn.Module, *inputs: Any, **keywords: Any) -> list[str]
                 break
         with torch.no_grad():
             inference = _run(model.eval(), inputs, keywords, probes)
-        faults = {probe.key: probe.faults(modes, inference) for probe in probes}
-    dead = [probe for probe in probes if faults[probe.key]]
+        dead = {probe: faults for probe in probes if (faults := probe.faults(modes, inference))}
     if dead:
-        lines = [f"{probe.title()}, {fault}" for probe in dead for fault in faults[probe.key]]
+        lines = [f"{probe.title()}, {fault}" for probe, faults in dead.items() for fault in faults]
         raise ValueError("\n  ".join([f"{len(dead)} of {len(probes)} adapters are not live:", *lines]))
     return list(dict.fromkeys(probe.name for probe in probes))
 
@@ -81,13 +79,13 @@ def check_adapters(model: nn.Module, *inputs: Any, **keywords: Any) -> list[str]
 class _Seen:
     """What one pass, or several, showed."""
 
-    used: set[int] = field(default_factory=set)
+    used: set[_Probe] = field(default_factory=set)
     """Probes whose A took part in an operation of the forward."""
-    differentiable: set[int] = field(default_factory=set)
+    differentiable: set[_Probe] = field(default_factory=set)
     """Those of them where gradients were on."""
-    read: set[int] = field(default_factory=set)
+    read: set[_Probe] = field(default_factory=set)
     """Probes whose base weight took part anywhere but in their own layer."""
-    gradients: dict[tuple[int, str], str] = field(default_factory=dict)
+    gradients: dict[tuple[_Probe, str], str] = field(default_factory=dict)
     """For each tensor of a probe what its gradient was: one of `_GRADIENTS`."""
 
     def joined(self, other: _Seen) -> _Seen:
@@ -99,7 +97,7 @@ class _Seen:
 _LIVE, _NOT_FINITE, _ZERO, _NONE = _GRADIENTS = ("live", "not finite", "zero", "none")
 
 
-@dataclass
+@dataclass(eq=False)
 class _Probe:
     """An active adapter in one place."""
 
@@ -110,10 +108,6 @@ class _Probe:
     """Whether the weight is the layer's alone: others may read one that they share with it."""
     tensors: dict[str, nn.Parameter] = field(default_factory=dict)
     """The random ones, by the name of their container."""
-
-    @property
-    def key(self) -> int:
-        return id(self)
 
     def title(self) -> str:
         """What a message calls it."""
@@ -126,24 +120,33 @@ class _Probe:
             fault = self.fault(seen)
             if fault is not None:
                 modes_of.setdefault(fault, []).append(mode)
-        if not modes_of and self.key not in inference.used:
+        if not modes_of and self not in inference.used:
             return ["in eval without gradients: it is passed by, though it has an effect where gradients are on"]
         return [f"in {' and '.join(where)}: {fault}" for fault, where in modes_of.items()]
 
     def fault(self, seen: _Seen) -> str | None:
         """Why the adapter is not live by what was seen; None if it is."""
-        grades = {name: seen.gradients[self.key, name] for name in self.tensors}
+        grades = {name: seen.gradients[self, name] for name in self.tensors}
         worst = max(grades.values(), key=_GRADIENTS.index)
-        if worst == _LIVE and self.key in seen.read:
-            return (
-                "its weight is also read outside of the layer, where the adapter has no effect until it is merged; "
-                f"target the parameter '{self.name}.weight' instead"
-            )
         if worst == _LIVE:
-            return None
-        if self.key not in seen.used:
-            return self._why_unused(seen)
-        if self.key not in seen.differentiable:
+            return (
+                None
+                if self not in seen.read
+                else (
+                    "its weight is also read outside of the layer, where the adapter has no effect until it is merged; "
+                    f"target the parameter '{self.name}.weight' instead"
+                )
+            )
+        if self not in seen.used:
+            if isinstance(self.weight, LoRALayer) and "forward" in self.weight.__dict__:
+                return "the forward assigned to it after the injection does not call the one that it says it wraps"
+            if isinstance(self.weight, LoRALayer) and self in seen.read:
+                return (
+                    "its weight is read, but the layer is not called; "
+                    f"target the parameter '{self.name}.weight' instead"
+                )
+            return "it is not called with these inputs; use inputs that reach it, or exclude it"
+        if self not in seen.differentiable:
             return (
                 "it runs with gradients off, under torch.no_grad() or in checkpointing with use_reentrant=True on "
                 "inputs that need no gradient; use use_reentrant=False, or call requires_grad_() on these inputs"
@@ -157,13 +160,6 @@ class _Probe:
         }
         return reasons[worst].format(names)
 
-    def _why_unused(self, seen: _Seen) -> str:
-        if isinstance(self.weight, LoRALayer) and "forward" in self.weight.__dict__:
-            return "the forward assigned to it after the injection does not call the one that it says it wraps"
-        if isinstance(self.weight, LoRALayer) and self.key in seen.read:
-            return f"its weight is read, but the layer is not called; target the parameter '{self.name}.weight' instead"
-        return "it is not called with these inputs; use inputs that reach it, or exclude it"
-
 
 def _is_own(weight: AdaptedWeight, owners: Mapping[int, int]) -> bool:
     """Whether reading the weight's memory is reading this layer's weight; memory on the meta device is no one's."""
@@ -171,6 +167,7 @@ def _is_own(weight: AdaptedWeight, owners: Mapping[int, int]) -> bool:
 
 
 def _check_checkable(probes: list[_Probe]) -> None:
+    """Raise where no pass could show anything."""
     if not probes:
         raise ValueError("there is no active adapter to check; call inject_lora or set_adapter first")
     for probe in probes:
@@ -199,16 +196,13 @@ def _run(model: nn.Module, inputs: Any, keywords: Any, probes: list[_Probe], see
         torch.autograd.backward(roots, [torch.randn_like(root) for root in roots])
     for probe in probes:
         for name, tensor in probe.tensors.items():
-            seen.gradients[probe.key, name] = _grade(tensor.grad)
+            grade = _NONE
+            if tensor.grad is not None:
+                size = torch.linalg.vector_norm(tensor.grad.float())
+                grade = _NOT_FINITE if not bool(size.isfinite()) else _LIVE if float(size) else _ZERO
+            seen.gradients[probe, name] = grade
             tensor.grad = None
     return seen
-
-
-def _grade(gradient: Tensor | None) -> str:
-    if gradient is None:
-        return _NONE
-    size = torch.linalg.vector_norm(gradient.float())
-    return _NOT_FINITE if not bool(size.isfinite()) else _LIVE if float(size) else _ZERO
 
 
 _OWN_STEP = "adapted_forward"
@@ -220,11 +214,11 @@ class _Watch(TorchDispatchMode):
     def __init__(self, probes: list[_Probe], seen: _Seen) -> None:
         super().__init__()
         self.seen = seen
-        self.factors = {_memory(probe.tensors["lora_A"]): probe.key for probe in probes}
-        self.weights: dict[int, list[int]] = {}
+        self.factors = {_memory(probe.tensors["lora_A"]): probe for probe in probes}
+        self.weights: dict[int, list[_Probe]] = {}
         for probe in probes:
             if probe.own_weight:
-                self.weights.setdefault(_memory(probe.weight.weight), []).append(probe.key)
+                self.weights.setdefault(_memory(probe.weight.weight), []).append(probe)
         self.inside: bool | None = None
         """While a layer computes, whether gradients were on when it began; None outside of layers."""
         self.layers = {probe.weight for probe in probes if isinstance(probe.weight, LoRALayer)}

@@ -63,14 +63,12 @@ def unsaved(state: State, others: Collection[int] = ()) -> Unsaved:
     trainable: list[tuple[str, nn.Parameter]] = []
     fixed: dict[str, list[str]] = {}
     fixed_active: dict[str, list[str]] = {}
-    adapted = False
     for path, module in state.modules:
         trainable += [(join(path, name), own) for name, own in own_parameters(module) if own.requires_grad]
         if record_of(module) is not None:
             saved |= {id(parameter) for parameter in module.parameters()}
         if not isinstance(module, AdaptedWeight):
             continue
-        adapted = True
         if module.weight_slot() is not None:
             bases.add(id(module.weight))
         for site in module.adapter_sites():
@@ -81,15 +79,15 @@ def unsaved(state: State, others: Collection[int] = ()) -> Unsaved:
                         for found in (fixed, fixed_active) if adapter.name in module.active_names() else (fixed,):
                             found.setdefault(adapter.name, []).append(held)
     once: dict[int, tuple[str, nn.Parameter]] = {}
-    for name, own in trainable if adapted else ():
+    for name, own in trainable if state.weights else ():
         if id(own) not in saved:
             once.setdefault(id(own), (name, own))
     parameters = dict(once.values())
     return Unsaved(parameters, [name for name, own in parameters.items() if id(own) in bases], fixed, fixed_active)
 
 
-def check_saved(model: nn.Module, adapter: str, what: str) -> None:
+def check_saved(state: State, adapter: str, what: str) -> None:
     """Raise where the file of an adapter would be wrong, and warn of what it will lack, for our caller's caller."""
-    beside = unsaved(State(model))
+    beside = unsaved(state)
     beside.check(what, adapter)
     beside.warn(stacklevel=3)
