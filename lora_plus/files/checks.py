@@ -13,7 +13,7 @@ from torch import Tensor
 from lora_plus.layers.base import PARAMETER, BaseLayer
 from lora_plus.layers.kinds import DTYPES, kinds_by_name
 from lora_plus.model.places import PLACE_FINDERS
-from lora_plus.model.settings import LAYOUTS
+from lora_plus.model.selection import LAYOUTS
 from lora_plus.tensors import matrix as functional
 from lora_plus.tensors.variant import adapter_tensor_specs, whole_only
 from lora_plus.text import join, parents

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lora_plus.layers.base import PARAMETER, BaseLayer
 from lora_plus.layers.kinds import DTYPES
 from lora_plus.model.places import Place, find_places, overlaps
-from lora_plus.model.settings import LAYOUTS
+from lora_plus.model.selection import LAYOUTS
 from lora_plus.text import join, near_misses
 
 from .checks import base_problem, is_finite, shape_problems, value_problems

@@ -26,8 +26,7 @@ from lora_plus.text import parents
 
 from .patterns import Pattern
 from .places import NamedModule, Place
-from .selection import Selection
-from .settings import Targets
+from .selection import Selection, Targets
 from .state import Need, State, require
 from .train_also import mark_trained, restore_trained, trained_modules
 

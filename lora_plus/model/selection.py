@@ -5,23 +5,84 @@ from __future__ import annotations
 import functools
 import itertools
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 
 from lora_plus.errors import Problems
+from lora_plus.layers.adapter import check_adapter_name
 from lora_plus.layers.kinds import KINDS, lora_class
 from lora_plus.tensors.matrix import matrix_shape
 from lora_plus.tensors.variant import AdapterSpec
 from lora_plus.text import join, near_misses
 
-from .patterns import Names, Pattern, matcher, shown
+from .patterns import Names, Pattern, as_patterns, matcher, shown
 from .places import PLACE_FINDERS, NamedModule, Place, Rows, find_modules, find_parameters, find_places, overlaps
-from .settings import Targets
 
 ALL_LINEAR = "all-linear"
+
+LAYOUTS = ("o i -> o i", "i o -> o i", "e o i -> e o i", "e i o -> e o i")
+"""How a bare parameter can be stored: (out, in) or (in, out), alone or as a stack of experts."""
+
+
+class Targets:
+    """What a user says of the layers to adapt, as in `inject_lora`, checked before the model is looked at."""
+
+    def __init__(
+        self,
+        spec: AdapterSpec,
+        targets: Pattern | Sequence[Pattern],
+        *,
+        exclude: Pattern | Sequence[Pattern] = (),
+        train_also: Pattern | Sequence[Pattern] = (),
+        rank_pattern: Mapping[Any, int] | None = None,
+        alpha_pattern: Mapping[Any, float] | None = None,
+        fused: Mapping[Any, Sequence[str] | Mapping[str, int]] | None = None,
+        layouts: Mapping[Any, str] | None = None,
+    ) -> None:
+        self.spec, self.targets = spec, as_patterns(targets)
+        self.exclude, self.train_also = as_patterns(exclude), as_patterns(train_also)
+        if not self.targets:
+            raise ValueError('no target given; name layers, or pass "all-linear"')
+        self.ranks = _by_pattern("rank_pattern", rank_pattern, lambda r: replace(spec, r=r))
+        self.alphas = _by_pattern("alpha_pattern", alpha_pattern, lambda alpha: replace(spec, alpha=alpha))
+        self.fused = _by_pattern("fused", fused, _check_blocks)
+        self.layouts = _by_pattern("layouts", layouts, _check_layout)
+
+
+def _by_pattern(setting: str, values: Any, check: Callable[[Any], object]) -> dict[Any, Any]:
+    """A setting by pattern; each value is checked."""
+    if values is None:
+        return {}
+    if not isinstance(values, Mapping):
+        raise TypeError(f"{setting} must be a mapping from pattern to value, got {values!r}")
+    for pattern, value in values.items():
+        try:
+            check(value)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{setting}[{pattern!r}]: {error}") from None
+    return dict(values)
+
+
+def _check_layout(layout: Any) -> None:
+    if layout not in LAYOUTS:
+        raise ValueError(f"unknown layout {layout!r}; choose one of {LAYOUTS}")
+
+
+def _check_blocks(blocks: Any) -> None:
+    if isinstance(blocks, str) or not isinstance(blocks, (Sequence, Mapping)):
+        raise TypeError(f"expected a list of names, or a mapping from names to numbers of rows, got {blocks!r}")
+    names = list(blocks)
+    if not names or len(set(names)) < len(names):
+        raise ValueError(f"expected one name or more, each once, got {names}")
+    for name in names:
+        check_adapter_name(name, "a block")
+    if isinstance(blocks, Mapping) and not all(
+        isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in blocks.values()
+    ):
+        raise ValueError(f"numbers of rows must be positive integers, got {blocks!r}")
 
 
 class Selection:
@@ -43,7 +104,8 @@ class Selection:
         self._modules = Names((it, [(name, it.module) for name in it.names]) for it in self._found.values())
         self._places = _named(find_places(self._found, self._fused() if targets.fused else {}))
         self._has_parameters = False
-        self.train_also = list({id(it): it for pattern in targets.train_also for it in self._trained(pattern)}.values())
+        trained = (it for pattern in targets.train_also for it in self._modules_of("train_also", pattern))
+        self.train_also = list({id(it): it for it in trained}.values())
         self._inside_trained = {id(module) for it in self.train_also for module in it.module.modules()}
         self._excluded = {place.key for pattern in targets.exclude for place in self._matching("exclude", pattern)}
         chosen: dict[Any, Place] = {}
@@ -94,8 +156,8 @@ class Selection:
             self._nothing(setting, pattern, "module", self._places)
         return hits
 
-    def _trained(self, pattern: Pattern) -> list[NamedModule]:
-        return self._modules.matching(pattern) or self._nothing("train_also", pattern, "module", self._modules)
+    def _modules_of(self, setting: str, pattern: Pattern) -> list[NamedModule]:
+        return self._modules.matching(pattern) or self._nothing(setting, pattern, "module", self._modules)
 
     def _target(self, pattern: Pattern) -> list[Place]:
         """The places for one target; a module's parts that cannot be adapted are a problem."""
@@ -146,7 +208,7 @@ class Selection:
         """The blocks of rows of each layer that the user says is fused."""
         blocks: dict[int, dict[str, Rows]] = {}
         for pattern, sizes in self._targets.fused.items():
-            for it in self._modules.matching(pattern) or self._nothing("fused", pattern, "module", self._modules):
+            for it in self._modules_of("fused", pattern):
                 rows = _rows(it.module, sizes)
                 if isinstance(rows, str):
                     self._problems.append(f"fused {shown(pattern)}: {it.name!r} {rows}")

@@ -11,7 +11,7 @@ from torch import nn
 
 from lora_plus.errors import check_model
 from lora_plus.layers.adapter import Adapter, AdapterTensors
-from lora_plus.layers.site import AdapterSite, BaseParameters
+from lora_plus.layers.site import BaseParameters
 from lora_plus.layers.weight import AdaptedWeight
 from lora_plus.text import join
 
@@ -156,11 +156,6 @@ def adapted_weights(model: nn.Module) -> Iterator[tuple[str, AdaptedWeight]]:
     return weights_in(named_modules(model))
 
 
-def adapter_sites(model: nn.Module) -> Iterator[tuple[str, AdapterSite, AdaptedWeight]]:
-    """``(name, site, weight)`` for all that has adapters in a model: whole weights, and blocks of their rows."""
-    return sites_in(named_modules(model))
-
-
 def adapters_of(model: nn.Module, name: str | None = None) -> Iterator[tuple[str, Adapter, AdaptedWeight]]:
     """``(name, adapter, weight)`` for the adapters of a model's weights and blocks of rows: all, or those of a name."""
     return adapters_in(named_modules(model), name)
@@ -173,21 +168,15 @@ def weights_in(modules: Named) -> Iterator[tuple[str, AdaptedWeight]]:
             yield join(owner_path(path, module), module.lora_label), module
 
 
-def sites_in(modules: Named) -> Iterator[tuple[str, AdapterSite, AdaptedWeight]]:
-    """`adapter_sites` of modules that a walk has met."""
-    for path, module in modules:
-        if isinstance(module, AdaptedWeight):
-            for site in module.adapter_sites():
-                if site.lora_adapters:
-                    yield join(owner_path(path, module), site.lora_label), site, module
-
-
 def adapters_in(modules: Named, name: str | None = None) -> Iterator[tuple[str, Adapter, AdaptedWeight]]:
     """`adapters_of` modules that a walk has met."""
-    for path, site, weight in sites_in(modules):
-        for adapter in site.lora_adapters.values():
-            if name is None or adapter.name == name:
-                yield path, adapter, weight
+    for path, module in modules:
+        if not isinstance(module, AdaptedWeight):
+            continue
+        for site in module.adapter_sites():
+            for adapter in site.lora_adapters.values():
+                if name is None or adapter.name == name:
+                    yield join(owner_path(path, module), site.lora_label), adapter, module
 
 
 def owner_path(path: str, weight: AdaptedWeight) -> str:

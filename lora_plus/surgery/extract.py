@@ -15,8 +15,7 @@ from lora_plus.layers.kinds import why_no_numbers
 from lora_plus.model.inject import attach, check_selection
 from lora_plus.model.patterns import Pattern
 from lora_plus.model.places import Place
-from lora_plus.model.selection import Selection
-from lora_plus.model.settings import Targets
+from lora_plus.model.selection import Selection, Targets
 from lora_plus.model.state import Need, require
 from lora_plus.model.tree import unwrap
 from lora_plus.tensors import matrix as functional

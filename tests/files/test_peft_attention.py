@@ -10,11 +10,11 @@ import torch
 from conftest import randomise
 from peft_support import DOUBLED, Attention, Away, made_by_peft, opened_by_peft, read_config, same
 from safetensors.torch import load_file
+from sites import adapter_sites
 from torch import nn
 
 import lora_plus
 from lora_plus.files import adapter_state_dict
-from lora_plus.model.tree import adapter_sites
 
 pytestmark = pytest.mark.peers
 
@@ -52,7 +52,7 @@ def test_the_output_projection_is_written_as_it_is_and_peft_doubles_it(scaling: 
     # and back, with the rank that PEFT has for all of it
     loaded = lora_plus.load_adapter(away.base(), tmp_path)
     same(loaded(*arguments), model(*arguments))
-    assert {site.lora_adapters["default"].spec.r for _, site, _ in adapter_sites(loaded)} == {7}
+    assert {site.lora_adapters["default"].spec.r for _, site in adapter_sites(loaded)} == {7}
 
 
 def test_a_weight_of_attention_without_adapter_stays_without(tmp_path: Path) -> None:
@@ -66,7 +66,7 @@ def test_a_weight_of_attention_without_adapter_stays_without(tmp_path: Path) -> 
             lora_plus.save_adapter(model, folder)
         opened_by_peft(away.base(), folder)  # without a word about missing tensors
         loaded = lora_plus.load_adapter(away.base(), folder)
-        assert [name for name, _, _ in adapter_sites(loaded)] == [f"part.attn.{part}" for part in there]
+        assert [name for name, _ in adapter_sites(loaded)] == [f"part.attn.{part}" for part in there]
         same(loaded(*arguments), model(*arguments))
 
 
@@ -79,7 +79,7 @@ def test_what_peft_trained_with_a_doubled_update_is_warned_of(tmp_path: Path) ->
         f"the file says W + s B A of 'part.attn.out_proj', which is what is loaded, but {DOUBLED}; if it was trained "
         "there, double their lora_B to compute the same"
     ]
-    site = next(site for name, site, _ in adapter_sites(loaded) if name == "part.attn.out_proj")
+    site = next(site for name, site in adapter_sites(loaded) if name == "part.attn.out_proj")
     with torch.no_grad():
         site.lora_B["default"].mul_(2)
     same(loaded(*arguments), theirs(*arguments))
@@ -94,7 +94,7 @@ def test_parts_of_attention_share_copies_of_peft_s_a(tmp_path: Path) -> None:
     shared = [tensor for name, tensor in own.items() if "lora_A" in name and "out_proj" not in name]
     assert len(shared) == 3 and len({tensor.data_ptr() for tensor in shared}) == 3
     assert all(torch.equal(tensor, tensors["base_model.model.part.attn.lora_A.weight"]) for tensor in shared)
-    settings = [site.lora_adapters["default"].spec for _, site, _ in adapter_sites(loaded)]
+    settings = [site.lora_adapters["default"].spec for _, site in adapter_sites(loaded)]
     assert {(spec.r, spec.alpha, spec.dropout) for spec in settings} == {(2, 5, 0.0)}
 
 
@@ -106,5 +106,5 @@ def test_dropout_of_the_layers_leaves_attention_alone(tmp_path: Path) -> None:
     assert read_config(tmp_path)["lora_dropout"] == 0.5
     same(opened_by_peft(away.base(), tmp_path)(*away.arguments()), model(*away.arguments()))
     loaded = lora_plus.load_adapter(away.base(), tmp_path)
-    dropouts = {name: site.lora_adapters["default"].spec.dropout for name, site, _ in adapter_sites(loaded)}
+    dropouts = {name: site.lora_adapters["default"].spec.dropout for name, site in adapter_sites(loaded)}
     assert dropouts == {"part.attn.q": 0, "part.attn.k": 0, "part.attn.v": 0, "part.mlp": 0.5}

@@ -14,10 +14,10 @@ import torch
 from conftest import randomise
 from peft_support import GPT2Linear, assert_refused, opened_by_peft
 from safetensors.torch import save_file
+from sites import adapter_sites
 from torch import Tensor, nn
 
 import lora_plus
-from lora_plus.model.tree import adapter_sites
 
 pytestmark = pytest.mark.peers
 
@@ -274,7 +274,7 @@ def test_the_shapes_that_are_wrong_there_are_right_here(tmp_path: Path) -> None:
     write_folder(tmp_path, FACTORS | STACKED, {"target_parameters": ["owner.w"]})
     loaded = lora_plus.load_adapter(Others(), tmp_path)
     parts = [f"attention.{part}" for part in ("q", "k", "v", "out_proj")]
-    assert {name for name, _, _ in adapter_sites(loaded)} == {*parts, "owner.w"}
+    assert {name for name, _ in adapter_sites(loaded)} == {*parts, "owner.w"}
 
 
 def write_folder(folder: Path, shapes: dict[str, tuple[int, ...]], config: dict[str, Any]) -> None:

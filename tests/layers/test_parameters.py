@@ -22,6 +22,7 @@ from parameter_cases import (
     same_bits,
     tensors,
 )
+from sites import adapter_sites
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils import _pytree as pytree
@@ -30,7 +31,6 @@ import lora_plus
 from lora_plus.files import adapter_state_dict
 from lora_plus.layers.weight import AdaptedWeight
 from lora_plus.model import parts
-from lora_plus.model.tree import adapter_sites
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN"),
@@ -112,7 +112,7 @@ def test_each_place_has_an_effect_of_its_own(case: ParameterCase) -> None:
     base = case.run(case.model())
     for place in case.places:
         model = case.inject(case.model())
-        for path, site, _ in adapter_sites(model):
+        for path, site in adapter_sites(model):
             if path == place:
                 randomise(site)
         assert distance(case.run(model), base) > 1e-4, place
@@ -129,7 +129,7 @@ def test_gradients_are_those_of_the_weight_written_by_hand(case: ParameterCase) 
     loss(tensors(torch.func.functional_call(plain, weights, args, kwargs))).backward()
     gradients = {
         f"{place}.{container}": parameter.grad
-        for place, site, _ in adapter_sites(model)
+        for place, site in adapter_sites(model)
         for container, parameter in site.lora_adapters["default"].tensors().items()
     }
     for name, factor in factors.items():
@@ -238,7 +238,7 @@ def test_a_padding_row_of_a_bag_gets_no_gradient() -> None:
     model = Around(nn.EmbeddingBag(6, 4, mode="sum", padding_idx=2))
     randomise(lora_plus.inject_lora(model, ["part"], r=2))
     model(torch.tensor([[2, 3], [1, 2]])).square().sum().backward()
-    columns = next(site for _, site, _ in adapter_sites(model)).lora_A["default"].grad.abs().sum(0)
+    columns = next(site for _, site in adapter_sites(model)).lora_A["default"].grad.abs().sum(0)
     assert (columns > 0).tolist() == [False, True, False, True, False, False]
 
 

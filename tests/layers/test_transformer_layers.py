@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import randomise
 from parameter_cases import At, Inputs, ParameterCase, Source, assert_close, distance, loss, same_bits, tensors
+from sites import adapter_sites
 from torch import Tensor, nn
 
 import lora_plus
@@ -188,7 +189,7 @@ def test_gradients_are_those_of_the_weight_written_by_hand(case: ParameterCase) 
         for mode in (True, False):
             model.train(mode).zero_grad()
             loss(tensors(model(*args, **mask))).backward()
-            for name, site, _ in lora_plus.model.tree.adapter_sites(model):
+            for name, site in adapter_sites(model):
                 for container, parameter in site.lora_adapters["default"].tensors().items():
                     wanted = factors[f"{name}.{container}"].grad
                     assert wanted is not None and torch.count_nonzero(wanted), (name, container)

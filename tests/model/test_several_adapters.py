@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import LORA_CASES, Case, Holder, randomise
+from sites import adapter_sites
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 
@@ -239,7 +240,7 @@ def test_factors_hold_in_row_blocks_and_adapted_parameters_and_are_not_saved(tmp
     model = adapted()
     explicit = copy.deepcopy(model)
     with torch.no_grad():
-        for _, site, _ in lora_plus.model.tree.adapter_sites(explicit):
+        for _, site in adapter_sites(explicit):
             site.lora_B["a"].mul_(0.3)
     state = adapter_state_dict(model, adapter="a")
     lora_plus.save_adapter(model, tmp_path / "plain.safetensors", adapter="a")

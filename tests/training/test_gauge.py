@@ -16,11 +16,12 @@ import pytest
 import torch
 from conftest import Case, randomise
 from parameter_cases import PARAMETER_CASES, ParameterCase, loss
+from sites import adapter_sites
 from torch import Tensor, nn
 
 import lora_plus
 from lora_plus import create_loraplus_optimizer, inject_lora
-from lora_plus.model.tree import adapter_sites, adapters_of
+from lora_plus.model.tree import adapters_of
 from lora_plus.training import GaugeReport, GaugeRow, LoRAPlusGauge
 from lora_plus.training.plots import plot_gauge
 
@@ -132,7 +133,7 @@ def test_a_start_that_is_taken_out_again_is_not_in_the_size() -> None:
         loss_of(model).backward()
         optimizer.step()
     places = list(adapter_sites(model))
-    for row, (_, site, _) in zip(gauge.report().rows, places, strict=True):
+    for row, (_, site) in zip(gauge.report().rows, places, strict=True):
         A, B, A0, B0 = (getattr(site, f"lora_{name}")["default"].detach() for name in ("A", "B", "A0", "B0"))
         s = torch.linalg.svdvals(site.lora_adapters["default"].spec.scale * (B @ A - B0 @ A0))
         assert row.update == pytest.approx(s.norm().item(), rel=1e-9)
@@ -330,7 +331,7 @@ def test_parameters_and_blocks_of_rows_have_rows_of_their_own(case: ParameterCas
         optimizer.step()
     rows = {row.name: row for row in gauge.report().rows}
     assert rows.keys() == case.places.keys()
-    for name, site, _ in adapter_sites(model):
+    for name, site in adapter_sites(model):
         A, B = site.lora_A["default"], site.lora_B["default"]
         assert rows[name].work_A == pytest.approx(1e-2 * norm(A.grad) ** 2, rel=1e-9)
         assert rows[name].work_B == pytest.approx(4e-2 * norm(B.grad) ** 2, rel=1e-9)
