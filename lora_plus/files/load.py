@@ -18,7 +18,6 @@ from lora_plus.model.inject import attach, check_selection, gc_paused
 from lora_plus.model.places import Place, adapted_places
 from lora_plus.model.state import Need, State, require
 from lora_plus.model.storage import storage_of
-from lora_plus.model.train_also import trained_modules
 from lora_plus.model.tree import named_modules
 from lora_plus.tensors.distributed import fill
 from lora_plus.text import join
@@ -168,7 +167,7 @@ def _differences(model: nn.Module, adapter: str, data: SavedAdapter, places: Map
             if file.get(field) != ours.get(field)
         ]
     problems += [f"{place.name!r} has no adapter in the file" for place, _ in placed.values()]
-    trained = {path for path, _, _ in trained_modules(model, adapter)}
+    trained = {path for path, _, _ in State(model).trained(adapter)}
     problems += [f"{path!r} is not trained in full in the file" for path in sorted(trained - data.trained.keys())]
     problems += [f"{path!r} is not trained in full in the model" for path in sorted(data.trained.keys() - trained)]
     return problems

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -57,8 +57,10 @@ def check_adapters(model: nn.Module, *inputs: Any, **keywords: Any) -> list[str]
     ]
     _check_checkable(probes)
     with ExitStack() as stack:
-        for context in (torch.inference_mode(False), torch.enable_grad(), _eager(), left_as_it_was(model)):
+        for context in (torch.inference_mode(False), torch.enable_grad(), left_as_it_was(model)):
             stack.enter_context(context)
+        if hasattr(torch.compiler, "set_stance"):
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(_random_adapters(probes))
         modes = {"eval": _run(model.eval(), inputs, keywords, probes)}
         for attempt in range(TRAIN_PASSES):
@@ -278,12 +280,6 @@ def _tensors(value: Any) -> Iterator[Tensor]:
     elif dataclasses.is_dataclass(value) and not isinstance(value, type):
         for own in dataclasses.fields(value):
             yield from _tensors(getattr(value, own.name))
-
-
-def _eager() -> AbstractContextManager[Any]:
-    """Without compilation, where torch can be told so."""
-    stance: Callable[[str], AbstractContextManager[Any]] | None = getattr(torch.compiler, "set_stance", None)
-    return nullcontext() if stance is None else stance("force_eager")
 
 
 @contextmanager

@@ -28,7 +28,7 @@ from .patterns import Pattern
 from .places import NamedModule, Place
 from .selection import Selection, Targets
 from .state import Need, State, require
-from .train_also import mark_trained, restore_trained, trained_modules
+from .train_also import mark_trained, record_of, restore_trained
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -228,7 +228,7 @@ def check_selection(state: State, places: Sequence[Place], train_also: Sequence[
                     f"{place.name!r} cannot be adapted: {name!r} is trained in full with the adapter {record.adapter!r}"
                 )
     for found in train_also:
-        for _, _, record in trained_modules(found.module):
+        for record in filter(None, map(record_of, found.module.modules())):
             raise ValueError(f"{found.name!r} is already trained in full with the adapter {record.adapter!r}")
         if not any(parameter.is_floating_point() for parameter in found.module.parameters()):
             raise ValueError(f"train_also: {found.name!r} ({type(found.module).__name__}) has no parameter to train")

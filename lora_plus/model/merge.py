@@ -37,8 +37,7 @@ class MergeReport:
     layers: list[str]
     """Names of the merged layers."""
     lost: dict[str, float]
-    """For weights below float32: the part of the update that rounding to the weight's dtype lost, as the relative
-    error of the update that was applied. It is a property of the dtype, not an error of the merge."""
+    """For weights below float32: the relative error that rounding to their dtype made in the update."""
     untied: list[tuple[str, list[str]]]
     """Merged layers whose weight was shared, with the other names of that weight, which keep the base's values."""
 

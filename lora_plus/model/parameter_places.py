@@ -188,8 +188,16 @@ class _Finder:
         reader: Any = next((parent for parent in type(entry.module).__mro__ if parent in PARTS), None)
         for part in PARTS[reader](entry.module) if reader is not None else ():
             owner = entry.module._modules.get(part.child) if part.child else entry.module
-            if owner is not None:
-                places.append(_part_place(entry, part, owner, reader.__name__))
+            if owner is None:
+                continue
+            own_name = join(part.child, part.label)
+            names = [(join(name, own_name), owner) for name in entry.names]
+            inner = (*part.aliases, join(part.child, part.parameter), "")
+            aliases = [(join(name, alias), entry.module) for name in entry.names for alias in inner]
+            own = part if part.rows is None else replace(part, label=part.parameter)
+            owner_name = join(entry.name, part.child)
+            place = ParameterPlace(owner, owner_name, names, own, aliases, reader.__name__)
+            places.append(place if part.rows is None else RowsPlace(place, part.rows, part.label, names, aliases))
         return places
 
     def parameters(self, entry: NamedModule, layouts: Layouts) -> list[Place]:
@@ -218,13 +226,3 @@ class _Finder:
 
 
 PLACE_FINDERS.append(_Finder())
-
-
-def _part_place(entry: NamedModule, part: Part, owner: nn.Module, of: str) -> Place:
-    own_name = join(part.child, part.label)
-    names = [(join(name, own_name), owner) for name in entry.names]
-    inner = (*part.aliases, join(part.child, part.parameter), "")
-    aliases = [(join(name, alias), entry.module) for name in entry.names for alias in inner]
-    own = part if part.rows is None else replace(part, label=part.parameter)
-    place = ParameterPlace(owner, join(entry.name, part.child), names, own, aliases, of)
-    return place if part.rows is None else RowsPlace(place, part.rows, part.label, names, aliases)

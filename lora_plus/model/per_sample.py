@@ -1,9 +1,8 @@
 """Over a whole model: a different adapter for each sample of a batch.
 
 Linear layers take two batched products: the factors of the adapters are stacked, the sample's own are gathered from
-the stack. ``benchmarks/mixed_products.py`` compares that with a masked product of all factors and with one adapter
-after another. All other layers, and variants that are not sums, compute the samples of one adapter after those of
-another.
+the stack (``benchmarks/mixed_products.py`` compares other ways). All other layers, and variants that are not sums,
+compute the samples of one adapter after those of another.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from lora_plus.layers.class_swap import SwappedModule
 from lora_plus.layers.weight import AdaptedWeight
 
 from .storage import storage_of
-from .train_also import Trained, trained_in
+from .train_also import Trained, record_of
 from .tree import adapters_in, walk, weights_in
 
 
@@ -38,7 +38,10 @@ class State:
 
     def trained(self, adapter: str | None = None) -> Iterator[tuple[str, nn.Module, Trained]]:
         """``(name, module, record)`` for the modules trained in full, with one adapter or with any."""
-        return trained_in(self.modules, adapter)
+        for name, module in self.modules:
+            record = record_of(module)
+            if record is not None and adapter in (None, record.adapter):
+                yield name, module, record
 
 
 class Need(Flag):
@@ -77,13 +80,9 @@ def require(
         model: the model.
         doing: the operation, as a message says it: ``"merging"``.
         needs: what it needs.
-        adapters: adapters that the model must have.
+        adapters: adapters that the model must have; a KeyError if it has not.
         new: the name of an adapter to come, which must be free.
         instead: what a message offers besides its next step where an engine is in the way.
-
-    Raises:
-        KeyError: if the model has no adapter of such a name.
-        TypeError, ValueError: if a need is not met, with what to do; or if an adapter cannot have the new name.
     """
     state = State(model)
     names = dict.fromkeys(adapter.name for _, adapter, _ in state.adapters()) if adapters else {}

@@ -21,8 +21,8 @@ Result = TypeVar("Result")
 class Storage:
     """How the parameters of a model are held. This one: every tensor is whole on this rank.
 
-    Engines that hold them otherwise override the methods (`lora_plus.engines`). The tensors that methods take are
-    parameters and buffers of the model. Of a sharded model all ranks call a method together.
+    Engines override the methods (`lora_plus.engines`), which take parameters and buffers of the model. Of a sharded
+    model all ranks call a method together.
     """
 
     engine: ClassVar[str] = ""

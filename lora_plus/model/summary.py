@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
 
-from lora_plus.layers.adapter import Adapter
 from lora_plus.layers.layer import LoRALayer
-from lora_plus.layers.weight import AdaptedWeight
 from lora_plus.text import aligned
 
 from .state import State
@@ -70,8 +67,17 @@ def lora_summary(model: nn.Module) -> Summary:
         what = weight.base_class.__name__ if isinstance(weight, LoRALayer) else "parameter"
         shapes = {container: shape(tensor) for container, tensor in adapter.tensors().items()}
         size, spec = sum(math.prod(each) for each in shapes.values()), adapter.spec
-        notes = _notes(adapter, shapes, weight)
-        rows.append(SummaryRow(path, what, adapter.name, spec.r, spec.alpha, spec.scale, size, notes))
+        merge, full_rank = weight.lora_merge, min(shapes["lora_B"][-2], shapes["lora_A"][-1])
+        notes = {
+            f"variant {spec.variant}": spec.variant != "lora",
+            f"r exceeds the weight's full rank {full_rank}": spec.r > full_rank,
+            "inactive": adapter.name not in weight.active_names(),
+            f"scale times {adapter.strength:g}": adapter.strength != 1,
+            "merged": merge is not None and adapter.name in merge.adapters,
+            f"rounding lost {merge.lost if merge else 0} of the update": merge is not None and merge.lost is not None,
+        }
+        note = "; ".join(note for note, holds in notes.items() if holds)
+        rows.append(SummaryRow(path, what, adapter.name, spec.r, spec.alpha, spec.scale, size, note))
     trained = [
         (path, record.adapter, sum(math.prod(shape(p)) for p in module.parameters()))
         for path, module, record in state.trained()
@@ -80,18 +86,3 @@ def lora_summary(model: nn.Module) -> Summary:
     trainable = sum(math.prod(shape(p)) for p in parameters if p.requires_grad)
     beside = [(name, math.prod(shape(parameter))) for name, parameter in unsaved(state).parameters.items()]
     return Summary(rows, trained, trainable, sum(math.prod(shape(p)) for p in parameters), beside)
-
-
-def _notes(adapter: Adapter, shapes: Mapping[str, Sequence[int]], weight: AdaptedWeight) -> str:
-    merge = weight.lora_merge
-    full_rank = min(shapes["lora_B"][-2], shapes["lora_A"][-1])
-    spec = adapter.spec
-    notes = {
-        f"variant {spec.variant}": spec.variant != "lora",
-        f"r exceeds the weight's full rank {full_rank}": spec.r > full_rank,
-        "inactive": adapter.name not in weight.active_names(),
-        f"scale times {adapter.strength:g}": adapter.strength != 1,
-        "merged": merge is not None and adapter.name in merge.adapters,
-        f"rounding lost {merge.lost if merge else 0} of the update": merge is not None and merge.lost is not None,
-    }
-    return "; ".join(note for note, holds in notes.items() if holds)

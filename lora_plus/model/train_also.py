@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from lora_plus.tensors.distributed import fill, is_dtensor
 
 from .storage import Storage
-from .tree import Named, named_modules
 
 
 @dataclass
@@ -50,19 +49,6 @@ _MARK = "_lora_trained"
 def record_of(module: nn.Module) -> Trained | None:
     """What is noted of a module that is trained in full; None for any other module."""
     return module.__dict__.get(_MARK)
-
-
-def trained_modules(model: nn.Module, adapter: str | None = None) -> Iterator[tuple[str, nn.Module, Trained]]:
-    """``(name, module, record)`` for the modules trained in full, with one adapter or with any."""
-    return trained_in(named_modules(model), adapter)
-
-
-def trained_in(modules: Named, adapter: str | None = None) -> Iterator[tuple[str, nn.Module, Trained]]:
-    """`trained_modules` among modules that a walk has met."""
-    for name, module in modules:
-        record = record_of(module)
-        if record is not None and adapter in (None, record.adapter):
-            yield name, module, record
 
 
 def mark_trained(module: nn.Module, adapter: str, storage: Storage) -> None:
