@@ -48,13 +48,12 @@ def check_adapters(model: nn.Module, *inputs: Any, **keywords: Any) -> list[str]
     """
     model = unwrap(model)
     owners: Counter[int] = Counter(id(p) for module in model.modules() for p in module._parameters.values())
-    needs = Need.UNSHARDED | Need.WHOLE | Need.CHANGEABLE
-    state = require(model, "checking adapters", needs)
-    probes = [
-        _Probe(name, adapter, weight, _is_own(weight, owners))
-        for name, adapter, weight in state.adapters()
-        if adapter.name in weight.active_names()
-    ]
+    state = require(model, "checking adapters", Need.UNSHARDED | Need.WHOLE | Need.CHANGEABLE)
+    probes = []
+    for name, adapter, weight in state.adapters():
+        if adapter.name in weight.active_names():  # memory on the meta device is no one's
+            own = isinstance(weight, LoRALayer) and owners[id(weight.weight)] == 1 and not weight.weight.is_meta
+            probes.append(_Probe(name, adapter, weight, own))
     _check_checkable(probes)
     with ExitStack() as stack:
         for context in (torch.inference_mode(False), torch.enable_grad(), left_as_it_was(model)):
@@ -161,11 +160,6 @@ class _Probe:
             _NONE: "no gradient reaches {}: its output is detached, or the model's output does not depend on it",
         }
         return reasons[worst].format(names)
-
-
-def _is_own(weight: AdaptedWeight, owners: Mapping[int, int]) -> bool:
-    """Whether reading the weight's memory is reading this layer's weight; memory on the meta device is no one's."""
-    return isinstance(weight, LoRALayer) and owners[id(weight.weight)] == 1 and not weight.weight.is_meta
 
 
 def _check_checkable(probes: list[_Probe]) -> None:

@@ -149,7 +149,7 @@ CHECKS: dict[Need, tuple[str, Callable[[State], Iterable[str]]]] = {
     )),
     Need.TRAINED: ("the values of modules trained in full", lambda state: (
         f"{name!r} shows its original values; leave the disabled(model) block first"
-        for name, _, record in state.trained() if record.exchanged
+        for name, _, record in state.trained() if record.aside is not None
     )),
     Need.HIDEABLE: ("the base's own weights", lambda state: (
         fault for _, weight in state.weights if (fault := weight.why_unmergeable())

@@ -28,11 +28,6 @@ class Trained:
     spares: dict[str, Tensor] = field(default_factory=dict)
     """Copies of the original state that were shown before and not changed: copying a large head takes as long as it."""
 
-    @property
-    def exchanged(self) -> bool:
-        """Whether the module shows its original state now."""
-        return self.aside is not None
-
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "spares": {}}
 
@@ -74,7 +69,7 @@ def restore_trained(module: nn.Module, storage: Storage) -> None:
 @contextmanager
 def originals(trained: Iterable[tuple[nn.Module, Trained]]) -> Iterator[None]:
     """The original state of these modules trained in full for the length of a ``with`` block."""
-    records = [(module, record) for module, record in trained if not record.exchanged]
+    records = [(module, record) for module, record in trained if record.aside is None]
     # by tensor: one that has several names, or several owners, is exchanged once
     held: dict[int, tuple[Tensor, Tensor]] = {}
     shown: list[tuple[Trained, str, Tensor, Tensor, int]] = []
