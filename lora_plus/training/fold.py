@@ -25,22 +25,14 @@ def fold_lr_ratio(model: nn.Module, lr_ratio: float, *, rule: str = "adam", adap
     """Let training at one learning rate act as LoRA+ in mode "A" with this ratio: alpha becomes c alpha, and B B / c.
 
     For optimizers that have one rate (Prodigy, D-Adaptation), or that an engine builds. The model computes what it did:
-    bit for bit where c is a power of 2, up to rounding otherwise. One rate ``lr`` for A and B then moves the weight as
-    ``lr`` for A and ``lr * lr_ratio`` for B did:
+    bit for bit where c is a power of 2, up to rounding otherwise. One rate then moves the weight as two did: ``"adam"``
+    (c is the ratio) holds for steps that do not depend on the gradient's size (Adam, RMSprop, Lion, Prodigy), ``"sgd"``
+    (its square root) for steps proportional to the gradient, neither for LBFGS. Clipping by the norm of all gradients
+    (B's is c times as large), weight decay (B decays at A's rate) and Adam's epsilon (on B as if c times smaller) act
+    differently.
 
-    ======  ===============  ==========================================================================================
-    rule    c                holds for
-    ======  ===============  ==========================================================================================
-    adam    lr_ratio         steps that do not depend on the gradient's size: Adam, AdamW, RMSprop, Lion, Prodigy
-    sgd     sqrt(lr_ratio)   steps that are proportional to the gradient: SGD, with momentum or without
-    ======  ===============  ==========================================================================================
-
-    Clipping by the norm of all gradients (B's is c times as large), weight decay (B decays at A's rate) and Adam's
-    epsilon (on B as if it were c times smaller) act differently than with two rates. Neither rule is for LBFGS.
-
-    Call it once, before the optimizer is built, and use one rate: ``lr_ratio=1`` in `loraplus_param_groups`. Files and
-    copies hold alpha and B as they then are. ``1 / lr_ratio`` with the same rule undoes it. Embedding adapters, for
-    which LoRA+ has one rate, are passed over.
+    Call it once, before the optimizer is built, with ``lr_ratio=1`` in `loraplus_param_groups`; ``1 / lr_ratio`` with
+    the same rule undoes it. Embedding adapters, for which LoRA+ has one rate, are passed over.
 
     Examples:
         >>> model = inject_lora(nn.Sequential(nn.Linear(8, 8)), ["0"], r=2, alpha=4)
@@ -51,7 +43,7 @@ def fold_lr_ratio(model: nn.Module, lr_ratio: float, *, rule: str = "adam", adap
     Args:
         model: a model with the adapter; it is changed.
         lr_ratio: rate of B over rate of A, as in `loraplus_param_groups`.
-        rule: one of the above.
+        rule: ``"adam"`` or ``"sgd"``.
         adapter: the adapter's name.
 
     Raises:

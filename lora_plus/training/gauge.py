@@ -56,9 +56,8 @@ class GaugeRow:
     """``(sum s_i^2)^2 / sum s_i^4`` over the singular values of the update: from 1, where one direction dominates, to
     its rank."""
     gradient_A: float
-    """Mean of ``||g||``."""
     gradient_B: float
-    """Mean of ``||g||``."""
+    """Means of ``||g||``."""
     saturation_B: float
     """``1 - ||B - B_0|| / sum of ||dB||``: 0 while B goes straight on, near 1 where its steps cancel each other."""
 
@@ -114,30 +113,26 @@ class GaugeReport:
 class LoRAPlusGauge:
     """Watches an optimizer's steps, to tell whether a larger ratio of B's rate to A's may help.
 
-    It changes nothing: before a step it copies A and B, and after it compares. Gradients are read after the step, so
-    that they are what clipping or a gradient scaler left; an optimizer that evaluates its closure several times (LBFGS)
-    is not measured rightly. Steps in which a figure is not finite are passed over. Weight decay is part of a step.
-
-    Embedding adapters, whose rates the ratio does not set, are left out, and so are layers of which the optimizer does
-    not hold both A and B.
+    It changes nothing: before a step it copies A and B, and after it compares. Gradients are read after the step, as
+    clipping or a gradient scaler left them; an optimizer that evaluates its closure several times (LBFGS) is not
+    measured rightly. Steps in which a figure is not finite are passed over. Weight decay is part of a step. Embedding
+    adapters are left out, and so are layers of which the optimizer does not hold both A and B.
 
     Examples:
         >>> with LoRAPlusGauge(model, optimizer) as gauge:
         ...     train(model, optimizer)
         >>> print(gauge.report())
+
+    Args:
+        model: the model with adapters; wrapped (DDP, compiled) or not, but not sharded.
+        optimizer: the one that trains them.
+        every: measure the first of this many steps, to save time.
+
+    Raises:
+        ValueError: if the optimizer holds both A and B of no layer, or they are sharded.
     """
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, *, every: int = 1) -> None:
-        """Nothing is measured before `start`, or the ``with`` block.
-
-        Args:
-            model: the model with adapters; wrapped (DDP, compiled) or not, but not sharded.
-            optimizer: the one that trains them.
-            every: measure the first of this many steps, to save time.
-
-        Raises:
-            ValueError: if the optimizer holds both A and B of no layer, or they are sharded.
-        """
         check_count("every", every)
         require(model, "measuring A and B", Need.WHOLE)
         held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
@@ -161,10 +156,8 @@ class LoRAPlusGauge:
         devices = list(dict.fromkeys(pair.A.device for pair in self._pairs))
         self._tallies = [_Tally([pair for pair in self._pairs if pair.A.device == device]) for device in devices]
         self._seen = 0
-        self._handles = [
-            self._optimizer.register_step_pre_hook(self._before),
-            self._optimizer.register_step_post_hook(self._after),
-        ]
+        before, after = self._optimizer.register_step_pre_hook, self._optimizer.register_step_post_hook
+        self._handles = [before(self._before), after(self._after)]
 
     def stop(self) -> None:
         """Take the hooks off the optimizer; what was measured stays."""
@@ -188,14 +181,12 @@ class LoRAPlusGauge:
         return GaugeReport([rows[id(pair)] for pair in self._pairs], steps)
 
     def _before(self, *_: object) -> None:
-        if self._seen % self._every == 0:
-            for tally in self._tallies:
-                tally.before()
+        for tally in self._tallies if self._seen % self._every == 0 else ():
+            tally.before()
 
     def _after(self, *_: object) -> None:
-        if self._seen % self._every == 0:
-            for tally in self._tallies:
-                tally.after()
+        for tally in self._tallies if self._seen % self._every == 0 else ():
+            tally.after()
         self._seen += 1
 
 
@@ -241,13 +232,10 @@ class _Tally:
             torch.zeros_like(moved) if parameter.grad is None else parameter.grad.to(moved.dtype)
             for parameter, moved in zip(self._parameters, self._moved, strict=True)
         ]
-        work = [
-            torch.vdot(moved.flatten(), gradient.flatten())
-            for moved, gradient in zip(self._moved, gradients, strict=True)
-        ]
-        figures = torch.stack(
-            [torch.stack(part) for part in (work, torch._foreach_norm(gradients), torch._foreach_norm(self._moved))]
-        )
+        pairs = zip(self._moved, gradients, strict=True)
+        work = [torch.vdot(moved.flatten(), gradient.flatten()) for moved, gradient in pairs]
+        parts = work, torch._foreach_norm(gradients), torch._foreach_norm(self._moved)
+        figures = torch.stack([torch.stack(part) for part in parts])
         finite = figures.isfinite().all()
         self._sums += torch.where(finite, figures, 0.0)
         self.steps += finite

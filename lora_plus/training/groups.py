@@ -72,25 +72,21 @@ def loraplus_param_groups(
 ) -> list[dict[str, Any]]:
     """Parameter groups for any torch optimizer: A at one rate, B at ``lr_ratio`` times that rate.
 
-    Each trainable parameter of the model is in exactly one group, and no group is empty. The groups, by ``"name"``:
-
-    - ``lora_A``, ``lora_B``: the adapters' matrices, at the two rates of ``lr_mode``, with decay;
-    - ``lora_embedding``: both matrices of embedding adapters, at ``embedding_lr``, with decay;
-    - ``lora_magnitude``: DoRA's magnitudes, at ``lr``, without decay; other variants can state groups of their own;
-    - ``other``, ``other_no_decay``: whatever else is trained (heads, norms), at ``lr``; biases, norm weights and
-      other parameters of less than two dimensions are not decayed.
-
-    Where ``decayed`` says otherwise, there are ``lora_A_no_decay`` and the like, and ``lora_magnitude_decay``. The
-    groups of A and B note their ratio as ``"loraplus_ratio"``, which `check_lr_ratio` goes by. With ``lr_ratio=1,
+    Each trainable parameter of the model is in exactly one group, and no group is empty. By ``"name"`` they are
+    ``lora_A`` and ``lora_B`` at the two rates, ``lora_embedding`` (both matrices of embedding adapters) at
+    ``embedding_lr``, and at ``lr`` ``lora_magnitude`` (DoRA's; other variants can state groups of their own), ``other``
+    and ``other_no_decay`` (heads, norms). Magnitudes, biases, norm weights and other parameters of less than two
+    dimensions are not decayed; where ``decayed`` says otherwise, there are ``lora_A_no_decay`` and the like. The groups
+    of A and B note their ratio as ``"loraplus_ratio"``, which `check_lr_ratio` goes by. With ``lr_ratio=1,
     embedding_lr=None`` and the same weight decay on each parameter, training follows plain LoRA bit for bit.
 
     Args:
         model: a model with adapters; wrapped (DDP, compiled) or not.
         lr: the rate that ``lr_mode`` says; `convert_lr` gives it for a tuned LoRA run. Of a tensor each group gets a
-            copy, and none of them the tensor itself.
+            copy.
         lr_ratio: rate of B over rate of A. Theory asks for more than 1 at large width.
-        lr_mode: ``"A"``: lr is A's rate, as in the paper; ``"geometric"``: lr is the geometric mean of both rates,
-            the one to keep when a tuned LoRA run is switched to LoRA+; ``"B"``: lr is B's rate.
+        lr_mode: ``"A"``: lr is A's rate, as in the paper; ``"geometric"``: the geometric mean of both rates, the one to
+            keep when a tuned LoRA run is switched to LoRA+; ``"B"``: B's rate.
         weight_decay: of the groups that are decayed. With a decoupled decay (AdamW) B decays ``lr_ratio`` times faster
             than A.
         embedding_lr: rate of embedding adapters, absolute as in the original LoRA+ code; None for ``lr``.
@@ -128,10 +124,9 @@ def loraplus_param_groups(
     groups = []
     for (kind, decays), held in members.items():
         if held:
-            own = settings.get(kind, {"lr": lr})
-            decay = weight_decay if decays else 0.0
-            entries = {**own, "lr": own_rate(own["lr"]), "weight_decay": decay}
-            groups.append({"params": held, "name": names[kind, decays], **entries})
+            group = {"params": held, "name": names[kind, decays], **settings.get(kind, {"lr": lr})}
+            group |= {"lr": own_rate(group["lr"]), "weight_decay": weight_decay if decays else 0.0}
+            groups.append(group)
     return groups
 
 
@@ -233,6 +228,26 @@ def rates(lr: float, lr_ratio: float, lr_mode: LrMode) -> tuple[float, float]:
         return LR_MODES[lr_mode](lr, lr_ratio)
     except KeyError:
         raise ValueError(f"unknown lr_mode {lr_mode!r}; choose one of {sorted(LR_MODES)}") from None
+
+
+def convert_lr(lr: float, *, lr_ratio: float = 4.0, lr_mode: LrMode = "A") -> float:
+    """The ``lr`` of LoRA+ that goes with a tuned rate of plain LoRA.
+
+    It keeps the geometric mean of the rates of A and B at the tuned rate, which is what transfers between ratios.
+
+    Examples:
+        >>> convert_lr(2e-4, lr_ratio=4), convert_lr(2e-4, lr_ratio=4, lr_mode="B")
+        (0.0001, 0.0004)
+
+    Args:
+        lr: the rate at which plain LoRA does best, with the same optimizer, rank and alpha.
+        lr_ratio, lr_mode: as they will be passed to `loraplus_param_groups`.
+
+    Raises:
+        ValueError: if a number is out of range, or the mode unknown.
+    """
+    check_number("lr", lr, tensor=True)
+    return lr / math.sqrt(math.prod(rates(1.0, lr_ratio, lr_mode)))
 
 
 def own_rate(lr: Any) -> Any:

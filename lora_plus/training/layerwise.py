@@ -31,11 +31,10 @@ def split_loraplus_groups(
     Raises:
         ValueError: if a group has no ``"lr"``, or no group holds a B matrix of the model.
     """
-    factor_A, factor_B = rates(1.0, lr_ratio, lr_mode)
+    factors = dict(zip("AB", rates(1.0, lr_ratio, lr_mode), strict=True))
     state = State(model)
     unsaved(state).check("the groups were not split")
     role_of = {id(parameter): role for _, adapter, _ in state.adapters() for role, parameter in adapter.parameters()}
-    factors = {"A": factor_A, "B": factor_B}
     part_of = {role: role if factor != 1.0 else "" for role, factor in factors.items()}
     split: list[dict[str, Any]] = []
     found_B = False
@@ -50,7 +49,7 @@ def split_loraplus_groups(
             roles.add(role)
             parts[part_of.get(role, "")].append(member)
         found_B |= "B" in roles
-        ratios = {part_of["A"]: 1.0, part_of["B"]: factor_B / factor_A} if {"A", "B"} <= roles else {}
+        ratios = {part_of["A"]: 1.0, part_of["B"]: factors["B"] / factors["A"]} if {"A", "B"} <= roles else {}
         name = group.get("name", f"group_{index}")
         for role, members in parts.items():
             part = {**group, "params": members, "name": f"{name}.lora_{role}" if role else name}

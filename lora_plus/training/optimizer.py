@@ -36,17 +36,16 @@ def check_optimizer(
     - each trainable parameter is in one group, and each member of a group is a parameter of the model: an optimizer
       built before ``fully_shard``, ``parallelize_module`` or ``to_empty`` holds parameters that the model has no more;
     - each trainable adapter takes part in the forward: it is active, not merged and not disabled;
-    - the rates of A and B of each adapted weight are in the ratio that their groups note, and the groups hold what
-      their names say: a state loaded into groups in another order changes both;
+    - the rates of A and B are in the ratio that their groups note, and the groups hold what their names say: a state
+      loaded into groups in another order changes both;
     - no base weight under an adapter is trainable, nor what a variant (LoRA-FA) or an init (PiSSA) holds fixed;
-    - the engine (DDP, ``fully_shard``, FSDP1) reduces the gradients of all trainable parameters: it does not know of
-      adapters that came later, or were made trainable later;
-    - under DDP, and over the ranks on which a DTensor is replicated, trainable parameters are equal.
+    - the engine (DDP, ``fully_shard``, FSDP1) reduces the gradients of all trainable parameters, also of those that
+      came later, and under DDP, and over the ranks on which a DTensor is replicated, they are equal.
 
     A warning names the trainable parameters that will be saved with no adapter: unfrozen by hand, and in no module of
-    ``train_also``. Where the model is in DDP or has DTensors this is a collective: all ranks must call it, and all
-    raise alike. Parameters that ``fully_shard`` left whole after a forward are sharded again. Engines that give the
-    optimizer flat copies of the parameters need a check of their own (``lora_plus.engines.deepspeed.check_engine``).
+    ``train_also``. Under DDP or with DTensors this is a collective: all ranks must call it, and all raise alike; what
+    ``fully_shard`` left whole after a forward is sharded again. Engines that give the optimizer flat copies of the
+    parameters need a check of their own (``lora_plus.engines.deepspeed.check_engine``).
 
     Examples:
         >>> optimizer = create_loraplus_optimizer(model, torch.optim.AdamW, lr=1e-3, lr_ratio=4)
@@ -89,12 +88,11 @@ def _check_kind(optimizer: Any) -> None:
 
 
 class _Tensor(NamedTuple):
-    """A tensor of an adapter."""
+    """A tensor of an adapter, with the id of its parameter as the key."""
 
     adapter: str
     role: str
     key: int
-    """The id of the parameter."""
 
 
 @dataclass(frozen=True)
@@ -108,9 +106,7 @@ class _Training:
     position: dict[int, int]
     """The position of its group for each parameter that is in one, the last of them."""
     names: dict[int, str]
-    """The name of each of the model's parameters."""
     trainable: set[int]
-    """The parameters that are to be trained."""
     adapters: list[tuple[str, Adapter, AdaptedWeight]]
     tensors: list[_Tensor]
     """The adapters' tensors; those of a place from A to B."""
@@ -121,11 +117,7 @@ class _Training:
     def of(cls, model: nn.Module, groups: list[Mapping[str, Any]], lr_ratio: float | None, roles: Roles) -> _Training:
         state = State(model)
         adapters = list(state.adapters())
-        own = [
-            _Tensor(adapter.name, role, id(parameter))
-            for _, adapter, _ in adapters
-            for role, parameter in adapter.parameters()
-        ]
+        own = [_Tensor(each.name, role, id(held)) for _, each, _ in adapters for role, held in each.parameters()]
         others = [_Tensor(adapter, role, id(parameter)) for adapter, role, parameter in known_roles(roles)]
         return cls(
             groups,
@@ -240,13 +232,4 @@ def _off_ratio(training: _Training) -> Iterator[str]:
             )
 
 
-_CHECKS: tuple[Callable[[_Training], Iterator[str]], ...] = (
-    _stale,
-    _left_out,
-    _twice,
-    _untrained,
-    _idle,
-    _unfit,
-    _misnamed,
-    _off_ratio,
-)
+_CHECKS = (_stale, _left_out, _twice, _untrained, _idle, _unfit, _misnamed, _off_ratio)

@@ -48,17 +48,9 @@ def rebind_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> Iter
     yield optimizer
     storage_of(model)
     there = {id(module) for module in model.modules()}
-    bound: list[list[nn.Parameter]] = []
-    gone: list[str] = []
-    for parameters in groups:
-        bound.append([])
-        for old in parameters:
-            module, key = places[id(old)]
-            found = module._parameters.get(key) if id(module) in there else None
-            if found is None:
-                gone.append(names[id(old)])
-            else:
-                bound[-1].append(found)
+    now = {old: module._parameters.get(key) for old, (module, key) in places.items() if id(module) in there}
+    bound = [[now.get(id(old)) for old in parameters] for parameters in groups]
+    gone = [names[id(old)] for parameters in groups for old in parameters if now.get(id(old)) is None]
     if gone:
         raise ValueError(f"the model holds no parameter any more in the places of {gone}; build the optimizer anew")
     for group, live in zip(optimizer.param_groups, bound, strict=True):

@@ -20,13 +20,9 @@ def check_lr_ratio(optimizer: torch.optim.Optimizer, scheduler: Any = None, *, s
     The schedule is tried out: a copy of it runs on an optimizer without parameters, and the rates are compared after
     every step. Where ``step`` wants a loss (`ReduceLROnPlateau`) it gets one that never improves. A schedule that ends,
     as `OneCycleLR` does, is followed to its end. Functions that the scheduler calls are called for the steps ahead, and
-    what they raise is raised: for a table of rates give its length as ``steps``.
-
-    Rates of zero, as at the start of a warm-up, have every ratio. Rates below a thousandth of the highest so far move
-    nothing any more and are passed over. Where the ratio is lost, multiply the rates of all groups by one factor
-    instead. In a scheduler, give a list of rates, one for each group, where it takes one (``max_lr=[...]``,
-    ``base_lr=[...]``, ``min_lr=[...]``), ``eta_min=0``, ``eps=0``, or one function for all groups (`LambdaLR`); in a
-    loop, set ``group["lr"] = factor * group["initial_lr"]``.
+    what they raise is raised: for a table of rates give its length as ``steps``. Rates of zero have every ratio, and
+    those below a thousandth of the highest so far move nothing any more; both are passed over. To keep the ratio,
+    multiply the rates of all groups by one factor; the documentation has how, by scheduler.
 
     Examples:
         >>> optimizer = create_loraplus_optimizer(model, torch.optim.AdamW, lr=1e-3, lr_ratio=4)

@@ -51,14 +51,12 @@ def sweep(
 
     Examples:
         >>> import torch
-        >>> from lora_plus.model import adapter_names
         >>> model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 1))
         >>> data = [(torch.randn(8, 4), torch.randn(8, 1)) for _ in range(5)]
         >>> candidates = [Candidate(lr=lr, lr_ratio=ratio, r=2) for lr in (1e-3, 1e-2) for ratio in (1, 4)]
         >>> squares = lambda model, batch: (model(batch[0]) - batch[1]).square().mean(1)
-        >>> result = sweep(model, ["0"], candidates, squares, data, report=lambda step, losses: None)
-        >>> len(result.rows), adapter_names(model)
-        (4, ['default'])
+        >>> len(sweep(model, ["0"], candidates, squares, data, report=lambda step, losses: None).rows)
+        4
 
     Args:
         model, targets, candidates, loss: as in `Sweep`.
@@ -79,15 +77,16 @@ def sweep(
     if adapter is not None:
         check_adapter_name(adapter)
     report = _line(batches, len(candidates)) if report is None else report
+    halving = halving or {}
     running = Sweep(model, targets, candidates, loss, **settings)
     try:
         step = 0
         for step, batch in enumerate(batches, 1):
             report(step, running.step(batch))
-            if step in (halving or {}):
+            if step in halving:
                 if validation is not None:
                     running.evaluate(validation)
-                running.keep_best((halving or {})[step])
+                running.keep_best(halving[step])
             if not running.names:
                 break
         if not step:
@@ -122,12 +121,10 @@ class Sweep:
 
     Examples:
         >>> model = nn.Sequential(nn.Linear(4, 4))
-        >>> squares = lambda model, x: model(x).square().mean(1)
-        >>> running = Sweep(model, ["0"], [Candidate(lr=1e-3, name="low"), Candidate(lr=1e-2, name="high")], squares)
-        >>> for _ in range(3):
-        ...     losses = running.step(torch.randn(8, 4))
-        >>> list(losses), adapter_names(model)
-        (['low', 'high'], ['low', 'high'])
+        >>> candidates = [Candidate(lr=1e-3, name="low"), Candidate(lr=1e-2, name="high")]
+        >>> running = Sweep(model, ["0"], candidates, lambda model, x: model(x).square().mean(1))
+        >>> list(running.step(torch.randn(8, 4)))
+        ['low', 'high']
         >>> result = running.finish()
 
     Args:

@@ -38,7 +38,7 @@ def reset_lora_parameters(
     rank must call this, and the tensors are those of one process with the same generator.
 
     Examples:
-        >>> model = inject_lora(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2)), ["0"], r=2)
+        >>> model = inject_lora(nn.Sequential(nn.Linear(8, 8)), ["0"], r=2)
         >>> reset_lora_parameters(model, generator=torch.Generator().manual_seed(1))
 
     Args:
@@ -81,8 +81,7 @@ def init_from_gradients(
     included). Gradients, buffers and random states are as before afterwards.
 
     Examples:
-        >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
-        >>> _ = inject_lora(model, "all-linear", r=2)
+        >>> model = inject_lora(nn.Sequential(nn.Linear(8, 8)), "all-linear", r=2)
         >>> batches = [torch.randn(16, 8) for _ in range(2)]
         >>> init_from_gradients(model, lambda x: model(x).square().mean(), batches)
 
