@@ -1,8 +1,4 @@
-"""LoRA+ under DeepSpeed: an engine with LoRA+ groups, and guards against configurations that switch them off.
-
-DeepSpeed keeps the groups of `loraplus_param_groups` under ZeRO 0 to 3. They are lost where an optimizer is built from
-the configuration without them, and their rates where a schedule sets one rate for all groups.
-"""
+"""LoRA+ under DeepSpeed: an engine with LoRA+ groups, and guards against configurations that switch them off."""
 
 from __future__ import annotations
 
@@ -88,10 +84,9 @@ def initialize(
 def check_engine(engine: Any) -> None:
     """Raise if what ``deepspeed.initialize`` has made would not train all that is trainable, or not with LoRA+.
 
-    The groups of the optimizer that was built must note their ratio, their rates must be in it, now and under the
-    engine's scheduler, which is tried out (`check_lr_ratio`), and the optimizer must hold every trainable parameter:
-    one that was added afterwards, by an injection into the engine, is not trained. Nothing that adapters take as fixed
-    may be trainable, and a warning names what will be saved with no adapter, as `check_optimizer` has it.
+    The rates must be in the ratio that their groups note, now and under the engine's scheduler (`check_lr_ratio`), and
+    the optimizer must hold every trainable parameter: one that was added afterwards is not trained. Nothing that
+    adapters take as fixed may be trainable, and a warning names what will be saved with no adapter.
 
     Args:
         engine: a ``DeepSpeedEngine`` of any ZeRO stage, right after it was made.
@@ -128,11 +123,9 @@ _LOST = (
 
 def _parameters_of(optimizer: Any) -> list[list[nn.Parameter]]:
     """The model's parameters that an engine's optimizer trains; ZeRO's own groups hold flat copies of them."""
-    for name in ("bit16_groups", "fp16_groups", "bf16_groups"):
-        if hasattr(optimizer, name):
-            groups: list[list[nn.Parameter]] = getattr(optimizer, name)
-            return groups
-    return [group["params"] for group in optimizer.param_groups]
+    own = [getattr(optimizer, f"{kind}_groups", None) for kind in ("bit16", "fp16", "bf16")]
+    plain = [group["params"] for group in optimizer.param_groups]
+    return next((groups for groups in own if groups is not None), plain)
 
 
 def check_config(config: _Config, *, groups: _Groups | None = None) -> None:
@@ -183,12 +176,7 @@ def _of_optimizer(sections: Mapping[str, Any], groups: _Groups | None) -> Iterat
             )
 
 
-_FILLED_IN: dict[str, Any] = {
-    "warmup_min_lr": 0.0,
-    "warmup_max_lr": 1e-3,
-    "warmup_num_steps": 10,
-    "total_num_steps": 100,
-}
+_FILLED_IN = {"warmup_min_lr": 0.0, "warmup_max_lr": 1e-3, "warmup_num_steps": 10, "total_num_steps": 100}
 """What ``"auto"`` stands for in a trial: of such a kind as the Trainer fills in, one rate for all groups."""
 
 _TRIAL: _Groups = [{"name": "lora_A", "lr": 1e-3, LR_RATIO: 1.0}, {"name": "lora_B", "lr": 4e-3, LR_RATIO: 4.0}]

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, distributed, nn
@@ -16,14 +15,13 @@ from lora_plus.text import some
 from lora_plus.training.checks import CHECKS
 
 
-@dataclass(frozen=True)
-class _Engine:
+class _Engine(NamedTuple):
     """A wrapper that reduces gradients over ranks: of just those parameters that it found when it was made."""
 
     module: str
     """Where its class is; looked up among the modules that are loaded, never imported."""
     name: str
-    reduced: Callable[[Any], Iterator[Tensor]]
+    reduced: Callable[[Any], Iterable[Tensor]]
     """The parameters whose gradients a wrapper of this kind reduces."""
     advice: str
 
@@ -39,33 +37,22 @@ def _in_buckets(ddp: Any) -> Iterator[Tensor]:
     yield from ddp._delay_all_reduce_params  # reduced on their own, not in a bucket
 
 
-def _in_shards(fsdp: Any) -> Iterator[Tensor]:
-    return filter(is_dtensor, fsdp.parameters())
-
-
-def _flattened(fsdp: Any) -> Iterator[Tensor]:
-    return iter(() if fsdp._handle is None else fsdp._handle.flat_param._params or ())
-
-
 _DDP = _Engine(
-    "torch.nn.parallel",
-    "DistributedDataParallel",
-    _in_buckets,
+    "torch.nn.parallel", "DistributedDataParallel", _in_buckets,
     "add adapters, and choose what is trainable, before DistributedDataParallel wraps the model, or wrap it anew",
-)
-_FSDP2 = _Engine(
-    "torch.distributed.fsdp",
-    "FSDPModule",
-    _in_shards,
-    "add adapters before the model is sharded, and call fully_shard on the root, too, after its parts",
-)
-_FSDP1 = _Engine(
-    "torch.distributed.fsdp",
-    "FullyShardedDataParallel",
-    _flattened,
-    "add adapters before the model is wrapped in FullyShardedDataParallel, and wrap the whole of it",
-)
-_ENGINES = (_DDP, _FSDP2, _FSDP1)
+)  # fmt: skip
+_ENGINES = (
+    _DDP,
+    _Engine(
+        "torch.distributed.fsdp", "FSDPModule", lambda fsdp: filter(is_dtensor, fsdp.parameters()),
+        "add adapters before the model is sharded, and call fully_shard on the root, too, after its parts",
+    ),
+    _Engine(
+        "torch.distributed.fsdp", "FullyShardedDataParallel",
+        lambda fsdp: () if fsdp._handle is None else fsdp._handle.flat_param._params or (),
+        "add adapters before the model is wrapped in FullyShardedDataParallel, and wrap the whole of it",
+    ),
+)  # fmt: skip
 
 
 def unreduced(model: nn.Module) -> list[str]:

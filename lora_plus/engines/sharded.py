@@ -13,12 +13,7 @@ from lora_plus.model.storage import Result, Storage
 
 
 class ShardedStorage(Storage):
-    """Parameters that several ranks hold together. Abstract.
-
-    Args:
-        model: the model.
-        parameters: its parameters.
-    """
+    """Parameters of a model that several ranks hold together. Abstract."""
 
     sharded = True
 

@@ -34,13 +34,6 @@ _AXES: dict[str, int | None] = {"out": _OUT, "in": _IN, "r": None}
 """By what a dimension of an adapter's tensor lies along: the dimension of the matrix view."""
 
 
-def _lies_along() -> dict[str, tuple[int | None, ...]]:
-    """By parameter, or container of an adapter's tensors: the dimension of the matrix view that each of its own is."""
-    return {"bias": (_OUT,)} | {
-        name: tuple(_AXES[axis] for axis in tensor.axes) for name, tensor in known_tensors().items()
-    }
-
-
 class _MatrixCut(ParallelStyle):
     """A layer whose weight is a matrix, cut along one dimension of that."""
 
@@ -70,7 +63,9 @@ class _MatrixCut(ParallelStyle):
         needed = Shard(-1) if self.cut == _IN and kind.linear_low_rank else Replicate()
         given = self.input_layouts or needed
         stored, matrix = (side.split() for side in kind.layout.split(" -> "))
-        lies_along = _lies_along() | {"weight": tuple(matrix.index(axis) for axis in stored)}
+        # by parameter, or container of an adapter's tensors: the dimension of the matrix view that each of its own is
+        lies_along = {name: tuple(_AXES[axis] for axis in tensor.axes) for name, tensor in known_tensors().items()}
+        lies_along |= {"bias": (_OUT,), "weight": tuple(matrix.index(axis) for axis in stored)}
 
         def distribute(path: str, part: nn.Module, mesh: DeviceMesh) -> None:
             for name, parameter in part._parameters.items():
@@ -166,20 +161,18 @@ class ColwiseLoRA(_MatrixCut):
 class RowwiseLoRA(_MatrixCut):
     """A linear layer or embedding, plain or with adapters, of whose inputs each rank has a part.
 
-    As torch's ``RowwiseParallel``, whose arguments it has. The weight and A are cut along the input (an embedding's
-    along its vocabulary), B, DoRA's magnitudes and the bias are whole on every rank. What the ranks compute of the
-    layer and of its updates is added up over the mesh together, once.
+    As torch's ``RowwiseParallel``. The weight and A are cut along the input (an embedding's along its vocabulary), B,
+    DoRA's magnitudes and the bias are whole on every rank. What the ranks compute of the layer and of its updates is
+    added up over the mesh together, once.
 
     Args:
-        input_layouts: how a plain input tensor lies on the mesh; if None ``Shard(-1)``, or ``Replicate()`` for an
-            embedding.
-        output_layouts: how the output shall lie on the mesh; ``Replicate()`` if None. ``Shard(1)`` for sequences cut by
+        input_layouts: as in `ColwiseLoRA`; if None ``Shard(-1)``, or ``Replicate()`` for an embedding.
+        output_layouts: as in `ColwiseLoRA`; ``Replicate()`` if None. ``Shard(1)`` for sequences cut by
             ``SequenceParallel``.
-        use_local_output: whether the output is this rank's plain tensor, or else a DTensor.
+        use_local_output: as in `ColwiseLoRA`.
 
     Raises:
-        TypeError: as `ColwiseLoRA`.
-        ValueError: as `ColwiseLoRA`, and for an embedding with a DoRA adapter or ``max_norm``.
+        TypeError, ValueError: as `ColwiseLoRA`, and for an embedding with a DoRA adapter or ``max_norm``.
     """
 
     cut = _IN
