@@ -25,6 +25,10 @@ class SavedLayer:
     tensors: dict[str, Tensor]
     """``lora_A (r, in)``, ``lora_B (out, r)``, and ``lora_magnitude (out,)`` for DoRA; of a stack, one of each."""
 
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A and B."""
+        return self.tensors["lora_A"], self.tensors["lora_B"]
+
 
 @dataclass
 class SavedAdapter:

@@ -132,13 +132,11 @@ def _combine(
         draft.problems += wrong
         if wrong:
             continue
-        factors = [layer.tensors[part] for layer in layers.values() for part in ("lora_A", "lora_B")]
-        dtype = accumulation_dtype(*(factor.dtype for factor in factors))
+        factors = {name: layer.factors() for name, layer in layers.items()}
+        dtype = accumulation_dtype(*(factor.dtype for pair in factors.values() for factor in pair))
         updates = [
-            Update(
-                layer.tensors["lora_A"].to(dtype), layer.tensors["lora_B"].to(dtype), weights[name] * layer.spec.scale
-            )
-            for name, layer in layers.items()
+            Update(A.to(dtype), B.to(dtype), weights[name] * layers[name].spec.scale)
+            for name, (A, B) in factors.items()
         ]
         fit = draft.fit(place, partial(method.combine, updates, options), updates[0].A.device)
         if fit is not None:
@@ -159,15 +157,12 @@ def _no_summands(layers: Mapping[str, SavedLayer]) -> Iterator[str]:
             yield f"{kind}, which rescales the weight: that is no update that could be added"
         elif not only_adds(variant):
             yield f"{kind}, which is more than a product of A and B"
-        elif (why := unusable(layer.tensors["lora_A"], layer.tensors["lora_B"])) is not None:
+        elif (why := unusable(*layer.factors())) is not None:
             yield f": {name!r} {why}"
 
 
 def _told(base: BaseLayer) -> str:
     return " ".join([base.kind, str(base.shape), *(f"{name} {value}" for name, value in base.facts.items())])
-
-
-# ---- settings --------------------------------------------------------------------------------------------------------
 
 
 def _chosen(method: str, given: Mapping[str, Any]) -> tuple[Method, Options]:

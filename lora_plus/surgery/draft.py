@@ -45,11 +45,7 @@ class CombineReport:
 
 
 class Draft:
-    """What has been computed of an adapter, and what is wrong with it.
-
-    Args:
-        failure: what the error says first, if anything is wrong.
-    """
+    """What has been computed of an adapter, and what is wrong with it; an error says ``failure`` first."""
 
     def __init__(self, failure: str) -> None:
         self.failure = failure
@@ -73,11 +69,7 @@ class Draft:
         """Take these factors, in this dtype and with the scale 1, for a layer."""
         r = fit.A.shape[-2]
         tensors = {"lora_A": fit.A.to(dtype).contiguous(), "lora_B": fit.B.to(dtype).contiguous()}
-        self.keep(name, SavedLayer(base, AdapterSpec(r=r, alpha=r), tensors), fit.error)
-
-    def keep(self, name: str, layer: SavedLayer, error: float) -> None:
-        """Have this layer in the adapter."""
-        self.layers[name], self.errors[name] = layer, error
+        self.layers[name], self.errors[name] = SavedLayer(base, AdapterSpec(r=r, alpha=r), tensors), fit.error
 
     def check(self) -> None:
         """Raise if anything is wrong."""

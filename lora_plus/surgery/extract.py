@@ -51,10 +51,7 @@ def extract_adapter(
         targets: which layers, as in `inject_lora`.
         r: the largest rank that a layer gets: less where its weight has less.
         adapter: the name of the new adapter.
-        exclude: as in `inject_lora`.
-        rank_pattern: as in `inject_lora`.
-        fused: as in `inject_lora`.
-        layouts: as in `inject_lora`.
+        exclude, rank_pattern, fused, layouts: as in `inject_lora`.
         trainable: whether it shall be trained.
 
     Returns:
@@ -84,26 +81,18 @@ def extract_adapter(
 
 
 class Pair(NamedTuple):
-    """A weight of a base, and what it has become."""
+    """A weight of a base and what it has become, as matrix views; and the name and rank that its adapter gets."""
 
     name: str
-    """The name that its adapter gets."""
     base: BaseLayer
     before: Tensor
-    """The matrix view."""
     after: Tensor
     r: int
 
 
 @torch.no_grad()
 def extract(draft: Draft, pairs: Iterable[Pair], owners: tuple[str, str]) -> bool:
-    """Draft the adapter of the changes; whether there are any.
-
-    Args:
-        draft: gets the layers and the problems.
-        pairs: the weights, of which one is held at a time.
-        owners: what errors call what has the weights before and after.
-    """
+    """Draft the adapter of the changes, whose owners errors name, holding a pair at a time; whether there are any."""
     changed = False
     for name, base, before, after, r in pairs:
         sides = zip(owners, (before, after), strict=True)

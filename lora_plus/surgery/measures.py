@@ -14,7 +14,6 @@ from torch import Tensor
 
 from lora_plus.files.saved_adapter import SavedAdapter, SavedLayer, settings_of
 from lora_plus.tensors.low_rank import singular_values
-from lora_plus.tensors.variant import FACTORS
 from lora_plus.text import join
 
 
@@ -44,8 +43,7 @@ class LayerMeasures:
 
 def measure(name: str, layer: SavedLayer) -> LayerMeasures:
     """The measures of one layer's adapter, computed in float64."""
-    A, B = layer.tensors["lora_A"], layer.tensors["lora_B"]
-    squares = singular_values(A.double(), layer.spec.scale * B.double()).square()
+    squares = singular_values(*_scaled(layer)).square()
     total = squares.sum(-1, keepdim=True)
     live = (total > 0).flatten()
     shares = (squares / total).reshape(-1, squares.shape[-1])[live]
@@ -56,7 +54,7 @@ def measure(name: str, layer: SavedLayer) -> LayerMeasures:
         layer.base.shape,
         **settings_of(layer.spec),
         scale=layer.spec.scale,
-        dtype=str(A.dtype).removeprefix("torch."),
+        dtype=str(layer.tensors["lora_A"].dtype).removeprefix("torch."),
         norm=float(total.sum().sqrt()),
         largest_share=float(shares.amax(-1).mean()) if len(shares) else None,
         effective_rank=float(ranks.mean()) if len(shares) else None,
@@ -127,13 +125,13 @@ def _layer_difference(name: str, a: SavedLayer, b: SavedLayer) -> LayerDifferenc
 
 
 def _scaled(layer: SavedLayer) -> tuple[Tensor, Tensor]:
-    return layer.tensors["lora_A"].double(), layer.spec.scale * layer.tensors["lora_B"].double()
+    A, B = layer.factors()
+    return A.double(), layer.spec.scale * B.double()
 
 
 def _besides(layer: SavedLayer) -> Tensor | None:
     """The tensors besides A and B, one after the other; None if there are none."""
-    factors = {tensor.name for tensor in FACTORS}
-    others = [layer.tensors[name].flatten() for name in sorted(layer.tensors.keys() - factors)]
+    others = [layer.tensors[name].flatten() for name in sorted(layer.tensors.keys() - {"lora_A", "lora_B"})]
     return torch.cat(others) if others else None
 
 
@@ -144,10 +142,15 @@ def _trained(adapter: SavedAdapter) -> dict[str, Tensor]:
 def _relative_or_none(a: Tensor | None, b: Tensor | None) -> float | None:
     if a is None or b is None or a.shape != b.shape:
         return None
-    if a.dtype == b.dtype and torch.equal(*(each.contiguous().flatten().view(torch.uint8) for each in (a, b))):
-        return 0.0  # also where a value is no number
+    if same_bits(a, b):
+        return 0.0
     wide = torch.complex128 if a.is_complex() or b.is_complex() else torch.float64
     return _ratio((a.to(wide) - b.to(wide)).norm(), a.to(wide).norm())
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors of one shape are equal to the bit, also where a value is no number."""
+    return a.dtype == b.dtype and torch.equal(*(each.contiguous().flatten().view(torch.uint8) for each in (a, b)))
 
 
 def _ratio(apart: Tensor, size: Tensor) -> float:

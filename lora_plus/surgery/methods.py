@@ -1,13 +1,8 @@
-"""The ways of combining several updates into one.
-
-All of it is arithmetic on updates, the matrices ``s B A``. A and B on their own have no sum: ``(B1 + B2) (A1 + A2)`` is
-not ``B1 A1 + B2 A2``.
-"""
+"""The ways of combining several updates ``s B A`` into one, layer by layer; A and B on their own have no sum."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -23,10 +18,6 @@ class Update(NamedTuple):
     A: Tensor
     B: Tensor
     factor: float
-
-    def dense(self) -> Tensor:
-        """``(..., out, in)``."""
-        return (self.factor * self.B) @ self.A
 
 
 class Options(NamedTuple):
@@ -73,36 +64,31 @@ def _elected(updates: Sequence[Tensor]) -> Tensor:
     return total / _added([agrees.to(total.dtype) for agrees in agreeing]).clamp(min=1)
 
 
-def _dense(
-    thin: Callable[[Tensor, Options], Tensor], join_up: Callable[[Sequence[Tensor]], Tensor]
-) -> Callable[[Sequence[Update], Options], Factors]:
+Combine = Callable[[Sequence[Update], Options], Factors]
+"""From the updates of one place, of those adapters that have one, to the combined one."""
+
+
+def _dense(thin: Callable[[Tensor, Options], Tensor], join_up: Callable[[Sequence[Tensor]], Tensor]) -> Combine:
     """A method on the matrices themselves: each made sparse, joined, and cut to rank r."""
 
     def combine(updates: Sequence[Update], options: Options) -> Factors:
-        return truncated(join_up([thin(update.dense(), options) for update in updates]), options.r)
+        return truncated(join_up([thin((factor * B) @ A, options) for A, B, factor in updates]), options.r)
 
     return combine
 
 
-@dataclass(frozen=True)
-class Method:
+class Method(NamedTuple):
     """A way of combining."""
 
-    combine: Callable[[Sequence[Update], Options], Factors]
-    """From the updates of one place, of those adapters that have one, to the combined one."""
+    combine: Combine
     options: tuple[str, ...] = ()
     """What it can be told; all but the generator must be."""
 
 
 METHODS: dict[str, Method] = {
-    # sum_i w_i s_i B_i A_i, the task arithmetic of Ilharco et al. 2022 (arXiv:2212.04089), as it is
-    "sum": Method(_sum),
-    # the same, cut to rank r
+    "sum": Method(_sum),  # the task arithmetic of Ilharco et al. 2022 (arXiv:2212.04089)
     "svd": Method(_svd, ("r",)),
-    # Yadav et al. 2023 (arXiv:2306.01708), layer by layer
-    "ties": Method(_dense(_trimmed, _elected), ("r", "density")),
-    # Yu et al. 2023 (arXiv:2311.03099), layer by layer
-    "dare": Method(_dense(_dropped, _added), ("r", "density", "generator")),
-    # the dropping of DARE in the place of TIES's trimming
+    "ties": Method(_dense(_trimmed, _elected), ("r", "density")),  # Yadav et al. 2023 (arXiv:2306.01708)
+    "dare": Method(_dense(_dropped, _added), ("r", "density", "generator")),  # Yu et al. 2023 (arXiv:2311.03099)
     "dare_ties": Method(_dense(_dropped, _elected), ("r", "density", "generator")),
 }

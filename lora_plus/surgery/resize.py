@@ -55,10 +55,11 @@ def resize_adapter(
     plain = describe(model, adapter)
     _resize(draft, plain, r, generator, holes)
     report = draft.report(adapter)
+    parts = ("lora_A", "lora_B")
     for name, (_, each) in placed.items():
         layer, own = draft.layers[name], each.tensors()
         if layer is not plain.layers[name] or layer.spec.r != each.spec.r:
-            each.exchange({part: nn.Parameter(layer.tensors[part], own[part].requires_grad) for part in _FACTORS})
+            each.exchange({part: nn.Parameter(layer.tensors[part], own[part].requires_grad) for part in parts})
             each.forget_start()
         each.spec = layer.spec
     return report
@@ -80,28 +81,26 @@ def resize_saved(
     return replace(adapter, layers=draft.layers), report
 
 
-_FACTORS = ("lora_A", "lora_B")
-
-
 @torch.no_grad()
 def _resize(
     draft: Draft, adapter: SavedAdapter, r: int, generator: torch.Generator | None, holes: Mapping[str, int | None]
 ) -> None:
     """Draft the adapter at the new rank. ``holes`` are the columns of A that stay zero, by layer."""
     for name, layer in sorted(adapter.layers.items()):
-        A, B = (layer.tensors[part] for part in _FACTORS)
+        A, B = layer.factors()
         if (why := unusable(A, B) or _tied(layer.spec)) is not None:
             draft.problems.append(f"{name!r} {why}")
             continue
         if r == layer.spec.r:
-            draft.keep(name, layer, 0.0)
+            draft.layers[name], draft.errors[name] = layer, 0.0
             continue
         fit: Factors | None = Factors(A, B, 0.0)
         if r < layer.spec.r:
             dtype = accumulation_dtype(A.dtype, B.dtype)
             fit = draft.fit(name, partial(truncated_product, A.to(dtype), B.to(dtype), r), A.device)
         if fit is not None:
-            draft.keep(name, _grown(layer, fit, r, generator, holes.get(name)), fit.error)
+            draft.layers[name] = _grown(layer, fit, r, generator, holes.get(name))
+            draft.errors[name] = fit.error
 
 
 def _tied(spec: AdapterSpec) -> str | None:

@@ -6,8 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lora_plus.errors import Problems, check_count
 from lora_plus.files.checks import base_problem
@@ -20,6 +19,7 @@ from lora_plus.layers.kinds import DTYPES, kinds_by_name
 from lora_plus.model.patterns import as_patterns, matcher
 from lora_plus.surgery.draft import CombineReport, Draft
 from lora_plus.surgery.extract import Pair, extract
+from lora_plus.surgery.measures import same_bits
 from lora_plus.tensors.matrix import to_matrix
 from lora_plus.text import join, near_misses
 
@@ -58,8 +58,7 @@ def extract_checkpoint(
         exclude: names or globs of layers that get none.
         kinds: the kind of layer by name or glob, such as ``{"c_attn": "TransposedLinear"}``; weights of more than two
             dimensions, such as those of convolutions without groups, count only where it is stated.
-        format: as in `save_adapter`.
-        metadata: as in `save_adapter`.
+        format, metadata: as in `save_adapter`.
         progress: called with the number of tensors that have been looked at, and of all, after each of them.
 
     Returns:
@@ -121,12 +120,11 @@ def _selected(
     matching("kinds", kinds)
     excluded = matching("exclude", as_patterns(exclude))
     wanted = layers.keys() if targets is None else matching("target", as_patterns(targets))
-    misfits = {
-        name: _misfit(join(name, "weight"), layers[name], theirs) for name in layers if name in wanted - excluded
-    }
+    asked = {name: layer for name, layer in layers.items() if name in wanted - excluded}
+    misfits = {name: _misfit(join(name, "weight"), layer, theirs) for name, layer in asked.items()}
     if targets is not None:
         problems += [why for why in misfits.values() if why is not None]
-    chosen = {name: layer for name, layer in layers.items() if name in misfits and misfits[name] is None}
+    chosen = {name: layer for name, layer in asked.items() if misfits[name] is None}
     if not chosen and not problems:
         problems.append("no weight that can have an adapter is in both checkpoints with one shape, and not excluded")
     return chosen, problems
@@ -188,13 +186,9 @@ def _differs(name: str, ours: Checkpoint, theirs: Checkpoint) -> bool:
     if mine is None or other is None or mine.shape != other.shape or not {mine.dtype, other.dtype} <= STORED.keys():
         return True
     a, b = ours.read(name), theirs.read(name)
-    if a.dtype == b.dtype and torch.equal(_bytes(a), _bytes(b)):
-        return False  # also where it has values that are not numbers
+    if same_bits(a, b):
+        return False
     try:
         return bool((a != b).any())
     except RuntimeError:  # torch does not compare all dtypes
         return True
-
-
-def _bytes(tensor: Tensor) -> Tensor:
-    return tensor.reshape(-1).view(torch.uint8)

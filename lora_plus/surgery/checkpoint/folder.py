@@ -26,14 +26,7 @@ HOLDS_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5",
 
 
 class Checkpoint:
-    """The safetensors files of a checkpoint.
-
-    Args:
-        base: a file, or a folder.
-
-    Raises:
-        Problems: if there is no whole checkpoint.
-    """
+    """The safetensors files of a checkpoint, a file or a folder. Raises `Problems` if there is no whole one."""
 
     def __init__(self, base: Path) -> None:
         self.base, self.single = base, base.is_file()
@@ -100,12 +93,11 @@ class Checkpoint:
             return []
         found = index.get("weight_map") if isinstance(index, dict) else None
         shards: list[Any] = list(found.values()) if isinstance(found, dict) else [None]
-        wrong = [name for name in shards if not isinstance(name, str) or not _is_file_name(name)]
-        if wrong:
-            problems.append(
-                f"{self.index_name}: weight_map must give the name of a file for each tensor, got {wrong[0]!r}"
-            )
-            return []
+        for name in shards:
+            if not (isinstance(name, str) and name and name.isprintable() and Path(name).name == name):
+                wrong = f"weight_map must give the name of a file for each tensor, got {name!r}"
+                problems.append(f"{self.index_name}: {wrong}")
+                return []
         self.index = index
         return sorted(set(shards))
 
@@ -127,16 +119,11 @@ class Checkpoint:
         return config if isinstance(config, dict) else {}
 
 
-def _is_file_name(text: str) -> bool:
-    return bool(text) and text.isprintable() and Path(text).name == text
-
-
 def side_files(folder: Path) -> tuple[list[str], list[str]]:
     """Files of a checkpoint that do not hold weights, at every depth, and what else is there, both as relative paths.
 
-    What else is there are files of weights, adapters, hidden files and folders, and what is neither file nor folder. Of
-    links only those to files are followed, and only inside the folder, or into the ``blobs`` of the model cache that it
-    is in: a folder that was downloaded could otherwise have the result hold any file of this machine.
+    Of links only those to files are followed, and only inside the folder, or into the ``blobs`` of the model cache that
+    it is in: a folder that was downloaded could otherwise have the result hold any file of this machine.
     """
     root = Path(os.path.realpath(folder))
     blobs = root.parent.parent / "blobs" if root.parent.name == "snapshots" else None
@@ -170,11 +157,7 @@ def copy_file(source: Path | str, target: Path | str) -> None:
 
 @contextmanager
 def appearing(out: Path, single: bool) -> Iterator[Path]:
-    """A temporary folder beside ``out`` that becomes it, or whose one file does, when the block ends well.
-
-    Raises:
-        FileExistsError: if something is at ``out`` by then.
-    """
+    """A temporary folder beside ``out`` that becomes it, or whose one file does, when the block ends well."""
     with workspace(out) as folder:
         yield folder
         flush(folder)

@@ -134,9 +134,6 @@ def _check_arguments(base: Path, paths: list[Path], out: Path, dtype: Any, facto
         raise ValueError(f"out lies inside of base, {str(base)!r}; give a name outside")
 
 
-# ---- writing ---------------------------------------------------------------------------------------------------------
-
-
 class _Writer:
     """Writes a checkpoint with its changes into a folder, and keeps the report."""
 
@@ -150,13 +147,11 @@ class _Writer:
 
     def write(self, folder: Path) -> None:
         """Write all files, the small ones first: one that cannot be read fails before the work."""
-        stored = {
-            name: {tensor: self._stored(entry) for tensor, entry in file.tensors.items()}
-            for name, file in self.checkpoint.files.items()
-        }
+        files = self.checkpoint.files
+        stored = {name: {key: self._stored(each) for key, each in file.tensors.items()} for name, file in files.items()}
         if not self.checkpoint.single:
             self._write_others(folder, sum(entry.size for tensors in stored.values() for entry in tensors.values()))
-        for name, file in self.checkpoint.files.items():
+        for name, file in files.items():
             tensors = stored[name]
             if tensors == file.tensors and not self.changes.keys() & tensors.keys():
                 copy_file(file.path, folder / name)
@@ -182,15 +177,14 @@ class _Writer:
         if change is None and tensors[name] == file.tensors[name]:
             self.report.copied.append(name)
             return None
-        dtype = STORED[tensors[name].dtype]
-        if change is None or change.replacement is not None:
+        dtype, replacement = STORED[tensors[name].dtype], None if change is None else change.replacement
+        old = file.window(name) if replacement is None else replacement
+        if change is None or replacement is not None:
             (self.report.copied if change is None else self.report.replaced).append(name)
-            old = file.window(name) if change is None or change.replacement is None else change.replacement
             new = old.to(dtype).contiguous()
             if dtype in DTYPES and not is_finite(new) and not as_finite_as(new, old):
                 raise ValueError(f"{name!r} is not finite in {dtype}; {self.nothing}")
             return new
-        old = file.window(name)
         try:
             values, lost = merged_weight(old, change.layout, change.summands(old.shape), dtype)
         except ValueError as error:
@@ -201,14 +195,14 @@ class _Writer:
         return values
 
     def _write_others(self, folder: Path, size: int) -> None:
-        done, index = set(self.checkpoint.files), self.checkpoint.index
+        done, index, index_name = {*self.checkpoint.files}, self.checkpoint.index, self.checkpoint.index_name
         if index:
             text, metadata = self.checkpoint.index_text, index.get("metadata")
             if self.dtype is not None and isinstance(metadata, dict) and "total_size" in metadata:
                 text = json.dumps({**index, "metadata": {**metadata, "total_size": size}}, indent=2) + "\n"
-            (folder / self.checkpoint.index_name).write_text(text, encoding="utf-8", newline="")
-            flush(folder / self.checkpoint.index_name)
-            done.add(self.checkpoint.index_name)
+            (folder / index_name).write_text(text, encoding="utf-8", newline="")
+            flush(folder / index_name)
+            done.add(index_name)
         found, others = side_files(self.checkpoint.folder)
         self.report.left_out.extend(name for name in others if name not in done)
         for name in found:

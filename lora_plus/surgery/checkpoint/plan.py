@@ -46,18 +46,13 @@ class Change:
         """The adapters as merging into a weight of this shape takes them."""
         found = []
         for layers in self.updates.values():
-            spec, tensors = layers[0].spec, layers[0].tensors
-            A, B, scale = tensors["lora_A"], tensors["lora_B"], spec.scale
-            if layers[0].base.rows is not None:
-                blocks = [(each.base.rows[0], *_factors(each), each.spec.scale) for each in layers if each.base.rows]
+            spec, (A, B), scale = layers[0].spec, layers[0].factors(), layers[0].spec.scale
+            blocks = [(each.base.rows[0], *each.factors(), each.spec.scale) for each in layers if each.base.rows]
+            if blocks:
                 blocks.sort(key=lambda block: block[0])
                 (A, B), scale = joined_rows(blocks, matrix_shape(self.layout, tuple(shape))[0]), 1.0
-            found.append(Summand(VARIANTS[spec.variant], A, B, scale, tensors))
+            found.append(Summand(VARIANTS[spec.variant], A, B, scale, layers[0].tensors))
         return found
-
-
-def _factors(layer: SavedLayer) -> tuple[Tensor, Tensor]:
-    return layer.tensors["lora_A"], layer.tensors["lora_B"]
 
 
 def planned(checkpoint: Checkpoint, paths: Sequence[Path], factors: Sequence[float], names: Names | None) -> Plan:
@@ -178,8 +173,7 @@ class Plan:
             )
         if not base.kind:  # the file's format says nothing of it
             return f"{target!r} has shape {stored.shape}, which is no layer that the file's format has adapters of"
-        wrong = base_problem(base)
-        if wrong is not None:
+        if (wrong := base_problem(base)) is not None:
             return wrong
         if base.shape != stored.shape:
             return f"its weight has shape {base.shape} in the adapter, {stored.shape} in the checkpoint"
@@ -244,5 +238,5 @@ _NO_SUM = (
 
 def _implied_shape(layer: SavedLayer) -> Shape | None:
     """The shape of a linear layer's weight that A and B fit."""
-    A, B = _factors(layer)
+    A, B = layer.factors()
     return (B.shape[0], A.shape[1]) if A.ndim == B.ndim == 2 else None
