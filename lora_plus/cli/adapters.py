@@ -46,13 +46,8 @@ def inspect(
     lines.append(f"{counted(len(figures), 'layer')}, {counted(count, 'parameter')}, {dtypes}")
     lines += [f"trained in full: {name or _MODEL}, {counted(numbers, 'number')}" for name, numbers in trained.items()]
     lines += [f"{key}: {text}" for key, text in adapter.metadata.items()]
-    emit(
-        as_json,
-        {**facts, "layers": figures, "trained": trained, "metadata": adapter.metadata},
-        *lines,
-        "",
-        *(_by_layer(figures) if layers else _by_group(figures)),
-    )
+    lines += ["", *(_by_layer(figures) if layers else _by_group(figures))]
+    emit(as_json, {**facts, "layers": figures, "trained": trained, "metadata": adapter.metadata}, *lines)
 
 
 def convert(
@@ -88,8 +83,8 @@ def diff(first: In, second: In, as_json: Json = False) -> None:
     from lora_plus.surgery.measures import diff_saved
 
     found = diff_saved(read_adapter(first), read_adapter(second))
-    counts = (f"{counted(len(found.layers), 'layer')} in both", f"{len(found.only_a)} only in the first")
-    lines = [", ".join((*counts, f"{len(found.only_b)} only in the second"))]
+    only = f"{len(found.only_a)} only in the first, {len(found.only_b)} only in the second"
+    lines = [f"{counted(len(found.layers), 'layer')} in both, {only}"]
     lines += [f"only in the first: {name or _MODEL}" for name in found.only_a]
     lines += [f"only in the second: {name or _MODEL}" for name in found.only_b]
     lines += [f"trained in full: {name} differs by {_apart(value)}" for name, value in found.trained.items()]
@@ -187,7 +182,6 @@ def _finish(
 _MODEL = "(model)"
 """What the model itself is called, which has no name."""
 
-
 _HEAD = ("r", "alpha", "scale", "variant", "||sBA||", "top share", "eff. rank")
 _FIELDS = ("r", "alpha", "scale", "variant", "norm", "largest_share", "effective_rank")
 """What the figures of a layer call these."""
@@ -203,16 +197,10 @@ def _by_group(figures: list["LayerMeasures"]) -> list[str]:
     groups: dict[tuple[str, str], list[LayerMeasures]] = {}
     for each in figures:
         groups.setdefault((re.sub(r"(?<![^.])\d+(?![^.])", "*", each.name) or _MODEL, each.kind), []).append(each)
-    rows = [
-        (
-            name,
-            kind,
-            len(each),
-            *(span([getattr(one, field) for one in each]) for field in _FIELDS[:4]),
-            *(_median([getattr(one, field) for one in each]) for field in _FIELDS[4:]),
-        )
-        for (name, kind), each in groups.items()
-    ]
+    rows = []
+    for (name, kind), alike in groups.items():
+        columns = [[getattr(one, field) for one in alike] for field in _FIELDS]
+        rows.append((name, kind, len(alike), *map(span, columns[:4]), *map(_median, columns[4:])))
     return table(("layers (medians)", "kind", "number", *_HEAD), rows)
 
 

@@ -21,15 +21,9 @@ except ModuleNotFoundError as error:
     missing = f'lora-plus needs {package}, which is not installed: pip install "lora-plus[cli]"'
 else:
     COMMANDS: list[Callable[..., None]] = [
-        adapters.inspect,
-        adapters.convert,
-        adapters.diff,
-        adapters.combine,
-        adapters.resize,
-        checkpoints.merge,
-        checkpoints.extract,
-        checkpoints.verify,
-    ]
+        adapters.inspect, adapters.convert, adapters.diff, adapters.combine, adapters.resize,
+        checkpoints.merge, checkpoints.extract, checkpoints.verify,
+    ]  # fmt: skip
     app = typer.Typer(cls=Group, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="markdown")
     for command in COMMANDS:
         app.command(cls=Command)(reported(command))

@@ -22,9 +22,7 @@ Base = Annotated[
 Rename = Annotated[
     list[str] | None,
     typer.Option(
-        metavar="OLD=NEW",
-        help="A prefix of names in the adapter, and what it is in the checkpoint.",
-        callback=pairs,
+        metavar="OLD=NEW", help="A prefix of names in the adapter, and what it is in the checkpoint.", callback=pairs
     ),
 ]
 
@@ -53,14 +51,9 @@ def merge(
 
     with progress("tensors") as report_progress:
         report = merge_checkpoint(
-            base,
-            adapters,
-            out,
-            dtype=None if dtype is None else getattr(torch, dtype),
-            weights=weight or None,
-            names=mapping(rename),
-            progress=report_progress,
-        )
+            base, adapters, out, dtype=None if dtype is None else getattr(torch, dtype), weights=weight or None,
+            names=mapping(rename), progress=report_progress,
+        )  # fmt: skip
     emit(as_json, {"path": out, **vars(report)}, *str(report).split("\n"), f"wrote {out}")
 
 
@@ -77,8 +70,8 @@ def extract(
         list[str] | None,
         typer.Option(
             metavar="NAME=KIND",
-            help="What layers are that are not linear, such as embed_tokens=Embedding or c_attn=TransposedLinear.",
             callback=pairs,
+            help="What layers are that are not linear, such as embed_tokens=Embedding or c_attn=TransposedLinear.",
         ),
     ] = None,
     to: To = None,
@@ -98,16 +91,9 @@ def extract(
 
     with saving(out, force) as path, progress("tensors") as report_progress:
         report = extract_checkpoint(
-            base,
-            tuned,
-            path,
-            r=r,
-            targets=target or None,
-            exclude=exclude or (),
-            kinds=mapping(kind),
-            format=cast("FormatName | None", to),
-            progress=report_progress,
-        )
+            base, tuned, path, r=r, targets=target or None, exclude=exclude or (), kinds=mapping(kind),
+            format=cast("FormatName | None", to), progress=report_progress,
+        )  # fmt: skip
     emit(as_json, {"path": out, **vars(report)}, *str(report).split("\n"), f"wrote {out}")
 
 

@@ -61,11 +61,8 @@ def reported(command: Callable[..., None]) -> Callable[..., None]:
                 raise  # not errors of the command; typer ends silently where nobody reads the output
             except KeyboardInterrupt:
                 raise typer.Exit(130) from None
-            except (OSError, ValueError) as error:
-                complain("error", error)
-                raise typer.Exit(1) from error
-            except MemoryError as error:
-                complain("error", "there is not enough memory")
+            except (OSError, ValueError, MemoryError) as error:
+                complain("error", "there is not enough memory" if isinstance(error, MemoryError) else error)
                 raise typer.Exit(1) from error
             except Exception as error:
                 first, *_ = str(error).split("\n")  # torch adds its own stack
@@ -73,9 +70,8 @@ def reported(command: Callable[..., None]) -> Callable[..., None]:
                 if os.environ.get(TRACEBACK):
                     complain("where", traceback.format_exc().rstrip())
                 else:
-                    say(
-                        f"this is a defect of lora-plus; with {TRACEBACK}=1 in the environment it shows where", err=True
-                    )
+                    advice = f"with {TRACEBACK}=1 in the environment it shows where"
+                    say(f"this is a defect of lora-plus; {advice}", err=True)
                 raise typer.Exit(70) from error
 
     return run
@@ -122,9 +118,8 @@ def span(values: Sequence[Any]) -> Any:
 
 def size(path: Path) -> int:
     """The bytes of a file, or of all files in a folder."""
-    return (
-        sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) if path.is_dir() else path.stat().st_size
-    )
+    files = [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files)
 
 
 def readable(count: int) -> str:

@@ -41,7 +41,6 @@ class Group(TyperGroup):
     """The commands together."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """As click does it."""
         with _printable():
             return super().parse_args(ctx, args)
 
