@@ -131,9 +131,8 @@ def _parameters_of(optimizer: Any) -> list[list[nn.Parameter]]:
 def check_config(config: _Config, *, groups: _Groups | None = None) -> None:
     """Raise if a DeepSpeed configuration would switch LoRA+ off, which DeepSpeed and its callers do without a word.
 
-    Two sections can. From ``"optimizer"`` the Trainer, and ``deepspeed.initialize`` where it is given no groups, build
-    an optimizer with one group and one rate. ``"scheduler"`` is tried out on LoRA+ groups with `check_lr_ratio`, with
-    one rate for all groups where it says ``"auto"``, as the Trainer fills it in.
+    From the section ``"optimizer"`` the Trainer, and ``deepspeed.initialize`` without groups, build one with one group.
+    ``"scheduler"`` is tried out on LoRA+ groups with `check_lr_ratio`, with one rate for all where it says ``"auto"``.
 
     Args:
         config: the configuration, or the name of its JSON file.

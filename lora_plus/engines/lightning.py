@@ -8,7 +8,7 @@ import lightning as L
 
 from lora_plus.errors import Problems
 
-from .trained_state import run_tensors
+from .trained_state import name_problems, run_tensors
 
 
 class LoraPlusModule(L.LightningModule):
@@ -28,14 +28,8 @@ class LoraPlusModule(L.LightningModule):
         checkpoint[_NAMES] = sorted(own)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Raise if the checkpoint is of other adapters than the module's.
-
-        Raises:
-            Problems: a ValueError with every name that only one of them has.
-        """
-        saved, own = set(checkpoint.get(_NAMES, ())), run_tensors(self).keys()
-        problems = [f"{name!r} is in the checkpoint, and not in the module" for name in saved - own]
-        problems += [f"{name!r} is in the module, and not in the checkpoint" for name in own - saved]
+        """Raise `Problems` with every name that only the checkpoint or the module has."""
+        problems = name_problems(set(checkpoint.get(_NAMES, ())), "checkpoint", run_tensors(self), "module")
         if problems:
             raise Problems("the checkpoint does not fit the module; inject the adapters of its run", sorted(problems))
 

@@ -1,12 +1,8 @@
-"""What a run changes in a model with adapters, as one file: written whole, and read back into the same model.
-
-Adapter files say what an adapter computes, and leave out whatever else is trained. To resume a run, or to go back to
-its best state, the model needs the very tensors again.
-"""
+"""What a run changes in a model with adapters, as one file, to resume it from: adapter files leave out some of that."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from safetensors.torch import load_file
@@ -61,15 +57,20 @@ def load_run(model: nn.Module, path: Path) -> None:
 def _read(path: Path, own: Mapping[str, Tensor], storage: Storage) -> dict[str, Tensor]:
     """The tensors of a file, which must be those of the model."""
     tensors = load_file(path)
-    problems = [f"{name!r} is in the file, and not in the model" for name in tensors.keys() - own.keys()]
-    problems += [f"{name!r} is in the model, and not in the file" for name in own.keys() - tensors.keys()]
+    problems = name_problems(tensors, "file", own, "model")
     for name in own.keys() & tensors.keys():
         in_file = tuple(tensors[name].shape), tensors[name].dtype
         in_model = storage.shape(own[name]), own[name].dtype
         if in_file != in_model:
             problems.append(f"{name!r} is {in_file} in the file, {in_model} in the model")
     if problems:
-        raise Problems(
-            f"{str(path)!r} does not fit the model, whose adapters must be those of its run", sorted(problems)
-        )
+        failure = f"{str(path)!r} does not fit the model, whose adapters must be those of its run"
+        raise Problems(failure, sorted(problems))
     return tensors
+
+
+def name_problems(saved: Collection[str], there: str, own: Collection[str], here: str) -> list[str]:
+    """The names that only what was saved has, or only what it is loaded into; both are told by these words."""
+    return [f"{name!r} is in the {there}, and not in the {here}" for name in saved if name not in own] + [
+        f"{name!r} is in the {here}, and not in the {there}" for name in own if name not in saved
+    ]

@@ -82,20 +82,14 @@ class LoraPlusTrainer(Trainer):
     It takes models of `inject_lora` and PEFT's, alone and under DDP, FSDP2 and DeepSpeed. Groups are those of
     `loraplus_param_groups` with the Trainer's own rule of what is decayed, at ``weight_decay``, for the optimizer that
     ``optim`` or ``optimizer_cls_and_kwargs`` says. Of 8-bit optimizers, embeddings and their adapters keep 32-bit
-    state. Without ``loraplus_lr_ratio`` it trains as a ``Trainer`` does.
+    state. Without ``loraplus_lr_ratio`` it trains as a ``Trainer`` does. Before another Trainer it gives that one
+    LoRA+: ``class LoraPlusSFTTrainer(LoraPlusTrainer, SFTTrainer)``, with `LoraPlusArguments` among the arguments.
 
-    Before another Trainer it gives that one LoRA+: ``class LoraPlusSFTTrainer(LoraPlusTrainer, SFTTrainer)``, with
-    arguments that have `LoraPlusArguments` among their classes.
-
-    A model of `inject_lora` is saved, in checkpoints and by ``save_model``, without its base:
-
-    - each adapter as a PEFT folder, the one named "default" in the folder itself and others below it, or as
-      ``<name>.adapter.safetensors`` where PEFT's format cannot express it; what the folder holds of this adapter in the
-      other form, from an earlier save, is removed;
-    - ``run.safetensors``, all tensors but the frozen base's, to resume the run and to load the best model from;
-    - tokenizer, arguments, optimizer, scheduler and random states as ever.
-
-    For a whole model, call ``merge_and_unload(trainer.model).save_pretrained(folder)``.
+    A model of `inject_lora` is saved, in checkpoints and by ``save_model``, without its base: each adapter as a PEFT
+    folder, the one named "default" in the folder itself and others below it, or as ``<name>.adapter.safetensors`` where
+    PEFT's format cannot express it (what an earlier save left in the other form is removed); ``run.safetensors``, all
+    tensors but the frozen base's, to resume the run and to load the best model from; the rest as ever. For a whole
+    model, call ``merge_and_unload(trainer.model).save_pretrained(folder)``.
 
     Raises:
         TypeError: if the arguments are without ``loraplus_lr_ratio``.
@@ -144,8 +138,8 @@ class LoraPlusTrainer(Trainer):
 
     def _loraplus_cls_and_kwargs(self, model: nn.Module) -> tuple[Any, dict[str, Any]]:
         """What the Trainer makes the optimizer from, with the groups as its ``params``."""
-        made = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args, model)
-        optimizer_cls, settings = made[0], {"lr": self.args.learning_rate, **made[1]}
+        optimizer_cls, own = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args, model)
+        settings = {"lr": self.args.learning_rate, **own}
         if is_optimizer_factory(optimizer_cls) or _OWN_GROUPS & settings.keys() or settings.get("relative_step"):
             raise ValueError(
                 f"{optimizer_cls.__name__} makes its own groups or rates, so loraplus_lr_ratio would have no effect; "
@@ -239,10 +233,10 @@ class LoraPlusTrainer(Trainer):
 
     def _load_run(self, folder: str | None) -> bool:
         """Load the tensors of the run, if the folder has them."""
-        found = folder is not None and Path(folder, RUN_NAME).is_file()
-        if found:
-            load_run(self.model, Path(str(folder), RUN_NAME))
-        return found
+        if folder is None or not Path(folder, RUN_NAME).is_file():
+            return False
+        load_run(self.model, Path(folder, RUN_NAME))
+        return True
 
 
 RUN_NAME = "run.safetensors"
@@ -286,9 +280,7 @@ def _keep_32_bits(optimizer_cls: Any, settings: dict[str, Any]) -> None:
 
 def _adapters(model: Any) -> list[str]:
     """The names of the adapters of `inject_lora` in a model."""
-    if not isinstance(model, nn.Module):
-        return []
-    return adapter_names(model)
+    return adapter_names(model) if isinstance(model, nn.Module) else []
 
 
 def _save_adapter(model: nn.Module, folder: Path, adapter: str) -> None:
@@ -329,9 +321,7 @@ def _base_may_miss(model: nn.Module) -> Iterator[None]:
 
     def forget(module: nn.Module, incompatible: Any) -> None:
         held = module.state_dict(keep_vars=True)
-        frozen = {
-            name for name, tensor in held.items() if isinstance(tensor, nn.Parameter) and not tensor.requires_grad
-        }
+        frozen = {name for name, own in held.items() if isinstance(own, nn.Parameter) and not own.requires_grad}
         incompatible.missing_keys[:] = [name for name in incompatible.missing_keys if name not in frozen]
 
     handle = model.register_load_state_dict_post_hook(forget)
