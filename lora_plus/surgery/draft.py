@@ -27,8 +27,7 @@ class CombineReport:
     ranks: dict[str, int]
     """Its rank on each layer."""
     errors: dict[str, float]
-    """How far the update of each layer is from the wanted one, relative to that (Frobenius norm); 0 where no rank was
-    cut off."""
+    """How far the update of each layer is from the wanted one, relative to that (Frobenius norm)."""
     ignored: list[str] = field(default_factory=list)
     """What differs in a tuned model or checkpoint and is not in the adapter, by name."""
 

@@ -1,7 +1,4 @@
-"""What adapters amount to: the size and the spectrum of each update, and how far two adapters are apart.
-
-All of it is told from the factors: no matrix of a layer's size is made.
-"""
+"""What adapters amount to, told from their factors: size and spectrum of each update, and how far two are apart."""
 
 from __future__ import annotations
 
@@ -83,8 +80,7 @@ class AdapterDifference:
     only_a: list[str]
     only_b: list[str]
     trained: dict[str, float | None]
-    """Tensors of modules trained in full that differ, with ||a - b|| / ||a||; None where one lacks it or the shapes
-    differ."""
+    """Tensors trained in full that differ, with ||a - b|| / ||a||; None where one lacks it or the shapes differ."""
 
     @property
     def equal(self) -> bool:

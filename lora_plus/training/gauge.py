@@ -44,10 +44,9 @@ class GaugeRow:
     """The name in the model of the layer, parameter or block of rows."""
     adapter: str
     work_A: float
-    """``W_A``, the mean of ``-<g, dA>``: what a step of A takes off the loss to first order, from the gradient ``g``
-    that the optimizer saw and the change ``dA`` that it made."""
     work_B: float
-    """``W_B``, the same for B."""
+    """``W_A`` and ``W_B``: the mean of ``-<g, dA>``, what a step of A takes off the loss to first order, from the
+    gradient ``g`` that the optimizer saw and the change ``dA`` that it made; and the same for B."""
     growth_A: float
     """``||A|| / ||A_0||``, with A_0 at the start of the gauge."""
     update: float

@@ -35,8 +35,8 @@ def check_lr_ratio(optimizer: torch.optim.Optimizer, scheduler: Any = None, *, s
         steps: how many steps of the schedule to look at; at least those of the run.
 
     Raises:
-        ValueError: with the scheduler's class, the first step at which the ratio is another one, the rates, and what to
-            write instead; also if the groups note no ratio, or the scheduler is another optimizer's.
+        ValueError: with the first step at which the ratio is another one, the rates, and what to write instead; also if
+            the groups note no ratio, or the scheduler is another optimizer's.
         TypeError: if the scheduler has no optimizer, or cannot be copied; `watch_lr_ratio` needs neither.
     """
     watch = _Watch()

@@ -45,9 +45,7 @@ def sweep(
     adapter: str | None = "default",
     **settings: Any,
 ) -> SweepResult:
-    """Train all candidates side by side on the same batches, and keep the best one's adapter in the model.
-
-    Each candidate's training is, to rounding, what it would be in a run of its own; see `Sweep`.
+    """Train all candidates side by side on the same batches, as in a `Sweep`, and keep the best one's adapter.
 
     Examples:
         >>> import torch

@@ -43,10 +43,9 @@ def extract_checkpoint(
     """Write the adapter that comes nearest to a fine-tuned checkpoint: the truncated SVD of each weight's change.
 
     As `extract_adapter`, for checkpoints that `merge_checkpoint` reads; a few tensors are in memory at a time, and the
-    factors. A checkpoint does not say what its layers are. Unless ``kinds`` does, ``embed_tokens``,
-    ``tok_embeddings``, ``token_type_embeddings``, ``word_embeddings``, ``wpe`` and ``wte`` count as embeddings, and
-    each other weight of two dimensions as that of a linear layer. Loading into the model refuses a layer of another
-    kind; `merge_checkpoint` computes the same for all that store (out, in).
+    factors. Unless ``kinds`` says otherwise, layers with the usual names of embeddings (``embed_tokens``, ``wte``)
+    count as such, each other weight of two dimensions as that of a linear layer. Loading into the model refuses a layer
+    of another kind; `merge_checkpoint` computes the same for all that store (out, in).
 
     Args:
         base: the checkpoint that the tuned one started from.

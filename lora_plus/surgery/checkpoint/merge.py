@@ -48,8 +48,7 @@ class CheckpointReport:
     copied: list[str]
     """All other tensors."""
     left_out: list[str]
-    """Files and folders that were not copied: those that hold weights without the adapters, an adapter, hidden ones,
-    and links that lead out of the folder, to a folder or to nothing."""
+    """Files and folders that were not copied: weights, adapters, hidden ones, and links out of the folder or to one."""
 
     def __str__(self) -> str:
         lines = [str(MergeReport(self.merged, self.lost, []))]
