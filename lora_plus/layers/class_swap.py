@@ -39,9 +39,7 @@ class SwappedModule(nn.Module):
 
     def why_unrestorable(self) -> str | None:
         """Why the module cannot become what it was; None if it can."""
-        top: type[Any] = type(self)
-        if _is_on_top(self):
-            top = top.__bases__[-1]
+        top: type[Any] = type(self).__bases__[-1] if _is_on_top(self) else type(self)
         if "base_class" in top.__dict__:
             return None
         return f"its class {top.__name__} was put on top of ours by another tool; undo that first"
@@ -81,14 +79,10 @@ _DERIVED: WeakValueDictionary[tuple[Any, ...], type[Any]] = WeakValueDictionary(
 def derived_class(kind: type[SwappedModule], base_class: type[Any], names: tuple[str, ...] = ()) -> type[Any]:
     """The class of modules of a user's class that have become one of this kind; the same for the same arguments.
 
-    Args:
-        kind: what adds adapters.
-        base_class: the user's class.
-        names: the adapted parameters, where these have adapters on their own.
+    ``names`` are the adapted parameters, where these have adapters on their own.
     """
     made_from = (kind, base_class, names)
-    made = _DERIVED.get(made_from)
-    if made is not None:
+    if (made := _DERIVED.get(made_from)) is not None:
         return made
     body = {"base_class": base_class, "made_from": made_from, "__module__": base_class.__module__}
     body |= kind.class_body(base_class, names)

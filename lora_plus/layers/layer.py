@@ -48,17 +48,14 @@ class LoRALayer(AssignedForward, AdaptedWeight):
     computed_by: ClassVar[tuple[str, ...]] = ("forward",)
     """The methods of the base layer that compute ``W x`` and the bias."""
     linear_low_rank: ClassVar[bool] = False
-    """Whether the layer is a linear map of its input's last dimension, and `low_rank` is `linear_update`."""
+    """Whether the layer is a linear map of its input's last dimension."""
 
     lora_state = AdaptedWeight.lora_state | {"lora_base_forward": lambda: None}
 
     # ---- what a kind states ------------------------------------------------------------------------------------
 
     def low_rank(self, x: Tensor, A: Tensor, B: Tensor, scale: float, dropout: float, y: Tensor) -> Tensor:
-        """The update ``scale * B A`` applied to the layer's input; A and B come in the compute dtype.
-
-        ``y`` is the base's output, for its shape.
-        """
+        """The update ``scale * B A x``; A and B come in the compute dtype, the base's output for its shape."""
         raise NotImplementedError
 
     @classmethod
@@ -189,9 +186,8 @@ class LoRALayer(AssignedForward, AdaptedWeight):
 
     def input_of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """The first argument of the layer's forward, however it is given."""
-        given = args or [kwargs[name] for name in self.lora_arguments if name in kwargs]
-        x: Tensor = given[0] if given else next(iter(kwargs.values()))
-        return x
+        given = args or [kwargs[name] for name in self.lora_arguments if name in kwargs] or [*kwargs.values()]
+        return given[0]  # type: ignore[no-any-return]
 
     def base_forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """What the layer computed before it was adapted."""

@@ -26,10 +26,9 @@ class Slot(NamedTuple):
     name: str
 
     @property
-    def tensor(self) -> Tensor:
+    def tensor(self) -> Any:
         """What is bound there now."""
-        tensor: Tensor = self.table[self.name]
-        return tensor
+        return self.table[self.name]
 
     def bind(self, tensor: Tensor) -> None:
         """Make this the weight; the one that was bound is left as it is, for whoever shares it."""
@@ -59,16 +58,15 @@ class Merge:
 
     def show(self, slot: Slot | None) -> None:
         """Bind the merged weight."""
-        self._bind(slot, self.bound)
+        if self.bound is not None:
+            assert slot is not None
+            slot.bind(self.bound)
 
     def hide(self, slot: Slot | None) -> None:
         """Bind the base's own weight."""
-        self._bind(slot, self.own)
-
-    def _bind(self, slot: Slot | None, tensor: Tensor | None) -> None:
-        if tensor is not None:
+        if self.own is not None:
             assert slot is not None
-            slot.bind(tensor)
+            slot.bind(self.own)
 
     def is_shown(self, slot: Slot | None) -> bool:
         """Whether the merged weight is still the one that is bound."""

@@ -18,12 +18,8 @@ if TYPE_CHECKING:
 class LoRAParameter(AdaptedWeight):
     """A parameter with adapters: called, it returns the weight to compute with, in the parameter's shape and dtype.
 
-    Args:
-        base: what has the parameter.
-        name: the parameter's name there.
-        layout: einops pattern to its matrix view ``(out, in)`` or ``(stack, out, in)``.
-        label: the name of its adapters inside the module that owns it.
-        of: the class of the module whose part it is, if that reads the parameter in a way of its own.
+    Its adapters are called ``label`` inside the module that owns it. ``of`` is the class of the module whose part it
+    is, if that reads the parameter in a way of its own.
     """
 
     nesting = 2
@@ -50,8 +46,7 @@ class LoRAParameter(AdaptedWeight):
     @property
     def weight(self) -> nn.Parameter:  # type: ignore[override]
         """The parameter that is bound now."""
-        bound: nn.Parameter = self.weight_slot().tensor  # type: ignore[assignment]
-        return bound
+        return self.weight_slot().tensor  # type: ignore[no-any-return]
 
     def weight_slot(self) -> Slot:
         here = self.weight_name in self._parameters

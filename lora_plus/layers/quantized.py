@@ -91,12 +91,7 @@ def _store_of(layer: Any) -> Store:
     return next(store for store in STORES.values() if store.holds(layer.weight))
 
 
-def _why_no_numbers(weight: Tensor) -> str | None:
-    name = _name_of(weight)
-    return None if name is None else f"quantized ({name})"
-
-
-FORMS.append(_why_no_numbers)
+FORMS.append(lambda weight: None if (name := _name_of(weight)) is None else f"quantized ({name})")
 
 
 @adapts(nn.Linear)
@@ -179,5 +174,5 @@ class _StraightThrough(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        (gradient,) = gradients
+        gradient = gradients[0]
         return (gradient @ _dense_weight(ctx.layer).to(gradient.dtype)).to(ctx.dtype), None, None

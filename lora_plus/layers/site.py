@@ -52,23 +52,17 @@ class AdapterSite(nn.Module):
             container.requires_grad_(False)
 
     def extra_repr(self) -> str:
-        specs = {name: adapter.spec for name, adapter in self.lora_adapters.items()}
-        adapters = ", ".join(f"{name}: r={spec.r}, alpha={spec.alpha:g}" for name, spec in specs.items())
+        adapters = (f"{name}: r={each.spec.r}, alpha={each.spec.alpha:g}" for name, each in self.lora_adapters.items())
         base = super().extra_repr()
-        return f"{base}, lora=({adapters})" if base else f"lora=({adapters})"
+        return f"{base}{', ' if base else ''}lora=({', '.join(adapters)})"
 
 
 class RowBlock(AdapterSite):
-    """The adapters of some rows of a weight's matrix view: of one of several projections in it.
-
-    Args:
-        label: the name of the projection.
-        rows: the first row, and the one after the last.
-        total: the number of rows of the whole weight.
-    """
+    """The adapters of some rows of a weight's matrix view: of one of several projections in it."""
 
     def __init__(self, label: str, rows: tuple[int, int], total: int) -> None:
         super().__init__()
+        # the projection's name; its first row, and the one after its last; the number of rows of the whole weight
         self.lora_label, self.rows, self.total = label, rows, total
         self.lora_adapters = {}
 
@@ -81,10 +75,7 @@ class Holders(nn.Module):
 
 
 class BaseParameters(nn.Module):
-    """The adapted parameters of a module themselves, under the names that they had there.
-
-    The module that owns them saves and loads them, and the `LoRAParameter` that has their adapters moves them.
-    """
+    """A module's adapted parameters, by their names there: it saves and loads them, a `LoRAParameter` moves them."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         return self

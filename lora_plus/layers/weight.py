@@ -110,7 +110,7 @@ class AdaptedWeight(AdapterSite):
         return list(dict.fromkeys(name for site in self.adapter_sites() for name in site.lora_adapters))
 
     def active_names(self) -> list[str]:
-        """The names of the adapters that take part in the forward, in the order in which they are applied."""
+        """The names of the adapters that take part in the forward, in their order there."""
         return [adapter.name for adapter in self.lora_active]
 
     def adapter_named(self, name: str) -> ActiveAdapter:
@@ -147,10 +147,7 @@ class AdaptedWeight(AdapterSite):
             self.lora_merge.rename(old, new)
 
     def activate(self, names: Sequence[str], strengths: Mapping[str, float] | None = None) -> None:
-        """Let just these adapters take part in the forward; names that this weight lacks are passed over.
-
-        ``strengths`` are factors of their scales; 1 for an adapter that has none.
-        """
+        """Let just these adapters take part, if they are here; ``strengths`` are factors of their scales."""
         active = self.in_order(names)
         for adapter in self.lora_active:
             adapter.strength = 1.0
@@ -185,10 +182,7 @@ class AdaptedWeight(AdapterSite):
     # ---- the weight that contains them -------------------------------------------------------------------------
 
     def effective_weight(self, adapters: Sequence[ActiveAdapter], base: Tensor | None = None) -> Tensor:
-        """The weight with these adapters in it: in the stored layout, float32 or better, not yet rounded.
-
-        ``base`` is what they are added to, if it is not the stored weight.
-        """
+        """A weight, the stored one or ``base``, with these adapters in it: float32 or better, not yet rounded."""
         matrix = self.weight_matrix() if base is None else to_matrix(base, self.layout)
         return from_matrix(joined(matrix, summands(adapters)), self.layout, self.weight.shape)
 
@@ -293,8 +287,7 @@ class AdaptedWeight(AdapterSite):
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         if self.lora_merge is not None:
-            errors = args[-1]
-            errors.append(f"layer {prefix.rstrip('.')!r} is merged; call unmerge_lora(model) before loading")
+            args[-1].append(f"layer {prefix.rstrip('.')!r} is merged; call unmerge_lora(model) before loading")
             return
         super()._load_from_state_dict(state_dict, prefix, *args)
 
