@@ -1,7 +1,5 @@
 """Adapters on the disk: formats, saving, loading."""
 
-from lora_plus.model.adapters import adapter_state_dict as adapter_state_dict
-
 from . import native as native
 
 from .peft import folder as folder  # isort: skip
@@ -15,6 +13,7 @@ from .formats import Files as Files
 from .formats import Format as Format
 from .load import load_adapter as load_adapter
 from .read import read_adapter as read_adapter
+from .save import adapter_state_dict as adapter_state_dict
 from .save import save_adapter as save_adapter
 from .save import write_adapter as write_adapter
 from .saved_adapter import SavedAdapter as SavedAdapter

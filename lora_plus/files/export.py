@@ -12,9 +12,8 @@ from torch import Tensor, nn
 
 from lora_plus.errors import Problems
 from lora_plus.layers.kinds import DTYPES
-from lora_plus.model.state import require
-from lora_plus.model.storage import storage_of
-from lora_plus.model.tree import adapted_weights, is_spare_replica, named_parameters, unwrap
+from lora_plus.model.state import Need, require
+from lora_plus.model.tree import adapted_weights, is_spare_replica, named_parameters
 from lora_plus.model.unsaved import check_saved
 from lora_plus.text import join
 
@@ -84,11 +83,11 @@ def export_adapter(
         raise ValueError(f"unknown reader {for_!r}; choose one of {sorted(READERS)}")
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {DTYPES} or None, got {dtype!r}")
-    state = require(model, "exporting an adapter", adapters=[adapter])
+    state = require(model, "exporting an adapter", Need.TRAINED, adapters=[adapter])
     check_saved(state, adapter, f"adapter {adapter!r} was not exported")
     real = Path(os.path.realpath(stated(path)))
-    spare, reader, model = is_spare_replica(model), READERS[for_], unwrap(model)
-    whole = describe(model, adapter, {} if base_model is None else {"base_model_name_or_path": base_model})
+    reader = READERS[for_]
+    whole = describe(state, adapter, {} if base_model is None else {"base_model_name_or_path": base_model})
     data = portable(whole, dtype)
 
     def write() -> None:
@@ -103,8 +102,8 @@ def export_adapter(
             raise (Problems if broken else Inexpressible)(head, problems)
         write_files(real, files)
 
-    if not spare:
-        storage_of(model).on_one_rank(write)
+    if not is_spare_replica(model):
+        state.storage.on_one_rank(write)
     r = rank(data)
     return ExportReport(r, options(reader, r))
 

@@ -9,10 +9,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 from lora_plus.errors import Problems
-from lora_plus.model.places import adapted_places
+from lora_plus.layers.adapter import Adapter
+from lora_plus.model.places import Place, adapted_places
 from lora_plus.model.state import Need, State, require
 from lora_plus.model.tree import is_spare_replica, submodule
 from lora_plus.model.unsaved import check_saved
@@ -65,21 +66,16 @@ def save_adapter(
         OSError: if the disk is full or cannot be written, or at the path is neither a regular file nor nothing; it
             names the path. The old files are as they were.
     """
-    real, chosen = _destination(path, format)
-    _check_texts(metadata or {})
+    real, chosen = _destination(path, format, metadata or {})
+    unsaved = f"adapter {adapter!r} was not saved"
     state = require(model, "saving an adapter", Need.TRAINED, adapters=[adapter])
-    check_saved(state, adapter, f"adapter {adapter!r} was not saved")
+    check_saved(state, adapter, unsaved)
     if is_spare_replica(model):
         return
-    data = _described(state, adapter, metadata)
-
-    def write() -> None:
-        broken = not_finite(data, model)
-        if broken:
-            raise Problems(f"adapter {adapter!r} was not saved", broken)
-        _write(data, real, chosen, ModelTarget(model))
-
-    state.storage.on_one_rank(write)
+    data = describe(state, adapter, metadata)
+    state.storage.on_one_rank(
+        lambda: _write(data, real, chosen, ModelTarget(model), unsaved, not_finite(data, model)),
+    )
 
 
 def write_adapter(adapter: SavedAdapter, path: PathLike, *, format: FormatName | None = None) -> None:
@@ -90,22 +86,13 @@ def write_adapter(adapter: SavedAdapter, path: PathLike, *, format: FormatName |
             be told without the model.
         OSError: if the disk is full or cannot be written, or at the path is neither a regular file nor nothing.
     """
-    real, chosen = _destination(path, format)
-    _check_texts(adapter.metadata)
+    real, chosen = _destination(path, format, adapter.metadata)
     broken = list(adapter_problems(adapter))
-    if broken:
-        raise Problems("the adapter cannot be written", broken)
-    _write(adapter, real, chosen, SavedTarget(adapter))
+    _write(adapter, real, chosen, SavedTarget(adapter), "the adapter cannot be written", broken)
 
 
-def _check_texts(metadata: Mapping[str, str]) -> None:
-    for key, text in metadata.items():
-        if not isinstance(key, str) or not isinstance(text, str):
-            raise TypeError(f"metadata must map str to str, got {key!r}: {text!r}")
-
-
-def _destination(path: PathLike, name: str | None) -> tuple[Path, Format]:
-    """Where a path of the user leads, and the format of what is written there."""
+def _destination(path: PathLike, name: str | None, metadata: Mapping[str, str]) -> tuple[Path, Format]:
+    """Where a path of the user leads, and the format of what is written there; the user's texts are checked."""
     if name is None and Path(path).suffix in _PICKLES:
         raise ValueError(
             f"{str(path)!r} has the name of a pickle, which is not written; end it in '.safetensors' for one file, or "
@@ -114,13 +101,21 @@ def _destination(path: PathLike, name: str | None) -> tuple[Path, Format]:
     real = Path(os.path.realpath(stated(path)))
     if name is not None and name not in FORMATS:
         raise ValueError(f"unknown format {name!r}; choose one of {sorted(FORMATS)}, or None to go by the path")
+    for key, text in metadata.items():
+        if not isinstance(key, str) or not isinstance(text, str):
+            raise TypeError(f"metadata must map str to str, got {key!r}: {text!r}")
     return real, FORMATS[usual_format(str(path)) if name is None else name]
 
 
 _PICKLES = {".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth"}
 
 
-def _write(adapter: SavedAdapter, path: Path, format: Format, target: Target) -> None:
+def _write(
+    adapter: SavedAdapter, path: Path, format: Format, target: Target, unwritten: str, broken: list[str]
+) -> None:
+    """Write an adapter, unless something is wrong with it; ``unwritten`` says that it was not, where it is broken."""
+    if broken:
+        raise Problems(unwritten, broken)
     problems: list[str] = []
     files = format.write(adapter, target, problems)
     only = f" but {', '.join(format.metadata)}" if format.metadata else ""
@@ -143,24 +138,46 @@ def write_files(path: Path, files: Files) -> None:
                 temporary.write_text(text, encoding="utf-8", newline="")
 
 
-def describe(model: nn.Module, adapter: str, metadata: Mapping[str, str] | None = None) -> SavedAdapter:
+def adapter_state_dict(model: nn.Module, *, adapter: str = "default") -> dict[str, Tensor]:
+    """An adapter's tensors, detached: ``<module>.lora_A``, ``<module>.lora_B``, ... and modules trained with it.
+
+    Names are the plain model's, whatever wraps it. Where parameters are sharded (``fully_shard``, tensor parallelism,
+    FullyShardedDataParallel, ZeRO-3) every rank must call this, and each gets the whole tensors, gathered layer by
+    layer. A warning names trainable parameters that belong to no adapter, as that of `save_adapter` does.
+
+    Raises:
+        KeyError: if the model holds no adapter of this name.
+        ValueError: if what is trainable must not be (`save_adapter`), or the adapters are disabled.
+    """
+    state = require(model, "taking an adapter's tensors", Need.TRAINED, adapters=[adapter])
+    check_saved(state, adapter, f"the tensors of adapter {adapter!r} were not taken")
+    placed, trained = _held(state, adapter)
+    parts = {place.name: state.storage.read(each.tensors()) for place, each in placed} | trained
+    return {join(path, name): tensor for path, tensors in parts.items() for name, tensor in tensors.items()}
+
+
+def describe(state: State, adapter: str, metadata: Mapping[str, str] | None = None) -> SavedAdapter:
     """One adapter of a model as plain data. Sharded tensors are gathered, so every rank must call this."""
-    return _described(require(model, "saving an adapter", Need.TRAINED, adapters=[adapter]), adapter, metadata)
-
-
-def _described(state: State, adapter: str, metadata: Mapping[str, str] | None) -> SavedAdapter:
     storage, layers = state.storage, {}
-    for place, each in adapted_places(state.model, adapter):
+    placed, trained = _held(state, adapter)
+    for place, each in placed:
         base = place.base()
         if storage.flat:
             base = replace(base, shape=storage.shape(place.stored()))
         layers[place.name] = SavedLayer(base, *each.as_saved(storage.read))
+    return SavedAdapter(layers, trained, dict(metadata or {}))
+
+
+def _held(state: State, adapter: str) -> tuple[list[tuple[Place, Adapter]], dict[str, dict[str, Tensor]]]:
+    """Where an adapter is, and the tensors of the modules trained in full with it, of those inside of others once."""
     found = list(state.trained(adapter))
     inside = {id(child) for _, module, _ in found for child in module.modules() if child is not module}
     trained = {
-        path: storage.read(module.state_dict(keep_vars=True)) for path, module, _ in found if id(module) not in inside
+        path: state.storage.read(module.state_dict(keep_vars=True))
+        for path, module, _ in found
+        if id(module) not in inside
     }
-    return SavedAdapter(layers, trained, dict(metadata or {}))
+    return list(adapted_places(state.model, adapter)), trained
 
 
 def not_finite(data: SavedAdapter, model: nn.Module) -> list[str]:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lora_plus.errors import Problems, check_number
 from lora_plus.layers.class_swap import SwappedModule
@@ -17,14 +17,12 @@ from lora_plus.layers.fused_kernels import resume_nesting
 from lora_plus.tensors.init import Init, InitName, Start
 from lora_plus.tensors.random_state import draws
 from lora_plus.tensors.variant import VARIANTS, Scaling, VariantName
-from lora_plus.text import join
 
 from .inject import attach, gc_paused
 from .places import adapted_places
 from .state import Need, require
 from .train_also import originals, restore_trained
 from .tree import adapted_weights, adapters_of
-from .unsaved import check_saved
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -206,20 +204,3 @@ def disabled(model: M) -> Iterator[M]:
         for weight in weights:
             weight.enable()
         state.storage.settle()
-
-
-def adapter_state_dict(model: nn.Module, *, adapter: str = "default") -> dict[str, Tensor]:
-    """An adapter's tensors, detached: ``<module>.lora_A``, ``<module>.lora_B``, ... and modules trained with it.
-
-    Names are the plain model's, whatever wraps it. Where parameters are sharded every rank must call this, and each
-    gets the whole tensors, gathered layer by layer. A warning names trainable parameters that belong to no adapter.
-
-    Raises:
-        KeyError: if the model holds no adapter of this name.
-        ValueError: if what is trainable must not be (`save_adapter`), or the adapters are disabled.
-    """
-    state = require(model, "taking an adapter's tensors", Need.TRAINED, adapters=[adapter])
-    check_saved(state, adapter, f"the tensors of adapter {adapter!r} were not taken")
-    found: list[tuple[str, Mapping[str, Tensor]]] = [(path, own.tensors()) for path, own, _ in state.adapters(adapter)]
-    found += [(path, module.state_dict(keep_vars=True)) for path, module, _ in state.trained(adapter)]
-    return {join(path, name): tensor for path, own in found for name, tensor in state.storage.read(own).items()}

@@ -74,9 +74,10 @@ def combine_adapters(
     check_adapter_name(adapter)
     chosen = _chosen(method, {"r": r, "density": density, "generator": generator})
     factors = _factors(adapters, weights)
-    state = require(model, "combining adapters", Need.GROWABLE | Need.WHOLE, adapters=list(factors), new=adapter)
+    needs = Need.GROWABLE | Need.WHOLE | Need.TRAINED
+    state = require(model, "combining adapters", needs, adapters=list(factors), new=adapter)
     draft = Draft(f"adapters {list(factors)} cannot be combined; the model is unchanged")
-    _combine(draft, {name: describe(model, name) for name in factors}, factors, *chosen)
+    _combine(draft, {name: describe(state, name) for name in factors}, factors, *chosen)
     report = draft.report(adapter)
     places = {place.name: place for place, _ in adapted_places(model)}
     prepared = [(places[name], layer.spec, layer.tensors) for name, layer in draft.layers.items()]

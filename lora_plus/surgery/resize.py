@@ -47,12 +47,12 @@ def resize_adapter(
             values are not finite. The model is then as it was.
     """
     check_count("r", r)
-    require(model, "resizing an adapter", Need.GROWABLE | Need.WHOLE, adapters=[adapter])
+    state = require(model, "resizing an adapter", Need.GROWABLE | Need.WHOLE | Need.TRAINED, adapters=[adapter])
     placed = {place.name: (place, each) for place, each in adapted_places(model, adapter)}
     draft = Draft(f"adapter {adapter!r} cannot be resized; it is unchanged")
     owners = {name: place.owner for name, (place, _) in placed.items()}
     holes = {name: owner.frozen_column(owner) for name, owner in owners.items() if isinstance(owner, LoRALayer)}
-    plain = describe(model, adapter)
+    plain = describe(state, adapter)
     _resize(draft, plain, r, generator, holes)
     report = draft.report(adapter)
     parts = ("lora_A", "lora_B")

@@ -27,6 +27,7 @@ from lora_plus.files import (
     write_adapter,
 )
 from lora_plus.files.save import FormatName, describe, write_files
+from lora_plus.model.state import State
 from lora_plus.tensors.variant import AdapterSpec
 
 
@@ -71,7 +72,7 @@ def test_a_format_from_outside_is_one_entry(tmp_path: Path, monkeypatch: pytest.
     torch.nn.init.normal_(model[0].lora_B["default"])
     lora_plus.save_adapter(model, path, format="delta")  # type: ignore[arg-type]
     again = lora_plus.load_adapter(torch.nn.Sequential(torch.nn.Linear(3, 4)), path)
-    ours, theirs = (update_of(describe(each, "default").layers["0"]) for each in (model, again))
+    ours, theirs = (update_of(describe(State(each), "default").layers["0"]) for each in (model, again))
     torch.testing.assert_close(theirs, ours)
     with pytest.raises(Problems, match="the adapter cannot be written in the format of deltas"):
         lora_plus.save_adapter(adapted_net(), tmp_path / "b", format="delta")  # type: ignore[arg-type]

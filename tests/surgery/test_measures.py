@@ -15,6 +15,7 @@ import lora_plus
 from lora_plus.files.save import describe
 from lora_plus.files.saved_adapter import SavedAdapter, SavedLayer
 from lora_plus.layers.base import BaseLayer
+from lora_plus.model.state import State
 from lora_plus.surgery.measures import diff_saved, measure
 from lora_plus.tensors.low_rank import singular_values
 from lora_plus.tensors.variant import AdapterSpec
@@ -33,7 +34,7 @@ def dense(each: SavedLayer) -> Tensor:
 
 @pytest.mark.parametrize("case", [*CASES, *PARAMETER_CASES], ids=lambda case: case.name)
 def test_equal_those_of_the_dense_update(case: Case | ParameterCase) -> None:
-    for name, each in describe(case.adapted(), "default").layers.items():
+    for name, each in describe(State(case.adapted()), "default").layers.items():
         figures = measure(name, each)
         values = torch.linalg.svdvals(dense(each)).square()
         shares = values / values.sum(-1, keepdim=True)
@@ -113,7 +114,7 @@ def test_equal_adapters_differ_in_nothing() -> None:
     model = lora_plus.inject_lora(nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)), ["0"], train_also=["1"])
     with torch.no_grad():
         model[0].lora_B["default"].normal_()
-    found = diff_saved(describe(model, "default"), describe(model, "default"))
+    found = diff_saved(describe(State(model), "default"), describe(State(model), "default"))
     assert found.equal
     assert found.layers[0].relative == 0
 

@@ -29,6 +29,7 @@ import lora_plus
 from lora_plus import inject_lora, save_adapter
 from lora_plus.files import SavedAdapter, read_adapter, write_adapter
 from lora_plus.files.save import describe
+from lora_plus.model.state import State
 from lora_plus.surgery import combine_adapters, combine_saved, resize_adapter, resize_saved
 
 ALL = [*CASES, *PARAMETER_CASES]
@@ -88,7 +89,7 @@ def test_a_native_file_becomes_the_peft_folder_of_the_model(case: Case, tmp_path
 def test_modules_trained_in_full_and_settings_come_along(form: str, tmp_path: Path) -> None:
     model = adapted_net(alpha_pattern={"embed": 7})
     save_adapter(model, tmp_path / PATHS[form])
-    found, wanted = read_adapter(tmp_path / PATHS[form]), describe(model, "default")
+    found, wanted = read_adapter(tmp_path / PATHS[form]), describe(State(model), "default")
     assert found.format == form
     assert found.trained.keys() == wanted.trained.keys()
     for name, tensors in wanted.trained.items():
@@ -193,7 +194,7 @@ def test_peft_computes_the_same_from_a_converted_file(tmp_path: Path) -> None:
 
 def test_adapters_of_different_models_are_refused(tmp_path: Path) -> None:
     def adapter(layer: nn.Module, **options: Any) -> SavedAdapter:
-        return describe(inject_lora(nn.Sequential(layer), "all-linear", r=2, **options), "default")
+        return describe(State(inject_lora(nn.Sequential(layer), "all-linear", r=2, **options)), "default")
 
     adapters = {"a": adapter(nn.Linear(4, 3)), "b": adapter(nn.Linear(4, 5))}
     with pytest.raises(ValueError, match="adapters \\['a', 'b'\\] cannot be combined:\n  '0' is a Linear") as error:
@@ -207,7 +208,7 @@ def test_adapters_of_different_models_are_refused(tmp_path: Path) -> None:
 def test_what_is_the_same_in_all_stays_beside_a_combination() -> None:
     model = inject_lora(nn.Sequential(nn.Linear(4, 3)), ["0"], r=2)
     texts = {"a": {"task_type": "x", "by": "me"}, "b": {"task_type": "x", "by": "you", "note": "b"}}
-    adapters = {name: describe(model, "default", metadata) for name, metadata in texts.items()}
+    adapters = {name: describe(State(model), "default", metadata) for name, metadata in texts.items()}
     assert combine_saved(adapters)[0].metadata == {"task_type": "x"}
     assert resize_saved(adapters["b"], r=1)[0].metadata == texts["b"]
 
@@ -281,14 +282,14 @@ def test_an_adapter_that_no_model_can_have_is_refused(case: str, tmp_path: Path)
 
 
 def test_a_module_trained_in_full_with_an_adapter_in_it_is_refused() -> None:
-    adapter = describe(inject_lora(nn.Sequential(nn.Linear(4, 3)), ["0"], r=2), "default")
+    adapter = describe(State(inject_lora(nn.Sequential(nn.Linear(4, 3)), ["0"], r=2)), "default")
     adapter.trained["0"] = {"bias": torch.zeros(3)}
     with pytest.raises(ValueError, match="'0' is trained in full, but '0' in it has an adapter"):
         write_adapter(adapter, "none.safetensors")
 
 
 def test_values_that_are_not_finite_are_not_written() -> None:
-    adapter = describe(inject_lora(nn.Sequential(nn.Linear(4, 3)), ["0"], r=2), "default")
+    adapter = describe(State(inject_lora(nn.Sequential(nn.Linear(4, 3)), ["0"], r=2)), "default")
     adapter.trained["1"] = {"bias": torch.full((3,), torch.inf)}
     with pytest.raises(ValueError, match=r"'1\.bias' has values that are not finite"):
         write_adapter(adapter, "none.safetensors")

@@ -261,14 +261,15 @@ def test_it_keeps_its_update_at_another_rank(x: Tensor) -> None:
 
 def test_a_difference_in_its_tensor_is_a_difference(tmp_path: Path) -> None:
     from lora_plus.files.save import describe
+    from lora_plus.model.state import State
     from lora_plus.surgery.measures import diff_saved
 
     model = randomise(net())
-    one = describe(model, "default")
-    assert diff_saved(one, describe(model, "default")).equal
+    one = describe(State(model), "default")
+    assert diff_saved(one, describe(State(model), "default")).equal
     other = copy.deepcopy(model)
     other.a.lora_gain["default"].data *= 2
-    found = diff_saved(one, describe(other, "default"))
+    found = diff_saved(one, describe(State(other), "default"))
     assert not found.equal
     assert [layer.magnitude for layer in found.layers] == [1.0, 0.0]
 
