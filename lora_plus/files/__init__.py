@@ -12,11 +12,11 @@ from .formats import Contents as Contents
 from .formats import Files as Files
 from .formats import Format as Format
 from .load import load_adapter as load_adapter
+from .outline import Outline as Outline
 from .read import read_adapter as read_adapter
 from .save import adapter_state_dict as adapter_state_dict
 from .save import save_adapter as save_adapter
 from .save import write_adapter as write_adapter
 from .saved_adapter import SavedAdapter as SavedAdapter
 from .saved_adapter import SavedLayer as SavedLayer
-from .target import Outline as Outline
 from .target import Target as Target

@@ -18,12 +18,13 @@ from torch import Tensor
 
 from .formats import FORMATS, Contents, Files, Format
 from .json_text import parsed
+from .outline import outline_named_by, outline_of
 from .pairs import Dialect, Pair, assemble, find_pairs, format_problems, is_tensor_of
 from .peft import folder as peft
 from .peft.config import checked_config, settings_of
 from .peft.names import PREFIX
 from .saved_adapter import SavedAdapter
-from .target import SavedTarget, Target
+from .target import Target
 
 KEY = "lora_adapter_metadata"
 
@@ -130,7 +131,7 @@ def write(adapter: SavedAdapter, target: Target, problems: list[str]) -> Files:
     for component, part in () if wrong else parts.items():
         start = f"{component}." if component else ""
         lines: list[str] = []
-        own, config = peft.contents(part, target.outline(component) or SavedTarget(part).outline(), lines)
+        own, config = peft.contents(part, outline_of(target, component) or outline_named_by(part), lines)
         wrong += [f"{component or 'the model'}: {line}" for line in lines]
         tensors |= {start + name.removeprefix(PREFIX): tensor for name, tensor in own.items()}
         document |= {start + key: value for key, value in config.items()}

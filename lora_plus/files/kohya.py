@@ -25,6 +25,7 @@ from torch import Tensor
 from lora_plus.tensors.matrix import accumulation_dtype
 
 from .formats import FORMATS, Contents, Files, Format
+from .outline import outline_named_by
 from .pairs import Dialect, Pair, assemble, find_pairs, format_problems, is_tensor_of
 from .saved_adapter import SavedAdapter, alpha_under, most_common
 from .target import Target
@@ -79,7 +80,7 @@ def write(adapter: SavedAdapter, target: Target, problems: list[str]) -> Files:
     target that has none of them is taken for a U-Net.
     """
     problems += format_problems(adapter, DIALECT)
-    names = target.names() or ()
+    names = target.names() or outline_named_by(adapter).names
     reasons = {
         "dora": "DoRA's magnitude is read in several ways there",
         "groups": "there is no agreement on the shapes of a grouped convolution",

@@ -24,7 +24,7 @@ from .checks import adapter_problems, is_finite
 from .formats import FORMATS, Contents, Files, Format, Inexpressible, usual_format
 from .paths import PathLike, stated
 from .saved_adapter import SavedAdapter, SavedLayer
-from .target import ModelTarget, SavedTarget, Target
+from .target import ModelTarget, Target
 from .tensor_writer import write_tensors
 
 FormatName = Literal["native", "peft", "kohya", "diffusers"]
@@ -88,7 +88,7 @@ def write_adapter(adapter: SavedAdapter, path: PathLike, *, format: FormatName |
     """
     real, chosen = _destination(path, format, adapter.metadata)
     broken = list(adapter_problems(adapter))
-    _write(adapter, real, chosen, SavedTarget(adapter), "the adapter cannot be written", broken)
+    _write(adapter, real, chosen, Target(), "the adapter cannot be written", broken)
 
 
 def _destination(path: PathLike, name: str | None, metadata: Mapping[str, str]) -> tuple[Path, Format]:

@@ -19,6 +19,7 @@ from torch import nn
 import lora_plus
 from lora_plus.files import native
 from lora_plus.files.formats import Contents
+from lora_plus.files.outline import outline_of, readers_in
 from lora_plus.files.peft.folder import CONFIG, WEIGHTS
 from lora_plus.files.peft.folder import read as read_folder
 from lora_plus.files.peft.patterns import LONGEST, Patterns
@@ -177,8 +178,8 @@ def test_entries_are_looked_up_and_not_searched(tmp_path: Path) -> None:
         model = nn.ModuleDict({f"m{number}": nn.Linear(1, 1) for number in range(count)})
         config = {"peft_type": "LORA", field: [f"absent{number}.weight" for number in range(count)]}
         target, problems = ModelTarget(model), list[str]()
-        target.outline()
-        target.readers()
+        outline_of(target)
+        readers_in(target)
         started = time.process_time()
         read_folder({WEIGHTS: Contents({}, {}), CONFIG: config}, target, problems)
         spent = time.process_time() - started

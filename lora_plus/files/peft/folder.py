@@ -15,15 +15,16 @@ from torch import Tensor
 
 from lora_plus.errors import warn_user
 from lora_plus.files.formats import FORMATS, Contents, Files, Format
+from lora_plus.files.outline import Outline, outline_named_by, outline_of, readers_in, ties_in
 from lora_plus.files.saved_adapter import SavedAdapter, SavedLayer, alpha_under, most_common
-from lora_plus.files.target import Outline, SavedTarget, Target
+from lora_plus.files.target import Target
 from lora_plus.text import endings
 
 from .config import CONFIG, USER_FIELDS, checked_config
 from .limits import format_problems, starts_transposed, tied_to_others, units
 from .names import PREFIX, anchored, nesting
 from .reader import DOUBLED, Reader
-from .renaming import in_file_names, without_left_out
+from .renaming import FolderTarget, in_file_names, without_left_out
 from .shapes import implied_target
 from .tensors import attention_to_peft, join_rows, layer_to_peft, parameter_to_peft
 
@@ -36,26 +37,28 @@ def read(files: Files, target: Target, problems: list[str]) -> SavedAdapter:
     checked = checked_config(config, problems)
     if checked is None:
         return SavedAdapter({}, {})
-    outline = target.outline()
+    outline = outline_of(target)
     if outline is None:
-        target = implied_target(target, tensors, checked, problems)
+        known = implied_target(target, tensors, checked, problems)
     elif target.rename.given:
-        target = in_file_names(target, outline, tensors)
+        known = in_file_names(target, outline, tensors)
+    else:
+        known = FolderTarget(target, outline, target.base, readers_in(target))
     if problems:
         return SavedAdapter({}, {})
-    adapter = Reader(checked, target, problems).read(tensors)
+    adapter = Reader(checked, known, problems).read(tensors)
     trained = [target.rename(path) or "" for path in adapter.trained]
     problems += [
         f"{name!r} is trained in full and tied to {other!r}, which PEFT unties; untie them in the model first"
-        for name, other in (tied_to_others(target.ties(), trained) if trained else ())
+        for name, other in (tied_to_others(ties_in(target), trained) if trained else ())
     ]
     return adapter
 
 
 def write(adapter: SavedAdapter, target: Target, problems: list[str]) -> Files:
     """The files of a folder."""
-    ties = target.ties() if adapter.trained else []
-    outline = target.outline() or SavedTarget(adapter).outline()
+    ties = ties_in(target) if adapter.trained else []
+    outline = outline_of(target) or outline_named_by(adapter)
     tensors, config = contents(adapter, outline, problems, ties)
     return {WEIGHTS: Contents(tensors, {"format": "pt"}), CONFIG: config}
 

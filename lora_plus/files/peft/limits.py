@@ -6,8 +6,8 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+from lora_plus.files.outline import Outline
 from lora_plus.files.saved_adapter import SavedAdapter, SavedLayer
-from lora_plus.files.target import Outline
 from lora_plus.layers.base import PARAMETER, BaseLayer
 from lora_plus.tensors.variant import only_adds
 from lora_plus.text import endings, parents

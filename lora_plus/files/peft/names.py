@@ -10,7 +10,7 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from lora_plus.files.target import Outline
+from lora_plus.files.outline import Outline
 from lora_plus.text import endings, parents
 
 PREFIX = "base_model.model."

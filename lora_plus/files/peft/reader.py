@@ -9,13 +9,13 @@ from torch import Tensor
 
 from lora_plus.errors import Problems, shortened, warn_user
 from lora_plus.files.saved_adapter import SavedAdapter, SavedLayer, checked_spec
-from lora_plus.files.target import Target
 from lora_plus.layers.base import BaseLayer
 from lora_plus.text import endings, parents
 
 from .config import USER_FIELDS, fan_in_fan_out, settings_of, warn_of_ambiguous_patterns
 from .limits import layer_problems
 from .names import OUT_PROJECTION, PREFIX, named_parameters, nesting, split_key
+from .renaming import FolderTarget
 from .tensors import (
     ATTENTION,
     attention_from_peft,
@@ -45,9 +45,8 @@ class Reader:
         problems: list of what is wrong, to add to.
     """
 
-    def __init__(self, config: dict[str, Any], target: Target, problems: list[str]) -> None:
-        outline = target.outline()
-        assert outline is not None
+    def __init__(self, config: dict[str, Any], target: FolderTarget, problems: list[str]) -> None:
+        outline = target.outline
         self.config, self.target, self.outline, self.problems = config, target, outline, problems
         entries = config.get("target_parameters") or []
         self.parameters = dict.fromkeys(named_parameters(entries, outline) if entries else ())
@@ -62,7 +61,7 @@ class Reader:
         self.unsure: list[str] = []
         """Weights of the base model that cannot be compared with its own."""
         self.attentions: dict[str, dict[str, BaseLayer]] = {}
-        for module, names in target.readers().items():
+        for module, names in target.readers.items():
             bases = {name: base for name in names if (base := target.base(name)) is not None}
             if any(base.facts.get("of") == ATTENTION for base in bases.values()):
                 self.attentions[module] = bases

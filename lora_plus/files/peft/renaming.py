@@ -13,8 +13,9 @@ from typing import Any
 
 from torch import Tensor
 
+from lora_plus.files.outline import Outline, readers_in
 from lora_plus.files.rename import Renaming
-from lora_plus.files.target import Outline, Target
+from lora_plus.files.target import Target
 from lora_plus.layers.base import BaseLayer
 from lora_plus.text import join, parents
 
@@ -64,22 +65,13 @@ class FolderTarget(Target):
         readers: Mapping[str, Sequence[str]] = MappingProxyType({}),
     ) -> None:
         super().__init__(target.rename)
-        self._target, self._outline, self._base, self._readers = target, outline, base, readers
-
-    def outline(self, child: str = "") -> Outline:
-        return self._outline
-
-    def readers(self) -> Mapping[str, Sequence[str]]:
-        return self._readers
+        self._target, self.outline, self._base, self.readers = target, outline, base, readers
 
     def base(self, name: str) -> BaseLayer | None:
         return self._base(name)
 
     def repeats(self, name: str, tensor: Tensor) -> bool | None:
         return self._target.repeats(name, tensor)
-
-    def ties(self) -> list[list[str]]:
-        return self._target.ties()
 
 
 def in_file_names(target: Target, outline: Outline, tensors: Mapping[str, Tensor]) -> FolderTarget:
@@ -124,7 +116,7 @@ def in_file_names(target: Target, outline: Outline, tensors: Mapping[str, Tensor
         each(outline.uncalled).keys(),
         each(outline.transposed).keys(),
     )
-    there = target.readers()
+    there = readers_in(target)
     readers = {old: list(each(there[name])) for old, name in each(there).items()}
     return FolderTarget(target, inner, base, readers)
 
