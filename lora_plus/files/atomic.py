@@ -125,7 +125,7 @@ def workspace(path: Path, settle: Callable[[Path], None] | None = None) -> Itera
                 if match and found.is_dir():
                     # its own run may just have removed it, and that of another user cannot be opened
                     with suppress(OSError), _locked(found, wait=False) as dead:
-                        if dead and (match[1] == host or _is_old(found)):
+                        if dead and (match[1] == host or time.time() - found.stat().st_mtime > _DAY):
                             settled(found)
                             shutil.rmtree(found, ignore_errors=True)
             folder.mkdir()
@@ -136,10 +136,6 @@ def workspace(path: Path, settle: Callable[[Path], None] | None = None) -> Itera
 
 def _digest(text: str, length: int) -> str:
     return hashlib.sha256(os.fsencode(text)).hexdigest()[:length]
-
-
-def _is_old(folder: Path) -> bool:
-    return time.time() - folder.stat().st_mtime > _DAY
 
 
 _DAY = 24 * 60 * 60

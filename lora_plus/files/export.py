@@ -20,7 +20,7 @@ from lora_plus.text import join
 from .formats import FORMATS, Inexpressible
 from .paths import PathLike, stated
 from .portable import portable, rank
-from .programs import READERS, options, program_problems
+from .programs import READERS, program_problems
 from .save import describe, not_finite, write_files
 from .saved_adapter import SavedAdapter
 from .target import ModelTarget
@@ -105,7 +105,8 @@ def export_adapter(
     if not is_spare_replica(model):
         state.storage.on_one_rank(write)
     r = rank(data)
-    return ExportReport(r, options(reader, r))
+    largest = next((largest for largest in reader.ranks if largest >= r), r)
+    return ExportReport(r, reader.options.format(rank=largest))
 
 
 def _tied(model: nn.Module, data: SavedAdapter) -> dict[str, str]:

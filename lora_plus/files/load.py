@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import nn
 
 from lora_plus.errors import Problems
-from lora_plus.layers.adapter import Adapter, check_adapter_name
+from lora_plus.layers.adapter import check_adapter_name
 from lora_plus.layers.freezing import set_requires_grad
 from lora_plus.model.adapters import adapter_names, set_adapter
 from lora_plus.model.inject import attach, check_selection, gc_paused
@@ -144,13 +144,9 @@ def _attach(state: State, adapter: str, fitted: _Fitted, *, trainable: bool) -> 
 # ---- into an adapter that a sharded model has already ----------------------------------------------------------------
 
 
-def _placed(model: nn.Module, adapter: str) -> dict[Any, tuple[Place, Adapter]]:
-    return {place.key: (place, each) for place, each in adapted_places(model, adapter)}
-
-
 def _differences(model: nn.Module, adapter: str, data: SavedAdapter, places: Mapping[str, Place]) -> list[str]:
     """How the adapter of this name in the model differs from the file's in anything but values."""
-    placed = _placed(model, adapter)
+    placed = {place.key: (place, each) for place, each in adapted_places(model, adapter)}
     problems = []
     for name, place in places.items():
         if place.key not in placed:
@@ -178,9 +174,9 @@ def _refill(model: nn.Module, adapter: str, fitted: _Fitted, *, trainable: bool)
 
     Every rank must call this.
     """
-    placed = _placed(model, adapter)
+    placed = {place.key: each for place, each in adapted_places(model, adapter)}
     for name, place in fitted.places.items():
-        held = placed[place.key][1].tensors()
+        held = placed[place.key].tensors()
         for part, tensor in fitted.data.layers[name].tensors.items():
             fill(held[part], tensor)
     set_requires_grad((module for _, module in named_modules(model)), False)

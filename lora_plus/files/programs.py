@@ -70,8 +70,3 @@ def program_problems(reader: Reader, adapter: SavedAdapter, tied: Mapping[str, s
         yield f"its rank is {r}, and {reader.name} takes {reader.ranks[-1]} at most; see resize_adapter"
     if reader.needs_base and not adapter.metadata.get("base_model_name_or_path"):
         yield f"{reader.name} looks up the config of the base model; give its name or folder as base_model"
-
-
-def options(reader: Reader, r: int) -> str:
-    """How a reader is started for an adapter of rank r."""
-    return reader.options.format(rank=next((largest for largest in reader.ranks if largest >= r), r))

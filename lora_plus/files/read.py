@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from lora_plus.errors import Problems
 
@@ -78,7 +77,12 @@ def _folder(path: Path, problems: list[str]) -> tuple[str, Files] | None:
     if problems:
         return None
     texts = {name: _text(path / name, problems) for name in folders[format] if name.endswith(".json")}
-    files: Files = {name: _document(name, text, problems) for name, text in texts.items()}
+    files: Files = {}
+    for name, text in texts.items():
+        try:
+            files[name] = None if text is None else parsed(text)
+        except ValueError as error:
+            problems.append(f"{name} is not valid JSON: {error}")
     files |= {name: _contents(path / name, problems) for name in folders[format] if name not in texts}
     if not problems and any(_text(path / name, []) != text for name, text in texts.items()):
         problems.append("another process wrote to the folder while it was read; load it again")
@@ -109,14 +113,6 @@ def _text(path: Path, problems: list[str]) -> str | None:
         return read_text(path)
     except (ValueError, OSError) as error:
         problems.append(f"{path.name} is not valid JSON: {error}")
-        return None
-
-
-def _document(name: str, text: str | None, problems: list[str]) -> Any:
-    try:
-        return None if text is None else parsed(text)
-    except ValueError as error:
-        problems.append(f"{name} is not valid JSON: {error}")
         return None
 
 

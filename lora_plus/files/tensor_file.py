@@ -255,10 +255,6 @@ class UnreadTensor(Tensor):
             self._loaded = self._file.read(self._name)
         return self._loaded
 
-    def position(self) -> tuple[int, int]:
-        """The same order for tensors of one file as that of their data."""
-        return id(self._file), self._entry.start
-
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         # not __torch_dispatch__, for which torch loads sympy
@@ -285,7 +281,7 @@ def read_all(groups: Iterable[dict[str, Tensor]]) -> None:
         for name, tensor in tensors.items()
         if isinstance(tensor, UnreadTensor)
     ]
-    for tensor, tensors, name in sorted(unread, key=lambda item: item[0].position()):
+    for tensor, tensors, name in sorted(unread, key=lambda item: (id(item[0]._file), item[0]._entry.start)):
         tensors[name] = tensor.loaded()
 
 
