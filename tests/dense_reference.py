@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from conftest import Conv1D
+from cases import Conv1D
 from parameter_cases import Experts
 from torch import Tensor, nn
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from conftest import randomise
+from cases import randomise
 from files_support import contents
 from safetensors.torch import save_file
 from torch import nn

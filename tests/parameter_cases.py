@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from conftest import Conv1D, randomise
+from cases import Conv1D, randomise
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 

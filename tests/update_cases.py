@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CASES, Case, randomise
+from cases import CASES, Case, randomise
 from parameter_cases import PARAMETER_CASES, ParameterCase
 from torch import Tensor, nn
 

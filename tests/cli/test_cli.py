@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import randomise
+from cases import randomise
 from files_support import PATHS, adapted_net, contents, net, parts
 from safetensors.torch import load_file
 from test_checkpoint import save

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import randomise
+from cases import randomise
 from test_checkpoint import save
 from torch import nn
 from typer.testing import CliRunner

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CASES, Case, Conv1D, Holder, ScaledLinear, randomise
+from cases import CASES, Case, Conv1D, Holder, ScaledLinear, randomise
 from engine_model import (
     LR,
     WEIGHT_DECAY,

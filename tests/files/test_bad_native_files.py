@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import randomise
+from cases import randomise
 from files_support import (
     FLOATS,
     TRAINED,

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Case, randomise
+from cases import Case, randomise
 from files_support import refused, settings_of
 from pipeline_support import (
     ALPHAS,

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Case, randomise
+from cases import Case, randomise
 from files_support import contents
 from safetensors.torch import load_file
 from torch import Tensor, nn

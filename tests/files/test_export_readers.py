@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import randomise
+from cases import randomise
 from peft_support import TOKENS, Attention, Away, GPT2Linear, V, first, move, net, opened_by_peft, read_config, same
 from safetensors.torch import load_file
 from torch import Tensor, nn

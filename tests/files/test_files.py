@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CASES, Case, randomise
+from cases import CASES, Case, randomise
 from files_support import (
     PATHS,
     TOKENS,

@@ -8,7 +8,7 @@ from typing import get_args
 
 import pytest
 import torch
-from conftest import CASES, Case
+from cases import CASES, Case
 from files_support import adapted_net
 from parameter_cases import PARAMETER_CASES, ParameterCase
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CASES, Case, randomise
+from cases import CASES, Case, randomise
 from pipeline_support import RANKS, TEXT_RANKS, pipeline, same_output
 from safetensors.torch import load_file
 from torch import Tensor, nn

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import randomise
+from cases import randomise
 from files_support import refused, settings_of, snapshot
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn

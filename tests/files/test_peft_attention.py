@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import randomise
+from cases import randomise
 from peft_support import DOUBLED, Attention, Away, made_by_peft, opened_by_peft, read_config, same
 from safetensors.torch import load_file
 from sites import adapter_sites

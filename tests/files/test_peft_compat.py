@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CASES, DORA, Case, Holder
+from cases import CASES, DORA, Case, Holder
 from peft_support import (
     DTYPES,
     TOLERANCE,

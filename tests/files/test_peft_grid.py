@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import randomise
+from cases import randomise
 from peft_support import GPT2Linear, count, floats, made_by_peft, move, opened_by_peft, same
 from safetensors.torch import load_file
 from torch import Tensor, nn

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import randomise
+from cases import randomise
 from peft_support import (
     DEEP_TOLERANCE,
     DTYPES,

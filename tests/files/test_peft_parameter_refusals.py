@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import randomise
+from cases import randomise
 from peft_support import GPT2Linear, assert_refused, opened_by_peft
 from safetensors.torch import save_file
 from sites import adapter_sites

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import randomise
+from cases import randomise
 from peft_support import (
     DOUBLED,
     Attention,

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import randomise
+from cases import randomise
 from peft_support import assert_refused, net, peft, read_config
 from torch import Tensor, nn
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CASES, Case, randomise
+from cases import CASES, Case, randomise
 from torch import Tensor, nn
 
 import lora_plus

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from conftest import randomise
+from cases import randomise
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 

@@ -8,7 +8,7 @@ import pickle
 
 import pytest
 import torch
-from conftest import DORA_CASES, LORA_CASES, Case, ScaledLinear, explicit, randomise
+from cases import DORA_CASES, LORA_CASES, Case, ScaledLinear, explicit, randomise
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 

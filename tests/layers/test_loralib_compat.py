@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from conftest import Holder, randomise
+from cases import Holder, randomise
 from torch import nn
 
 import lora_plus

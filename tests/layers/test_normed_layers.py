@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from conftest import Holder, randomise
+from cases import Holder, randomise
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune, remove_spectral_norm, remove_weight_norm
 from torch.nn.utils import spectral_norm as old_spectral_norm

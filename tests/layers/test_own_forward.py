@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import DORA_CASES, Case, parameters_of, randomise
+from cases import DORA_CASES, Case, parameters_of, randomise
 from torch import Tensor, nn
 
 import lora_plus

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import randomise
+from cases import randomise
 from files_support import parts, refused, snapshot
 from torch import Tensor, nn
 

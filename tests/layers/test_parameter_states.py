@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import randomise
+from cases import randomise
 from parameter_cases import PARAMETER_CASES, Inputs, ParameterCase, assert_close, loss, same_bits
 from torch import Tensor, nn
 

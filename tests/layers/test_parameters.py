@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import randomise
+from cases import randomise
 from parameter_cases import (
     PARAMETER_CASES,
     Around,

@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from conftest import Conv1D, randomise
+from cases import Conv1D, randomise
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn

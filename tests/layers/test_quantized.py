@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Holder, randomise
+from cases import Holder, randomise
 from torch import Tensor, nn
 
 import lora_plus

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import CASES, Case, randomise
+from cases import CASES, Case, randomise
 from parameter_cases import PARAMETER_CASES, Bare, ParameterCase, assert_close, loss, tensors
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import randomise
+from cases import randomise
 from parameter_cases import At, Inputs, ParameterCase, Source, assert_close, distance, loss, same_bits, tensors
 from sites import adapter_sites
 from torch import Tensor, nn

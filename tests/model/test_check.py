@@ -10,7 +10,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import CASES, Case, randomise
+from cases import CASES, Case, randomise
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 

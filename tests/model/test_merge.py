@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CASES, Case, explicit, parameters_of, randomise
+from cases import CASES, Case, explicit, parameters_of, randomise
 from parameter_cases import PARAMETER_CASES, ParameterCase
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CASES, Case, Conv1D, Holder, randomise
+from cases import CASES, Case, Conv1D, Holder, randomise
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 from torch.utils.checkpoint import checkpoint

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Conv1D, randomise
+from cases import Conv1D, randomise
 from torch import Tensor, nn
 from torch.nn.utils import fusion, parametrizations, parametrize, prune, remove_weight_norm, weight_norm
 

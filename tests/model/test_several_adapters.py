@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import LORA_CASES, Case, Holder, randomise
+from cases import LORA_CASES, Case, Holder, randomise
 from sites import adapter_sites
 from torch import nn
 from torch._dynamo.testing import CompileCounter

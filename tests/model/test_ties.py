@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from conftest import randomise
+from cases import randomise
 from torch import nn
 
 import lora_plus

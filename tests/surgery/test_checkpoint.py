@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CASES, Case, Conv1D, randomise
+from cases import CASES, Case, Conv1D, randomise
 from files_support import adapted_net, contents, finish, net, parts, start
 from parameter_cases import PARAMETER_CASES, ParameterCase
 from safetensors import safe_open

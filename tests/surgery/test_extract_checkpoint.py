@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Conv1D, randomise
+from cases import Conv1D, randomise
 from safetensors.torch import load_file
 from test_checkpoint import replace_file, save, shard, written_to
 from torch import nn

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CASES, Case
+from cases import CASES, Case
 from parameter_cases import PARAMETER_CASES, ParameterCase
 from torch import Tensor, nn
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CASES, LORA_CASES, Case, Conv1D, randomise
+from cases import CASES, LORA_CASES, Case, Conv1D, randomise
 from files_support import (
     PATHS,
     adapted_net,

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import randomise
+from cases import randomise
 from torch import Tensor, nn
 
 from lora_plus import create_loraplus_optimizer, inject_lora

@@ -9,7 +9,7 @@ from typing import get_args
 
 import pytest
 import torch
-from conftest import CASES, Case, explicit, randomise
+from cases import CASES, Case, explicit, randomise
 from torch import nn
 
 import lora_plus as lp

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CASES, Case, Conv1D, Holder, randomise
+from cases import CASES, Case, Conv1D, Holder, randomise
 from torch import Tensor, nn
 
 import lora_plus

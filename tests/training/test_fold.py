@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CASES, Case, randomise
+from cases import CASES, Case, randomise
 from files_support import assert_same_tensors, bits, snapshot
 from torch import Tensor, nn
 

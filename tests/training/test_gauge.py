@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Case, randomise
+from cases import Case, randomise
 from parameter_cases import PARAMETER_CASES, ParameterCase, loss
 from sites import adapter_sites
 from torch import Tensor, nn

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from conftest import Case
+from cases import Case
 from torch import Tensor, nn
 
 import lora_plus as lp
