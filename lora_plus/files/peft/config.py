@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from lora_plus.errors import shortened, warn_user
@@ -115,17 +115,6 @@ def settings_of(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
         "variant": "dora" if config.get("use_dora") else "lora",
         "dropout": config["lora_dropout"],
     }
-
-
-def warn_of_ambiguous_patterns(names: Iterable[str], config: Mapping[str, Any]) -> None:
-    """Warn where the order of the keys, which PEFT does not keep, decides the alpha of a module or parameter."""
-    ambiguous = [name for name in names if config["alpha_pattern"].ambiguous(name)]
-    if ambiguous:
-        told = f"{', '.join(map(repr, ambiguous[:3]))}{f' and {len(ambiguous) - 3} more' * (len(ambiguous) > 3)}"
-        warn_user(
-            f"alpha_pattern gives several values for {told}; the first key counts, but PEFT sorts the keys when it "
-            "saves, so the order in this file may not be the one the adapter was trained with; check their scale"
-        )
 
 
 def fan_in_fan_out(kinds: Mapping[str, str], start: bool) -> dict[str, bool]:

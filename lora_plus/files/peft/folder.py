@@ -8,7 +8,6 @@ and convolutions, attention modules as one, and parameters, the latter while the
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
@@ -16,13 +15,13 @@ from torch import Tensor
 from lora_plus.errors import warn_user
 from lora_plus.files.formats import FORMATS, Contents, Files, Format
 from lora_plus.files.outline import Outline, outline_named_by, outline_of, readers_in, ties_in
-from lora_plus.files.saved_adapter import SavedAdapter, SavedLayer, alpha_under, most_common
+from lora_plus.files.saved_adapter import SavedAdapter, alpha_under, most_common
 from lora_plus.files.target import Target
 from lora_plus.text import endings
 
 from .config import CONFIG, USER_FIELDS, checked_config
-from .limits import format_problems, starts_transposed, tied_to_others, units
-from .names import PREFIX, anchored, nesting
+from .limits import format_problems, tied_to_others, units
+from .names import PREFIX, Nesting, anchored
 from .reader import DOUBLED, Reader
 from .renaming import FolderTarget, in_file_names, without_left_out
 from .shapes import implied_target
@@ -33,7 +32,9 @@ WEIGHTS = "adapter_model.safetensors"
 
 def read(files: Files, target: Target, problems: list[str]) -> SavedAdapter:
     """The adapter that a folder describes, under its own names."""
-    tensors, config = without_left_out(files[WEIGHTS].tensors, files[CONFIG], target.rename)
+    tensors, config = files[WEIGHTS].tensors, files[CONFIG]
+    if target.rename.given:
+        tensors, config = without_left_out(tensors, config, target.rename)
     checked = checked_config(config, problems)
     if checked is None:
         return SavedAdapter({}, {})
@@ -72,10 +73,10 @@ def contents(
     if wrong:
         problems += wrong
         return {}, {}
-    modules = {name: layer_to_peft(_joined(layers)) for name, layers in found.modules.items()}
+    modules = {name: layer_to_peft(join_rows(list(layers.values()))) for name, layers in found.modules.items()}
     modules |= {name: attention_to_peft(list(parts.values())) for name, parts in found.attentions.items()}
     parameters = {
-        name: parameter_to_peft(_joined(layers), name.rpartition(".")[0] in outline.transposed)
+        name: parameter_to_peft(join_rows(list(layers.values())), name.rpartition(".")[0] in outline.transposed)
         for name, layers in found.parameters.items()
     }
     layers = dict(sorted({**modules, **parameters}.items()))
@@ -102,14 +103,14 @@ def contents(
         "lora_dropout": max(layer.spec.dropout for layer in layers.values()),  # attention has none in PEFT
         "use_rslora": rslora,
         "use_dora": any(layer.spec.variant == "dora" for layer in layers.values()),
-        "fan_in_fan_out": starts_transposed(found),
+        "fan_in_fan_out": found.starts_transposed,
         "init_lora_weights": True,
         "bias": "none",
         "inference_mode": True,
         **{name: adapter.metadata.get(name) for name in USER_FIELDS},
     }
-    nested = nesting(parameters, outline)
-    paths = {name: path for path, name in nested.paths().items()} | {name: nested.wrapped(name) for name in modules}
+    nested = Nesting(parameters, outline)
+    paths = {name: path for path, name in nested.paths.items()} | {name: nested.wrapped(name) for name in modules}
     tensors = {
         f"{PREFIX}{paths[name]}.{end}": tensor
         for name, layer in layers.items()
@@ -125,12 +126,6 @@ def contents(
             "compute the same, halve their lora_B after loading there"
         )
     return tensors, config
-
-
-def _joined(layers: Mapping[str, SavedLayer]) -> SavedLayer:
-    """The adapter of a whole weight."""
-    several = list(layers.values())
-    return join_rows(several) if "rows" in several[0].base.facts else several[0]
 
 
 FORMATS["peft"] = Format(

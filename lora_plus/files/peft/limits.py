@@ -27,19 +27,15 @@ class Units:
     parameters: dict[str, dict[str, SavedLayer]]
     """By the full name of a parameter."""
 
+    @property
     def has_transposed(self) -> bool:
         """Whether there is a linear layer that stores its weight as (in, out)."""
         return any(layer.base.kind == "TransposedLinear" for own in self.modules.values() for layer in own.values())
 
-    def owners(self) -> list[str]:
-        """The modules that have the parameters."""
-        return list(dict.fromkeys(name.rpartition(".")[0] for name in self.parameters))
-
-    def kinds(self, outline: Outline) -> dict[str, str]:
-        """The kind of each adapted module, in the order of the model."""
-        kinds = {name: next(iter(layers.values())).base.kind for name, layers in self.modules.items()}
-        kinds |= dict.fromkeys(self.attentions, ATTENTION)
-        return {name: kinds[name] for name in outline.modules if name in kinds}
+    @property
+    def starts_transposed(self) -> bool:
+        """What the config says of fan_in_fan_out: the setting with which PEFT comes to the first layer."""
+        return not self.attentions and self.has_transposed
 
 
 def units(adapter: SavedAdapter) -> Units:
@@ -80,14 +76,19 @@ def format_problems(adapter: SavedAdapter, found: Units, outline: Outline, ties:
             for name, layer in adapter.layers.items()
             for reason in layer_problems(layer.base, layer.spec.variant)
         ),
-        *_of_attentions(found, outline),
+        *(
+            (name, "PEFT adapts attention only where q, k and v have one weight together, in_proj_weight")
+            for module, parts in found.attentions.items()
+            if "in_proj_weight" not in outline.modules.get(module, ())
+            for name in parts
+        ),
         *(_of_parameters(found, outline) if outline.whole and found.parameters else ()),
     ]
     problems += [f"{name!r}: {reason}" for name, reason in reasons]
     if found.attentions or found.parameters:
         problems += _of_transposition(found, outline)
         problems += [] if outline.whole else _of_unknown_modules(found)
-    owners = found.owners()
+    owners = {name.rpartition(".")[0] for name in found.parameters}
     for path in adapter.trained:
         trained_reasons = _of_trained(path, adapter, sorted(modules), outline)
         if path in outline.containers:
@@ -114,15 +115,9 @@ def layer_problems(base: BaseLayer, variant: str) -> Iterator[str]:
         yield "PEFT has no DoRA for parameters, attention modules and blocks of rows"
 
 
-def _of_attentions(found: Units, outline: Outline) -> Iterator[tuple[str, str]]:
-    for module, parts in found.attentions.items():
-        if "in_proj_weight" not in outline.modules.get(module, ()):
-            reason = "PEFT adapts attention only where q, k and v have one weight together, in_proj_weight"
-            yield from ((name, reason) for name in parts)
-
-
 def _of_parameters(found: Units, outline: Outline) -> Iterator[tuple[str, str]]:
-    owners, adapted = set(found.owners()), {**found.modules, **found.attentions}
+    owners = {name.rpartition(".")[0] for name in found.parameters}
+    adapted = {**found.modules, **found.attentions}
     # PEFT looks among the parameters of its own adapters too
     others = [*outline.parameters, *(f"{name}.lora_{part}.default.weight" for name in adapted for part in "AB")]
     alike: dict[str, list[str]] = {}
@@ -152,8 +147,10 @@ def _of_parameters(found: Units, outline: Outline) -> Iterator[tuple[str, str]]:
 
 def _of_transposition(found: Units, outline: Outline) -> Iterator[str]:
     """Where fan_in_fan_out, which PEFT switches from layer to layer, is on for something that it does not fit."""
-    kinds = found.kinds(outline)
-    states = fan_in_fan_out(kinds, starts_transposed(found))
+    kinds = {name: next(iter(layers.values())).base.kind for name, layers in found.modules.items()}
+    kinds |= dict.fromkeys(found.attentions, ATTENTION)
+    in_order = {name: kinds[name] for name in outline.modules if name in kinds}
+    states = fan_in_fan_out(in_order, found.starts_transposed)
     for name in found.attentions:
         if states.get(name):
             yield f"{name!r}: PEFT would transpose its out_proj, because the linear layer before it is a transposed one"
@@ -168,16 +165,11 @@ def _of_unknown_modules(found: Units) -> Iterator[str]:
     """What PEFT does according to parts of the model that are not known."""
     for full in found.parameters:
         yield f"{full!r}: how PEFT adapts a parameter depends on its module; {_LOAD}"
-    if found.attentions and found.has_transposed():
+    if found.attentions and found.has_transposed:
         yield f"{sorted(found.attentions)}: PEFT may transpose out_proj, by the order of the layers; {_LOAD}"
 
 
 _LOAD = "load the adapter into its model and save it from there"
-
-
-def starts_transposed(found: Units) -> bool:
-    """What the config says of fan_in_fan_out: the setting with which PEFT comes to the first layer."""
-    return not found.attentions and found.has_transposed()
 
 
 def _of_trained(path: str, adapter: SavedAdapter, modules: Sequence[str], outline: Outline) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
@@ -10,30 +10,15 @@ from torch import Tensor
 from lora_plus.errors import Problems, shortened, warn_user
 from lora_plus.files.saved_adapter import SavedAdapter, SavedLayer, checked_spec
 from lora_plus.layers.base import BaseLayer
-from lora_plus.text import endings, parents
+from lora_plus.text import endings, parents, some
 
-from .config import USER_FIELDS, fan_in_fan_out, settings_of, warn_of_ambiguous_patterns
+from .config import USER_FIELDS, fan_in_fan_out, settings_of
 from .limits import layer_problems
-from .names import OUT_PROJECTION, PREFIX, named_parameters, nesting, split_key
+from .names import OUT_PROJECTION, PREFIX, TENSORS, Nesting, named_parameters, split_key
 from .renaming import FolderTarget
-from .tensors import (
-    ATTENTION,
-    attention_from_peft,
-    convolution_from_peft,
-    parameter_from_peft,
-    tensor_name,
-)
+from .tensors import ATTENTION, attention_from_peft, convolution_from_peft, parameter_from_peft
 
 DOUBLED = "peft 0.21.2 adds the update of an nn.MultiheadAttention's out_proj twice, merged or not"
-
-
-def _endings_among(names: Iterable[str], entries: Iterable[str]) -> dict[str, list[str]]:
-    """The names that end in some of the entries, at a dot or not, with those."""
-    wanted = set(entries)
-    lengths = sorted(set(map(len, wanted)))
-    found = {name: [name[len(name) - length :] for length in lengths if length <= len(name)] for name in names}
-    kept = {name: [ending for ending in own if ending in wanted] for name, own in found.items()}
-    return {name: own for name, own in kept.items() if own}
 
 
 class Reader:
@@ -56,8 +41,7 @@ class Reader:
             for entry in entries
             if entry not in named
         ]
-        self.nesting = nesting(self.parameters, outline)
-        self.paths = self.nesting.paths()
+        self.nesting = Nesting(self.parameters, outline)
         self.unsure: list[str] = []
         """Weights of the base model that cannot be compared with its own."""
         self.attentions: dict[str, dict[str, BaseLayer]] = {}
@@ -81,8 +65,19 @@ class Reader:
         attentions = list(dict.fromkeys(filter(None, map(self._attention_of, found))))
         parts = {name: layer for module in attentions for name, layer in self._attention(module, found).items()}
         adapter.layers = dict(sorted({**layers, **parts}.items()))
-        warn_of_ambiguous_patterns([*layers, *attentions], self.config)
-        self._warn_of_doubling(parts)
+        ambiguous = [name for name in (*layers, *attentions) if self.config["alpha_pattern"].ambiguous(name)]
+        if ambiguous:  # PEFT does not keep the order of the keys, and it decides here
+            warn_user(
+                f"alpha_pattern gives several values for {some(ambiguous)}; the first key counts, but PEFT sorts the "
+                "keys when it saves, so the order in this file may not be the one the adapter was trained with; check "
+                "their scale"
+            )
+        doubled = [name for name, layer in parts.items() if "rows" not in layer.base.facts]
+        if doubled and self.config.get("peft_version"):  # they were trained with twice their update
+            warn_user(
+                f"the file says W + s B A of {', '.join(map(repr, doubled))}, which is what is loaded, but {DOUBLED}; "
+                "if it was trained there, double their lora_B to compute the same"
+            )
         if self.unsure and not self.problems:
             told = f"{', '.join(map(repr, self.unsure[:3]))}{' and more' * (len(self.unsure) > 3)}"
             warn_user(
@@ -94,8 +89,14 @@ class Reader:
     def _sort(self, tensors: Mapping[str, Tensor], adapter: SavedAdapter) -> dict[str, dict[str, Tensor]]:
         """The tensors of adapters by what is adapted; those of modules trained in full go to ``adapter``."""
         saved = self.config.get("modules_to_save") or []
-        entries_of = _endings_among(self.outline.names, saved)
-        there = {entry for found in entries_of.values() for entry in found}
+        lengths, there = sorted(set(map(len, saved))), set(saved)
+        # the modules whose names end in an entry, at a dot or not
+        ends = {
+            name: {name[len(name) - length :] for length in lengths if length <= len(name)}
+            for name in self.outline.names
+        }
+        entries_of = {name: own & there for name, own in ends.items() if not own.isdisjoint(there)}
+        there = set().union(*entries_of.values())
         absent = [entry for entry in saved if entry not in there]
         order = {name: index for index, name in enumerate(entries_of)}
         entries = [
@@ -150,8 +151,8 @@ class Reader:
 
     def _adapted(self, path: str) -> str | None:
         """What PEFT has the adapter of at a path: a module, a parameter, or the out_proj inside an attention module."""
-        if path in self.paths:
-            return self.paths[path]
+        if path in self.nesting.paths:
+            return self.nesting.paths[path]
         path = self.nesting.unwrapped(path)
         if path in self.outline.names or self._attention_of(path) is not None:
             return path
@@ -208,13 +209,13 @@ class Reader:
         wanted = ("lora_A", "lora_B", "lora_magnitude")[: 3 if settings["variant"] == "dora" else 2]
         missing = [part for part in wanted if part not in found]
         extra = [part for part in found if part not in wanted]
-        self.problems += [f"{name!r}: {prefix}{tensor_name(part)} is missing" for part in missing]
-        self.problems += [f"{name!r}: {prefix}{tensor_name(part)} is there, but use_dora is not set" for part in extra]
+        self.problems += [f"{name!r}: {prefix}{TENSORS[part]} is missing" for part in missing]
+        self.problems += [f"{name!r}: {prefix}{TENSORS[part]} is there, but use_dora is not set" for part in extra]
         if missing or extra:
             return None
         flat = [part for part in ("lora_A", "lora_B") if found[part].ndim < 2]
         if flat:
-            shapes = [f"{prefix}{tensor_name(part)} has shape {tuple(found[part].shape)}" for part in flat]
+            shapes = [f"{prefix}{TENSORS[part]} has shape {tuple(found[part].shape)}" for part in flat]
             self.problems.append(f"{name!r}: {' and '.join(shapes)}, expected two dimensions or more")
             return None
         r = found["lora_A"].shape[0] / stack
@@ -228,12 +229,3 @@ class Reader:
             settings["dropout"] = 0.0  # PEFT has none there, whatever the config says
         spec = checked_spec(repr(name), settings, self.problems)
         return None if spec is None else SavedLayer(BaseLayer("", "", ()), spec, found)
-
-    def _warn_of_doubling(self, parts: Mapping[str, SavedLayer]) -> None:
-        """Warn of output projections that were trained with twice their update."""
-        names = [name for name, layer in parts.items() if "rows" not in layer.base.facts]
-        if names and self.config.get("peft_version"):
-            warn_user(
-                f"the file says W + s B A of {', '.join(map(repr, names))}, which is what is loaded, but {DOUBLED}; if "
-                "it was trained there, double their lora_B to compute the same"
-            )

@@ -24,7 +24,7 @@ from .names import PREFIX, split_key
 
 def without_left_out(tensors: Mapping[str, Tensor], config: Any, rename: Renaming) -> tuple[Mapping[str, Tensor], Any]:
     """A folder's tensors and config without the modules that the user leaves out."""
-    modules = {key: _module(key) for key in tensors} if rename.given else {}
+    modules = {key: _module(key) for key in tensors}
     left_out = {module for module in modules.values() if rename(module) is None}
     if not left_out or not isinstance(config, dict):
         return tensors, config

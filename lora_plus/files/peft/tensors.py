@@ -19,12 +19,9 @@ from lora_plus.layers.base import BaseLayer
 from lora_plus.tensors.matrix import accumulation_dtype, joined_rows, matrix_shape
 from lora_plus.tensors.variant import AdapterSpec
 
-from .names import OUT_PROJECTION
+from .names import EMBEDDING_TENSORS, OUT_PROJECTION, TENSORS
 
 ATTENTION = "MultiheadAttention"
-
-_WEIGHTS = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "lora_magnitude": "lora_magnitude_vector"}
-_EMBEDDING = _WEIGHTS | {"lora_A": "lora_embedding_A", "lora_B": "lora_embedding_B"}
 
 
 # ---- to PEFT ---------------------------------------------------------------------------------------------------------
@@ -33,7 +30,7 @@ _EMBEDDING = _WEIGHTS | {"lora_A": "lora_embedding_A", "lora_B": "lora_embedding
 def layer_to_peft(layer: SavedLayer) -> SavedLayer:
     """An adapter of a linear layer, an embedding or a convolution."""
     shape, groups = layer.base.shape, layer.base.facts.get("groups", 1)
-    names = _EMBEDDING if layer.base.kind == "Embedding" else _WEIGHTS
+    names = EMBEDDING_TENSORS if layer.base.kind == "Embedding" else TENSORS
     tensors, spec = dict(layer.tensors), layer.spec
     if len(shape) > 2:
         A, B = tensors["lora_A"].reshape(-1, *shape[1:]), tensors["lora_B"]  # (r, in / groups, *kernel), (out, r)
@@ -53,7 +50,9 @@ def layer_to_peft(layer: SavedLayer) -> SavedLayer:
 
 
 def join_rows(blocks: Sequence[SavedLayer]) -> SavedLayer:
-    """Adapters of rows of one weight as one adapter of the whole."""
+    """Adapters of rows of one weight as one adapter of the whole; a single one that has no rows as it is."""
+    if "rows" not in blocks[0].base.facts:
+        return blocks[0]
     base, spec = blocks[0].base, _reference(blocks)
     A, B = _joined_factors(blocks, spec.scale)
     whole = BaseLayer(base.kind, base.layout, base.shape, {k: v for k, v in base.facts.items() if k != "rows"})
@@ -64,11 +63,14 @@ def _joined_factors(blocks: Sequence[SavedLayer], scale: float) -> tuple[Tensor,
     """A and B of the whole weight under a scale; blocks that have the same A share it there."""
     groups: list[list[SavedLayer]] = []
     for block in blocks:
-        own = next((group for group in groups if _same(block.tensors["lora_A"], group[0].tensors["lora_A"])), None)
-        if own is None:
-            groups.append([block])
+        A = block.tensors["lora_A"]
+        for group in groups:
+            first = group[0].tensors["lora_A"]
+            if first.dtype == A.dtype and torch.equal(first, A):
+                group.append(block)
+                break
         else:
-            own.append(block)
+            groups.append([block])
     out_features = matrix_shape(blocks[0].base.layout, blocks[0].base.shape)[0]
     joined = []
     for group in groups:
@@ -139,10 +141,6 @@ def rescaled(layer: SavedLayer, scale: float) -> Tensor:
     """The B that gives the layer's update under another scale."""
     B, own = layer.tensors["lora_B"], layer.spec.scale
     return B if own == scale else B.to(accumulation_dtype(B.dtype)) * (own / scale)
-
-
-def _same(one: Tensor, other: Tensor) -> bool:
-    return one.dtype == other.dtype and torch.equal(one, other)
 
 
 # ---- from PEFT -------------------------------------------------------------------------------------------------------
@@ -256,16 +254,11 @@ def _wrong_shapes(
     path: str, tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]], prefix: str = ""
 ) -> list[str]:
     return [
-        f"{path!r}: {prefix}{_WEIGHTS[name]} has shape {tuple(tensor.shape)}, expected {expected[name]}"
+        f"{path!r}: {prefix}{TENSORS[name]} has shape {tuple(tensor.shape)}, expected {expected[name]}"
         for name, tensor in tensors.items()
         if tuple(tensor.shape) != expected[name]
     ] + [
-        f"{path!r}: {prefix}{_WEIGHTS[name]} is {tensor.dtype}, which nothing is computed with"
+        f"{path!r}: {prefix}{TENSORS[name]} is {tensor.dtype}, which nothing is computed with"
         for name, tensor in tensors.items()
         if tensor.dtype.itemsize < 2
     ]
-
-
-def tensor_name(part: str) -> str:
-    """How a file calls one of the tensors of an adapter."""
-    return _WEIGHTS[part]
