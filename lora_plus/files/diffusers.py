@@ -19,7 +19,7 @@ from torch import Tensor
 from .formats import FORMATS, Contents, Files, Format
 from .json_text import parsed
 from .outline import outline_named_by, outline_of
-from .pairs import Dialect, Pair, assemble, find_pairs, format_problems, is_tensor_of
+from .pairs import Dialect, Pair, assemble, find_pairs, format_problems
 from .peft import folder as peft
 from .peft.config import checked_config, settings_of
 from .peft.names import PREFIX
@@ -54,20 +54,20 @@ _ATTENTION = {
 def recognises(file: Contents) -> bool:
     """Whether a file is in this format; the tensors of a PEFT folder are not."""
     return not any(name.startswith(PREFIX) for name in file.tensors) and any(
-        is_tensor_of(_spelled_out(name), DIALECT) for name in file.tensors
+        DIALECT.names(_spelled_out(name)) for name in file.tensors
     )
 
 
 def read(files: Files, target: Target, problems: list[str]) -> SavedAdapter:
     """The adapter that a file describes."""
     tensors, metadata = files[""]
-    spelled = {_spelled_out(name): tensor for name, tensor in tensors.items()}
+    spelled = {name: _spelled_out(name) for name in tensors}
     problems += [
-        f"tensor {name!r}: {_spelled_out(name)!r} is there too, which is another name of it"
-        for name in tensors
-        if name != _spelled_out(name) and _spelled_out(name) in tensors
+        f"tensor {name!r}: {usual!r} is there too, which is another name of it"
+        for name, usual in spelled.items()
+        if name != usual and usual in tensors
     ]
-    pairs = find_pairs(spelled, DIALECT, problems)
+    pairs = find_pairs({spelled[name]: tensor for name, tensor in tensors.items()}, DIALECT, problems)
     configs = _configs(metadata, problems)
 
     def settings(module: str, pair: Pair) -> dict[str, Any] | None:

@@ -105,7 +105,7 @@ def export_adapter(
     if not is_spare_replica(model):
         state.storage.on_one_rank(write)
     r = rank(data)
-    largest = next((largest for largest in reader.ranks if largest >= r), r)
+    largest = next((each for each in reader.ranks if each >= r), r)
     return ExportReport(r, reader.options.format(rank=largest))
 
 

@@ -26,7 +26,7 @@ from lora_plus.tensors.matrix import accumulation_dtype
 
 from .formats import FORMATS, Contents, Files, Format
 from .outline import outline_named_by
-from .pairs import Dialect, Pair, assemble, find_pairs, format_problems, is_tensor_of
+from .pairs import Dialect, Pair, assemble, find_pairs, format_problems
 from .saved_adapter import SavedAdapter, alpha_under, most_common
 from .target import Target
 
@@ -48,7 +48,7 @@ DIALECT = Dialect(
 
 def recognises(file: Contents) -> bool:
     """Whether a file is in this format, or in that of a relative of it."""
-    return any(is_tensor_of(name, DIALECT) or DIALECT.component(name) for name in file.tensors)
+    return any(DIALECT.names(name) or DIALECT.component(name) for name in file.tensors)
 
 
 def read(files: Files, target: Target, problems: list[str]) -> SavedAdapter:
@@ -59,11 +59,11 @@ def read(files: Files, target: Target, problems: list[str]) -> SavedAdapter:
     def settings(module: str, pair: Pair) -> dict[str, Any] | None:
         magnitude = pair.tensors.get("lora_magnitude")
         if magnitude is not None:
-            shape = tuple(magnitude.shape)
-            if shape != (len(pair.tensors["lora_B"]), *[1] * (len(shape) - 1)):
+            shape, out_features = tuple(magnitude.shape), len(pair.tensors["lora_B"])
+            if shape != (out_features, *[1] * (len(shape) - 1)):
                 problems.append(
-                    f"{module!r}: dora_scale has shape {shape}, expected ({len(pair.tensors['lora_B'])}, 1, ...); that "
-                    "of a norm over columns is another method than DoRA"
+                    f"{module!r}: dora_scale has shape {shape}, expected ({out_features}, 1, ...); that of a norm over "
+                    "columns is another method than DoRA"
                 )
                 return None
             convolution = len(shape) > 2
@@ -111,7 +111,8 @@ def write(adapter: SavedAdapter, target: Target, problems: list[str]) -> Files:
         kernel = layer.base.shape[2:]
         tensors[f"{module}.lora_down.weight"] = A.reshape(len(A), -1, *kernel)
         tensors[f"{module}.lora_up.weight"] = B.reshape(*B.shape, *[1] * len(kernel))
-        tensors[f"{module}.alpha"] = _number(alpha)
+        number = torch.tensor(alpha, dtype=torch.float32)
+        tensors[f"{module}.alpha"] = number if number.item() == alpha else number.new_tensor(alpha, dtype=torch.float64)
     return {"": Contents(tensors, {})}
 
 
@@ -126,12 +127,6 @@ def _prefixes(children: Collection[str]) -> dict[str, str]:
         "text_encoder_3": "lora_te3",
     }
     return {child: prefix for child, prefix in known.items() if child in children} or {"": "lora_unet"}
-
-
-def _number(value: float) -> Tensor:
-    """A number in float32, or in float64 if that rounds it."""
-    usual = torch.tensor(value, dtype=torch.float32)
-    return usual if usual.item() == value else torch.tensor(value, dtype=torch.float64)
 
 
 FORMATS["kohya"] = Format(

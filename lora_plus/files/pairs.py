@@ -37,7 +37,6 @@ _OTHER_METHODS = {
 }
 """Tensors of other methods that such files have, by the pattern of their last name, and what they are."""
 
-
 _NUMBERS = (
     torch.float16, torch.bfloat16, torch.float32, torch.float64,
     torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64,
@@ -70,6 +69,10 @@ class Dialect:
         """What the format has adapters of, as a sentence."""
         return f"{self.name} files have adapters of {', '.join(KINDS)} only"
 
+    def names(self, tensor: str) -> bool:
+        """Whether the name of a tensor says that it is one of an adapter in this format."""
+        return any(tensor.endswith(f".{end}") for pair in self.pairs for end in pair)
+
     def component(self, module: str) -> str:
         """The part of a pipeline that a module of the file says it belongs to; empty if it says none."""
         return next((part for part in self.components if module.startswith(f"{part}{self.separator}")), "")
@@ -92,27 +95,17 @@ class Pair:
         return {"r": self.r, "alpha": alpha, "scaling": "standard", "variant": variant, "dropout": 0.0}
 
 
-def is_tensor_of(name: str, dialect: Dialect) -> bool:
-    """Whether the name of a tensor says that it is one of an adapter in this format."""
-    return any(name.endswith(f".{end}") for pair in dialect.pairs for end in pair)
-
-
-def other_method(name: str) -> str | None:
-    """What the name says that a tensor of another method is; None if it says nothing."""
-    last = name.removesuffix(".weight").rpartition(".")[2]
-    return next((what for pattern, what in _OTHER_METHODS.items() if fnmatchcase(last, pattern)), None)
-
-
 def find_pairs(tensors: Mapping[str, Tensor], dialect: Dialect, problems: list[str]) -> dict[str, Pair]:
     """The whole pairs of a file by module; everything else is added to the problems."""
     endings = dialect.endings
     found: dict[str, dict[str, str]] = {}
-    foreign: list[str] = []
+    unread: set[str] = set()
     for key in sorted(tensors):
         end = next((end for end in endings if key.endswith(f".{end}")), None)
         if end is None:
-            what = other_method(key)
-            foreign.append(key)
+            last = key.removesuffix(".weight").rpartition(".")[2]
+            what = next((what for pattern, what in _OTHER_METHODS.items() if fnmatchcase(last, pattern)), None)
+            unread.add(key.rpartition(".")[0].removesuffix(".lora_mid"))
             reason = f"is {what}, and only LoRA and DoRA are read" if what else "belongs to no adapter"
             problems.append(f"tensor {key!r} {reason}")
             continue
@@ -120,13 +113,14 @@ def find_pairs(tensors: Mapping[str, Tensor], dialect: Dialect, problems: list[s
         first = parts.setdefault(endings[end], end)
         if first != end:
             problems.append(f"tensor {key!r}: the module has {first} already")
-    unread = {key.rpartition(".")[0].removesuffix(".lora_mid") for key in foreign}
     pairs = {}
     for module, parts in found.items():
+        if module in unread:
+            continue
         given = {part: tensors[f"{module}.{end}"] for part, end in parts.items()}
-        wrong = list(_wrong(parts, given, dialect)) if module not in unread else []
-        problems += [f"{module!r}: {line}" for line in wrong]
-        if not wrong and module not in unread:
+        wrong = [f"{module!r}: {line}" for line in _wrong(parts, given, dialect)]
+        problems += wrong
+        if not wrong:
             alpha = given.pop("alpha").item() if "alpha" in given else None
             pairs[module] = Pair(given, len(given["lora_A"]), alpha)
     return pairs

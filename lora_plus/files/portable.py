@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -28,7 +27,23 @@ def portable(adapter: SavedAdapter, dtype: torch.dtype | None = None) -> SavedAd
         dtype: of A, B and the magnitudes; they are computed in float32 or better and rounded to it at the end. None
             for float32, or float64 where the adapter is. Modules trained in full keep theirs.
     """
-    layers = _whole_weights({name: _at_scale_one(layer) for name, layer in adapter.layers.items()})
+    layers: dict[str, SavedLayer] = {}
+    blocks: dict[str, list[SavedLayer]] = {}
+    for name, each in adapter.layers.items():
+        spec = each.spec
+        variant = (
+            "lora" if only_adds(spec.variant) else spec.variant
+        )  # how it was trained makes no difference to readers
+        at_one = replace(spec, alpha=spec.r, scaling="standard", variant=variant, dropout=0.0)
+        layer = SavedLayer(each.base, at_one, {**each.tensors, "lora_B": rescaled(each, 1.0)})
+        if "rows" in layer.base.facts:
+            blocks.setdefault(layer.base.facts["parameter"], []).append(layer)
+        else:
+            layers[name] = layer
+    for weight, several in blocks.items():
+        whole = join_rows(several)
+        facts = {**whole.base.facts, "rows": [0, len(whole.tensors["lora_B"])]}
+        layers[weight] = replace(whole, base=replace(whole.base, facts=facts))
     groups = {name: layer.base.facts.get("groups", 1) for name, layer in layers.items()}
     largest = max(layer.spec.r * groups[name] for name, layer in layers.items())
     step = math.lcm(*groups.values())
@@ -41,30 +56,6 @@ def rank(adapter: SavedAdapter) -> int:
     """The one rank, as PEFT counts it, of a portable adapter."""
     layer = next(iter(adapter.layers.values()))
     return layer.spec.r * layer.base.facts.get("groups", 1)
-
-
-def _at_scale_one(layer: SavedLayer) -> SavedLayer:
-    spec = layer.spec
-    variant = "lora" if only_adds(spec.variant) else spec.variant  # how it was trained makes no difference to readers
-    at_one = replace(spec, alpha=spec.r, scaling="standard", variant=variant, dropout=0.0)
-    return SavedLayer(layer.base, at_one, {**layer.tensors, "lora_B": rescaled(layer, 1.0)})
-
-
-def _whole_weights(layers: dict[str, SavedLayer]) -> dict[str, SavedLayer]:
-    """The layers, with blocks of rows of one weight as one block, which has all rows, under the weight's name."""
-    whole, blocks = dict[str, SavedLayer](), dict[str, list[SavedLayer]]()
-    for name, layer in layers.items():
-        if "rows" in layer.base.facts:
-            blocks.setdefault(layer.base.facts["parameter"], []).append(layer)
-        else:
-            whole[name] = layer
-    return whole | {name: _joined(several) for name, several in blocks.items()}
-
-
-def _joined(blocks: Sequence[SavedLayer]) -> SavedLayer:
-    layer = join_rows(blocks)
-    rows = [0, len(layer.tensors["lora_B"])]
-    return replace(layer, base=replace(layer.base, facts={**layer.base.facts, "rows": rows}))
 
 
 def _padded(layer: SavedLayer, r: int, dtype: torch.dtype | None) -> SavedLayer:

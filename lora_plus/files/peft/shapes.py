@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -42,7 +42,7 @@ def implied_target(
         config: its config, checked.
         problems: what cannot be told is added.
     """
-    shape_of = implied_shapes(tensors, config) if target.names() is None else target.shape
+    shape_of = _implied_shapes(tensors, config) if target.names() is None else target.shape
     found: dict[str, dict[str, Shape]] = {}
     names: dict[str, None] = {"": None}
     for key, tensor in tensors.items():
@@ -73,36 +73,18 @@ def implied_target(
                 f"other layers differ from fan_in_fan_out, {bool(config.get('fan_in_fan_out'))}; {_INSTEAD}"
             )
         bases[path] = _of_kind(kinds[0] if len(kinds) == 1 else usual, linear[path])
-    _warn_of_squares(fitting, usual)
-    return FolderTarget(target, Outline({}, names, whole=False), bases.get)
-
-
-def _warn_of_squares(fitting: Mapping[str, Sequence[str]], usual: str) -> None:
-    """Name the square weights that are taken for transposed ones, and are not sure to be."""
-    if usual != _TRANSPOSED:
-        return
     sure = {path.rpartition(".")[2] for path, kinds in fitting.items() if len(kinds) == 1}
     doubtful = [path for path, kinds in fitting.items() if len(kinds) == 2 and path.rpartition(".")[2] not in sure]
-    if doubtful and sure:
+    if usual == _TRANSPOSED and doubtful and sure:
         warn_user(
             f"the square weights of {', '.join(map(repr, doubtful[:3]))}{' and more' * (len(doubtful) > 3)} are taken "
             f"as stored (in, out), as fan_in_fan_out says; if they are of nn.Linear layers, {_INSTEAD}"
         )
+    return FolderTarget(target, Outline({}, names, whole=False), bases.get)
 
 
-def implied_shapes(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Callable[[str], Shape | None]:
-    """The shapes of the weights that a PEFT folder's adapters belong to, told from A and B alone.
-
-    Convolutions and embeddings show in their tensors. What else there is counts as linear, stored as the config's
-    fan_in_fan_out says, which is the setting of PEFT's last layer.
-
-    Args:
-        tensors: all tensors of the folder.
-        config: its config.
-
-    Returns:
-        The shape of the tensor of this full name; None where there is none, or A and B do not fit each other.
-    """
+def _implied_shapes(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Callable[[str], Shape | None]:
+    """The shapes of the weights that A and B belong to, by full name; None where there is none, or they do not fit."""
     transposed = bool(config.get("fan_in_fan_out"))
     parts: dict[str, dict[str, Shape]] = {}
     for key, tensor in tensors.items():
