@@ -50,9 +50,8 @@ def export_adapter(
 ) -> ExportReport:
     """Write one adapter as a PEFT folder that also programs open which read this format in part.
 
-    Those take one rank and one scale for all layers, in silence if the config says otherwise. So all layers have one
-    rank r here and alpha = r: scales are multiplied into B, lower ranks are filled up with zeros, and adapters of rows
-    of one weight become one of the whole weight. The updates are the same. Dropout is not kept.
+    All layers have one rank r there and alpha = r: scales are multiplied into B, lower ranks are filled up with zeros,
+    and adapters of rows of one weight become one of the whole weight. The updates are the same; dropout is not kept.
 
     - ``"peft"``: whatever PEFT's format can express, DoRA and modules trained in full too.
     - ``"vllm"``: plain LoRA on linear layers, and on embeddings where vLLM's class of the model serves them. Ranks up

@@ -16,7 +16,6 @@ LyCORIS divides by the norm of the columns, which is another method.
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -85,10 +84,17 @@ def write(adapter: SavedAdapter, target: Target, problems: list[str]) -> Files:
         "dora": "DoRA's magnitude is read in several ways there",
         "groups": "there is no agreement on the shapes of a grouped convolution",
     }
-    prefixes = _prefixes({name.partition(".")[0] for name in names})
-    spelled: dict[str, list[str]] = {}
-    for name in names:
-        spelled.setdefault(name.replace(".", "_"), []).append(name)
+    children = {name.partition(".")[0] for name in names}
+    known = {
+        "unet": "lora_unet",
+        "transformer": "lora_transformer",
+        # sd-scripts counts where there are several
+        "text_encoder": "lora_te1" if "text_encoder_2" in children else "lora_te",
+        "text_encoder_2": "lora_te2",
+        "text_encoder_3": "lora_te3",
+    }
+    prefixes = {child: prefix for child, prefix in known.items() if child in children} or {"": "lora_unet"}
+    spelled = DIALECT.spelled(names)
     tensors: dict[str, Tensor] = {}
     alphas = {name: alpha_under(layer, "standard") for name, layer in adapter.layers.items()}
     alpha = most_common(list(alphas.values()))
@@ -114,19 +120,6 @@ def write(adapter: SavedAdapter, target: Target, problems: list[str]) -> Files:
         number = torch.tensor(alpha, dtype=torch.float32)
         tensors[f"{module}.alpha"] = number if number.item() == alpha else number.new_tensor(alpha, dtype=torch.float64)
     return {"": Contents(tensors, {})}
-
-
-def _prefixes(children: Collection[str]) -> dict[str, str]:
-    """The prefix of each component that the model has; of the model itself if it has none."""
-    first = "lora_te1" if "text_encoder_2" in children else "lora_te"  # sd-scripts counts where there are several
-    known = {
-        "unet": "lora_unet",
-        "transformer": "lora_transformer",
-        "text_encoder": first,
-        "text_encoder_2": "lora_te2",
-        "text_encoder_3": "lora_te3",
-    }
-    return {child: prefix for child, prefix in known.items() if child in children} or {"": "lora_unet"}
 
 
 FORMATS["kohya"] = Format(

@@ -7,7 +7,7 @@ Each module has a down matrix, our A, and an up matrix, our B; those of a convol
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -72,6 +72,13 @@ class Dialect:
     def names(self, tensor: str) -> bool:
         """Whether the name of a tensor says that it is one of an adapter in this format."""
         return any(tensor.endswith(f".{end}") for pair in self.pairs for end in pair)
+
+    def spelled(self, names: Iterable[str]) -> dict[str, list[str]]:
+        """The names of modules by how a file spells them."""
+        found: dict[str, list[str]] = {}
+        for name in names:
+            found.setdefault(name.replace(".", self.separator), []).append(name)
+        return found
 
     def component(self, module: str) -> str:
         """The part of a pipeline that a module of the file says it belongs to; empty if it says none."""
@@ -153,12 +160,7 @@ def assemble(
 ) -> SavedAdapter:
     """The adapter that the pairs of a file are, under the names of the target; what is wrong is added to the problems.
 
-    Args:
-        pairs: by module, from `find_pairs`.
-        dialect: the format.
-        settings_of: the settings of a module's adapter; None if they are wrong, which it has reported.
-        target: what the adapter is loaded into.
-        problems: list to add to.
+    ``settings_of`` gives the settings of a module's adapter; None if they are wrong, which it has reported.
     """
     names = target.names()
     if names is None:
@@ -189,9 +191,7 @@ def _resolve(
     modules: Collection[str], names: Collection[str], dialect: Dialect, target: Target, problems: list[str]
 ) -> dict[str, str]:
     """The name in the target, out of its ``names``, of each module of a file, where there is just one."""
-    spelled: dict[str, list[str]] = {}
-    for name in names:
-        spelled.setdefault(name.replace(".", dialect.separator), []).append(name)
+    spelled = dialect.spelled(names)
     children = {name.partition(".")[0] for name in names}
     found: dict[str, str] = {}
     lost: dict[str, dict[str, str]] = {}

@@ -31,9 +31,8 @@ def portable(adapter: SavedAdapter, dtype: torch.dtype | None = None) -> SavedAd
     blocks: dict[str, list[SavedLayer]] = {}
     for name, each in adapter.layers.items():
         spec = each.spec
-        variant = (
-            "lora" if only_adds(spec.variant) else spec.variant
-        )  # how it was trained makes no difference to readers
+        # how it was trained makes no difference to readers
+        variant = "lora" if only_adds(spec.variant) else spec.variant
         at_one = replace(spec, alpha=spec.r, scaling="standard", variant=variant, dropout=0.0)
         layer = SavedLayer(each.base, at_one, {**each.tensors, "lora_B": rescaled(each, 1.0)})
         if "rows" in layer.base.facts:

@@ -49,12 +49,9 @@ READERS = {
 
 
 def program_problems(reader: Reader, adapter: SavedAdapter, tied: Mapping[str, str]) -> Iterator[str]:
-    """Why a reader does not take an adapter, beyond what PEFT's format cannot express.
+    """Why a reader does not take a portable adapter, beyond what PEFT's format cannot express.
 
-    Args:
-        reader: the reader.
-        adapter: a portable adapter.
-        tied: by the name of a layer, another name of its weight.
+    ``tied`` has another name of a layer's weight by the layer's name.
     """
     for name, layer in adapter.layers.items():
         if reader.kinds and layer.base.kind not in reader.kinds:

@@ -84,7 +84,10 @@ def checked_config(config: Any, problems: list[str], where: str = CONFIG) -> dic
     if config.get("bias", "none") != "none":
         problems.append(f"{where}: bias is {config['bias']!r}, and trained biases cannot be read; expected 'none'")
     others = {name: value for name, value in sorted(config.items()) if name not in _HARMLESS and value}
-    unknown = [name for name in others if name not in _OTHER_METHODS] if _is_newer(config.get("peft_version")) else []
+    version = config.get("peft_version")
+    numbers = re.match(r"(\d{1,9})\.(\d{1,9})", version) if isinstance(version, str) else None
+    newer = numbers is not None and (int(numbers[1]), int(numbers[2])) > _KNOWN
+    unknown = [name for name in others if newer and name not in _OTHER_METHODS]
     problems += [
         f"{where}: {name} is {value!r}, which plain LoRA and DoRA do not have"
         for name, value in others.items()
@@ -92,18 +95,11 @@ def checked_config(config: Any, problems: list[str], where: str = CONFIG) -> dic
     ]
     if unknown and len(problems) == count:
         told = shortened(", ".join(f"{name} is {others[name]!r}" for name in unknown), 300)
-        version = printable(shortened(config["peft_version"], 30))
         warn_user(
-            f"{where} was written by peft {version}, and {printable(told)}: fields that peft "
+            f"{where} was written by peft {printable(shortened(version, 30))}, and {printable(told)}: fields that peft "
             f"{'.'.join(map(str, _KNOWN))} has not and that are passed over; compare with an output of that peft"
         )
     return config if len(problems) == count else None
-
-
-def _is_newer(version: Any) -> bool:
-    """Whether a version of PEFT is newer than the one whose fields are known here."""
-    numbers = re.match(r"(\d{1,9})\.(\d{1,9})", version) if isinstance(version, str) else None
-    return numbers is not None and (int(numbers[1]), int(numbers[2])) > _KNOWN
 
 
 def settings_of(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -118,14 +114,9 @@ def settings_of(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def fan_in_fan_out(kinds: Mapping[str, str], start: bool) -> dict[str, bool]:
-    """The setting ``fan_in_fan_out`` as PEFT has it after each module.
+    """The setting ``fan_in_fan_out`` as PEFT has it after each module, by their kinds in the order of the model.
 
-    PEFT adapts the modules in turn and changes its one config to fit a linear layer or its transposed kind; the next
-    modules get what it then says.
-
-    Args:
-        kinds: the kind of each adapted layer, in the order of the model.
-        start: what the config says.
+    PEFT changes its one config to fit a linear layer or its transposed kind; the next modules get what it then says.
     """
     states = {}
     for name, kind in kinds.items():

@@ -54,11 +54,11 @@ def units(adapter: SavedAdapter) -> Units:
     return found
 
 
-def format_problems(adapter: SavedAdapter, found: Units, outline: Outline, ties: Iterable[Sequence[str]]) -> list[str]:
+def format_problems(adapter: SavedAdapter, found: Units, outline: Outline, ties: Sequence[Sequence[str]]) -> list[str]:
     """Every reason why an adapter cannot be written in PEFT's format."""
     problems = [
         f"train_also {name!r} is tied to {other!r}, and PEFT would untie them; train both, or save a file"
-        for name, other in tied_to_others(ties, adapter.trained)
+        for name, other in (tied_to_others(ties, adapter.trained) if ties else ())
     ]
     modules = {**found.modules, **found.attentions}
     layers = adapter.layers.values()
@@ -185,12 +185,7 @@ def _of_trained(path: str, adapter: SavedAdapter, modules: Sequence[str], outlin
 
 
 def tied_to_others(ties: Iterable[Sequence[str]], trained: Collection[str]) -> Iterator[tuple[str, str]]:
-    """Parameters of modules trained in full that modules outside share, with their names there: PEFT unties them.
-
-    Args:
-        ties: the names of each parameter that has several.
-        trained: the modules.
-    """
+    """Of ``ties``, parameters of modules trained in full that others share, by both names: PEFT unties them."""
     for names in ties:
         inside = [name for name in names if any(not path or name.startswith(f"{path}.") for path in trained)]
         outside = [name for name in names if name not in inside]

@@ -27,12 +27,7 @@ OUT_PROJECTION = ".base_layer.out_proj"
 
 
 class Nesting:
-    """The wrappers that PEFT puts around modules whose parameters are adapted.
-
-    Args:
-        parameters: those parameters, by their full names.
-        outline: the model.
-    """
+    """The wrappers that PEFT puts around modules whose parameters, given by full names, are adapted."""
 
     def __init__(self, parameters: Collection[str], outline: Outline) -> None:
         self.owners: dict[str, str] = {}

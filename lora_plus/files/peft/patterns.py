@@ -139,7 +139,7 @@ class _Parser:
             elif token["open"]:
                 options[-1].append(self._group(depth))
             elif token["edge"]:
-                options[-1].append(_START if token["edge"] == "^" else _END)
+                options[-1].append(_EDGES[token["edge"]])
             else:
                 options[-1].append(_repeated(token["one"], token["count"] or ""))
         return _either([_one_after_the_other(steps) for steps in options])
@@ -159,12 +159,7 @@ _REFUSED = (
 )
 
 
-def _START(text: _Text, at: int) -> int:
-    return at & 1
-
-
-def _END(text: _Text, at: int) -> int:
-    return at & text.end
+_EDGES: dict[str, _Step] = {"^": lambda text, at: at & 1, "$": lambda text, at: at & text.end}
 
 
 def _either(options: Sequence[_Step]) -> _Step:

@@ -22,13 +22,7 @@ DOUBLED = "peft 0.21.2 adds the update of an nn.MultiheadAttention's out_proj tw
 
 
 class Reader:
-    """Turns the tensors of one folder into an adapter.
-
-    Args:
-        config: the config, checked.
-        target: what the adapter is read for, under the names of the folder.
-        problems: list of what is wrong, to add to.
-    """
+    """Turns the tensors of one folder into an adapter; its target has the names of the folder."""
 
     def __init__(self, config: dict[str, Any], target: FolderTarget, problems: list[str]) -> None:
         outline = target.outline

@@ -48,14 +48,7 @@ def without_left_out(tensors: Mapping[str, Tensor], config: Any, rename: Renamin
 
 
 class FolderTarget(Target):
-    """A target as a folder calls its parts, or as it implies them.
-
-    Args:
-        target: what the adapter belongs to.
-        outline: its parts, under the names of the folder.
-        base: from such a name to the base layer.
-        readers: modules that read their weights themselves, with the places in each.
-    """
+    """A target as a folder calls its parts, or as it implies them; the rest is said in the names of the folder."""
 
     def __init__(
         self,
@@ -75,14 +68,9 @@ class FolderTarget(Target):
 
 
 def in_file_names(target: Target, outline: Outline, tensors: Mapping[str, Tensor]) -> FolderTarget:
-    """A target under the names that a folder has for its parts.
+    """A target with this outline under the names that a folder has for its parts.
 
     A module that the file does not name takes that of the nearest one around it which the file names.
-
-    Args:
-        target: what the adapter belongs to.
-        outline: its parts.
-        tensors: the tensors of the folder.
     """
     named: dict[str, str] = {}
     for module in dict.fromkeys(map(_module, tensors)):

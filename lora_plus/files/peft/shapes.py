@@ -36,11 +36,7 @@ def implied_target(
     which is the setting of PEFT's last layer, so the others have to agree with it. Where it says that they are stored
     as (in, out), and no layer called alike shows it, there is a warning: a model with such layers has linear ones too.
 
-    Args:
-        target: knows the shapes of its tensors; where it has no names, A and B have to tell.
-        tensors: all tensors of the folder.
-        config: its config, checked.
-        problems: what cannot be told is added.
+    Where the target has no names, A and B have to tell the shapes. What cannot be told is added to the problems.
     """
     shape_of = _implied_shapes(tensors, config) if target.names() is None else target.shape
     found: dict[str, dict[str, Shape]] = {}

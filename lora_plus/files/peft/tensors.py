@@ -81,10 +81,7 @@ def _joined_factors(blocks: Sequence[SavedLayer], scale: float) -> tuple[Tensor,
 
 
 def attention_to_peft(parts: Sequence[SavedLayer]) -> SavedLayer:
-    """The adapters of an attention module; PEFT has one rank and one alpha for both of its weights.
-
-    The weight of lower rank is filled up with zeros, also if it has no adapter at all.
-    """
+    """The adapters of an attention module as one, of one rank: the weight of lower rank is filled up with zeros."""
     spec = _reference(parts)
     blocks = [part for part in parts if "rows" in part.base.facts]
     last = next((part for part in parts if "rows" not in part.base.facts), None)
@@ -108,20 +105,14 @@ def attention_to_peft(parts: Sequence[SavedLayer]) -> SavedLayer:
 
 
 def parameter_to_peft(layer: SavedLayer, transposed: bool) -> SavedLayer:
-    """An adapter of a parameter: a matrix, or a stack of them whose members lie side by side in PEFT's tensors.
-
-    Args:
-        layer: the adapter.
-        transposed: whether PEFT takes stacks in this module for (stack, in, out).
-    """
+    """An adapter of a parameter, or of a stack, whose members lie side by side; ``transposed``: of (stack, in, out)."""
     A, B = layer.tensors["lora_A"], layer.tensors["lora_B"]
     if A.ndim == 2:
         A, B = A[None], B[None]  # (stack, r, in), (stack, out, r)
     if is_read_transposed(layer.base, transposed):
         A, B = B.mT, A.mT
-    tensors = {"lora_A.weight": A.flatten(0, 1), "lora_B.weight": B.permute(1, 2, 0).flatten(1)}
-    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    return SavedLayer(layer.base, layer.spec, contiguous)
+    A, B = A.flatten(0, 1).contiguous(), B.permute(1, 2, 0).flatten(1).contiguous()
+    return SavedLayer(layer.base, layer.spec, {"lora_A.weight": A, "lora_B.weight": B})
 
 
 def is_read_transposed(base: BaseLayer, transposed: bool) -> bool:
@@ -182,21 +173,9 @@ def convolution_from_peft(path: str, layer: SavedLayer, problems: list[str]) -> 
 
 
 def attention_from_peft(
-    path: str,
-    parts: Mapping[str, BaseLayer],
-    whole: SavedLayer,
-    last: Mapping[str, Tensor],
-    problems: list[str],
+    path: str, parts: Mapping[str, BaseLayer], whole: SavedLayer, last: Mapping[str, Tensor], problems: list[str]
 ) -> dict[str, SavedLayer]:
-    """The adapters of an attention module's parts; of a weight whose A and B are both zero, none.
-
-    Args:
-        path: the module.
-        parts: its parts by name.
-        whole: PEFT's adapter, with the tensors of the first weight, which q, k and v share.
-        last: the tensors of the output projection.
-        problems: list to add to.
-    """
+    """An attention module's parts; ``whole`` has the tensors of q, k and v, ``last`` those of out_proj."""
     r, width = whole.spec.r, next(iter(parts.values())).shape[1]
     wrong = _wrong_shapes(path, whole.tensors, {"lora_A": (r, width), "lora_B": (3 * width, r)})
     wrong += _wrong_shapes(path, last, {"lora_A": (r, width), "lora_B": (width, r)}, f"{OUT_PROJECTION[1:]}.")
