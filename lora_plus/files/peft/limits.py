@@ -86,17 +86,12 @@ def format_problems(adapter: SavedAdapter, found: Units, outline: Outline, ties:
     ]
     problems += [f"{name!r}: {reason}" for name, reason in reasons]
     if found.attentions or found.parameters:
-        problems += _of_transposition(found, outline)
-        problems += [] if outline.whole else _of_unknown_modules(found)
-    owners = {name.rpartition(".")[0] for name in found.parameters}
-    for path in adapter.trained:
-        trained_reasons = _of_trained(path, adapter, sorted(modules), outline)
-        if path in outline.containers:
-            trained_reasons.append("PEFT trains only modules with a forward of their own in full")
-        inside = [outer for outer in parents(path) if outer in owners]
-        trained_reasons += [f"PEFT does not find it inside {owner!r}, whose parameters it adapts" for owner in inside]
-        problems += [f"train_also {path!r}: {reason}" for reason in trained_reasons]
-    return problems
+        problems += _of_the_order(found, outline)
+    return problems + [
+        f"train_also {path!r}: {reason}"
+        for path in adapter.trained
+        for reason in _of_trained(path, adapter, found, outline)
+    ]
 
 
 def layer_problems(base: BaseLayer, variant: str) -> Iterator[str]:
@@ -145,8 +140,8 @@ def _of_parameters(found: Units, outline: Outline) -> Iterator[tuple[str, str]]:
         yield from ((name, reason) for name in layers for reason in reasons if reason is not None)
 
 
-def _of_transposition(found: Units, outline: Outline) -> Iterator[str]:
-    """Where fan_in_fan_out, which PEFT switches from layer to layer, is on for something that it does not fit."""
+def _of_the_order(found: Units, outline: Outline) -> Iterator[str]:
+    """Where fan_in_fan_out, which PEFT switches from layer to layer, is on for what it does not fit, or may be."""
     kinds = {name: next(iter(layers.values())).base.kind for name, layers in found.modules.items()}
     kinds |= dict.fromkeys(found.attentions, ATTENTION)
     in_order = {name: kinds[name] for name in outline.modules if name in kinds}
@@ -159,29 +154,33 @@ def _of_transposition(found: Units, outline: Outline) -> Iterator[str]:
             f"{sorted(found.parameters)}: PEFT adapts no parameters of a model whose last adapted linear layer is a "
             "transposed one"
         )
-
-
-def _of_unknown_modules(found: Units) -> Iterator[str]:
-    """What PEFT does according to parts of the model that are not known."""
+    if outline.whole:
+        return
+    load = "load the adapter into its model and save it from there"
     for full in found.parameters:
-        yield f"{full!r}: how PEFT adapts a parameter depends on its module; {_LOAD}"
+        yield f"{full!r}: how PEFT adapts a parameter depends on its module; {load}"
     if found.attentions and found.has_transposed:
-        yield f"{sorted(found.attentions)}: PEFT may transpose out_proj, by the order of the layers; {_LOAD}"
+        yield f"{sorted(found.attentions)}: PEFT may transpose out_proj, by the order of the layers; {load}"
 
 
-_LOAD = "load the adapter into its model and save it from there"
-
-
-def _of_trained(path: str, adapter: SavedAdapter, modules: Sequence[str], outline: Outline) -> list[str]:
+def _of_trained(path: str, adapter: SavedAdapter, found: Units, outline: Outline) -> Iterator[str]:
     wrapped = [name for name in outline.names if name.endswith(path) and name not in adapter.trained]
-    reasons = [f"PEFT would take {name!r} for it, which ends in the same" for name in wrapped]
+    yield from (f"PEFT would take {name!r} for it, which ends in the same" for name in wrapped)
     try:
         # PEFT also reads the name as a regular expression, for modules that get no adapter
         kept_out = re.compile(rf"(^|.*\.){path}($|\..*)")
     except re.error:
-        return [*reasons, "PEFT reads the name as a regular expression, and it is not a valid one"]
-    hits = [name for name in modules if name not in wrapped and kept_out.match(name)]
-    return reasons + [f"PEFT reads the name as a regular expression, and {name!r} matches it" for name in hits]
+        yield "PEFT reads the name as a regular expression, and it is not a valid one"
+    else:
+        for name in sorted({*found.modules, *found.attentions}):
+            if name not in wrapped and kept_out.match(name):
+                yield f"PEFT reads the name as a regular expression, and {name!r} matches it"
+    if path in outline.containers:
+        yield "PEFT trains only modules with a forward of their own in full"
+    owners = {name.rpartition(".")[0] for name in found.parameters}
+    for owner in parents(path):
+        if owner in owners:
+            yield f"PEFT does not find it inside {owner!r}, whose parameters it adapts"
 
 
 def tied_to_others(ties: Iterable[Sequence[str]], trained: Collection[str]) -> Iterator[tuple[str, str]]:
