@@ -12,6 +12,11 @@ from typing import TYPE_CHECKING, Any
 from .version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from . import files as files
+    from . import layers as layers
+    from . import model as model
+    from . import surgery as surgery
+    from . import training as training
     from .files import export_adapter, load_adapter, save_adapter
     from .layers import LoRALinear
     from .model import (
@@ -67,6 +72,8 @@ class _Package(ModuleType):
     """A package whose rooms are imported when one of their names is asked for."""
 
     def __getattr__(self, name: str) -> Any:
+        if name in _ROOMS:
+            return import_module(f"{self.__name__}.{name}")
         if name in __all__:
             for room in _ROOMS:
                 names = vars(import_module(f"{self.__name__}.{room}"))
@@ -81,7 +88,7 @@ class _Package(ModuleType):
             import_module(f"{self.__name__}.engines")  # they enter themselves in its tables
 
     def __dir__(self) -> list[str]:
-        return sorted({*vars(self), *__all__})
+        return sorted({*vars(self), *__all__, *_ROOMS})
 
 
 sys.modules[__name__].__class__ = _Package

@@ -157,6 +157,7 @@ def test_the_command_lines_help_does_not_import_torch() -> None:
 def test_public_names_are_all_there_and_no_others() -> None:
     code = (
         "import lora_plus, sys\n"
+        "assert callable(lora_plus.training.sweep) and callable(lora_plus.surgery.combine_adapters)\n"
         "from lora_plus import inject_lora\n"
         "assert inject_lora is lora_plus.inject_lora\n"
         "assert {name for name in lora_plus.__all__ if not hasattr(lora_plus, name)} == set()\n"
