@@ -1,7 +1,7 @@
 """Over a whole model: a different adapter for each sample of a batch.
 
 Linear layers take two batched products: the factors of the adapters are stacked, the sample's own are gathered from
-the stack (``benchmarks/mixed_products.py`` compares other ways). All other layers, and variants that are not sums,
+the stack (``benchmarks/results/2026-11-22.md`` has other ways). All other layers, and variants that are not sums,
 compute the samples of one adapter after those of another.
 """
 

@@ -155,6 +155,23 @@ def test_no_expression_of_a_file_hangs_the_reader(tmp_path: Path) -> None:
     assert done.stdout.splitlines() == [f"{QUICK[key]} True" for _, key in cases]
 
 
+HOSTILE = """
+import sys, lora_plus
+from torch import nn
+model = nn.ModuleDict({"(a+)+b": nn.Linear(2, 2), "a" * 40: nn.Linear(2, 2)})
+lora_plus.inject_lora(model, ["a" * 40], r=2, train_also=["(a+)+b"])
+try:
+    lora_plus.save_adapter(model, sys.argv[1])
+except ValueError as error:
+    print("is a pattern that is not read" in str(error))
+"""
+
+
+def test_no_name_of_a_module_trained_in_full_hangs_the_writer(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", HOSTILE, str(tmp_path / "a")]
+    assert subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout == "True\n"
+
+
 def cost(keys: int, layers: int) -> float:
     """CPU time of asking for each layer among so many keys, the shortest of three."""
     pattern: dict[str, Any] = {f"model.layers.{number}.self_attn.q_proj": number for number in range(keys)}

@@ -59,7 +59,7 @@ HEADS: dict[str, tuple[Callable[[], dict[str, nn.Module]], str, str]] = {
     "no regular expression": (
         lambda: {"h(": nn.Linear(3, 3)},
         "h(",
-        "PEFT reads the name as a regular expression, and it is not a valid one",
+        "PEFT reads the name as a regular expression, and it is not a regular expression",
     ),
     "a regular expression for a target": (
         lambda: {"p": nn.Sequential(OrderedDict(a=nn.Linear(3, 3))), "p+": nn.Linear(3, 3)},

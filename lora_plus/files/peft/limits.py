@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -13,6 +12,7 @@ from lora_plus.tensors.variant import only_adds
 from lora_plus.text import endings, parents
 
 from .config import fan_in_fan_out
+from .patterns import expression
 from .tensors import ATTENTION, stack_problem
 
 
@@ -168,12 +168,12 @@ def _of_trained(path: str, adapter: SavedAdapter, found: Units, outline: Outline
     yield from (f"PEFT would take {name!r} for it, which ends in the same" for name in wrapped)
     try:
         # PEFT also reads the name as a regular expression, for modules that get no adapter
-        kept_out = re.compile(rf"(^|.*\.){path}($|\..*)")
-    except re.error:
-        yield "PEFT reads the name as a regular expression, and it is not a valid one"
+        kept_out = expression(path)
+    except ValueError as error:
+        yield f"PEFT reads the name as a regular expression, and it {error}"
     else:
         for name in sorted({*found.modules, *found.attentions}):
-            if name not in wrapped and kept_out.match(name):
+            if name not in wrapped and kept_out(name):
                 yield f"PEFT reads the name as a regular expression, and {name!r} matches it"
     if path in outline.containers:
         yield "PEFT trains only modules with a forward of their own in full"

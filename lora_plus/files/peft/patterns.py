@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from lora_plus.text import endings
+from lora_plus.text import endings, parents
 
 _NAME = re.compile(r"(\^?)((?:[^\\^$*+?{}\[\]|()]|\\[^a-zA-Z0-9])*)\$?", re.DOTALL)
 """A dotted name, anchored or not, in which characters may be escaped."""
@@ -70,6 +70,18 @@ class Patterns:
             text = _Text(name)
             found += [(position, value) for position, value, step in self._expressions if text.matches(step)]
         return found
+
+
+def expression(text: str) -> Callable[[str], bool]:
+    """Whether a regular expression matches what is in a dotted name from its start or a dot to a dot or its end.
+
+    Raises:
+        ValueError: if it is none, or has more than is read here.
+    """
+    if len(text) > LONGEST:
+        raise ValueError(f"has more than {LONGEST} characters")
+    step = _Parser(text).whole()
+    return lambda name: any(_Text(each).matches(step) for each in (name, *parents(name)))
 
 
 class _Text:
