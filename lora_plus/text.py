@@ -1,4 +1,4 @@
-"""Text for a terminal: rows in aligned columns, and texts of other people without what acts on a terminal."""
+"""Dotted names and near misses; text for a terminal, without what acts on one."""
 
 from __future__ import annotations
 

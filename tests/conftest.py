@@ -7,7 +7,7 @@ import torch
 from cases import CASES, Case
 
 import lora_plus
-from lora_plus.tensors import fused as fused_linear
+from lora_plus.tensors import fused_linear
 
 
 @pytest.fixture(autouse=True, scope="session")

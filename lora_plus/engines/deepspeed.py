@@ -1,4 +1,4 @@
-"""LoRA+ under DeepSpeed: an engine with LoRA+ groups, and guards against configurations that switch them off."""
+"""LoRA+ under DeepSpeed: an engine with LoRA+ groups, and guards for its configuration. `zero` holds the parameters."""
 
 from __future__ import annotations
 

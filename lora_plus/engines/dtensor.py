@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_plus.layers.merged import Key, Merge, Slot, Tensors
+from lora_plus.layers.merge_state import Key, Merge, Slot, Tensors
 from lora_plus.layers.weight import AdaptedWeight
 from lora_plus.model.storage import all_parameters
 from lora_plus.tensors.distributed import distributed_like, is_dtensor, whole

@@ -8,7 +8,7 @@ import lightning as L
 
 from lora_plus.errors import Problems
 
-from .trained_state import name_problems, run_tensors
+from .run_file import name_problems, run_tensors
 
 
 class LoraPlusModule(L.LightningModule):

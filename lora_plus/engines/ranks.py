@@ -12,7 +12,7 @@ from torch import Tensor, distributed, nn
 
 from lora_plus.tensors.distributed import is_dtensor
 from lora_plus.text import some
-from lora_plus.training.checks import CHECKS
+from lora_plus.training.engine_checks import ENGINE_CHECKS
 
 
 class _Engine(NamedTuple):
@@ -115,7 +115,7 @@ def found_on_all_ranks(model: nn.Module, findings: list[str]) -> list[str]:
     return findings
 
 
-CHECKS.append(found_on_all_ranks)
+ENGINE_CHECKS.append(found_on_all_ranks)
 
 
 def told_by_all(group: Any, findings: Sequence[str], tensors: Mapping[str, Tensor]) -> tuple[list[str], list[str]]:

@@ -24,10 +24,10 @@ from lora_plus.model.state import State
 from lora_plus.model.storage import storage_of
 from lora_plus.model.unsaved import unsaved
 from lora_plus.training.groups import LR_RATIO, Roles, loraplus_param_groups
-from lora_plus.training.optimizer import check_optimizer
+from lora_plus.training.optimizer_check import check_optimizer
 from lora_plus.training.schedule import check_lr_ratio
 
-from .trained_state import load_run, save_run
+from .run_file import load_run, save_run
 
 
 @dataclass

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_plus.layers.base import PARAMETER, BaseLayer
+from lora_plus.layers.base_layer import PARAMETER, BaseLayer
 from lora_plus.layers.kinds import DTYPES, kinds_by_name
 from lora_plus.model.places import PLACE_FINDERS
 from lora_plus.model.selection import LAYOUTS

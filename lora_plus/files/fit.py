@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lora_plus.layers.base import PARAMETER, BaseLayer
+from lora_plus.layers.base_layer import PARAMETER, BaseLayer
 from lora_plus.layers.kinds import DTYPES
 from lora_plus.model.places import Place, find_places, overlaps
 from lora_plus.model.selection import LAYOUTS

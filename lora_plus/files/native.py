@@ -26,7 +26,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lora_plus.layers.base import BaseLayer
+from lora_plus.layers.base_layer import BaseLayer
 from lora_plus.tensors.variant import FACTORS, VARIANTS
 from lora_plus.text import join, parents
 from lora_plus.version import __version__

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_plus.layers.base import BaseLayer
+from lora_plus.layers.base_layer import BaseLayer
 from lora_plus.tensors.variant import only_adds
 from lora_plus.text import near_misses
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lora_plus.layers.base import BaseLayer
+from lora_plus.layers.base_layer import BaseLayer
 from lora_plus.tensors.variant import AdapterSpec
 
 SETTINGS = ("r", "alpha", "scaling", "variant", "dropout")

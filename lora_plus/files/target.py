@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable
 
 from torch import Tensor, nn
 
-from lora_plus.layers.base import BaseLayer
+from lora_plus.layers.base_layer import BaseLayer
 from lora_plus.layers.kinds import DTYPES
 from lora_plus.model.places import NamedModule, Place, find_modules, find_parameters, find_places
 from lora_plus.model.tree import named_modules

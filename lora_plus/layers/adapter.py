@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_plus.tensors.matrix import joined_rows
-from lora_plus.tensors.merged import Summand
+from lora_plus.tensors.merged_weight import Summand
 from lora_plus.tensors.variant import SUBTRACTED, VARIANTS, AdapterSpec, adapter_tensor_specs
 
 

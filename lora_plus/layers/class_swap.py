@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from .fused_kernels import check_not_fused, warn_of_quantization
-from .merged import Merge
+from .merge_state import Merge
 
 Module = TypeVar("Module", bound=nn.Module)
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_plus.tensors.fused import Update, can_fuse, fused_linear
+from lora_plus.tensors.fused_linear import Update, can_fuse, fused_linear
 from lora_plus.tensors.variant import only_adds
 
 from .adapter import ActiveAdapter

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from .merged import Slot
+from .merge_state import Slot
 from .site import BaseParameters
 from .weight import AdaptedWeight
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from .owner import OWNERS, READING, LoRAOwner, parameter_holders
+from .parameter_owner import OWNERS, READING, LoRAOwner, parameter_holders
 
 
 class LoRARecurrentOwner(LoRAOwner):

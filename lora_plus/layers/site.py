@@ -1,4 +1,4 @@
-"""The adapters of one matrix: a whole weight, or a block of its rows."""
+"""The adapters of one matrix: a whole weight, or a block of its rows, such as the q of a fused q, k, v."""
 
 from __future__ import annotations
 

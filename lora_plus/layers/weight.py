@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from lora_plus.tensors.matrix import from_matrix, to_matrix
-from lora_plus.tensors.merged import joined
+from lora_plus.tensors.merged_weight import joined
 from lora_plus.tensors.variant import VARIANTS
 
 from .adapter import ActiveAdapter, RowsAdapter, summands
-from .merged import Key, Merge, Slot
+from .merge_state import Key, Merge, Slot
 from .site import AdapterSite, Holders, RowBlock
 
 if TYPE_CHECKING:

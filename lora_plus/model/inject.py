@@ -1,4 +1,4 @@
-"""The module-swapping utility: put adapters into a model, and take them out again."""
+"""Put adapters into a model, by giving its layers other classes in place, and take them out again."""
 
 from __future__ import annotations
 

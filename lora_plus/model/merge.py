@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from lora_plus.errors import Problems
 from lora_plus.layers.adapter import ActiveAdapter, summands
 from lora_plus.layers.layer import LoRALayer
-from lora_plus.layers.merged import Merge, versions
+from lora_plus.layers.merge_state import Merge, versions
 from lora_plus.layers.weight import AdaptedWeight
 from lora_plus.tensors.distributed import is_dtensor
-from lora_plus.tensors.merged import merged_weight
+from lora_plus.tensors.merged_weight import merged_weight
 from lora_plus.text import counted, join, median_and_worst, printable
 
 from .dry_run import left_as_it_was

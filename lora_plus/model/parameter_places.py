@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_plus.layers.base import PARAMETER, BaseLayer
+from lora_plus.layers.base_layer import PARAMETER, BaseLayer
 from lora_plus.layers.kinds import DTYPES, why_no_numbers
 from lora_plus.layers.layer import LoRALayer
-from lora_plus.layers.owner import (
+from lora_plus.layers.parameter import LoRAParameter
+from lora_plus.layers.parameter_owner import (
     OWN_NAMES,
     LoRAOwner,
     adopt_parameter,
@@ -20,7 +21,6 @@ from lora_plus.layers.owner import (
     parameter_holders,
     raw_parameters,
 )
-from lora_plus.layers.parameter import LoRAParameter
 from lora_plus.layers.site import AdapterSite, RowBlock
 from lora_plus.layers.weight import AdaptedWeight
 from lora_plus.tensors.distributed import whole, without_values

@@ -1,4 +1,4 @@
-"""Where adapters can be put in a model: on its layers, and wherever a wing finds a place that is no layer."""
+"""Where adapters can be put in a model: on its layers, and where one of `PLACE_FINDERS` finds another place."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from lora_plus.layers.adapter import Adapter
-from lora_plus.layers.base import BaseLayer
+from lora_plus.layers.base_layer import BaseLayer
 from lora_plus.layers.class_swap import SwappedModule
 from lora_plus.layers.kinds import lora_class, why_unsupported
 from lora_plus.layers.layer import LoRALayer

@@ -45,7 +45,7 @@ class State:
 
 
 class Need(Flag):
-    """What an operation can need of a model; `CHECKS` says what each is."""
+    """What an operation can need of a model; `NEEDS` says what each is."""
 
     UNSHARDED = auto()
     UNWRAPPED = auto()
@@ -90,7 +90,7 @@ def require(
         if name not in names:
             there = f"it has {', '.join(map(repr, names))}" if names else "it has none; call inject_lora first"
             raise KeyError(f"the model has no adapter {name!r}: {there}")
-    for need, (what, faults) in CHECKS.items():
+    for need, (what, faults) in NEEDS.items():
         for fault in faults(state) if need in needs else ():
             raise ValueError(f"{doing} needs {what}: {fault}{instead if need in _OF_ENGINES else ''}")
     if new is not None:
@@ -103,7 +103,7 @@ def require(
     return state
 
 
-CHECKS: dict[Need, tuple[str, Callable[[State], Iterable[str]]]] = {
+NEEDS: dict[Need, tuple[str, Callable[[State], Iterable[str]]]] = {
     Need.UNSHARDED: ("an unsharded model", lambda state: (
         f"this one is sharded by {storage.engine}, which manages just the parameters that it found; do it before the "
         "model is sharded"

@@ -12,7 +12,7 @@ from lora_plus.errors import check_model
 from lora_plus.tensors.distributed import fill, whole
 
 if TYPE_CHECKING:
-    from lora_plus.layers.merged import Merge, Tensors
+    from lora_plus.layers.merge_state import Merge, Tensors
     from lora_plus.layers.weight import AdaptedWeight
 
 Result = TypeVar("Result")

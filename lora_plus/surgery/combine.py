@@ -14,7 +14,7 @@ from lora_plus.files.checks import row_problems
 from lora_plus.files.save import describe
 from lora_plus.files.saved_adapter import SavedAdapter, SavedLayer
 from lora_plus.layers.adapter import check_adapter_name
-from lora_plus.layers.base import BaseLayer
+from lora_plus.layers.base_layer import BaseLayer
 from lora_plus.model.inject import attach
 from lora_plus.model.places import adapted_places
 from lora_plus.model.state import Need, require

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lora_plus.errors import Problems
 from lora_plus.files.saved_adapter import SavedLayer
-from lora_plus.layers.base import BaseLayer
+from lora_plus.layers.base_layer import BaseLayer
 from lora_plus.tensors.distributed import is_dtensor
 from lora_plus.tensors.low_rank import Factors
 from lora_plus.tensors.matrix import full_precision

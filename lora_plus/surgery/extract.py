@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_plus.layers.adapter import check_adapter_name
-from lora_plus.layers.base import BaseLayer
+from lora_plus.layers.base_layer import BaseLayer
 from lora_plus.layers.kinds import why_no_numbers
 from lora_plus.model.inject import attach, check_selection
 from lora_plus.model.patterns import Pattern

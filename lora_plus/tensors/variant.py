@@ -1,4 +1,4 @@
-"""How the low-rank term joins the layer: the scaling rules and the variants, one table entry each."""
+"""How the update joins the layer: the scaling rules (alpha / r, alpha / sqrt(r)) and the variants, a table of each."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from .groups import convert_lr as convert_lr
 from .groups import create_loraplus_optimizer as create_loraplus_optimizer
 from .groups import loraplus_param_groups as loraplus_param_groups
 from .layerwise import split_loraplus_groups as split_loraplus_groups
-from .optimizer import check_optimizer as check_optimizer
+from .optimizer_check import check_optimizer as check_optimizer
 from .plots import plot_gauge as plot_gauge
 from .plots import plot_sweep as plot_sweep
 from .rebind import rebind_optimizer as rebind_optimizer

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 import lora_plus as lp
 from lora_plus.files import adapter_state_dict
-from lora_plus.tensors import fused as fused_linear
+from lora_plus.tensors import fused_linear
 from lora_plus.training import fold_lr_ratio, reset_lora_parameters
 
 with warnings.catch_warnings():

@@ -22,7 +22,7 @@ import lora_plus as lp
 from lora_plus.files import adapter_state_dict
 from lora_plus.layers import linear
 from lora_plus.model.tree import adapters_of
-from lora_plus.tensors import fused as fused_linear
+from lora_plus.tensors import fused_linear
 from lora_plus.training import check_lr_ratio
 
 STEPS = 5

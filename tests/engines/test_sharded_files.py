@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import lora_plus as lp
-from lora_plus.engines import trained_state
+from lora_plus.engines import run_file as trained_state
 from lora_plus.files import adapter_state_dict
 from lora_plus.files.formats import FORMATS
 from lora_plus.model import adapter_names

@@ -42,7 +42,7 @@ from torch.nn.utils.parametrizations import weight_norm
 
 import lora_plus as lp
 from lora_plus.engines.tensor_parallel import ColwiseLoRA, RowwiseLoRA
-from lora_plus.tensors import fused as fused_linear
+from lora_plus.tensors import fused_linear
 from lora_plus.tensors.variant import VARIANTS
 
 STEPS = 4

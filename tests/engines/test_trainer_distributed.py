@@ -14,7 +14,7 @@ from torch import Tensor
 from trainer_model import BEST, SAVED, STEPS, STOCK, llama, lora_llama, randomised, trainer
 
 import lora_plus as lp
-from lora_plus.engines.trained_state import load_run, run_tensors
+from lora_plus.engines.run_file import load_run, run_tensors
 from lora_plus.files import adapter_state_dict
 from lora_plus.model.storage import storage_of
 

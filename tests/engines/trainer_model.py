@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import lora_plus as lp
-from lora_plus.engines.trained_state import run_tensors
+from lora_plus.engines.run_file import run_tensors
 from lora_plus.model.tree import adapters_of
 
 transformers = pytest.importorskip("transformers")

@@ -22,7 +22,7 @@ from lora_plus.files.formats import Contents
 from lora_plus.files.outline import outline_of, readers_in
 from lora_plus.files.peft.folder import CONFIG, WEIGHTS
 from lora_plus.files.peft.folder import read as read_folder
-from lora_plus.files.peft.patterns import LONGEST, Patterns
+from lora_plus.files.peft.pattern_keys import LONGEST, Patterns
 from lora_plus.files.target import ModelTarget, Target
 
 NAMES = [

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import lora_plus
 from lora_plus import inject_lora
 from lora_plus.files import adapter_state_dict
-from lora_plus.model.state import CHECKS, Need, require
+from lora_plus.model.state import NEEDS, Need, require
 from lora_plus.model.storage import FINDERS, Storage
 from lora_plus.training import reset_lora_parameters
 
@@ -105,7 +105,7 @@ def test_what_an_engine_cannot_do_is_said_in_one_form(limit: str) -> None:
     FINDERS.append(lambda each: storage if each is model else None)
     try:
         with pytest.raises(
-            ValueError, match=f"^trying needs {CHECKS[LIMITS[limit]][0]}: .*Limited.*; do it before .*, or not$"
+            ValueError, match=f"^trying needs {NEEDS[LIMITS[limit]][0]}: .*Limited.*; do it before .*, or not$"
         ):
             require(model, "trying", LIMITS[limit], instead=", or not")
         require(model, "trying", ~LIMITS[limit] & ~Need.ADAPTED)
@@ -114,4 +114,4 @@ def test_what_an_engine_cannot_do_is_said_in_one_form(limit: str) -> None:
 
 
 def test_every_need_is_in_the_table() -> None:
-    assert set(CHECKS) == {need for need in Need if bin(need.value).count("1") == 1}
+    assert set(NEEDS) == {need for need in Need if bin(need.value).count("1") == 1}

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import lora_plus
 from lora_plus.files.save import describe
 from lora_plus.files.saved_adapter import SavedAdapter, SavedLayer
-from lora_plus.layers.base import BaseLayer
+from lora_plus.layers.base_layer import BaseLayer
 from lora_plus.model.state import State
 from lora_plus.surgery.measures import diff_saved, measure
 from lora_plus.tensors.low_rank import singular_values

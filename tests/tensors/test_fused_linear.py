@@ -24,8 +24,8 @@ from torch.utils.checkpoint import checkpoint
 
 import lora_plus
 from lora_plus import inject_lora
-from lora_plus.tensors import fused as fused
-from lora_plus.tensors.fused import Update, fused_linear
+from lora_plus.tensors import fused_linear as fused
+from lora_plus.tensors.fused_linear import Update, fused_linear
 
 IN, OUT, R = 6, 5, 2
 

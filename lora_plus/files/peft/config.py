@@ -10,7 +10,7 @@ from typing import Any
 from lora_plus.errors import shortened, warn_user
 from lora_plus.text import printable
 
-from .patterns import Patterns
+from .pattern_keys import Patterns
 
 CONFIG = "adapter_config.json"
 

@@ -1,8 +1,9 @@
-"""PEFT's checkpoint format: ``adapter_config.json`` and ``adapter_model.safetensors`` in one folder.
+"""What is in PEFT's ``adapter_config.json`` and ``adapter_model.safetensors``, from an adapter and back to one.
 
-Written and read as peft 0.21 does. Of the config, only what decides the result is written; module names are written in
-full, and pattern keys are anchored, so that nothing depends on their order. PEFT adapts whole linear layers, embeddings
-and convolutions, attention modules as one, and parameters, the latter while the module that has them is called.
+As peft 0.21 has it; `files.save` and `files.read` do the writing and reading. Of the config, only what decides the
+result is written; module names are written in full, and pattern keys are anchored, so that nothing depends on their
+order. PEFT adapts whole linear layers, embeddings and convolutions, attention modules as one, and parameters, the
+latter while the module that has them is called.
 """
 
 from __future__ import annotations

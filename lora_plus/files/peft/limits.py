@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 from lora_plus.files.outline import Outline
 from lora_plus.files.saved_adapter import SavedAdapter, SavedLayer
-from lora_plus.layers.base import PARAMETER, BaseLayer
+from lora_plus.layers.base_layer import PARAMETER, BaseLayer
 from lora_plus.tensors.variant import only_adds
 from lora_plus.text import endings, parents
 
 from .config import fan_in_fan_out
-from .patterns import expression
+from .pattern_keys import expression
 from .tensors import ATTENTION, stack_problem
 
 

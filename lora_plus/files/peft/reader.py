@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lora_plus.errors import Problems, shortened, warn_user
 from lora_plus.files.saved_adapter import SavedAdapter, SavedLayer, checked_spec
-from lora_plus.layers.base import BaseLayer
+from lora_plus.layers.base_layer import BaseLayer
 from lora_plus.text import endings, parents, some
 
 from .config import USER_FIELDS, fan_in_fan_out, settings_of

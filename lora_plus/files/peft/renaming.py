@@ -16,7 +16,7 @@ from torch import Tensor
 from lora_plus.files.outline import Outline, readers_in
 from lora_plus.files.rename import Renaming
 from lora_plus.files.target import Target
-from lora_plus.layers.base import BaseLayer
+from lora_plus.layers.base_layer import BaseLayer
 from lora_plus.text import join, parents
 
 from .names import PREFIX, split_key

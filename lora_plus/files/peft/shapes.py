@@ -10,7 +10,7 @@ from torch import Tensor
 from lora_plus.errors import warn_user
 from lora_plus.files.outline import Outline
 from lora_plus.files.target import Target
-from lora_plus.layers.base import BaseLayer
+from lora_plus.layers.base_layer import BaseLayer
 from lora_plus.layers.kinds import kinds_by_name
 from lora_plus.tensors.matrix import matrix_shape
 from lora_plus.text import parents

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora_plus.files.saved_adapter import SavedLayer, most_common
-from lora_plus.layers.base import BaseLayer
+from lora_plus.layers.base_layer import BaseLayer
 from lora_plus.tensors.matrix import accumulation_dtype, joined_rows, matrix_shape
 from lora_plus.tensors.variant import AdapterSpec
 

@@ -14,7 +14,7 @@ from lora_plus.files.paths import PathLike, stated
 from lora_plus.files.save import FormatName, write_adapter
 from lora_plus.files.saved_adapter import SavedAdapter
 from lora_plus.files.tensor_file import DTYPES as STORED
-from lora_plus.layers.base import BaseLayer
+from lora_plus.layers.base_layer import BaseLayer
 from lora_plus.layers.kinds import DTYPES, kinds_by_name
 from lora_plus.model.patterns import as_patterns, matcher
 from lora_plus.surgery.draft import CombineReport, Draft

@@ -25,7 +25,7 @@ from lora_plus.files.tensor_file import StoredTensor, TensorFile
 from lora_plus.files.tensor_writer import write_stream
 from lora_plus.layers.kinds import DTYPES
 from lora_plus.model.merge import MergeReport
-from lora_plus.tensors.merged import as_finite_as, merged_weight
+from lora_plus.tensors.merged_weight import as_finite_as, merged_weight
 from lora_plus.text import counted, printable
 
 from .folder import Checkpoint, appearing, copy_file, side_files

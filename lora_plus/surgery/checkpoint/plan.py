@@ -16,11 +16,11 @@ from lora_plus.files.saved_adapter import SavedLayer
 from lora_plus.files.target import Target
 from lora_plus.files.tensor_file import DTYPES as STORED
 from lora_plus.files.tensor_file import StoredTensor, equal_in_dtype, read, read_all
-from lora_plus.layers.base import BaseLayer
+from lora_plus.layers.base_layer import BaseLayer
 from lora_plus.layers.kinds import DTYPES
 from lora_plus.model.places import rows_overlap
 from lora_plus.tensors.matrix import joined_rows, matrix_shape
-from lora_plus.tensors.merged import Summand
+from lora_plus.tensors.merged_weight import Summand
 from lora_plus.tensors.variant import VARIANTS
 from lora_plus.text import join, near_misses
 

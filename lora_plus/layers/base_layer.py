@@ -1,4 +1,4 @@
-"""What a file needs to know of an adapted weight."""
+"""`BaseLayer`: what a file says of the weight that an adapter belongs to."""
 
 from __future__ import annotations
 

@@ -4,5 +4,5 @@ from collections.abc import Callable
 
 from torch import nn
 
-CHECKS: list[Callable[[nn.Module, list[str]], list[str]]] = []
+ENGINE_CHECKS: list[Callable[[nn.Module, list[str]], list[str]]] = []
 """From a model and what was found wrong with its training to all that is wrong, on this rank or on any."""

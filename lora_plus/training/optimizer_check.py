@@ -17,7 +17,7 @@ from lora_plus.model.state import State
 from lora_plus.model.unsaved import Unsaved, unsaved
 from lora_plus.text import some
 
-from .checks import CHECKS
+from .engine_checks import ENGINE_CHECKS
 from .groups import LR_RATIO, Roles, group_names, kinds_of_roles, known_roles
 from .schedule import TOLERANCE
 
@@ -69,7 +69,7 @@ def check_optimizer(
         check_number("lr_ratio", lr_ratio, tensor=True)
     training = _Training.of(model, [group for each in optimizers for group in each.param_groups], lr_ratio, roles)
     findings = [finding for check in _CHECKS for finding in check(training)]
-    for add in CHECKS:
+    for add in ENGINE_CHECKS:
         findings = add(model, findings)
     if findings:
         raise Problems("training would not do what the optimizer is set up for", findings)

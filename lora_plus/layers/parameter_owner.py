@@ -1,4 +1,4 @@
-"""LoRA on weights that somebody else reads: the parameter's attribute gives the weight with the adapters in it.
+"""Modules whose parameters have adapters (attention, LSTM, experts): the attribute gives W + s B A to whoever reads it.
 
 ``nn.MultiheadAttention`` hands ``in_proj_weight`` to a function, an ``nn.LSTM`` hands its weights to a kernel, stacked
 experts are bare parameters. There is no layer to call, so the update is a dense matrix, made anew whenever the
