@@ -83,6 +83,7 @@ class MergeInShards(Merge):
 
     own: Tensor
     bound: Tensor
+    """The values that the parameter does not show: the base's, as long as the merged ones are shown."""
     parameters: dict[Key, Tensor]
     """The adapters' parameters: in a forward others are in their place, with counters of their own."""
 
