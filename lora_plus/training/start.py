@@ -99,7 +99,8 @@ def init_from_gradients(
     """
     if replica_group(model) is not None:
         raise ValueError(
-            "the model is wrapped for several processes, whose batches differ; start the adapter from gradients before"
+            "the model is wrapped for several processes, whose batches differ; "
+            "start the adapter from gradients before the model is wrapped"
         )
     model = unwrap(model)
     require(model, "starting an adapter from gradients", Need.WHOLE | Need.CHANGEABLE, adapters=[adapter])
