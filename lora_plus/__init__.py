@@ -88,7 +88,7 @@ class _Package(ModuleType):
             import_module(f"{self.__name__}.engines")  # they enter themselves in its tables
 
     def __dir__(self) -> list[str]:
-        return sorted({*vars(self), *__all__, *_ROOMS})
+        return sorted([*__all__, *_ROOMS])
 
 
 sys.modules[__name__].__class__ = _Package

@@ -152,6 +152,16 @@ def test_importing_the_library_takes_at_most_50_milliseconds(tmp_path: Path) -> 
     assert min(times) <= 0.05
 
 
+def test_a_name_imports_the_rooms_that_it_needs_only() -> None:
+    code = (
+        "import sys\n"
+        "from lora_plus import inject_lora\n"
+        "print(sorted({'lora_plus.files', 'lora_plus.surgery', 'lora_plus.cli'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
 def test_the_command_lines_help_does_not_import_torch() -> None:
     code = (
         "import sys\n"

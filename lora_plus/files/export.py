@@ -20,7 +20,7 @@ from lora_plus.text import join
 from .formats import FORMATS, Inexpressible
 from .paths import PathLike, stated
 from .portable import portable, rank
-from .programs import READERS, program_problems
+from .programs import PROGRAMS, program_problems
 from .save import describe, not_finite, write_files
 from .saved_adapter import SavedAdapter
 from .target import ModelTarget
@@ -33,7 +33,7 @@ class ExportReport:
     r: int
     """The rank of all layers, which is alpha too."""
     options: str
-    """The command-line options that the reader needs; empty if it needs none."""
+    """The command-line options that the program needs; empty if it needs none."""
 
     def __str__(self) -> str:
         return f"rank {self.r} and alpha {self.r} on all layers" + (f"\nopen with {self.options}" * bool(self.options))
@@ -64,28 +64,28 @@ def export_adapter(
     Args:
         model: the model that holds the adapter.
         path: the folder; missing folders are made.
-        for_: the reader.
+        for_: the program.
         adapter: the adapter's name.
         dtype: of A, B and the magnitudes, rounded after the scale has been multiplied in; None for float32, or float64
             where the adapter is. Modules trained in full keep theirs.
         base_model: name or folder of the base model, for the config.
 
     Returns:
-        A report: the rank, and the options that the reader needs.
+        A report: the rank, and the options that the program needs.
 
     Raises:
         KeyError: if the model holds no adapter of this name.
-        ValueError: one error with everything that the reader cannot express, or that is not finite, or what is
+        ValueError: one error with everything that the program cannot express, or that is not finite, or what is
             trainable and must not be (`save_adapter`). Nothing is written then.
     """
-    if for_ not in READERS:
-        raise ValueError(f"unknown reader {for_!r}; choose one of {sorted(READERS)}")
+    if for_ not in PROGRAMS:
+        raise ValueError(f"unknown program {for_!r}; choose one of {sorted(PROGRAMS)}")
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {DTYPES} or None, got {dtype!r}")
     state = require(model, "exporting an adapter", Need.TRAINED, adapters=[adapter])
     check_saved(state, adapter, f"adapter {adapter!r} was not exported")
     real = Path(os.path.realpath(stated(path)))
-    reader = READERS[for_]
+    program = PROGRAMS[for_]
     whole = describe(state, adapter, {} if base_model is None else {"base_model_name_or_path": base_model})
     data = portable(whole, dtype)
 
@@ -93,8 +93,8 @@ def export_adapter(
         problems = not_finite(whole, model)
         if not problems:
             problems += [f"{line} with its scale in B; choose a wider dtype" for line in not_finite(data, model)]
-        problems += program_problems(reader, data, _tied(model, data))
-        head = f"adapter {adapter!r} was not exported for {reader.name}; merge_and_unload gives a plain model instead"
+        problems += program_problems(program, data, _tied(model, data))
+        head = f"adapter {adapter!r} was not exported for {program.name}; merge_and_unload gives a plain model instead"
         broken = len(problems)
         files = FORMATS["peft"].write(data, ModelTarget(model), problems)
         if problems:
@@ -104,8 +104,8 @@ def export_adapter(
     if not is_spare_replica(model):
         state.storage.on_one_rank(write)
     r = rank(data)
-    largest = next((each for each in reader.ranks if each >= r), r)
-    return ExportReport(r, reader.options.format(rank=largest))
+    largest = next((each for each in program.ranks if each >= r), r)
+    return ExportReport(r, program.options.format(rank=largest))
 
 
 def _tied(model: nn.Module, data: SavedAdapter) -> dict[str, str]:

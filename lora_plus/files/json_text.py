@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from .paths import open_regular, state_of
+from .paths import file_state, open_regular
 
 LONGEST = 100_000_000
 """Bytes of a text, as safetensors allows a header."""
@@ -40,7 +40,7 @@ def read_text(path: Path) -> str:
         OSError, UnicodeDecodeError: if it cannot be read, or is longer than any that is meant.
     """
     with open_regular(path) as file:
-        size = state_of(file.fileno()).size
+        size = file_state(file.fileno()).size
         if size > LONGEST:
             raise OSError(f"{str(path)!r} has {size:,} bytes, expected at most {LONGEST:,}")
         return file.read(LONGEST).decode("utf-8")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 
-class State(NamedTuple):
+class FileState(NamedTuple):
     """What changes when a file is replaced or written to."""
 
     device: int
@@ -19,14 +19,14 @@ class State(NamedTuple):
     changed: int
 
 
-def state_of(file: Path | int) -> State:
+def file_state(file: Path | int) -> FileState:
     """The state of a file.
 
     Args:
         file: its path, or a descriptor of it.
     """
     found = os.stat(file)
-    return State(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+    return FileState(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
 
 
 def irregular(path: Path) -> str | None:

@@ -16,7 +16,7 @@ from .saved_adapter import SavedAdapter
 
 
 @dataclass(frozen=True)
-class Reader:
+class Program:
     """What a program takes of PEFT's format; by default all of it."""
 
     name: str
@@ -34,9 +34,9 @@ class Reader:
     """Whether one of two layers with the same weight can have an adapter of its own."""
 
 
-READERS = {
-    "peft": Reader("PEFT"),
-    "vllm": Reader(
+PROGRAMS = {
+    "peft": Program("PEFT"),
+    "vllm": Program(
         "vLLM",
         kinds=("Linear", "TransposedLinear", "Embedding"),
         plain=True,
@@ -44,26 +44,26 @@ READERS = {
         options="--enable-lora --max-lora-rank {rank}",
     ),
     # it transposes A and B together with the weight of a TransposedLinear, but PEFT's are those of (out, in) already
-    "llama.cpp": Reader("llama.cpp", kinds=("Linear", "Embedding"), plain=True, needs_base=True, unties=False),
+    "llama.cpp": Program("llama.cpp", kinds=("Linear", "Embedding"), plain=True, needs_base=True, unties=False),
 }
 
 
-def program_problems(reader: Reader, adapter: SavedAdapter, tied: Mapping[str, str]) -> Iterator[str]:
-    """Why a reader does not take a portable adapter, beyond what PEFT's format cannot express.
+def program_problems(program: Program, adapter: SavedAdapter, tied: Mapping[str, str]) -> Iterator[str]:
+    """Why a program does not take a portable adapter, beyond what PEFT's format cannot express.
 
     ``tied`` has another name of a layer's weight by the layer's name.
     """
     for name, layer in adapter.layers.items():
-        if reader.kinds and layer.base.kind not in reader.kinds:
-            yield f"{name!r}: {reader.name} takes adapters of {', '.join(reader.kinds)}, not of {layer.base.kind}"
-        if not reader.unties and name in tied:
-            yield f"{name!r}: its weight is also {tied[name]!r}, and {reader.name} has one tensor for both"
-    if reader.plain:
+        if program.kinds and layer.base.kind not in program.kinds:
+            yield f"{name!r}: {program.name} takes adapters of {', '.join(program.kinds)}, not of {layer.base.kind}"
+        if not program.unties and name in tied:
+            yield f"{name!r}: its weight is also {tied[name]!r}, and {program.name} has one tensor for both"
+    if program.plain:
         variants = sorted({layer.spec.variant for layer in adapter.layers.values()} - {"lora"})
-        yield from (f"{reader.name} has no {variant}, which layers of the adapter are" for variant in variants)
-        yield from (f"train_also {path!r}: {reader.name} takes no modules trained in full" for path in adapter.trained)
+        yield from (f"{program.name} has no {variant}, which layers of the adapter are" for variant in variants)
+        yield from (f"train_also {path!r}: {program.name} takes no modules trained in full" for path in adapter.trained)
     r = rank(adapter)
-    if reader.ranks and r > reader.ranks[-1]:
-        yield f"its rank is {r}, and {reader.name} takes {reader.ranks[-1]} at most; see resize_adapter"
-    if reader.needs_base and not adapter.metadata.get("base_model_name_or_path"):
-        yield f"{reader.name} looks up the config of the base model; give its name or folder as base_model"
+    if program.ranks and r > program.ranks[-1]:
+        yield f"its rank is {r}, and {program.name} takes {program.ranks[-1]} at most; see resize_adapter"
+    if program.needs_base and not adapter.metadata.get("base_model_name_or_path"):
+        yield f"{program.name} looks up the config of the base model; give its name or folder as base_model"

@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_map
 
 from .json_text import LONGEST as LONGEST_HEADER
 from .json_text import parsed
-from .paths import open_regular, state_of
+from .paths import file_state, open_regular
 
 _ELEMENTS = {
     "BOOL": (8, "bool"), "F4": (4, ""), "F6_E2M3": (6, ""), "F6_E3M2": (6, ""), "U8": (8, "uint8"), "I8": (8, "int8"),
@@ -90,7 +90,7 @@ class TensorFile:
         self.path = path
         raw = open_regular(path)
         weakref.finalize(self, raw.close)
-        self._state = state_of(raw.fileno())
+        self._state = file_state(raw.fileno())
         try:
             self.tensors, self.metadata = _described(raw, self._state.size)
         except ValueError:
@@ -107,7 +107,7 @@ class TensorFile:
         Raises:
             Changed: it names the file.
         """
-        if state_of(self.path if descriptor is None else descriptor) != self._state:
+        if file_state(self.path if descriptor is None else descriptor) != self._state:
             raise Changed(f"{str(self.path)!r} was replaced or written to while it was read; start again")
 
     @contextmanager

@@ -55,7 +55,7 @@ def shown(pattern: Pattern) -> str:
 Thing = TypeVar("Thing")
 
 
-class Names(Generic[Thing]):
+class NameIndex(Generic[Thing]):
     """Things of a model that patterns can match, each with all its names and the modules that belong to these."""
 
     def __init__(self, named: Iterable[tuple[Thing, Sequence[tuple[str, nn.Module]]]]) -> None:

@@ -18,7 +18,7 @@ from lora_plus.tensors.matrix import matrix_shape
 from lora_plus.tensors.variant import AdapterSpec
 from lora_plus.text import join, near_misses
 
-from .patterns import Names, Pattern, as_patterns, matcher, shown
+from .patterns import NameIndex, Pattern, as_patterns, matcher, shown
 from .places import PLACE_FINDERS, NamedModule, Place, Rows, find_modules, find_parameters, find_places, overlaps
 
 ALL_LINEAR = "all-linear"
@@ -101,7 +101,7 @@ class Selection:
         self._targets = targets
         self._problems: list[str] = []
         self._found = find_modules(named)
-        self._modules = Names((it, [(name, it.module) for name in it.names]) for it in self._found.values())
+        self._modules = NameIndex((it, [(name, it.module) for name in it.names]) for it in self._found.values())
         self._places = _named(find_places(self._found, self._fused() if targets.fused else {}))
         self._has_parameters = False
         trained = (it for pattern in targets.train_also for it in self._modules_of("train_also", pattern))
@@ -131,7 +131,7 @@ class Selection:
         self.places = list(zip(places, specs, strict=True))
 
     @functools.cached_property
-    def _parameters(self) -> Names[Place]:
+    def _parameters(self) -> NameIndex[Place]:
         """The parameters that are no places yet, found when a pattern first asks for them."""
         self._has_parameters = True
         known = {place.weight_key for place in self._places.things}
@@ -242,7 +242,7 @@ class Selection:
 
     # ---- problems ----------------------------------------------------------------------------------------------
 
-    def _nothing(self, setting: str, pattern: Pattern, what: str, named: Names[Any]) -> list[Any]:
+    def _nothing(self, setting: str, pattern: Pattern, what: str, named: NameIndex[Any]) -> list[Any]:
         """No hits, which is a problem."""
         hint = near_misses(pattern, [name for _, names in named.named for name, _ in names])
         self._problems.append(f"{setting} {shown(pattern)} matches no {what}{hint}{self._hidden()}")
@@ -260,8 +260,8 @@ class Selection:
         return ""
 
 
-def _named(places: Iterable[Place]) -> Names[Place]:
-    return Names((place, (*place.names, *place.aliases)) for place in places)
+def _named(places: Iterable[Place]) -> NameIndex[Place]:
+    return NameIndex((place, (*place.names, *place.aliases)) for place in places)
 
 
 def _rows(module: nn.Module, sizes: Sequence[str] | Mapping[str, int]) -> dict[str, Rows] | str:

@@ -23,7 +23,7 @@ from lora_plus.tensors.random_state import draws
 from lora_plus.tensors.variant import VARIANTS, only_adds
 
 from .draft import CombineReport, Draft, unusable
-from .methods import METHODS, Method, Options, Update
+from .methods import METHODS, Method, Options, WeightedUpdate
 
 
 @draws
@@ -107,6 +107,8 @@ def combine_saved(
     Raises:
         TypeError, ValueError: as `combine_adapters`, and naming each layer that differs from adapter to adapter.
     """
+    if not isinstance(adapters, Mapping):
+        raise TypeError(f"adapters must map names to saved adapters, got a {type(adapters).__name__}")
     chosen = _chosen(method, {"r": r, "density": density, "generator": generator})
     factors = _factors(list(adapters), weights)
     draft = Draft(f"adapters {list(factors)} cannot be combined")
@@ -136,7 +138,7 @@ def _combine(
         factors = {name: layer.factors() for name, layer in layers.items()}
         dtype = accumulation_dtype(*(factor.dtype for pair in factors.values() for factor in pair))
         updates = [
-            Update(A.to(dtype), B.to(dtype), weights[name] * layers[name].spec.scale)
+            WeightedUpdate(A.to(dtype), B.to(dtype), weights[name] * layers[name].spec.scale)
             for name, (A, B) in factors.items()
         ]
         fit = draft.fit(place, partial(method.combine, updates, options), updates[0].A.device)

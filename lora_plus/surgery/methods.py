@@ -12,7 +12,7 @@ from lora_plus.tensors.init import uniform
 from lora_plus.tensors.low_rank import Factors, truncated, truncated_product
 
 
-class Update(NamedTuple):
+class WeightedUpdate(NamedTuple):
     """One adapter's update of one place, ``factor * B A``; the factor is its scale and its weight."""
 
     A: Tensor
@@ -28,12 +28,12 @@ class Options(NamedTuple):
     generator: torch.Generator | None = None
 
 
-def _sum(updates: Sequence[Update], options: Options) -> Factors:
+def _sum(updates: Sequence[WeightedUpdate], options: Options) -> Factors:
     A = torch.cat([update.A for update in updates], dim=-2)
     return Factors(A, torch.cat([update.factor * update.B for update in updates], dim=-1), 0.0)
 
 
-def _svd(updates: Sequence[Update], options: Options) -> Factors:
+def _svd(updates: Sequence[WeightedUpdate], options: Options) -> Factors:
     A, B, _ = _sum(updates, options)
     return truncated_product(A, B, options.r)
 
@@ -64,14 +64,14 @@ def _elected(updates: Sequence[Tensor]) -> Tensor:
     return total / _added([agrees.to(total.dtype) for agrees in agreeing]).clamp(min=1)
 
 
-Combine = Callable[[Sequence[Update], Options], Factors]
+Combine = Callable[[Sequence[WeightedUpdate], Options], Factors]
 """From the updates of one place, of those adapters that have one, to the combined one."""
 
 
 def _dense(thin: Callable[[Tensor, Options], Tensor], join_up: Callable[[Sequence[Tensor]], Tensor]) -> Combine:
     """A method on the matrices themselves: each made sparse, joined, and cut to rank r."""
 
-    def combine(updates: Sequence[Update], options: Options) -> Factors:
+    def combine(updates: Sequence[WeightedUpdate], options: Options) -> Factors:
         return truncated(join_up([thin((factor * B) @ A, options) for A, B, factor in updates]), options.r)
 
     return combine

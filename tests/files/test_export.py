@@ -241,7 +241,7 @@ def test_arguments_are_checked(tmp_path: Path) -> None:
     model = inject_lora(linear(), ["0"])
     with pytest.raises(ValueError) as error:
         export_adapter(model, tmp_path / "a", for_="gguf")
-    assert str(error.value) == "unknown reader 'gguf'; choose one of ['llama.cpp', 'peft', 'vllm']"
+    assert str(error.value) == "unknown program 'gguf'; choose one of ['llama.cpp', 'peft', 'vllm']"
     with pytest.raises(ValueError, match=re.escape("dtype must be one of (torch.float32, ")):
         export_adapter(model, tmp_path / "a", dtype=torch.int8)
     with pytest.raises(KeyError, match="no adapter 'other'"):

@@ -309,3 +309,9 @@ def test_attention_beside_a_transposed_layer_cannot_be_written_for_peft_without_
     path = saved(inject_lora(model, ["attn.q", "proj"]), tmp_path / "a.safetensors")
     with pytest.raises(ValueError, match=r"\['attn'\]: PEFT may transpose out_proj, by the order of the layers"):
         write_adapter(read_adapter(path), tmp_path / "peft")
+
+
+def test_saved_adapters_without_names_are_refused(tmp_path: Path) -> None:
+    lora_plus.save_adapter(adapted_net(), tmp_path / "a.safetensors")
+    with pytest.raises(TypeError, match="adapters must map names to saved adapters, got a list"):
+        combine_saved([read_adapter(tmp_path / "a.safetensors")])  # type: ignore[arg-type]

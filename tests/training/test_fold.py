@@ -53,6 +53,18 @@ def test_a_fold_by_a_power_of_two_changes_no_bit(foldable: Case, rule: str, fact
     )
 
 
+@pytest.mark.parametrize("init", ["pissa", "milora", "olora"])
+def test_what_is_taken_out_of_the_update_is_folded_with_it(init: str) -> None:
+    model = nn.Sequential(nn.Linear(6, 5)).double()
+    lora_plus.inject_lora(model, ["0"], r=2, init=init, dtype=torch.float64)  # type: ignore[arg-type]
+    x = torch.randn(3, 6, dtype=torch.float64)
+    with torch.no_grad():
+        model[0].lora_B["default"].add_(0.3)
+    before = model(x)
+    fold_lr_ratio(model, 16)
+    assert torch.equal(model(x), before)
+
+
 @pytest.mark.parametrize("ratio", [0.3, 3.0, 10.0])
 def test_any_other_fold_is_the_same_up_to_rounding(foldable: Case, ratio: float) -> None:
     plain, folded = foldable.adapted(), foldable.adapted()
