@@ -106,6 +106,14 @@ def settings_problem(layer: SavedLayer) -> str | None:
     return None if base.rows is None else whole_only(spec.variant)
 
 
+def unlike_dropout(*rows: tuple[str, float]) -> Iterator[str]:
+    """What is wrong with the dropout of two blocks of a weight's rows, by name; they have one input between them."""
+    (name, one), (other, another) = rows
+    if one != another:
+        told = f"dropout {one} and {another}"
+        yield f"{name!r} and {other!r} are rows of one weight with {told}; write the same for both"
+
+
 def row_problems(adapter: SavedAdapter) -> Iterator[str]:
     """Layers that have the same rows of one weight, or one input and different dropout."""
     blocks: dict[str, list[tuple[tuple[int, float], str]]] = {}
@@ -116,9 +124,8 @@ def row_problems(adapter: SavedAdapter) -> Iterator[str]:
             first, second = (adapter.layers[each] for each in (name, other))
             if start < stop:
                 yield f"{name!r} and {other!r} overlap"
-            elif first.base.kind != PARAMETER and first.spec.dropout != second.spec.dropout:
-                told = f"dropout {first.spec.dropout} and {second.spec.dropout}"
-                yield f"{name!r} and {other!r} are rows of one weight with {told}; write the same for both"
+            elif first.base.kind != PARAMETER:
+                yield from unlike_dropout((name, first.spec.dropout), (other, second.spec.dropout))
 
 
 def adapter_problems(adapter: SavedAdapter) -> Iterator[str]:

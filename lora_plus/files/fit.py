@@ -13,7 +13,7 @@ from lora_plus.model.places import Place, find_places, overlaps
 from lora_plus.model.selection import LAYOUTS
 from lora_plus.text import join, near_misses
 
-from .checks import base_problem, is_finite, shape_problems, value_problems
+from .checks import base_problem, is_finite, shape_problems, unlike_dropout, value_problems
 from .saved_adapter import SavedAdapter, SavedLayer
 from .target import ModelTarget
 from .tensor_file import read_all
@@ -32,11 +32,8 @@ def choose_places(data: SavedAdapter, target: ModelTarget, problems: list[str]) 
             missing.append(name)
             continue
         chosen[name], own = place, lines.setdefault(name, [])
-        dropout = layer.spec.dropout
-        other, theirs = rows.setdefault(id(place.owner), (name, dropout))
-        if place.called and dropout != theirs:  # they have one input between them
-            told = f"dropout {theirs} and {dropout}"
-            unlike.append(f"{other!r} and {name!r} are rows of one weight with {told}; write the same for both")
+        dropout = name, layer.spec.dropout
+        unlike += unlike_dropout(rows.setdefault(id(place.owner), dropout), dropout) if place.called else ()
         reason = place.refusal()
         if reason is not None:
             own.append(f"{name!r} cannot be adapted: it is {reason}")
