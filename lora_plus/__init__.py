@@ -36,7 +36,7 @@ if TYPE_CHECKING:
         unmerge_lora,
     )
     from .surgery import merge_checkpoint
-    from .training import check_optimizer, create_loraplus_optimizer, loraplus_param_groups
+    from .training import check_optimizer, create_loraplus_optimizer, loraplus_param_groups, transfer_lr
 
 __all__ = [
     "LoRALinear",
@@ -61,6 +61,7 @@ __all__ = [
     "rename_adapter",
     "save_adapter",
     "set_adapter",
+    "transfer_lr",
     "unmerge_lora",
 ]
 

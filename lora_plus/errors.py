@@ -124,7 +124,7 @@ def check_makes_optimizers(optimizer_cls: Any, function: Callable[..., Any], key
         return
     if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
         who = f"{function.__name__} and {getattr(optimizer_cls, '__name__', own)}"
-        _check(who, keywords, {*parameters, *inspect.signature(function).parameters})
+        check_keywords(who, keywords, {*parameters, *inspect.signature(function).parameters})
 
 
 def named_keywords(function: Callable[P, R]) -> Callable[P, R]:
@@ -133,13 +133,14 @@ def named_keywords(function: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(function)
     def checked(*args: P.args, **kwargs: P.kwargs) -> R:
-        _check(function.__name__, kwargs, known)
+        check_keywords(function.__name__, kwargs, known)
         return function(*args, **kwargs)
 
     return checked
 
 
-def _check(who: str, keywords: Iterable[str], known: Collection[str]) -> None:
+def check_keywords(who: str, keywords: Iterable[str], known: Collection[str]) -> None:
+    """Raise unless each keyword is known, naming the right words for those that are not."""
     unknown = [f"{keyword!r}{_hint(keyword, known)}" for keyword in keywords if keyword not in known]
     if unknown:
         raise TypeError(f"unexpected keyword argument of {who}: {', '.join(unknown)}")

@@ -8,7 +8,6 @@ from .fold import fold_lr_ratio as fold_lr_ratio
 from .gauge import GaugeReport as GaugeReport
 from .gauge import GaugeRow as GaugeRow
 from .gauge import LoRAPlusGauge as LoRAPlusGauge
-from .groups import convert_lr as convert_lr
 from .groups import create_loraplus_optimizer as create_loraplus_optimizer
 from .groups import loraplus_param_groups as loraplus_param_groups
 from .layerwise import split_loraplus_groups as split_loraplus_groups
@@ -22,3 +21,4 @@ from .search import Sweep as Sweep
 from .search import sweep as sweep
 from .start import init_from_gradients as init_from_gradients
 from .start import reset_lora_parameters as reset_lora_parameters
+from .transfer import transfer_lr as transfer_lr

@@ -82,8 +82,8 @@ def loraplus_param_groups(
 
     Args:
         model: a model with adapters; wrapped (DDP, compiled) or not.
-        lr: the rate that ``lr_mode`` says; `convert_lr` gives it for a tuned LoRA run. Of a tensor each group gets a
-            copy.
+        lr: the rate that ``lr_mode`` says; `transfer_lr` gives it for a run that was tuned with other settings. Of a
+            tensor each group gets a copy.
         lr_ratio: rate of B over rate of A. Theory asks for more than 1 at large width.
         lr_mode: ``"A"``: lr is A's rate, as in the paper; ``"geometric"``: the geometric mean of both rates, the one to
             keep when a tuned LoRA run is switched to LoRA+; ``"B"``: B's rate.
@@ -228,26 +228,6 @@ def rates(lr: float, lr_ratio: float, lr_mode: LrMode) -> tuple[float, float]:
         return LR_MODES[lr_mode](lr, lr_ratio)
     except KeyError:
         raise ValueError(f"unknown lr_mode {lr_mode!r}; choose one of {sorted(LR_MODES)}") from None
-
-
-def convert_lr(lr: float, *, lr_ratio: float = 4.0, lr_mode: LrMode = "A") -> float:
-    """The ``lr`` of LoRA+ that goes with a tuned rate of plain LoRA.
-
-    It keeps the geometric mean of the rates of A and B at the tuned rate, which is what transfers between ratios.
-
-    Examples:
-        >>> convert_lr(2e-4, lr_ratio=4), convert_lr(2e-4, lr_ratio=4, lr_mode="B")
-        (0.0001, 0.0004)
-
-    Args:
-        lr: the rate at which plain LoRA does best, with the same optimizer, rank and alpha.
-        lr_ratio, lr_mode: as they will be passed to `loraplus_param_groups`.
-
-    Raises:
-        ValueError: if a number is out of range, or the mode unknown.
-    """
-    check_number("lr", lr, tensor=True)
-    return lr / math.sqrt(math.prod(rates(1.0, lr_ratio, lr_mode)))
 
 
 def own_rate(lr: Any) -> Any:

@@ -6,7 +6,6 @@ import contextlib
 import copy
 import doctest
 import inspect
-import math
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +16,7 @@ from torch import nn
 from torch.optim import lr_scheduler
 
 from lora_plus import create_loraplus_optimizer, inject_lora, loraplus_param_groups
-from lora_plus.training import check_lr_ratio, convert_lr, fold_lr_ratio, split_loraplus_groups, watch_lr_ratio
+from lora_plus.training import check_lr_ratio, fold_lr_ratio, split_loraplus_groups, watch_lr_ratio
 
 Make = Callable[[torch.optim.Optimizer], Any]
 
@@ -362,31 +361,7 @@ def test_the_watch_goes_with_a_scheduler_and_with_loaded_states() -> None:
             scheduler.step()
 
 
-# ---- rates that convert ----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("mode", ["A", "geometric", "B"])
-@pytest.mark.parametrize("ratio", [0.25, 1.0, 3.0, 16.0])
-def test_the_geometric_mean_stays_at_the_tuned_rate(mode: str, ratio: float) -> None:
-    lr = convert_lr(3e-4, lr_ratio=ratio, lr_mode=mode)
-    groups = {g["name"]: g["lr"] for g in loraplus_param_groups(model(), lr=lr, lr_ratio=ratio, lr_mode=mode)}
-    assert math.sqrt(groups["lora_A"] * groups["lora_B"]) == pytest.approx(3e-4, rel=1e-14)
-    factor = {"A": 1 / math.sqrt(ratio), "geometric": 1.0, "B": math.sqrt(ratio)}[mode]
-    assert lr == pytest.approx(factor * 3e-4, rel=1e-14)
-    assert ratio != 1 or lr == 3e-4
-
-
-def test_rates_that_do_not_convert() -> None:
-    for settings, text in [
-        ({"lr": 0.0}, "lr must be finite and positive, got 0.0"),
-        ({"lr_ratio": -1}, "lr_ratio must be finite and positive, got -1"),
-        ({"lr_mode": "C"}, r"unknown lr_mode 'C'; choose one of \['A', 'B', 'geometric'\]"),
-    ]:
-        with pytest.raises(ValueError, match=text):
-            convert_lr(**{"lr": 1e-3, **settings})
-
-
-@pytest.mark.parametrize("function", [convert_lr, check_lr_ratio, fold_lr_ratio])
+@pytest.mark.parametrize("function", [check_lr_ratio, fold_lr_ratio])
 def test_the_examples_in_the_docstrings_run(function: Callable[..., Any]) -> None:
     names = {"torch": torch, "nn": nn, "inject_lora": inject_lora, "model": model(), function.__name__: function}
     names |= {"create_loraplus_optimizer": create_loraplus_optimizer}

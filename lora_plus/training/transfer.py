@@ -1,0 +1,113 @@
+"""One rule that carries a tuned learning rate to another rank, alpha, scaling, ratio or start."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from lora_plus.errors import check_keywords, check_number
+from lora_plus.tensors.variant import VARIANTS, AdapterSpec
+
+from .groups import rates
+
+DRAWN_A = ("kaiming", "gaussian", "orthogonal")
+"""The starts with a random A and B = 0, which the rule for r and scale is derived for."""
+
+BEST_OVER_LORA: dict[Any, float] = {
+    "kaiming": 1.0,
+    "pissa": 1 / 10,
+    "milora": 1 / 3.2,
+    "olora": 1 / 18.2,
+    "gradient": 1 / 18.2,
+}
+"""Best rate of a start over that of plain LoRA at the same r and scale, as arXiv:2602.04998 found it in one family."""
+
+LORA_OVER_FULL, ALPHA_OVER_FULL = 10.0, 32.0
+"""Best rate of LoRA over that of full fine-tuning, and the alpha, with alpha / r, at which that was found."""
+
+DEFAULTS: dict[str, Any] = {
+    "r": 8,
+    "alpha": 16,
+    "scaling": "standard",
+    "lr_ratio": 1,
+    "lr_mode": "A",
+    "init": "kaiming",
+    "variant": "lora",
+    "method": "lora",
+}
+
+
+def transfer_lr(lr: float, tuned: Mapping[str, Any], wanted: Mapping[str, Any]) -> float:
+    """The ``lr`` to pass for the settings ``wanted``, where ``lr`` is the best one for the settings ``tuned``.
+
+    With Adam, the best rate keeps ``g * sqrt(r * s)``: g is the geometric mean of the rates of A and B, s the scale
+    that multiplies B A. It is exact for the ratio, its mode and alpha (under Adam ``alpha * k`` is a ratio of k), and
+    follows arXiv:2602.06204 (muA) for r: no change with ``alpha / r``, ``r ** -1/4`` with ``alpha / sqrt(r)``,
+    ``r ** -1/2`` at a fixed scale. Between starts, and from or to full fine-tuning, it multiplies by published factors
+    that are **empirical**: PiSSA 1/10, MiLoRA 1/3.2, OLoRA and the start from gradients 1/18.2 of LoRA's best rate
+    (arXiv:2602.04998, one family of models); LoRA with alpha 32 ten times full fine-tuning's ("LoRA Without Regret",
+    Thinking Machines 2025; another user found three times).
+
+    Examples:
+        >>> plus = {"lr_ratio": 4, "lr_mode": "A"}
+        >>> transfer_lr(2e-4, tuned={}, wanted=plus)
+        0.0001
+        >>> transfer_lr(2e-4, tuned={"r": 8, "scaling": "rslora"}, wanted={"r": 128, "scaling": "rslora"})
+        0.0001
+
+    Args:
+        lr: the rate that was tuned, as it was passed with ``tuned``.
+        tuned, wanted: settings by the names of `inject_lora` and `loraplus_param_groups`: ``r``, ``alpha``,
+            ``scaling``, ``init``, ``variant``, ``lr_ratio``, ``lr_mode``, and ``method``, ``"lora"`` or ``"full"`` for
+            full fine-tuning. What is left out is at `inject_lora`'s default, and ``lr_ratio`` 1. ``init`` can also be
+            ``"gradient"``, for `init_from_gradients`.
+
+    Raises:
+        ValueError: if a value is out of range, or if no factor is known: between variants, between other starts, and
+            for another r or scale between starts whose A is not random or whose B is not zero.
+        TypeError: if a setting is unknown, or its value of another type.
+    """
+    check_number("lr", lr, tensor=True)
+    before, after = _settings("tuned", tuned), _settings("wanted", wanted)
+    _check_known(before, after)
+    return float(lr) * (_kept(before) / _kept(after))
+
+
+def _settings(which: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """All settings of one side, checked, and the scale as ``"scale"``."""
+    check_keywords(f"transfer_lr's {which}", given, DEFAULTS)
+    settings = {**DEFAULTS, **given}
+    if settings["method"] not in ("lora", "full"):
+        raise ValueError(f"unknown method {settings['method']!r} in {which}; choose 'lora' or 'full'")
+    if settings["method"] == "full" and (beside := sorted(given.keys() - {"method"})):
+        raise ValueError(f"full fine-tuning has no {', '.join(beside)}; leave that out of {which}")
+    spec = AdapterSpec(settings["r"], settings["alpha"], settings["scaling"], settings["variant"])
+    return {**settings, "scale": abs(spec.scale)}
+
+
+def _check_known(before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
+    """Raise where nothing is known of how the best rate moves."""
+    variants, inits = ({each[key] for each in (before, after)} for key in ("variant", "init"))
+    if len(variants) > 1:
+        raise ValueError(f"no factor is known between the variants {sorted(variants)}; tune the rate again")
+    if "lora_A" in VARIANTS[before["variant"]].frozen:
+        raise ValueError(
+            f"the rule is for a trained A, and variant {before['variant']!r} freezes it; tune the rate again"
+        )
+    if len(inits) > 1 and not inits <= BEST_OVER_LORA.keys():
+        raise ValueError(
+            f"no factor is known between the inits {sorted(map(str, inits))}, only between {sorted(BEST_OVER_LORA)}; "
+            "tune the rate again"
+        )
+    moved = before["r"] * before["scale"] != after["r"] * after["scale"]
+    if moved and not inits & set(DRAWN_A):
+        raise ValueError(f"no rule for another r or scale is known with init {before['init']!r}; tune the rate again")
+
+
+def _kept(settings: Mapping[str, Any]) -> float:
+    """What the rule keeps, for ``lr=1``: ``g * sqrt(r * s)``, as plain LoRA's."""
+    if settings["method"] == "full":
+        return LORA_OVER_FULL * math.sqrt(ALPHA_OVER_FULL)
+    mean = math.sqrt(math.prod(rates(1.0, settings["lr_ratio"], settings["lr_mode"])))
+    return mean * math.sqrt(settings["r"] * settings["scale"]) / BEST_OVER_LORA.get(settings["init"], 1.0)
