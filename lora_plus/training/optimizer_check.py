@@ -19,6 +19,7 @@ from lora_plus.text import some
 
 from .engine_checks import ENGINE_CHECKS
 from .groups import LR_RATIO, Roles, group_names, kinds_of_roles, known_roles
+from .rounding import warn_of_half_precision
 from .schedule import TOLERANCE
 
 
@@ -42,8 +43,9 @@ def check_optimizer(
     - the engine (DDP, ``fully_shard``, FSDP1) reduces the gradients of all trainable parameters, also of those that
       came later, and under DDP, and over the ranks on which a DTensor is replicated, they are equal.
 
-    A warning names the trainable parameters that will be saved with no adapter: unfrozen by hand, and in no module of
-    ``train_also``. Under DDP or with DTensors this is a collective: all ranks must call it, and all raise alike; what
+    Warnings name the trainable parameters that will be saved with no adapter (unfrozen by hand, and in no module of
+    ``train_also``), and adapters in half precision, with the share of their entries that a step of Adam can change at
+    all. Under DDP or with DTensors this is a collective: all ranks must call it, and all raise alike; what
     ``fully_shard`` left whole after a forward is sharded again. Engines that give the optimizer flat copies of the
     parameters need a check of their own (``lora_plus.engines.deepspeed.check_engine``).
 
@@ -74,6 +76,7 @@ def check_optimizer(
     if findings:
         raise Problems("training would not do what the optimizer is set up for", findings)
     training.beside.warn(stacklevel=2)
+    warn_of_half_precision(training.groups, training.names, (tensor.key for tensor in training.tensors), stacklevel=2)
 
 
 def _check_kind(optimizer: Any) -> None:

@@ -24,6 +24,7 @@ from lora_plus import (
 )
 from lora_plus.engines.ranks import checksum
 from lora_plus.training import rebind_optimizer, split_loraplus_groups
+from lora_plus.training.rounding import lost_entries
 
 AdamW = torch.optim.AdamW
 
@@ -441,3 +442,31 @@ def test_tied_parameters_stay_one() -> None:
     with rebind_optimizer(optimizer, model):
         exchanged(model)
     check_optimizer(optimizer, model)
+
+
+# ---- steps that are rounded away ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("step", [1e-5, 1e-4, 1e-3, 1e-2])
+def test_the_entries_that_a_step_leaves_as_they_are_are_counted(dtype: torch.dtype, step: float) -> None:
+    tensor = torch.randn(4096, generator=torch.Generator().manual_seed(0)).to(dtype)
+    tensor[:10] = 0
+    unchanged = ((tensor.double() + step).to(dtype) == tensor).sum()  # all ties but one in thousands fall the same way
+    assert abs(int(lost_entries(tensor, step)) - int(unchanged)) <= 0.02 * len(tensor)
+
+
+def test_adapters_in_half_precision_are_named_with_the_share_that_a_step_can_change() -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 4))
+    inject_lora(model, ["0"], r=4)
+    optimizer = create_loraplus_optimizer(model.to(torch.bfloat16), torch.optim.AdamW, lr=1e-5, lr_ratio=4)
+    with pytest.warns(UserWarning, match=r"0\.lora_A\.default.*bfloat16.*changes 5\d% of the entries.*inject then"):
+        check_optimizer(optimizer, model)
+    with pytest.warns(UserWarning, match=r"'0\.lora_B\.default' in bfloat16: small steps round away; cast"):
+        check_optimizer(create_loraplus_optimizer(model, torch.optim.SGD, lr=1e-5), model)
+
+
+def test_adapters_that_are_injected_after_the_cast_move_and_are_not_named() -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 4)).to(torch.bfloat16)
+    inject_lora(model, ["0"], r=4)
+    check_optimizer(create_loraplus_optimizer(model, torch.optim.AdamW, lr=1e-5, lr_ratio=4), model)
