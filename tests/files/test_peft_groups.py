@@ -96,6 +96,21 @@ def test_where_pefts_function_goes_by_names_and_sizes() -> None:
     }
 
 
+def test_the_original_codes_groups_are_two_changes_of_ours() -> None:
+    """One dimension is B's to the original code, so heads' biases, norms and magnitudes learn at the ratio there."""
+    model = peft_model(use_dora=True, modules_to_save=["head", "norm"])
+    groups = loraplus_param_groups(model, lr=LR, lr_ratio=RATIO, weight_decay=DECAY, roles=peft_roles(model))
+    for group in groups:
+        if group["name"] in ("lora_magnitude", "other_no_decay"):
+            group["lr"] *= RATIO
+        if group["name"] == "lora_magnitude":
+            group["weight_decay"] = DECAY
+    theirs = create_loraplus_optimizer(
+        model, torch.optim.AdamW, lr=LR, loraplus_lr_ratio=RATIO, loraplus_weight_decay=DECAY
+    )
+    assert settings_by_parameter(model, groups) == settings_by_parameter(model, theirs.param_groups)
+
+
 def test_a_bias_of_B_learns_with_B_and_is_not_decayed() -> None:
     model = peft_model(lora_bias=True)
     groups = loraplus_param_groups(model, lr=LR, lr_ratio=RATIO, weight_decay=DECAY, roles=peft_roles(model))
