@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from lora_plus.cli.app import COMMANDS
+
 PACKAGE = Path(__file__).parent.parent / "lora_plus"
 
 ROOMS = ["text", "errors", "tensors", "layers", "model", "training", "files", "surgery", "engines", "cli"]
@@ -162,17 +164,25 @@ def test_a_name_imports_the_rooms_that_it_needs_only() -> None:
     assert done.stdout.strip() == "[]"
 
 
-def test_the_command_lines_help_does_not_import_torch() -> None:
+def test_help_and_completion_of_the_command_line_do_not_import_torch() -> None:
+    lines = ["--help", "--version", "inspect", *(f"{command.__name__} --help" for command in COMMANDS)]
+    completed = {"c": "combine", "combine --method ": "ties", "convert --to ": "kohya", "merge --dtype ": "float16"}
     code = (
-        "import sys\n"
-        "import lora_plus.cli.app\n"
-        "from typer.testing import CliRunner\n"
-        "for line in (['--help'], ['merge', '--help'], ['--version'], ['inspect']):\n"
-        "    CliRunner().invoke(lora_plus.cli.app.app, line)\n"
-        "print(sorted({'torch', 'numpy'} & set(sys.modules)))"
+        "import contextlib, io, os, runpy, sys\n"
+        "def main(line, **environment):\n"
+        "    sys.argv[1:] = line.split()\n"
+        "    os.environ.update(environment)\n"
+        "    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.suppress(SystemExit):\n"
+        "        runpy.run_module('lora_plus', run_name='__main__')\n"
+        "    assert not {'torch', 'numpy'} & set(sys.modules), (line, environment)\n"
+        "    return out.getvalue()\n"
+        f"for line in {lines}:\n"
+        "    assert 'lora-plus' in main(line) or line == 'inspect'\n"
+        f"for line, word in {completed}.items():\n"
+        "    words = {'COMP_WORDS': 'lora-plus ' + line, 'COMP_CWORD': str(line.count(' ') + 1)}\n"
+        "    assert word in main('', _LORA_PLUS_COMPLETE='complete_bash', **words).split(), line\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_public_names_are_all_there_and_no_others() -> None:

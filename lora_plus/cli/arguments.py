@@ -47,19 +47,24 @@ def saving(out: Path, force: bool) -> Iterator[Path]:
         publish(made, out)
 
 
-def one_of(module: str, table: str, *flags: str, **settings: Any) -> Any:
-    """An option that takes a name of a table of the library, which is imported (with torch) only when one is given."""
+def one_of(names: Sequence[str], module: str, table: str, *flags: str, what: str, **settings: Any) -> Any:
+    """An option that takes a name of a table of the library.
 
-    def names() -> list[str]:
-        return list(getattr(import_module(module), table))
+    Help and completion show ``names`` and import nothing for it: torch takes seconds. Another name is looked up in the
+    table, which may have more.
+    """
 
     def check(value: str | None) -> str | None:
-        if value is not None and value not in (known := names()):
+        if value not in (None, *names) and value not in (known := list(getattr(import_module(module), table))):
             raise typer.BadParameter(f"{value!r} is not one of {', '.join(map(repr, known))}.")
         return value
 
-    return typer.Option(*flags, callback=check, autocompletion=names, **settings)
+    text = f"{what}: {', '.join(names[:-1])} or {names[-1]}."
+    return typer.Option(*flags, callback=check, autocompletion=lambda: list(names), help=text, **settings)
 
+
+FORMAT_NAMES = ("native", "peft", "kohya", "diffusers")
+METHOD_NAMES = ("sum", "svd", "ties", "dare", "dare_ties")
 
 In = Annotated[Path, typer.Argument(help="An adapter file, or a folder in PEFT's format.", show_default=False)]
 Out = Annotated[
@@ -68,15 +73,15 @@ Out = Annotated[
 To = Annotated[
     str | None,
     one_of(
-        "lora_plus.files", "FORMATS", "--to",
-        metavar="FORMAT", help="native, peft, kohya or diffusers; by the name of OUT if not given.",
+        FORMAT_NAMES, "lora_plus.files", "FORMATS", "--to",
+        metavar="FORMAT", what="The format, by the name of OUT if not given",
     ),
 ]  # fmt: skip
 Method = Annotated[
     str,
     one_of(
-        "lora_plus.surgery.methods", "METHODS", "--method",
-        metavar="METHOD", help="How they are combined: sum, svd, ties, dare or dare_ties.",
+        METHOD_NAMES, "lora_plus.surgery.methods", "METHODS", "--method",
+        metavar="METHOD", what="How they are combined",
     ),
 ]  # fmt: skip
 Weight = Annotated[

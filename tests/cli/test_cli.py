@@ -21,6 +21,7 @@ from typer.testing import CliRunner
 import lora_plus
 from lora_plus import load_adapter, save_adapter
 from lora_plus.cli import app as cli
+from lora_plus.cli import arguments
 from lora_plus.files import save as saving
 from lora_plus.files.formats import FORMATS
 from lora_plus.surgery import combine_adapters, methods, resize_adapter
@@ -467,6 +468,11 @@ def test_warnings_are_one_line_each(tmp_path: Path) -> None:
     assert result.stderr.startswith("warning: 'embed.weight' may be the weight of the head too")
     assert result.stderr.count("\n") == 1
     assert "note: 'embed.weight' may be" in output("verify", tmp_path / "base", tmp_path / "a.safetensors")
+
+
+def test_help_and_completion_offer_what_the_tables_have() -> None:
+    assert list(arguments.FORMAT_NAMES) == list(FORMATS)
+    assert list(arguments.METHOD_NAMES) == list(methods.METHODS)
 
 
 # ---- as a user would -------------------------------------------------------------------------------------------------
