@@ -112,7 +112,7 @@ def check_engine(engine: Any) -> None:
     problems += beside.wrong()
     if problems:
         raise Problems("the DeepSpeed engine would not train with LoRA+", problems)
-    beside.warn(stacklevel=2)
+    beside.warn()
 
 
 _LOST = (

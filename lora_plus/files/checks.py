@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -66,14 +66,17 @@ def _layouts(kind: str) -> tuple[str, ...]:
     return () if known is None else (known.layout,)
 
 
-def value_problems(name: str, layer: SavedLayer) -> Iterator[str]:
-    """What is wrong with the values of a layer's adapter."""
-    read_all([layer.tensors])
-    for part, tensor in layer.tensors.items():
-        if tensor.dtype not in DTYPES:
-            yield f"{join(name, part)!r} is {tensor.dtype}, expected one of {DTYPES}"
-        elif not is_finite(tensor):
-            yield f"{join(name, part)!r} has values that are not finite"
+def value_problems(layers: Mapping[str, SavedLayer]) -> dict[str, list[str]]:
+    """By layer, what is wrong with the values of these layers' adapters, which are read in one go."""
+    read_all(layer.tensors for layer in layers.values())
+    tensors = {join(name, part): tensor for name, layer in layers.items() for part, tensor in layer.tensors.items()}
+    told = not_finite(tensors) | {
+        name: f"{name!r} is {tensor.dtype}, expected one of {DTYPES}"
+        for name, tensor in tensors.items()
+        if tensor.dtype not in DTYPES
+    }
+    lines = {name: [told.get(join(name, part)) for part in layer.tensors] for name, layer in layers.items() if told}
+    return {name: wrong for name, own in lines.items() if (wrong := [line for line in own if line is not None])}
 
 
 def shape_problems(layer: SavedLayer) -> list[str]:
@@ -96,6 +99,28 @@ def is_finite(tensor: Tensor) -> bool:
     if tensor.dtype not in DTYPES or math.isfinite(tensor.sum(dtype=torch.float32)):
         return True
     return bool(torch.isfinite(tensor).all())  # a sum of finite numbers can be too large
+
+
+def not_finite(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """A line for each of these tensors that has values that are not finite; small ones are asked many at a time."""
+    alike: dict[Any, list[str]] = {}
+    for name, tensor in tensors.items():
+        alike.setdefault((tensor.shape, tensor.dtype, tensor.device), []).append(name)
+    doubtful: set[str] = set()
+    for (shape, *_), names in alike.items():
+        step = 1 + _STACKED // max(1, shape.numel())
+        for group in (names[start : start + step] for start in range(0, len(names), step)):
+            if len(group) == 1 or not is_finite(torch.stack([tensors[name] for name in group])):
+                doubtful.update(group)
+    return {
+        name: f"{name!r} has values that are not finite"
+        for name, tensor in tensors.items()
+        if name in doubtful and not is_finite(tensor)
+    }
+
+
+_STACKED = 2**16
+"""Values of small tensors that are copied to be asked together."""
 
 
 def settings_problem(layer: SavedLayer) -> str | None:
@@ -133,19 +158,18 @@ def adapter_problems(adapter: SavedAdapter) -> Iterator[str]:
     lines: dict[str, list[str]] = {}
     for name, layer in adapter.layers.items():
         if layer.base.kind:
-            wrong = base_problem(layer.base) or settings_problem(layer)
+            unfit = base_problem(layer.base) or settings_problem(layer)
         else:
             shapes = {part: tuple(tensor.shape) for part, tensor in layer.tensors.items()}
-            wrong = f"what kind of layer it belongs to cannot be told from its tensors, {shapes}"
-        lines[name] = shape_problems(layer) if wrong is None else [wrong]
-    read_all(layer.tensors for name, layer in adapter.layers.items() if not lines[name])  # in one go
-    for name, layer in adapter.layers.items():
-        yield from [f"{name!r}: {line}" for line in lines[name]] or value_problems(name, layer)
+            unfit = f"what kind of layer it belongs to cannot be told from its tensors, {shapes}"
+        wrong = shape_problems(layer) if unfit is None else [unfit]
+        lines[name] = [f"{name!r}: {line}" for line in wrong]
+    lines |= value_problems({name: layer for name, layer in adapter.layers.items() if not lines[name]})
+    yield from itertools.chain(*lines.values())
     yield from row_problems(adapter)
     weights = {name: layer.base.weight_name(name) for name, layer in adapter.layers.items()}
     adapted = {outer: name for name, weight in weights.items() for outer in ("", *parents(weight))}
     for path, tensors in adapter.trained.items():
         if path in adapted:
             yield f"{path!r} is trained in full, but {adapted[path]!r} in it has an adapter"
-        broken = [name for name, tensor in tensors.items() if not is_finite(tensor)]
-        yield from (f"{join(path, name)!r} has values that are not finite" for name in broken)
+        yield from not_finite({join(path, name): tensor for name, tensor in tensors.items()}).values()

@@ -21,7 +21,7 @@ from .formats import FORMATS, Inexpressible
 from .paths import PathLike, stated
 from .portable import portable, rank
 from .programs import PROGRAMS, program_problems
-from .save import describe, not_finite, write_files
+from .save import describe, values_not_finite, write_files
 from .saved_adapter import SavedAdapter
 from .target import ModelTarget
 
@@ -90,13 +90,13 @@ def export_adapter(
     data = portable(whole, dtype)
 
     def write() -> None:
-        problems = not_finite(whole, model)
+        problems = values_not_finite(whole, state)
         if not problems:
-            problems += [f"{line} with its scale in B; choose a wider dtype" for line in not_finite(data, model)]
+            problems += [f"{line} with its scale in B; choose a wider dtype" for line in values_not_finite(data, state)]
         problems += program_problems(program, data, _tied(model, data))
         head = f"adapter {adapter!r} was not exported for {program.name}; merge_and_unload gives a plain model instead"
         broken = len(problems)
-        files = FORMATS["peft"].write(data, ModelTarget(model), problems)
+        files = FORMATS["peft"].write(data, ModelTarget(state.names), problems)
         if problems:
             raise (Problems if broken else Inexpressible)(head, problems)
         write_files(real, files)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,7 +17,6 @@ from lora_plus.text import join, near_misses
 from .checks import base_problem, is_finite, shape_problems, unlike_dropout, value_problems
 from .saved_adapter import SavedAdapter, SavedLayer
 from .target import ModelTarget
-from .tensor_file import read_all
 
 
 def choose_places(data: SavedAdapter, target: ModelTarget, problems: list[str]) -> dict[str, Place]:
@@ -25,7 +25,7 @@ def choose_places(data: SavedAdapter, target: ModelTarget, problems: list[str]) 
     seen: dict[Any, str] = {}
     rows: dict[int, tuple[str, float]] = {}
     lines: dict[str, list[str]] = {}
-    fitting, missing, unlike = dict[str, None](), list[str](), list[str]()
+    fitting, missing, unlike = dict[str, SavedLayer](), list[str](), list[str]()
     for name, layer in data.layers.items():
         place = _place(name, layer.base, target)
         if place is None:
@@ -34,22 +34,21 @@ def choose_places(data: SavedAdapter, target: ModelTarget, problems: list[str]) 
         chosen[name], own = place, lines.setdefault(name, [])
         dropout = name, layer.spec.dropout
         unlike += unlike_dropout(rows.setdefault(id(place.owner), dropout), dropout) if place.called else ()
-        reason = place.refusal()
+        known = layer.base is target.bases.get(name)  # who read the file asked the model for it
+        reason = None if known else place.refusal()
         if reason is not None:
             own.append(f"{name!r} cannot be adapted: it is {reason}")
             continue
         first = seen.setdefault(place.key, name)
         if first != name:
             own.append(f"{name!r} and {first!r} are one module in this model")
-        wrong = _layer_problems(layer, place.base())
-        fitting |= {} if wrong else {name: None}
+        wrong = _layer_problems(layer, layer.base if known else place.base())
+        fitting |= {} if wrong else {name: layer}
         unfit = place.misfits(layer.spec)
         own += [f"{name!r}: {line}" for line in (*wrong, *([unfit] if unfit else []))]
-    # the values of what does not fit the model can be of any size
-    read_all(data.layers[name].tensors for name in fitting)
-    for name, own in lines.items():
-        problems += own
-        problems += value_problems(name, data.layers[name]) if name in fitting else ()
+    for name, wrong in value_problems(fitting).items():  # the values of what does not fit can be of any size
+        lines[name] += wrong
+    problems += itertools.chain(*lines.values())
     problems += _missing_modules(missing, target) if missing else ()
     problems += overlaps({place.key: place for place in chosen.values()}.values())
     problems += unlike
@@ -85,7 +84,7 @@ def _layer_problems(layer: SavedLayer, base: BaseLayer) -> list[str]:
         ]
         return [f"{field} {file!r} in the file, {ours!r} in the model" for field, file, ours in pairs if file != ours]
     # True and 1.0 equal 1, and are no extents
-    told = layer.base.facts or not all(type(extent) is int for extent in layer.base.shape)
+    told = layer.base.facts or {*map(type, layer.base.shape)} != {int}
     wrong = base_problem(layer.base) if told else None
     return shape_problems(layer) if wrong is None else [wrong]
 

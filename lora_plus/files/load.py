@@ -13,12 +13,10 @@ from torch import nn
 from lora_plus.errors import Problems
 from lora_plus.layers.adapter import check_adapter_name
 from lora_plus.layers.freezing import set_requires_grad
-from lora_plus.model.adapters import adapter_names, set_adapter
+from lora_plus.model.adapters import set_adapter
 from lora_plus.model.inject import attach, check_selection, gc_paused
 from lora_plus.model.places import Place, adapted_places
 from lora_plus.model.state import Need, State, require
-from lora_plus.model.storage import storage_of
-from lora_plus.model.tree import named_modules
 from lora_plus.tensors.distributed import fill
 from lora_plus.text import join
 
@@ -70,18 +68,19 @@ def load_adapter(
         FileNotFoundError: if there is no such file or folder.
     """
     check_adapter_name(adapter)
-    storage = storage_of(model)
-    refills = storage.fixed and not storage.flat and adapter in adapter_names(model)
+    state = State(model)
+    storage = state.storage
+    fillable = storage.fixed and not storage.flat
+    refills = fillable and any(state.adapters(adapter))
     if refills:
-        state = require(model, "loading into an adapter", Need.CHANGEABLE)
+        require(state, "loading into an adapter", Need.CHANGEABLE)
     else:
         before = ", or inject one of its name and settings before, to be loaded into after"
-        instead = before if storage.fixed and not storage.flat else ""
-        state = require(model, "loading an adapter", Need.GROWABLE, new=adapter, instead=instead)
+        require(state, "loading an adapter", Need.GROWABLE, new=adapter, instead=before if fillable else "")
     with storage.outlined():
         fitted = storage.on_every_rank(lambda: _fitted(state, stated(path), names, adapter if refills else None))
         if refills:
-            _refill(model, adapter, fitted, trainable=trainable)
+            _refill(state, adapter, fitted, trainable=trainable)
         else:
             _attach(state, adapter, fitted, trainable=trainable)
     for name, tensors in fitted.data.trained.items():
@@ -109,8 +108,7 @@ def _fitted(state: State, path: Path, names: Names | None, existing: str | None)
         names: the user's map of names.
         existing: the adapter of the model that gets the values; None for a new one.
     """
-    model = state.model
-    target = ModelTarget(model, Renaming(names))
+    target = ModelTarget(state.names, Renaming(names))
     problems: list[str] = []
     data = described(path, target, problems)
     if data.layers or data.trained:
@@ -122,7 +120,7 @@ def _fitted(state: State, path: Path, names: Names | None, existing: str | None)
     if not problems and not data.layers:
         problems.append("it has no adapted layer")
     if existing is not None:
-        problems += _differences(model, existing, data, places)
+        problems += _differences(state, existing, data, places)
     if problems:
         raise Problems(f"adapter {str(path)!r} cannot be loaded; the model is unchanged", problems)
     if existing is None:
@@ -144,9 +142,9 @@ def _attach(state: State, adapter: str, fitted: _Fitted, *, trainable: bool) -> 
 # ---- into an adapter that a sharded model has already ----------------------------------------------------------------
 
 
-def _differences(model: nn.Module, adapter: str, data: SavedAdapter, places: Mapping[str, Place]) -> list[str]:
+def _differences(state: State, adapter: str, data: SavedAdapter, places: Mapping[str, Place]) -> list[str]:
     """How the adapter of this name in the model differs from the file's in anything but values."""
-    placed = {place.key: (place, each) for place, each in adapted_places(model, adapter)}
+    placed = {place.key: (place, each) for place, each in adapted_places(state.modules, adapter)}
     problems = []
     for name, place in places.items():
         if place.key not in placed:
@@ -163,21 +161,21 @@ def _differences(model: nn.Module, adapter: str, data: SavedAdapter, places: Map
             if file.get(field) != ours.get(field)
         ]
     problems += [f"{place.name!r} has no adapter in the file" for place, _ in placed.values()]
-    trained = {path for path, _, _ in State(model).trained(adapter)}
+    trained = {path for path, _, _ in state.trained(adapter)}
     problems += [f"{path!r} is not trained in full in the file" for path in sorted(trained - data.trained.keys())]
     problems += [f"{path!r} is not trained in full in the model" for path in sorted(data.trained.keys() - trained)]
     return problems
 
 
-def _refill(model: nn.Module, adapter: str, fitted: _Fitted, *, trainable: bool) -> None:
+def _refill(state: State, adapter: str, fitted: _Fitted, *, trainable: bool) -> None:
     """Write the values of the file's layers into the model's adapter, and make it the active one.
 
     Every rank must call this.
     """
-    placed = {place.key: each for place, each in adapted_places(model, adapter)}
+    placed = {place.key: each for place, each in adapted_places(state.modules, adapter)}
     for name, place in fitted.places.items():
         held = placed[place.key].tensors()
         for part, tensor in fitted.data.layers[name].tensors.items():
             fill(held[part], tensor)
-    set_requires_grad((module for _, module in named_modules(model)), False)
-    set_adapter(model, adapter, trainable=trainable)
+    set_requires_grad((module for _, module in state.modules), False)
+    set_adapter(state.model, adapter, trainable=trainable)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from lora_plus.model.tree import named_parameters, own_parameters, submodule
+from lora_plus.model.tree import own_parameters
 from lora_plus.text import join, parents
 
 from .saved_adapter import SavedAdapter
@@ -42,7 +42,9 @@ def outline_of(target: Target, child: str = "") -> Outline | None:
     """How a model, or the module of this name in it, is built; None for what is no model."""
     if not isinstance(target, ModelTarget):
         return None
-    known = ModelTarget(submodule(target.model, child)) if child else target
+    start = f"{child}." if child else ""
+    inside = [(name[len(start) :], module) for name, module in target.named if f"{name}.".startswith(start)]
+    known = ModelTarget(inside) if child else target
     modules = {}
     for entry in known.found.values():
         own = dict(own_parameters(entry.module))
@@ -87,6 +89,7 @@ def readers_in(target: Target) -> dict[str, list[str]]:
 def ties_in(target: Target) -> list[list[str]]:
     """The names of each parameter that has several."""
     names: dict[int, list[str]] = {}
-    for name, parameter in named_parameters(target.model) if isinstance(target, ModelTarget) else ():
-        names.setdefault(id(parameter), []).append(name)
+    for path, module in target.named if isinstance(target, ModelTarget) else ():
+        for name, parameter in own_parameters(module):
+            names.setdefault(id(parameter), []).append(join(path, name))
     return [each for each in names.values() if len(each) > 1]

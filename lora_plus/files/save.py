@@ -13,14 +13,15 @@ from torch import Tensor, nn
 
 from lora_plus.errors import Problems
 from lora_plus.layers.adapter import Adapter
+from lora_plus.model.inject import gc_paused
 from lora_plus.model.places import Place, adapted_places
 from lora_plus.model.state import Need, State, require
-from lora_plus.model.tree import is_spare_replica, submodule
+from lora_plus.model.tree import is_spare_replica
 from lora_plus.model.unsaved import check_saved
 from lora_plus.text import join
 
 from .atomic import replacing
-from .checks import adapter_problems, is_finite
+from .checks import adapter_problems, not_finite
 from .formats import FORMATS, Contents, Files, Format, Inexpressible, usual_format
 from .paths import PathLike, stated
 from .saved_adapter import SavedAdapter, SavedLayer
@@ -31,6 +32,7 @@ FormatName = Literal["native", "peft", "kohya", "diffusers"]
 """The formats of the library; other entries of `FORMATS` are known by their names, too."""
 
 
+@gc_paused()
 def save_adapter(
     model: nn.Module,
     path: PathLike,
@@ -74,7 +76,7 @@ def save_adapter(
         return
     data = describe(state, adapter, metadata)
     state.storage.on_one_rank(
-        lambda: _write(data, real, chosen, ModelTarget(model), unsaved, not_finite(data, model)),
+        lambda: _write(data, real, chosen, ModelTarget(state.names), unsaved, values_not_finite(data, state))
     )
 
 
@@ -177,18 +179,13 @@ def _held(state: State, adapter: str) -> tuple[list[tuple[Place, Adapter]], dict
         for path, module, _ in found
         if id(module) not in inside
     }
-    return list(adapted_places(state.model, adapter)), trained
+    return list(adapted_places(state.modules, adapter)), trained
 
 
-def not_finite(data: SavedAdapter, model: nn.Module) -> list[str]:
-    """The adapter's tensors, and the parameters trained with it, that have values that are not finite."""
-    tensors = [
-        (join(name, part), tensor) for name, layer in data.layers.items() for part, tensor in layer.tensors.items()
-    ]
-    tensors += [
-        (join(name, part), trained[part])
-        for name, trained in data.trained.items()
-        for part, _ in submodule(model, name).named_parameters()
-        if part in trained
-    ]
-    return [f"{name!r} has values that are not finite" for name, tensor in tensors if not is_finite(tensor)]
+def values_not_finite(data: SavedAdapter, state: State) -> list[str]:
+    """The tensors of a model's adapter, and the parameters trained with it, that have values that are not finite."""
+    tensors = {join(name, part): each for name, layer in data.layers.items() for part, each in layer.tensors.items()}
+    for name, module, _ in state.trained() if data.trained else ():
+        parameters = dict(module.named_parameters())
+        tensors |= {join(name, part): each for part, each in data.trained.get(name, {}).items() if part in parameters}
+    return list(not_finite(tensors).values())

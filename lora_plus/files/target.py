@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lora_plus.layers.base_layer import BaseLayer
 from lora_plus.layers.kinds import DTYPES
 from lora_plus.model.places import NamedModule, Place, find_modules, find_parameters, find_places
-from lora_plus.model.tree import named_modules
+from lora_plus.model.tree import Named
 from lora_plus.text import join
 
 from .rename import Renaming
@@ -56,18 +56,21 @@ class ModelTarget(Target):
     """A model.
 
     Args:
-        model: the model, unwrapped.
+        named: its modules, under each of their names, as a walk met them.
         rename: as above.
     """
 
-    def __init__(self, model: nn.Module, rename: Renaming | None = None) -> None:
+    def __init__(self, named: Named, rename: Renaming | None = None) -> None:
         super().__init__(rename)
-        self.model = model
+        self.named = named
+        self.bases: dict[str, BaseLayer | None] = {}
+        """What was asked for, by name."""
+        self._parameters: dict[str, dict[str, Place]] = {}
 
     @functools.cached_property
     def found(self) -> dict[int, NamedModule]:
-        """The modules."""
-        return find_modules(named_modules(self.model, every_name=True))
+        """The modules, without those that hold adapters."""
+        return find_modules(self.named)
 
     @functools.cached_property
     def modules(self) -> dict[str, nn.Module]:
@@ -79,26 +82,31 @@ class ModelTarget(Target):
         """The layers, and the parts of modules that read their weights themselves, by all their names."""
         return _by_name(find_places(self.found, {}))
 
-    @functools.cached_property
-    def parameters(self) -> dict[str, Place]:
-        """Every parameter as a place of its own, by all its names."""
-        return _by_name(find_parameters(self.found))
+    def parameter(self, name: str) -> Place | None:
+        """A parameter as a place of its own, by its full name."""
+        owner = name.rpartition(".")[0]
+        if owner not in self._parameters:
+            entries = {0: self.found[id(self.modules[owner])]} if owner in self.modules else {}
+            self._parameters[owner] = _by_name(find_parameters(entries))
+        return self._parameters[owner].get(name)
 
     def place(self, name: str) -> Place | None:
         """Where an adapter of this name can be."""
-        return self.places.get(name) or (None if name in self.modules else self.parameters.get(name))
+        return self.places.get(name) or (None if name in self.modules else self.parameter(name))
 
     def names(self) -> Collection[str]:
         return self.modules
 
     def base(self, name: str) -> BaseLayer | None:
-        place = self.place(name)
-        return None if place is None or place.refusal() else place.base()
+        if name not in self.bases:
+            place = self.place(name)
+            self.bases[name] = None if place is None or place.refusal() else place.base()
+        return self.bases[name]
 
     def repeats(self, name: str, tensor: Tensor) -> bool | None:
         module, _, parameter = name.rpartition(".")
         new = self.rename(module)
-        place = None if new is None else self.parameters.get(join(new, parameter))
+        place = None if new is None else self.parameter(join(new, parameter))
         if place is None:
             return False
         own = place.stored()

@@ -131,7 +131,7 @@ def add_adapter(
     changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     chosen = [
         (place, replace(other.spec, **changes), replace(start, dtype=dtype or other.tensors()["lora_A"].dtype))
-        for place, other in adapted_places(model, like)
+        for place, other in adapted_places(state.modules, like)
     ]
     misfits = [f"{place.name!r}: {why}" for place, spec, _ in chosen if (why := place.misfits(spec)) is not None]
     if misfits:

@@ -22,7 +22,7 @@ from lora_plus.tensors.init import Start
 from lora_plus.tensors.variant import VARIANTS, AdapterSpec
 
 from .storage import Storage
-from .tree import Named, named_modules, owner_path
+from .tree import Named, owner_path
 
 Rows = tuple[int, int]
 """The first row of a block, and the row after its last one, in the matrix view of a weight."""
@@ -251,10 +251,10 @@ def find_parameters(found: Mapping[int, NamedModule], layouts: Layouts = lambda 
     ]
 
 
-def adapted_places(model: nn.Module, name: str | None = None) -> Iterator[tuple[Place, Adapter]]:
-    """The adapters of a model, all or those of a name, with their places."""
+def adapted_places(named: Named, name: str | None = None) -> Iterator[tuple[Place, Adapter]]:
+    """The adapters in modules that a walk met, all or those of a name, with their places."""
     modules: dict[str, nn.Module] = {}
-    for path, module in named_modules(model):
+    for path, module in named:
         modules[path] = module
         if isinstance(module, AdaptedWeight):
             owner_name = owner_path(path, module)

@@ -66,7 +66,7 @@ class Need(Flag):
 
 
 def require(
-    model: nn.Module,
+    model: nn.Module | State,
     doing: str,
     needs: Need = Need(0),  # noqa: B008 - flags do not change
     *,
@@ -77,14 +77,14 @@ def require(
     """The model's state, if it is as an operation needs it.
 
     Args:
-        model: the model.
+        model: the model, or its state where that is known.
         doing: the operation, as a message says it: ``"merging"``.
         needs: what it needs.
         adapters: adapters that the model must have; a KeyError if it has not.
         new: the name of an adapter to come, which must be free.
         instead: what a message offers besides its next step where an engine is in the way.
     """
-    state = State(model)
+    state = model if isinstance(model, State) else State(model)
     names = dict.fromkeys(adapter.name for _, adapter, _ in state.adapters()) if adapters else {}
     for name in adapters:
         if name not in names:

@@ -80,11 +80,6 @@ def own_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
                     yield key, parameter
 
 
-def submodule(model: nn.Module, path: str) -> nn.Module:
-    """The module of this name."""
-    return next(module for name, module in named_modules(model, every_name=True) if name == path)
-
-
 class Wrapper(NamedTuple):
     """A class of wrappers; it is looked for only where its package is in use."""
 

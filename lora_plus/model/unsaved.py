@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Collection
 from dataclasses import dataclass
 
 from torch import nn
 
-from lora_plus.errors import Problems
-from lora_plus.layers.weight import AdaptedWeight
+from lora_plus.errors import Problems, warn_user
 from lora_plus.text import join, some
 
 from .state import State
 from .train_also import record_of
-from .tree import own_parameters, owner_path
+from .tree import own_parameters
 
 
 @dataclass(frozen=True)
@@ -47,19 +45,18 @@ class Unsaved:
         if lines:
             raise Problems(f"{what}, for these are trainable and have to stay as they are", lines)
 
-    def warn(self, *, stacklevel: int) -> None:
+    def warn(self) -> None:
         """Warn of the parameters, naming them."""
         if self.parameters:
-            warnings.warn(
+            warn_user(
                 f"trained, but saved with no adapter: {some(list(self.parameters))}; name the modules in "
-                "inject_lora(..., train_also=[...]), freeze them, or save them yourself",
-                stacklevel=stacklevel + 1,
+                "inject_lora(..., train_also=[...]), freeze them, or save them yourself"
             )
 
 
 def unsaved(state: State, others: Collection[int] = ()) -> Unsaved:
     """Find what is trained and saved with no adapter; ``others`` are the ids of parameters that somebody else saves."""
-    saved, bases = set(others), set[int]()
+    saved = set(others)
     trainable: list[tuple[str, nn.Parameter]] = []
     fixed: dict[str, list[str]] = {}
     fixed_active: dict[str, list[str]] = {}
@@ -67,17 +64,13 @@ def unsaved(state: State, others: Collection[int] = ()) -> Unsaved:
         trainable += [(join(path, name), own) for name, own in own_parameters(module) if own.requires_grad]
         if record_of(module) is not None:
             saved |= {id(parameter) for parameter in module.parameters()}
-        if not isinstance(module, AdaptedWeight):
-            continue
-        if module.weight_slot() is not None:
-            bases.add(id(module.weight))
-        for site in module.adapter_sites():
-            for adapter in site.lora_adapters.values():
-                for name, tensor in adapter.tensors().items():
-                    if tensor.requires_grad and not adapter.is_trained(name):
-                        held = join(owner_path(path, module), join(site.lora_label, f"{name}.{adapter.name}"))
-                        for found in (fixed, fixed_active) if adapter.name in module.active_names() else (fixed,):
-                            found.setdefault(adapter.name, []).append(held)
+    bases = {id(weight.weight) for _, weight in state.weights if weight.weight_slot() is not None}
+    for path, adapter, weight in state.adapters():
+        for name in [container for container in adapter.modules if not adapter.is_trained(container)]:
+            tensor = adapter.tensors().get(name)
+            if tensor is not None and tensor.requires_grad:
+                for found in (fixed, fixed_active) if adapter.name in weight.active_names() else (fixed,):
+                    found.setdefault(adapter.name, []).append(join(path, f"{name}.{adapter.name}"))
     once: dict[int, tuple[str, nn.Parameter]] = {}
     for name, own in trainable if state.weights else ():
         if id(own) not in saved:
@@ -87,7 +80,7 @@ def unsaved(state: State, others: Collection[int] = ()) -> Unsaved:
 
 
 def check_saved(state: State, adapter: str, what: str) -> None:
-    """Raise where the file of an adapter would be wrong, and warn of what it will lack, for our caller's caller."""
+    """Raise where the file of an adapter would be wrong, and warn of what it will lack."""
     beside = unsaved(state)
     beside.check(what, adapter)
-    beside.warn(stacklevel=3)
+    beside.warn()

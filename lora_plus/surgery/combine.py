@@ -79,7 +79,7 @@ def combine_adapters(
     draft = Draft(f"adapters {list(factors)} cannot be combined; the model is unchanged")
     _combine(draft, {name: describe(state, name) for name in factors}, factors, *chosen)
     report = draft.report(adapter)
-    places = {place.name: place for place, _ in adapted_places(model)}
+    places = {place.name: place for place, _ in adapted_places(state.modules)}
     prepared = [(places[name], layer.spec, layer.tensors) for name, layer in draft.layers.items()]
     attach(state, adapter, prepared, trainable=trainable)
     return report

@@ -48,7 +48,7 @@ def resize_adapter(
     """
     check_count("r", r)
     state = require(model, "resizing an adapter", Need.GROWABLE | Need.WHOLE | Need.TRAINED, adapters=[adapter])
-    placed = {place.name: (place, each) for place, each in adapted_places(model, adapter)}
+    placed = {place.name: (place, each) for place, each in adapted_places(state.modules, adapter)}
     draft = Draft(f"adapter {adapter!r} cannot be resized; it is unchanged")
     owners = {name: place.owner for name, (place, _) in placed.items()}
     holes = {name: owner.frozen_column(owner) for name, owner in owners.items() if isinstance(owner, LoRALayer)}

@@ -75,7 +75,7 @@ def check_optimizer(
         findings = add(model, findings)
     if findings:
         raise Problems("training would not do what the optimizer is set up for", findings)
-    training.beside.warn(stacklevel=2)
+    training.beside.warn()
     warn_of_half_precision(training.groups, training.names, (tensor.key for tensor in training.tensors), stacklevel=2)
 
 

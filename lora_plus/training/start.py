@@ -52,10 +52,11 @@ def reset_lora_parameters(
         ValueError: if the model is merged or disabled, or the init does not fit. The adapter is then as it was.
     """
     needs = Need.UNCOPIED | Need.CHANGEABLE
-    storage = require(model, "resetting an adapter", needs, adapters=[adapter]).storage
+    state = require(model, "resetting an adapter", needs, adapters=[adapter])
+    storage = state.storage
     start = Start(init, None, generator)
     prepared = []
-    for place, held in adapted_places(model, adapter):
+    for place, held in adapted_places(state.modules, adapter):
         with storage.gathered([place.stored()]):
             fresh = place.new_tensors(storage, held.spec, start)
         if not fresh.keys() <= held.tensors().keys():
@@ -103,8 +104,8 @@ def init_from_gradients(
             "start the adapter from gradients before the model is wrapped"
         )
     model = unwrap(model)
-    require(model, "starting an adapter from gradients", Need.WHOLE | Need.CHANGEABLE, adapters=[adapter])
-    placed = list(adapted_places(model, adapter))
+    state = require(model, "starting an adapter from gradients", Need.WHOLE | Need.CHANGEABLE, adapters=[adapter])
+    placed = list(adapted_places(state.modules, adapter))
     failure = f"adapter {adapter!r} cannot start from gradients; it is unchanged"
     _check(failure, placed, _unsuitable)
     weights = {id(place.stored()): place.stored() for place, _ in placed}

@@ -45,7 +45,7 @@ def read(files: Files, target: Target, problems: list[str]) -> SavedAdapter:
     elif target.rename.given:
         known = in_file_names(target, outline, tensors)
     else:
-        known = FolderTarget(target, outline, target.base, readers_in(target))
+        known = FolderTarget(outline, target.base, target.repeats, readers_in(target))
     if problems:
         return SavedAdapter({}, {})
     adapter = Reader(checked, known, problems).read(tensors)

@@ -7,8 +7,7 @@ loaded into takes these on.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
-from types import MappingProxyType
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
@@ -47,24 +46,14 @@ def without_left_out(tensors: Mapping[str, Tensor], config: Any, rename: Renamin
     return {key: tensor for key, tensor in tensors.items() if modules[key] not in left_out}, {**config, **kept}
 
 
-class FolderTarget(Target):
-    """A target as a folder calls its parts, or as it implies them; the rest is said in the names of the folder."""
+@dataclass(frozen=True)
+class FolderTarget:
+    """A `Target` as a folder calls its parts, or as it implies them; all names are those of the folder."""
 
-    def __init__(
-        self,
-        target: Target,
-        outline: Outline,
-        base: Callable[[str], BaseLayer | None],
-        readers: Mapping[str, Sequence[str]] = MappingProxyType({}),
-    ) -> None:
-        super().__init__(target.rename)
-        self._target, self.outline, self._base, self.readers = target, outline, base, readers
-
-    def base(self, name: str) -> BaseLayer | None:
-        return self._base(name)
-
-    def repeats(self, name: str, tensor: Tensor) -> bool | None:
-        return self._target.repeats(name, tensor)
+    outline: Outline
+    base: Callable[[str], BaseLayer | None]
+    repeats: Callable[[str, Tensor], bool | None]
+    readers: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
 
 def in_file_names(target: Target, outline: Outline, tensors: Mapping[str, Tensor]) -> FolderTarget:
@@ -106,7 +95,7 @@ def in_file_names(target: Target, outline: Outline, tensors: Mapping[str, Tensor
     )
     there = readers_in(target)
     readers = {old: list(each(there[name])) for old, name in each(there).items()}
-    return FolderTarget(target, inner, base, readers)
+    return FolderTarget(inner, base, target.repeats, readers)
 
 
 def _module(key: str) -> str:

@@ -76,7 +76,7 @@ def implied_target(
             f"the square weights of {', '.join(map(repr, doubtful[:3]))}{' and more' * (len(doubtful) > 3)} are taken "
             f"as stored (in, out), as fan_in_fan_out says; if they are of nn.Linear layers, {_INSTEAD}"
         )
-    return FolderTarget(target, Outline({}, names, whole=False), bases.get)
+    return FolderTarget(Outline({}, names, whole=False), bases.get, target.repeats)
 
 
 def _implied_shapes(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Callable[[str], Shape | None]:

@@ -116,7 +116,9 @@ class Plan:
             if target is not None:
                 wrong = [f"{name!r}: {line}" for line in self._enter(where, adapter, target, layer, factor)]
                 # the values of what has no place in the checkpoint can be of any size
-                problems += wrong or (value_problems(name, layer) if target in self.checkpoint.tensors else ())
+                if not wrong and target in self.checkpoint.tensors:
+                    wrong = value_problems({name: layer}).get(name, [])
+                problems += wrong
         if data.trained and factor != 1:
             problems.append(f"weight {factor:g} does not apply to {sorted(data.trained)}, which it trains in full")
         for name, trained in data.trained.items():
