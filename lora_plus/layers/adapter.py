@@ -13,12 +13,18 @@ from lora_plus.tensors.matrix import joined_rows
 from lora_plus.tensors.merged_weight import Summand
 from lora_plus.tensors.variant import SUBTRACTED, VARIANTS, AdapterSpec, adapter_tensor_specs
 
+from .fused_kernels import keep_out_of_fused_kernels
+
 
 class AdapterTensors(nn.Module):
     """One parameter for each adapter, by the adapter's name: what ``layer.lora_A`` and ``layer.lora_B`` are.
 
     Leaner than ``nn.ParameterDict``, whose construction would be half the time of an injection.
     """
+
+    def __init__(self) -> None:
+        super().__init__()
+        keep_out_of_fused_kernels(self)
 
     def __setattr__(self, name: str, value: Any) -> None:
         # a tool that moves a module's parameters in and out does so around its forward, which is not called here

@@ -1,8 +1,8 @@
 """Keeping torch's own tools from passing adapters by: fused kernels, folded batch norms, quantization by class.
 
 In eval mode ``nn.TransformerEncoderLayer`` hands ``linear1.weight`` and others to one fused kernel instead of calling
-its layers, unless one of them has a hook. Around several such layers ``nn.TransformerEncoder`` packs padded batches
-into nested tensors, which only that kernel can read.
+its layers, unless a module inside it has a hook. Around several such layers ``nn.TransformerEncoder`` packs padded
+batches into nested tensors, which only that kernel can read.
 """
 
 from __future__ import annotations
@@ -15,19 +15,13 @@ from typing import Any
 from torch import nn
 
 _USED_NESTED = "_lora_used_nested_tensor"
+_NO_HANDLE = -1
+"""The key of a hook that is not taken out again; torch counts its own from 0."""
 
 
-def keep_out_of_fused_kernels(layer: nn.Module) -> None:
-    """Make sure that this layer is called, wherever it is put."""
-    if _no_op not in layer._forward_pre_hooks.values():
-        layer.register_forward_pre_hook(_no_op)
-
-
-def let_into_fused_kernels(layer: nn.Module) -> None:
-    """Undo `keep_out_of_fused_kernels`."""
-    for key, hook in list(layer._forward_pre_hooks.items()):
-        if hook is _no_op:
-            del layer._forward_pre_hooks[key]
+def keep_out_of_fused_kernels(part: nn.Module) -> None:
+    """Make sure that the layer which has this part is called, wherever it is put; a hook on itself would slow it."""
+    part._forward_pre_hooks[_NO_HANDLE] = _no_op
 
 
 def stop_nesting(module: nn.Module) -> None:

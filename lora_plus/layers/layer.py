@@ -20,7 +20,6 @@ from .assigned_forward import AssignedForward
 from .calls import Calls
 from .class_swap import derived_class, shallow_copy, swap_class
 from .freezing import set_requires_grad
-from .fused_kernels import keep_out_of_fused_kernels, let_into_fused_kernels
 from .weight import AdaptedWeight
 
 if TYPE_CHECKING:
@@ -126,7 +125,6 @@ class LoRALayer(AssignedForward, AdaptedWeight):
         tensors = start.tensors(matrix, spec, frozen_column=self.frozen_column(self))
         self.begin()
         set_requires_grad([self], False)
-        keep_out_of_fused_kernels(self)
         self.add_adapter(adapter, spec, tensors)
         self.activate((adapter,))
 
@@ -150,7 +148,6 @@ class LoRALayer(AssignedForward, AdaptedWeight):
         return module
 
     def take_out(self) -> None:
-        let_into_fused_kernels(self)
         for name in self.own_children():
             del self._modules[name]
         state = {name: self.__dict__.pop(name) for name in self.lora_state}

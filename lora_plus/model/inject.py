@@ -14,9 +14,8 @@ from lora_plus.errors import named_keywords
 from lora_plus.layers.adapter import check_adapter_name
 from lora_plus.layers.class_swap import SwappedModule
 from lora_plus.layers.freezing import restore_requires_grad, set_requires_grad
-from lora_plus.layers.fused_kernels import keep_out_of_fused_kernels, resume_nesting, stop_nesting
+from lora_plus.layers.fused_kernels import resume_nesting, stop_nesting
 from lora_plus.layers.kinds import why_no_numbers
-from lora_plus.layers.layer import LoRALayer
 from lora_plus.layers.site import AdapterSite
 from lora_plus.layers.weight import AdaptedWeight
 from lora_plus.tensors.init import Init, InitName, Start
@@ -189,14 +188,7 @@ def attach(
     for weight in dict.fromkeys((*modules, *(place.adapted() for place, _, _ in prepared))):
         if isinstance(weight, AdaptedWeight):
             weight.activate((adapter,))
-    # no fused kernel of torch may pass the adapters by
-    if isinstance(modules[0], LoRALayer):  # what it is a part of is not known
-        keep_out_of_fused_kernels(modules[0])
     for module in modules:
-        if isinstance(module, nn.TransformerEncoderLayer):
-            for child in module.children():
-                if isinstance(child, LoRALayer):
-                    keep_out_of_fused_kernels(child)
         if isinstance(module, nn.TransformerEncoder) and any(
             isinstance(child, AdaptedWeight) for child in module.modules()
         ):

@@ -277,20 +277,22 @@ def test_every_holder_of_a_shared_parameter_gets_its_flag_back() -> None:
     assert model.head.weight is not model.embed.weight
 
 
-@pytest.mark.parametrize("how", ["constructed", "injected alone"])
+@pytest.mark.parametrize("how", ["constructed", "injected alone", "injected in another model"])
 def test_a_layer_put_into_an_encoder_by_hand_is_not_inert(how: str) -> None:
     encoder = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True).eval()
     if how == "constructed":
         encoder.linear1 = lora_plus.LoRALinear(8, 16)
-    else:
+    elif how == "injected alone":
         inject_lora(encoder.linear1, "")
+    else:
+        inject_lora(nn.Sequential(encoder.linear1), ["0"])
     x = torch.randn(2, 3, 8)
     with torch.no_grad():
         base = encoder(x)
         randomise(encoder)
         assert not torch.allclose(encoder(x), base, atol=1e-3)
         remove_lora(encoder)
-    assert not encoder.linear1._forward_pre_hooks
+    assert not any(module._forward_pre_hooks for module in encoder.modules())
 
 
 def test_removing_from_a_layer_injected_alone_gives_back_the_flags() -> None:
