@@ -190,7 +190,7 @@ ActiveAdapter = Adapter | RowsAdapter
 
 def summands(adapters: Sequence[ActiveAdapter]) -> list[Summand]:
     """Adapters of one weight, as merging takes them."""
-    return [Summand(VARIANTS[each.spec.variant], *each.factors(), each.scale, each.tensors()) for each in adapters]
+    return [Summand(each.spec.variant, *each.factors(), each.scale, each.tensors()) for each in adapters]
 
 
 def whole_factors(tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:

@@ -58,18 +58,30 @@ def full_precision(device: torch.device) -> AbstractContextManager[object]:
     return torch.autocast(device.type, enabled=False) if autocast_is_on(device) else nullcontext()
 
 
-def add_delta(weight: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
+def add_delta(weight: Tensor, A: Tensor, B: Tensor, scale: float, *, in_place: bool = False) -> Tensor:
     """The weight with its update, ``W + scale * B @ A``, computed in float32 or better.
 
     Eq. 3 of Hu et al. 2021 (arXiv:2106.09685). Batched over one leading dimension, if all have one. A transposed
-    weight gives a transposed result, so that it lies in memory as the stored weight does.
+    weight gives a transposed result, so that it lies in memory as the stored weight does. With ``in_place`` the result
+    is written into the weight, if that has the result's dtype; there are no gradients then.
     """
     wide = accumulation_dtype(weight.dtype, A.dtype, B.dtype)
     if weight.stride(-1) != 1 and weight.stride(-2) == 1:
-        return add_delta(weight.mT, B.mT, A.mT, scale).mT
+        return add_delta(weight.mT, B.mT, A.mT, scale, in_place=in_place).mT
     product = torch.addmm if weight.ndim == 2 else torch.baddbmm
+    weight = weight.to(wide)
     with full_precision(A.device):
-        return product(weight.to(wide), B.to(wide), A.to(wide), alpha=scale)
+        return product(weight, B.to(wide), A.to(wide), alpha=scale, out=weight if in_place else None)
+
+
+def delta_norm(A: Tensor, B: Tensor) -> float:
+    """The Frobenius norm of ``B @ A``, over the whole stack where there is one, without the product.
+
+    It is the root of ``trace(B^T B A A^T)``, of matrices ``(r, r)``. They are in float64, for a difference of products,
+    written as one of twice the rank, can be small beside either.
+    """
+    A, B = (factor.detach().cpu().double() for factor in (A, B))
+    return math.sqrt(max(0.0, float((B.mT @ B).mul_(A @ A.mT).sum())))
 
 
 def row_norm(matrix: Tensor) -> Tensor:

@@ -10,14 +10,15 @@ import torch
 from torch import Tensor
 
 from . import matrix as functional
-from .matrix import Index, accumulation_dtype, from_matrix, to_matrix
-from .variant import Variant
+from .matrix import Index, accumulation_dtype, add_delta, delta_norm, from_matrix, to_matrix
+from .variant import VARIANTS, only_adds
 
 
 class Summand(NamedTuple):
     """One adapter of a weight, as its variant takes it."""
 
-    variant: Variant
+    variant: str
+    """A name in `VARIANTS`."""
     A: Tensor
     B: Tensor
     scale: float
@@ -33,18 +34,23 @@ class Merged(NamedTuple):
     """How far the applied update is from the exact one, relative to its size; None where nothing was rounded."""
 
 
-def joined(matrix: Tensor, summands: Sequence[Summand], rows: Index = ()) -> Tensor:
+def joined(matrix: Tensor, summands: Sequence[Summand], rows: Index = (), *, in_place: bool = False) -> Tensor:
     """These rows of a weight's matrix view with the adapters in them: float32 or better, not yet rounded.
 
     Args:
         matrix: the rows.
         summands: the adapters of all rows, in the order in which they apply.
         rows: which rows of the matrix view these are, as `blocks` gives them; empty for all.
+        in_place: the rows may be written into, and there are no gradients.
     """
     matrix = matrix.to(accumulation_dtype(matrix.dtype))
-    for variant, A, B, scale, tensors in summands:
-        own = {spec.name: tensors[spec.name][_rows_of(spec.axes, rows)] for spec in variant.tensors}
-        matrix = variant.merge(matrix, A[rows[:-1]], B[rows], scale, own)
+    for name, A, B, scale, tensors in summands:
+        A, B, variant = A[rows[:-1]], B[rows], VARIANTS[name]
+        if in_place and only_adds(name):
+            matrix = add_delta(matrix, A, B, scale, in_place=True)
+        else:
+            own = {spec.name: tensors[spec.name][_rows_of(spec.axes, rows)] for spec in variant.tensors}
+            matrix = variant.merge(matrix, A, B, scale, own)
     return matrix
 
 
@@ -60,23 +66,39 @@ def merged_weight(base: Tensor, layout: str, summands: Sequence[Summand], dtype:
     Raises:
         ValueError: if a value is not finite in this dtype and is so in the base.
     """
-    values = torch.empty_like(base, dtype=dtype)
-    total, lost, size = 0.0, [], []
+    values, wide = torch.empty_like(base, dtype=dtype), accumulation_dtype(base.dtype)
+    rounds, adds = values.element_size() < 4, all(only_adds(each.variant) for each in summands)
+    checks: list[Tensor] = []
+    moved: list[Tensor] = []
     for index, rows in functional.blocks(layout, base.shape, functional.block_elements(base.device)):
-        part = base[index]
-        exact = from_matrix(joined(to_matrix(part, layout), summands, rows), layout, part.shape)
-        values[index] = exact
-        rounded = values[index].to(exact.dtype)
-        total += float(rounded.sum())  # finite only if all values are, and cheaper than asking each
-        if values.element_size() < 4:
-            lost.append(torch.linalg.vector_norm(rounded - exact))
-            size.append(torch.linalg.vector_norm(exact - part.to(exact.dtype)))
-    if not math.isfinite(total) and not as_finite_as(values, base):
+        part, place = base[index], values[index]
+        # a block in the middle of a weight need not be aligned, and some products then round otherwise
+        own = place.copy_(part) if dtype == wide and not index else part.to(wide, copy=True)
+        exact = from_matrix(joined(to_matrix(own, layout), summands, rows, in_place=True), layout, part.shape)
+        if not exact.is_set_to(place):
+            place.copy_(exact)
+        if rounds and not adds:
+            moved.append(torch.linalg.vector_norm(exact - part.to(exact.dtype)))
+        # finite only if all values are, and cheaper than asking each
+        checks.append(torch.linalg.vector_norm(exact.sub_(place.to(exact.dtype))) if rounds else place.sum())
+    error = _norm(checks)
+    if not math.isfinite(error) and not as_finite_as(values, base):
         raise ValueError(f"the merged weight is not finite in {dtype}")
-    if not size:
+    if not rounds:
         return Merged(values, None)
-    error, moved = (float(torch.linalg.vector_norm(torch.stack(norms))) for norms in (lost, size))
-    return Merged(values, error / (moved or 1.0))
+    return Merged(values, error / ((_update_norm(summands) if adds else _norm(moved)) or 1.0))
+
+
+def _norm(parts: list[Tensor]) -> float:
+    """The norm of a tensor from those of its parts."""
+    return float(torch.linalg.vector_norm(torch.stack(parts)))
+
+
+def _update_norm(summands: Sequence[Summand]) -> float:
+    """The norm of a sum of updates."""
+    return delta_norm(
+        torch.cat([each.A for each in summands], dim=-2), torch.cat([each.scale * each.B for each in summands], dim=-1)
+    )
 
 
 def as_finite_as(new: Tensor, old: Tensor) -> bool:

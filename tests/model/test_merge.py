@@ -379,14 +379,18 @@ def test_merging_in_small_blocks_gives_the_same(monkeypatch: pytest.MonkeyPatch,
 
 
 class Largest(TorchDispatchMode):
-    """Notes the sizes of new tensors, in elements."""
+    """Notes the sizes of new tensors, in elements, and what is computed with tensors of the largest size."""
 
     def __init__(self) -> None:
         super().__init__()
         self.sizes: list[int] = []
+        self.steps: list[tuple[int, str]] = []
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and not function.is_view:
+            size = max((each.numel() for each in (*args, result) if isinstance(each, Tensor)), default=0)
+            self.steps.append((size, function._schema.name.removeprefix("aten::")))
         if isinstance(result, Tensor) and not (function.is_view or function._schema.is_mutable or result.is_meta):
             self.sizes.append(result.numel())
         return result
@@ -403,3 +407,32 @@ def test_a_merge_needs_no_more_memory_than_the_new_weight_and_a_block(
         merge_lora(model)
     assert sorted(largest.sizes)[-1] == 512 * 96  # the merged weight
     assert sorted(largest.sizes)[-2] == 64 * 96
+
+
+@pytest.mark.parametrize(
+    ("dtype", "passes"),
+    [
+        # what makes the weight, and whether it is finite
+        (torch.float32, ["empty_like", "copy_", "addmm", "sum"]),
+        # in float32 and rounded; what rounding lost
+        (torch.bfloat16, ["empty_like", "_to_copy", "addmm", "copy_", "_to_copy", "sub_", "linalg_vector_norm"]),
+    ],
+    ids=str,
+)
+def test_a_merge_passes_over_a_weight_as_rarely_as_can_be(dtype: torch.dtype, passes: list[str]) -> None:
+    model = inject_lora(nn.Linear(96, 512, bias=False).to(dtype), "all-linear", r=2)
+    with Largest() as largest:
+        merge_lora(model)
+    assert [name for size, name in largest.steps if size >= 512 * 96] == passes
+
+
+@pytest.mark.parametrize("init", ["kaiming", "pissa"])
+def test_what_rounding_lost_is_measured_by_the_update_also_where_that_is_a_small_difference(init: str) -> None:
+    model = inject_lora(nn.Linear(48, 64, bias=False, dtype=torch.bfloat16), "all-linear", r=4, init=init)
+    base = model.weight.double()
+    with torch.no_grad():
+        model.lora_B["default"].add_(1e-4 * torch.randn(64, 4))
+    update = explicit(model).weight - base
+    lost = merge_lora(model).lost[""]
+    off = (model.weight.double() - base - update).norm() / update.norm()
+    assert lost == pytest.approx(off.item(), rel=1e-3)

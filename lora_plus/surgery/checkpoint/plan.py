@@ -51,7 +51,7 @@ class Change:
             if blocks:
                 blocks.sort(key=lambda block: block[0])
                 (A, B), scale = joined_rows(blocks, matrix_shape(self.layout, tuple(shape))[0]), 1.0
-            found.append(Summand(VARIANTS[spec.variant], A, B, scale, layers[0].tensors))
+            found.append(Summand(spec.variant, A, B, scale, layers[0].tensors))
         return found
 
 
