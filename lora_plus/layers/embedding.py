@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lora_plus.tensors.init import Lookup
+
 from .adapter import ActiveAdapter
 from .calls import Calls
 from .kinds import adapts
@@ -47,8 +49,8 @@ class LoRAEmbedding(LoRALayer, nn.Embedding):
         return f"{type(layer).__name__} with max_norm and a forward of its own, which would see rows of any norm"
 
     @classmethod
-    def frozen_column(cls, layer: nn.Module) -> int | None:
-        return layer.padding_idx if isinstance(layer.padding_idx, int) else None
+    def lookup(cls, layer: nn.Module) -> Lookup:
+        return Lookup(layer.padding_idx if isinstance(layer.padding_idx, int) else None)
 
     @classmethod
     def base_facts(cls, module: nn.Module) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_plus.tensors.init import Init, InitName, Start
+from lora_plus.tensors.init import Init, InitName, Lookup, Start
 from lora_plus.tensors.matrix import to_matrix
 from lora_plus.tensors.random_state import draws
 from lora_plus.tensors.variant import VARIANTS, AdapterSpec, Scaling, VariantName
@@ -87,8 +87,8 @@ class LoRALayer(AssignedForward, AdaptedWeight):
         return tuple(layer.weight.shape)
 
     @classmethod
-    def frozen_column(cls, layer: nn.Module) -> int | None:
-        """The column of A that starts at zero and stays so, if there is one."""
+    def lookup(cls, layer: nn.Module) -> Lookup | None:
+        """How the weight is read by index; None if it is multiplied with."""
         return None
 
     @classmethod
@@ -122,7 +122,7 @@ class LoRALayer(AssignedForward, AdaptedWeight):
         spec = AdapterSpec(r=r, alpha=alpha, scaling=scaling, variant=variant, dropout=dropout)
         start = Start(init, generator=generator)
         matrix = self.matrix_of(self, values=start.needs_values(spec))
-        tensors = start.tensors(matrix, spec, frozen_column=self.frozen_column(self))
+        tensors = start.tensors(matrix, spec, self.lookup(self))
         self.begin()
         set_requires_grad([self], False)
         self.add_adapter(adapter, spec, tensors)

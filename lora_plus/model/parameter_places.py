@@ -24,6 +24,7 @@ from lora_plus.layers.parameter_owner import (
 from lora_plus.layers.site import AdapterSite, RowBlock
 from lora_plus.layers.weight import AdaptedWeight
 from lora_plus.tensors.distributed import whole, without_values
+from lora_plus.tensors.init import Lookup
 from lora_plus.tensors.matrix import matrix_shape, to_matrix
 from lora_plus.tensors.variant import AdapterSpec, whole_only
 from lora_plus.text import join
@@ -151,8 +152,8 @@ class RowsPlace(Place):
         assert self.rows is not None
         return matrix[self.rows[0] : self.rows[1]]
 
-    def frozen_column(self) -> int | None:
-        return self.whole.frozen_column()
+    def lookup(self) -> Lookup | None:
+        return self.whole.lookup()
 
     def check_adoptable(self) -> None:
         self.whole.check_adoptable()

@@ -18,7 +18,7 @@ from lora_plus.layers.layer import LoRALayer
 from lora_plus.layers.site import AdapterSite, Holders, RowBlock
 from lora_plus.layers.weight import AdaptedWeight
 from lora_plus.tensors.distributed import whole, without_values
-from lora_plus.tensors.init import Start
+from lora_plus.tensors.init import Lookup, Start
 from lora_plus.tensors.variant import VARIANTS, AdapterSpec
 
 from .storage import Storage
@@ -101,15 +101,15 @@ class Place(ABC):
         """Its rows of a matrix that has the rows of its whole weight."""
         return matrix
 
-    def frozen_column(self) -> int | None:
-        """The column of A that starts at zero, if there is one."""
+    def lookup(self) -> Lookup | None:
+        """How the weight is read by index; None if it is multiplied with."""
         return None
 
     def new_tensors(self, storage: Storage, spec: AdapterSpec, start: Start) -> dict[str, Tensor]:
         """The tensors of a new adapter, by the name of their container; nothing is changed."""
         values = start.needs_values(spec)
         with storage.gathered([self.stored()] if values else []):
-            return start.tensors(self.matrix(values=values), spec, frozen_column=self.frozen_column())
+            return start.tensors(self.matrix(values=values), spec, self.lookup())
 
     @abstractmethod
     def check_adoptable(self) -> None:
@@ -169,8 +169,9 @@ class LayerPlace(Place):
         matrix = self.kind.matrix_of(self.owner, values=values)
         return whole(matrix) if values else without_values(matrix)
 
-    def frozen_column(self) -> int | None:
-        return self.kind.frozen_column(self.owner)
+    def lookup(self) -> Lookup | None:
+        lookup: Lookup | None = self.kind.lookup(self.owner)
+        return lookup
 
     def check_adoptable(self) -> None:
         if not isinstance(self.owner, LoRALayer):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 
@@ -12,10 +11,9 @@ from torch import nn
 from lora_plus.errors import check_count
 from lora_plus.files.save import describe
 from lora_plus.files.saved_adapter import SavedAdapter, SavedLayer
-from lora_plus.layers.layer import LoRALayer
 from lora_plus.model.places import adapted_places
 from lora_plus.model.state import Need, require
-from lora_plus.tensors.init import Start
+from lora_plus.tensors.init import Lookup, Start
 from lora_plus.tensors.low_rank import Factors, truncated_product
 from lora_plus.tensors.matrix import accumulation_dtype
 from lora_plus.tensors.random_state import draws
@@ -30,9 +28,9 @@ def resize_adapter(
 ) -> CombineReport:
     """Give an adapter another rank, in place: its update stays what it was, or the nearest there is of a lower rank.
 
-    A higher rank keeps the update: A gets rows that are drawn as at the start, B columns of zeros. Scale, scaling rule,
-    ``requires_grad`` and what a variant has besides (DoRA's magnitudes) stay; alpha follows from the scale. A and B
-    become new parameters, so make the optimizer afterwards. An adapter that started from a part of the weight (PiSSA
+    A higher rank keeps the update: A gets rows and B columns as at the start, one of which are zeros. Scale, scaling
+    rule, ``requires_grad`` and what a variant has besides (DoRA's magnitudes) stay; alpha follows from the scale. A and
+    B become new parameters, so make the optimizer afterwards. An adapter that started from a part of the weight (PiSSA
     and the like) is taken for the update of rank 2 r that it is, and becomes a plain one.
 
     Args:
@@ -50,10 +48,8 @@ def resize_adapter(
     state = require(model, "resizing an adapter", Need.GROWABLE | Need.WHOLE | Need.TRAINED, adapters=[adapter])
     placed = {place.name: (place, each) for place, each in adapted_places(state.modules, adapter)}
     draft = Draft(f"adapter {adapter!r} cannot be resized; it is unchanged")
-    owners = {name: place.owner for name, (place, _) in placed.items()}
-    holes = {name: owner.frozen_column(owner) for name, owner in owners.items() if isinstance(owner, LoRALayer)}
     plain = describe(state, adapter)
-    _resize(draft, plain, r, generator, holes)
+    _resize(draft, plain, r, generator)
     report = draft.report(adapter)
     parts = ("lora_A", "lora_B")
     for name, (_, each) in placed.items():
@@ -76,16 +72,14 @@ def resize_saved(
     """
     check_count("r", r)
     draft = Draft("the adapter cannot be resized")
-    _resize(draft, adapter, r, generator, {})
+    _resize(draft, adapter, r, generator)
     report = draft.report()
     return replace(adapter, layers=draft.layers), report
 
 
 @torch.no_grad()
-def _resize(
-    draft: Draft, adapter: SavedAdapter, r: int, generator: torch.Generator | None, holes: Mapping[str, int | None]
-) -> None:
-    """Draft the adapter at the new rank. ``holes`` are the columns of A that stay zero, by layer."""
+def _resize(draft: Draft, adapter: SavedAdapter, r: int, generator: torch.Generator | None) -> None:
+    """Draft the adapter at the new rank."""
     for name, layer in sorted(adapter.layers.items()):
         A, B = layer.factors()
         if (why := unusable(A, B) or _tied(layer.spec)) is not None:
@@ -99,7 +93,7 @@ def _resize(
             dtype = accumulation_dtype(A.dtype, B.dtype)
             fit = draft.fit(name, partial(truncated_product, A.to(dtype), B.to(dtype), r), A.device)
         if fit is not None:
-            draft.layers[name] = _grown(layer, fit, r, generator, holes.get(name))
+            draft.layers[name] = _grown(layer, fit, r, generator)
             draft.errors[name] = fit.error
 
 
@@ -109,14 +103,14 @@ def _tied(spec: AdapterSpec) -> str | None:
     return f"is of the variant {spec.variant!r}, whose {', '.join(tied)} cannot have another rank" if tied else None
 
 
-def _grown(layer: SavedLayer, fit: Factors, r: int, generator: torch.Generator | None, hole: int | None) -> SavedLayer:
+def _grown(layer: SavedLayer, fit: Factors, r: int, generator: torch.Generator | None) -> SavedLayer:
     """The layer with these factors, filled up to rank r with an update of zero."""
     own, (A, B, _) = layer.tensors, fit
     missing = r - A.shape[-2]  # also where the rank falls, but not below the full one
     if missing:
         weight = A.new_empty(1).expand(*A.shape[:-2], B.shape[-2], A.shape[-1])  # of which only the shape counts
-        fresh = Start(generator=generator).tensors(weight, AdapterSpec(r=missing, alpha=1), frozen_column=hole)
-        A = torch.cat([A, fresh["lora_A"].to(A)], dim=-2)
-        B = torch.cat([B, fresh["lora_B"].to(B)], dim=-1)
+        lookup = Lookup(None) if layer.base.kind == "Embedding" else None
+        new_A, new_B = Start(generator=generator).factors(weight, layer.spec.at_rank(missing), lookup)
+        A, B = torch.cat([A, new_A.to(A)], dim=-2), torch.cat([B, new_B.to(B)], dim=-1)
     factors = {"lora_A": A.to(own["lora_A"].dtype).contiguous(), "lora_B": B.to(own["lora_B"].dtype).contiguous()}
     return SavedLayer(layer.base, layer.spec.at_rank(r), {**own, **factors})

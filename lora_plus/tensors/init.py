@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -85,7 +85,29 @@ def kaiming_B(weight: Tensor, r: int, generator: torch.Generator | None = None) 
     return B.new_zeros(r, in_features), B
 
 
-INITS: dict[str, Init] = {"kaiming": kaiming, "gaussian": gaussian, "orthogonal": orthogonal, "kaiming_B": kaiming_B}
+def embedding(weight: Tensor, r: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+    """A zero, B standard normal: what ``"kaiming"`` is for an embedding, as in loralib and PEFT.
+
+    A lookup takes one column of A, so its fan-in is 1, not the vocabulary. A row that is never looked up never moves.
+    """
+    out_features, in_features = weight.shape
+    B = normal((out_features, r), weight, generator)
+    return B.new_zeros(r, in_features), B
+
+
+INITS: dict[str, Init] = {
+    "kaiming": kaiming,
+    "gaussian": gaussian,
+    "orthogonal": orthogonal,
+    "kaiming_B": kaiming_B,
+}
+
+
+class Lookup(NamedTuple):
+    """That a weight is read by index, one column of its matrix view at a time."""
+
+    padding: int | None
+    """The column that gets no update, if there is one."""
 
 
 def pissa(weight: Tensor, r: int, scale: float) -> tuple[Tensor, Tensor]:
@@ -144,25 +166,22 @@ class Start:
         """Whether a new adapter depends on the numbers in the weight, and not only on its shape."""
         return callable(self.init) or self.init in PRINCIPAL or VARIANTS[spec.variant].rescales
 
-    def tensors(self, matrix: Tensor, spec: AdapterSpec, *, frozen_column: int | None = None) -> dict[str, Tensor]:
+    def tensors(self, matrix: Tensor, spec: AdapterSpec, lookup: Lookup | None = None) -> dict[str, Tensor]:
         """The tensors by the name of their container: lora_A, lora_B, the variant's, and what is taken out again.
 
         Args:
             matrix: the frozen weight in its matrix view ``(out, in)``, or a ``(stack, out, in)`` with one for each.
             spec: the adapter's settings.
-            frozen_column: the column of A that starts at zero, as that of an embedding's padding does.
+            lookup: how the weight is read by index; None if it is multiplied with.
         """
         variant = VARIANTS[spec.variant]
-        if matrix.ndim == 2:
-            A, B = self._factors(matrix, spec)
-        else:
-            A, B = map(torch.stack, zip(*(self._factors(each, spec) for each in matrix), strict=True))
+        A, B = self.factors(matrix, spec, lookup)
         if "lora_A" in variant.frozen and not bool(A.any()):
             raise ValueError(
                 f"variant {spec.variant!r} freezes A, and init {self.init!r} makes it zero: nothing would be learnt"
             )
-        if frozen_column is not None:
-            A[..., frozen_column] = 0
+        if lookup is not None and lookup.padding is not None:
+            A[..., lookup.padding] = 0
         from_weight = isinstance(self.init, str) and self.init in PRINCIPAL
         start = torch.zeros_like(B) if from_weight else B  # with what is taken out again, the update starts at zero
         extra = variant.extra(matrix, A, start, spec.scale)
@@ -175,9 +194,14 @@ class Start:
         wanted = accumulation_dtype(matrix.dtype) if self.dtype is None else self.dtype
         return {name: tensor.to(wanted, copy=from_weight).contiguous() for name, tensor in tensors.items()}
 
-    def _factors(self, matrix: Tensor, spec: AdapterSpec) -> tuple[Tensor, Tensor]:
-        """A and B for one matrix."""
+    def factors(self, matrix: Tensor, spec: AdapterSpec, lookup: Lookup | None = None) -> tuple[Tensor, Tensor]:
+        """A ``(r, in)`` and B ``(out, r)`` for one matrix, or stacks of them."""
+        if matrix.ndim == 3:
+            A, B = map(torch.stack, zip(*(self.factors(each, spec, lookup) for each in matrix), strict=True))
+            return A, B
         init, r = self.init, spec.r
+        if init == "kaiming" and lookup is not None and "lora_A" not in VARIANTS[spec.variant].frozen:
+            return embedding(matrix, r, self.generator)
         if not isinstance(init, str):
             return _checked(init, matrix, r, self.generator)
         if init in INITS:

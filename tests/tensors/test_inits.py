@@ -13,6 +13,7 @@ from cases import CASES, Case, explicit, randomise
 from torch import nn
 
 import lora_plus as lp
+from lora_plus.engines.peft import peft_roles
 from lora_plus.surgery import resize_adapter
 from lora_plus.tensors.init import INITS, PRINCIPAL, InitName, milora, olora, pissa
 from lora_plus.tensors.variant import SCALINGS, VARIANTS, Scaling, VariantName
@@ -59,6 +60,44 @@ def test_gaussian_has_variance_one_over_in() -> None:
 def test_kaiming_B_is_the_default_with_the_factors_exchanged() -> None:
     A, B = INITS["kaiming_B"](torch.empty(400, 30), 50, torch.Generator().manual_seed(0))
     assert not A.any() and B.abs().max() <= 1 / math.sqrt(50) and B.std() == pytest.approx(1 / math.sqrt(150), rel=0.02)
+
+
+def test_an_embedding_starts_with_A_zero_and_B_standard_normal() -> None:
+    model = lp.inject_lora(nn.Sequential(nn.Embedding(300, 200)), ["0"], r=50)
+    A, B = model[0].lora_A["default"].detach(), model[0].lora_B["default"].detach()
+    assert not A.any() and B.std().item() == pytest.approx(1, rel=0.02) and abs(float(B.mean())) < 0.02
+    frozen = lp.inject_lora(nn.Sequential(nn.Embedding(30, 20)), ["0"], variant="lora_fa")[0]
+    assert frozen.lora_A["default"].any() and not frozen.lora_B["default"].any()  # a frozen A of zeros would be inert
+    chosen = lp.inject_lora(nn.Sequential(nn.Embedding(30, 20)), ["0"], init="gaussian")[0]
+    assert chosen.lora_A["default"].any() and not chosen.lora_B["default"].any()
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("vocabulary", [1000, 30000])
+def test_the_rows_of_an_embedding_move_as_those_of_peft_do_at_the_default_rate(vocabulary: int) -> None:
+    """Of themselves about 6e-4 in 100 steps, at every vocabulary, and only those that are looked up."""
+    peft = pytest.importorskip("peft")
+    moved = []
+    tokens = torch.arange(500)
+    for theirs in (False, True):
+        torch.manual_seed(0)
+        model: nn.Module = nn.Sequential(nn.Embedding(vocabulary, 256), nn.Linear(256, 8))
+        if theirs:
+            model = peft.get_peft_model(model, peft.LoraConfig(r=8, lora_alpha=16, target_modules=["0"]))
+        else:
+            lp.inject_lora(model, ["0"], r=8, alpha=16)
+        embed = model.base_model.model[0] if theirs else model[0]
+        before = embed(torch.arange(1000)).detach()
+        roles = list(peft_roles(model)) if theirs else []
+        optimizer = lp.create_loraplus_optimizer(model, torch.optim.AdamW, lr=1e-4, roles=roles)
+        for _ in range(100):
+            optimizer.zero_grad()
+            (model(tokens[None]) - 1).square().mean().backward()
+            optimizer.step()
+        change = (embed(torch.arange(1000)) - before).detach()
+        assert change[:500].abs().sum(1).all() and not change[500:].any()
+        moved.append(float(change[:500].norm() / before[:500].norm()))
+    assert moved[0] == pytest.approx(6e-4, rel=0.2) and moved[0] / moved[1] == pytest.approx(1, rel=0.2)
 
 
 @pytest.mark.parametrize(("r", "columns"), [(4, 9), (9, 9), (12, 9)])
