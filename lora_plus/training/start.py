@@ -71,12 +71,13 @@ def reset_lora_parameters(
 def init_from_gradients(
     model: nn.Module, loss: Callable[[Any], Tensor], batches: Iterable[Any], *, adapter: str = "default"
 ) -> None:
-    """Start an adapter's A from the gradient of a loss; B stays zero, so the model computes what it computed before.
+    """Start an adapter from the gradient of a loss; one factor stays zero, so the model computes what it did before.
 
     With G the gradient of the loss by a layer's weight (its matrix view), summed over the batches, the rows of A become
     the top r right singular vectors of G, of norm ``1/sqrt(3)``, about that of the default init's rows. The first step
     of B then moves the layer along the best approximation of G of rank r, as in LoRA-GA (arXiv:2407.05000) and LoRA-One
-    (arXiv:2502.01235), but the weight, the learning rate and the scale stay.
+    (arXiv:2502.01235), but the weight, the learning rate and the scale stay. Where it is A that is zero, as in
+    embeddings, B becomes the top r left singular vectors, of the norm that its columns have on average.
 
     While it runs, it holds a gradient of the size of each adapted weight. The model's mode is used as it is (dropout
     included). Gradients, buffers and random states are as before afterwards.
@@ -94,8 +95,8 @@ def init_from_gradients(
 
     Raises:
         KeyError: if the model holds no adapter of this name.
-        ValueError: naming the layers whose B is not zero, whose weight has no gradient (quantized, sharded, on the meta
-            device or not used by the loss), or whose gradient is not finite; if the model is merged, disabled or
+        ValueError: naming the layers whose update is not zero, whose weight has no gradient (quantized, sharded, on the
+            meta device or not used by the loss), or whose gradient is not finite; if the model is merged, disabled or
             replicated, or there is no batch. The adapter is then as it was.
     """
     if replica_group(model) is not None:
@@ -123,10 +124,11 @@ def init_from_gradients(
         for place, each in placed:
             gradient = gradients[id(place.stored())]
             assert gradient is not None
-            A = each.tensors()["lora_A"]
+            A, B = (each.tensors()[name] for name in ("lora_A", "lora_B"))
             matrix = place.part_of(functional.to_matrix(gradient, place.base().layout))
-            rows = _top_directions(matrix, A.shape[-2])
-            A[..., : rows.shape[-2], :] = rows / math.sqrt(3)
+            drawn, size = (B.mT, float(B.norm()) / math.sqrt(B.shape[-1])) if B.any() else (A, 1 / math.sqrt(3))
+            rows = _top_directions(matrix.mT if B.any() else matrix, A.shape[-2])
+            drawn[..., : rows.shape[-2], :] = rows * size
 
 
 def _top_directions(gradient: Tensor, r: int) -> Tensor:
@@ -137,7 +139,7 @@ def _top_directions(gradient: Tensor, r: int) -> Tensor:
 
 def _unsuitable(place: Place, adapter: Adapter) -> str | None:
     """Why the gradient by this weight cannot be had, or not be used; None if it can."""
-    weight, B = place.stored(), adapter.tensors()["lora_B"]
+    weight, tensors = place.stored(), adapter.tensors()
     reasons = {
         "its weight has no values (meta device); load them first": weight.is_meta,
         "it is sharded; do this before the model is sharded": is_dtensor(weight),
@@ -145,8 +147,8 @@ def _unsuitable(place: Place, adapter: Adapter) -> str | None:
         "its weight is computed by another tool, and is no parameter": not weight.is_leaf,
     }
     reason = next((reason for reason, holds in reasons.items() if holds), None)
-    if reason is None and bool(B.any()):
-        return "its B is not zero; start from an untrained adapter, injected with an init that leaves B zero"
+    if reason is None and all(bool(tensors[name].any()) for name in ("lora_A", "lora_B")):
+        return "its update is not zero; start from an untrained adapter, injected with an init that leaves A or B zero"
     return reason
 
 

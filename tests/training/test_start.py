@@ -24,7 +24,7 @@ def _projector(rows: Tensor) -> Tensor:
     return torch.linalg.pinv(rows) @ rows
 
 
-def test_A_spans_the_top_right_singular_vectors_and_nothing_else_changes(case: Case) -> None:
+def test_a_factor_spans_the_top_singular_vectors_and_nothing_else_changes(case: Case) -> None:
     model, x = case.model(), case.input()
     plain = copy.deepcopy(model)
     _loss(plain)(x).backward()
@@ -33,14 +33,15 @@ def test_A_spans_the_top_right_singular_vectors_and_nothing_else_changes(case: C
     lp.inject_lora(model, ["layer"], **{**case.settings, "r": r})
     flags = [p.requires_grad for p in model.parameters()]
     layer = model.layer
+    A, B = layer.lora_A["default"].detach(), layer.lora_B["default"].detach()
+    rows, zero, size = (B.T, A, float(B.square().sum()) / r) if B.any() else (A, B, 1 / 3)
     init_from_gradients(model, _loss(model), [x])
     G = functional.to_matrix(plain.layer.weight.grad, layer.layout)
-    S, Vh = torch.linalg.svd(G, full_matrices=False)[1:]
-    A = layer.lora_A["default"].detach()
-    torch.testing.assert_close(A @ A.T, torch.eye(r, dtype=A.dtype) / 3, rtol=0, atol=1e-12)
+    S, Vh = torch.linalg.svd(G if rows is A else G.T, full_matrices=False)[1:]
+    torch.testing.assert_close(rows @ rows.T, size * torch.eye(r, dtype=A.dtype), rtol=0, atol=1e-12)
     if len(S) == r or S[r - 1] > 1.001 * S[r]:
-        torch.testing.assert_close(_projector(A), _projector(Vh[:r]), rtol=0, atol=1e-8)
-    assert torch.equal(model(x), wanted) and not layer.lora_B["default"].any()
+        torch.testing.assert_close(_projector(rows), _projector(Vh[:r]), rtol=0, atol=1e-8)
+    assert torch.equal(model(x), wanted) and not zero.any()
     assert [p.requires_grad for p in model.parameters()] == flags
     assert all(p.grad is None for p in model.parameters())
 
@@ -118,11 +119,11 @@ def test_what_cannot_start_from_gradients_is_refused() -> None:
         init_from_gradients(model, _loss(model), [torch.randn(3, 4)], adapter="other")
     with torch.no_grad():
         model.used.lora_B["default"][0, 0] = 1
-    with pytest.raises(ValueError, match="'used': its B is not zero"):
+    with pytest.raises(ValueError, match="'used': its update is not zero"):
         init_from_gradients(model, _loss(model), [torch.randn(3, 4)])
     assert not model.used.weight.requires_grad
     with lp.merged(model), pytest.raises(ValueError, match=r"^starting an adapter from gradients needs unmer"):
         init_from_gradients(model, _loss(model), [torch.randn(3, 4)])
     lp.inject_lora(model, ["used"], r=2, init="pissa", adapter="pissa")
-    with pytest.raises(ValueError, match="injected with an init that leaves B zero"):
+    with pytest.raises(ValueError, match="injected with an init that leaves A or B zero"):
         init_from_gradients(model, _loss(model), [torch.randn(3, 4)], adapter="pissa")
