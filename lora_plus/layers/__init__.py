@@ -1,5 +1,7 @@
 """One module and its adapters: kinds of layers, adapted weights, merged state."""
 
+from lora_plus.tensors import starts as starts
+
 from . import recurrent as recurrent
 from .convolution import LoRAConv1d as LoRAConv1d
 from .convolution import LoRAConv2d as LoRAConv2d

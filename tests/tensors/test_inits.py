@@ -15,7 +15,8 @@ from torch import nn
 import lora_plus as lp
 from lora_plus.engines.peft import peft_roles
 from lora_plus.surgery import resize_adapter
-from lora_plus.tensors.init import INITS, PRINCIPAL, InitName, milora, olora, pissa
+from lora_plus.tensors.init import INITS, PRINCIPAL, InitName
+from lora_plus.tensors.starts import milora, olora, pissa
 from lora_plus.tensors.variant import SCALINGS, VARIANTS, Scaling, VariantName
 from lora_plus.training import fold_lr_ratio, reset_lora_parameters
 
