@@ -27,7 +27,7 @@ from typing import Any
 from torch import Tensor
 
 from lora_plus.layers.base_layer import BaseLayer
-from lora_plus.tensors.variant import FACTORS, VARIANTS
+from lora_plus.tensors.variant import FACTORS, VARIANTS, AdapterSpec
 from lora_plus.text import join, parents
 from lora_plus.version import __version__
 
@@ -46,11 +46,15 @@ def write(adapter: SavedAdapter, target: Target, problems: list[str]) -> Files:
     """The file; equal adapters give equal files."""
     layers = dict(sorted(adapter.layers.items()))
     common = {name: most_common([getattr(layer.spec, name) for layer in layers.values()]) for name in SETTINGS}
+    deviating = {  # layers share their settings, mostly
+        key: {name: value for name, value in settings_of(spec).items() if value != common[name]}
+        for key, spec in {id(layer.spec): layer.spec for layer in layers.values()}.items()
+    }
     document = {
         "format_version": VERSION,
         "library_version": __version__,
         **common,
-        "layers": {name: _entry(layer, common) for name, layer in layers.items()},
+        "layers": {name: _entry(layer, deviating[id(layer.spec)]) for name, layer in layers.items()},
         "train_also": {name: sorted(tensors) for name, tensors in sorted(adapter.trained.items())},
         "metadata": dict(sorted(adapter.metadata.items())),
     }
@@ -60,10 +64,10 @@ def write(adapter: SavedAdapter, target: Target, problems: list[str]) -> Files:
     return {"": Contents(tensors, {KEY: json.dumps(document, allow_nan=False, separators=(",", ":"))})}
 
 
-def _entry(layer: SavedLayer, common: dict[str, Any]) -> dict[str, Any]:
+def _entry(layer: SavedLayer, deviating: dict[str, Any]) -> dict[str, Any]:
     base = {"kind": layer.base.kind, "layout": layer.base.layout, "shape": list(layer.base.shape)}
     base |= {name: layer.base.facts[name] for name in FACTS if name in layer.base.facts}
-    return base | {name: value for name, value in settings_of(layer.spec).items() if value != common[name]}
+    return base | deviating
 
 
 def read(files: Files, target: Target, problems: list[str]) -> SavedAdapter:
@@ -72,8 +76,9 @@ def read(files: Files, target: Target, problems: list[str]) -> SavedAdapter:
     document = _document(metadata[KEY], problems)
     adapter = SavedAdapter({}, {}, dict(document.get("metadata", {})))
     left, unread = dict(tensors), set[str]()
+    usual = checked_spec("", {name: document.get(name) for name in SETTINGS}, [])
     for path, entry in document.get("layers", {}).items():
-        layer = _layer(path, entry, document, left, problems)
+        layer = _layer(path, entry, document, usual, left, problems)
         if layer is None:
             unread.add(path)
         else:
@@ -124,35 +129,35 @@ def _layer(
     path: str,
     entry: Any,
     document: dict[str, Any],
+    usual: AdapterSpec | None,
     left: dict[str, Tensor],
     problems: list[str],
 ) -> SavedLayer | None:
-    """One layer of the document with its tensors, which are taken out of ``left``."""
+    """One layer of the document with its tensors, out of those ``left``; ``usual`` are the settings on top."""
     if not isinstance(entry, dict):
         problems.append(f"layer {path!r}: expected an object, got {entry!r}")
         return None
     unknown = sorted(entry.keys() - _ENTRIES)
     problems += [f"layer {path!r}: unknown entry {name!r}" for name in unknown]
     kind, layout, shape = entry.get("kind"), entry.get("layout"), entry.get("shape")
-    numbers = isinstance(shape, list) and all(isinstance(extent, (int, float, str)) for extent in shape)
-    if not (isinstance(kind, str) and isinstance(layout, str) and numbers):
+    plain = isinstance(shape, list) and {*map(type, shape)} <= {int, float, str, bool}
+    if not (isinstance(kind, str) and isinstance(layout, str) and plain):
         problems.append(f"layer {path!r}: kind, layout and shape must be there, got {kind!r}, {layout!r}, {shape!r}")
         return None
-    settings = {name: entry.get(name, document.get(name)) for name in SETTINGS}
-    spec = checked_spec(f"layer {path!r}", settings, problems)
+    spec = usual
+    if usual is None or not entry.keys().isdisjoint(SETTINGS):
+        settings = {name: entry.get(name, document.get(name)) for name in SETTINGS}
+        spec = checked_spec(f"layer {path!r}", settings, problems)
     if spec is None:
         return None
-    wanted = [tensor.name for tensor in (*FACTORS, *VARIANTS[spec.variant].tensors)]
-    missing = [name for name in wanted if join(path, name) not in left]
-    problems += [f"tensor {join(path, name)!r} is missing" for name in missing]
-    found = {name: left.pop(join(path, name)) for name in wanted if name not in missing}
-    if missing:
+    names = {tensor.name: join(path, tensor.name) for tensor in (*FACTORS, *VARIANTS[spec.variant].tensors)}
+    found = {part: left.pop(name) for part, name in names.items() if name in left}
+    if len(found) < len(names):
+        problems += [f"tensor {name!r} is missing" for part, name in names.items() if part not in found]
         return None
     facts = {name: entry[name] for name in FACTS if name in entry}
     rows, parameter = facts.get("rows", [0, 1]), facts.get("parameter", "")
-    if not (
-        isinstance(rows, list) and len(rows) == 2 and all(type(row) is int for row in rows) and 0 <= rows[0] < rows[1]
-    ):
+    if not (isinstance(rows, list) and [*map(type, rows)] == [int, int] and 0 <= rows[0] < rows[1]):
         problems.append(f"layer {path!r}: rows must be the first one and the one after the last, got {rows!r}")
         return None
     if not isinstance(parameter, str):

@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import itertools
 import math
 import mmap
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
@@ -48,8 +48,7 @@ _MOST_DIMENSIONS = 64
 """Of a tensor in torch. The product of more extents could take hours."""
 
 
-@dataclass(frozen=True)
-class StoredTensor:
+class StoredTensor(NamedTuple):
     """A tensor in a file."""
 
     dtype: str
@@ -122,21 +121,27 @@ class TensorFile:
 
     def read(self, name: str) -> Tensor:
         """A tensor, in memory of its own."""
-        entry = self.tensors[name]
-        try:
-            tensor = torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
-        except RuntimeError:
-            text = f"no memory for a tensor of {entry.size:,} bytes"
-            raise OSError(errno.ENOMEM, text, str(self.path)) from None
+        return self.read_many([name])[0]
+
+    def read_many(self, names: Iterable[str]) -> list[Tensor]:
+        """Tensors, each in memory of its own; opening and checking the file for each would take longer than reading."""
+        tensors = []
         with self.opened() as file:
-            data = memory_of(tensor)
-            file.seek(entry.start)
-            while data and (count := file.readinto(data)):  # a call need not read all
-                data = data[count:]
-            if data:
-                raise Changed(f"{str(self.path)!r} became shorter while it was read; start again")
+            for entry in map(self.tensors.__getitem__, names):
+                try:
+                    tensor = torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
+                except RuntimeError:
+                    text = f"no memory for a tensor of {entry.size:,} bytes"
+                    raise OSError(errno.ENOMEM, text, str(self.path)) from None
+                data = memory_of(tensor)
+                file.seek(entry.start)
+                while data and (count := file.readinto(data)):  # a call need not read all
+                    data = data[count:]
+                if data:
+                    raise Changed(f"{str(self.path)!r} became shorter while it was read; start again")
+                tensors.append(tensor)
             self.check(file.fileno())
-        return tensor
+        return tensors
 
     def window(self, name: str) -> Tensor:
         """A tensor whose memory is a window on the file; writing to it leaves the file alone.
@@ -189,7 +194,7 @@ def _described(file: BufferedReader, size: int) -> tuple[dict[str, StoredTensor]
 
 def _entry(name: str, entry: Any, start: int) -> StoredTensor:
     """A tensor of the header, with the place of its data in the file, which begins at ``start``."""
-    dtype, shape, offsets = (entry.get(key) if isinstance(entry, dict) else None for key in _KEYS)
+    dtype, shape, offsets = map(entry.get, _KEYS) if isinstance(entry, dict) else (None, None, None)
     if not (
         isinstance(dtype, str)
         and dtype in _ELEMENTS
@@ -210,7 +215,7 @@ _KEYS = ("dtype", "shape", "data_offsets")
 
 
 def _are_counts(values: Any) -> TypeGuard[list[int]]:
-    return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
+    return isinstance(values, list) and {*map(type, values)} <= {int} and min(values, default=0) >= 0
 
 
 # ---- tensors that are read later -------------------------------------------------------------------------------------
@@ -275,14 +280,17 @@ def read(value: Any) -> Any:
 
 def read_all(groups: Iterable[dict[str, Tensor]]) -> None:
     """Put tensors with their values in the place of unread ones; a file is gone through once, in its order."""
-    unread = [
-        (tensor, tensors, name)
-        for tensors in groups
-        for name, tensor in tensors.items()
-        if isinstance(tensor, UnreadTensor)
-    ]
-    for tensor, tensors, name in sorted(unread, key=lambda item: (id(item[0]._file), item[0]._entry.start)):
-        tensors[name] = tensor.loaded()
+    held = list(groups)
+    files: dict[TensorFile, dict[str, UnreadTensor]] = {}
+    for tensor in itertools.chain.from_iterable(tensors.values() for tensors in held):
+        if isinstance(tensor, UnreadTensor) and tensor._loaded is None:
+            files.setdefault(tensor._file, {})[tensor._name] = tensor
+    for file, unread in files.items():
+        names = [name for name in file.tensors if name in unread]
+        for name, values in zip(names, file.read_many(names), strict=True):
+            unread[name]._loaded = values
+    for tensors in held:
+        tensors.update((name, read(tensor)) for name, tensor in tensors.items())
 
 
 def equal_in_dtype(tensor: Tensor, own: Tensor) -> bool:
@@ -328,6 +336,7 @@ def _problem(name: str, stored: StoredTensor) -> str | None:
         return f"has a name of {len(name)} characters, expected at most {LONGEST_NAME}"
     if stored.dtype not in DTYPES:
         return f"is stored as {stored.dtype}, which is not read"
-    if math.prod(max(1, extent) for extent in stored.shape) >= 2**59:  # elements have at most 16 bytes
+    # elements have at most 16 bytes, and all but those of an empty tensor are in the file
+    if not stored.size and math.prod(max(1, extent) for extent in stored.shape) >= 2**59:
         return f"has shape {stored.shape}, which no tensor can have"
     return None

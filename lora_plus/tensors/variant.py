@@ -45,7 +45,7 @@ class TensorSpec:
         """Its shape for a weight with a matrix view of this shape, ``(..., out, in)``, at rank r."""
         *stack, out_features, in_features = matrix
         extent = {"out": out_features, "in": in_features, "r": r}
-        return (*stack, *(extent[axis] for axis in self.axes))
+        return (*stack, *map(extent.__getitem__, self.axes))
 
 
 FACTORS = (
