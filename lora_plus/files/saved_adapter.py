@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -50,10 +50,12 @@ def settings_of(spec: AdapterSpec) -> dict[str, Any]:
     return {name: getattr(spec, name) for name in SETTINGS}
 
 
-def checked_spec(where: str, settings: Mapping[str, Any], problems: list[str]) -> AdapterSpec | None:
+def checked_spec(
+    where: str, settings: Mapping[str, Any], problems: list[str], make: Callable[..., AdapterSpec] = AdapterSpec
+) -> AdapterSpec | None:
     """An adapter's settings as a file states them; None if they are not valid, which is added to the problems."""
     try:
-        return AdapterSpec(**settings)
+        return make(**settings)
     except (TypeError, ValueError, OverflowError) as error:
         problems.append(f"{where}: {error}")
         return None

@@ -105,8 +105,8 @@ def checked_config(config: Any, problems: list[str], where: str = CONFIG) -> dic
 def settings_of(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
     """What the config says of the adapter of a module or parameter."""
     return {
-        "r": config["rank_pattern"].first(name, config["r"]),
-        "alpha": config["alpha_pattern"].first(name, config["lora_alpha"]),
+        "r": [*config["rank_pattern"].values(name), config["r"]][0],
+        "alpha": [*config["alpha_pattern"].values(name), config["lora_alpha"]][0],
         "scaling": "rslora" if config.get("use_rslora") else "standard",
         "variant": "dora" if config.get("use_dora") else "lora",
         "dropout": config["lora_dropout"],

@@ -22,7 +22,7 @@ from lora_plus.text import endings
 
 from .config import CONFIG, USER_FIELDS, checked_config
 from .limits import format_problems, tied_to_others, units
-from .names import PREFIX, Nesting, anchored
+from .names import PREFIX, moved, wrappers
 from .reader import DOUBLED, Reader
 from .renaming import FolderTarget, in_file_names, without_left_out
 from .shapes import implied_target
@@ -98,8 +98,8 @@ def contents(
         # PEFT also adapts modules whose name ends in a listed one; a regular expression matches whole names only
         "target_modules": "|".join(map(re.escape, targets)) if accidents else targets,
         "target_parameters": sorted(parameters) or None,
-        "rank_pattern": {anchored(name): rank for name, rank in ranks.items() if rank != r},
-        "alpha_pattern": {anchored(name): value for name, value in alphas.items() if value != alpha},
+        "rank_pattern": {f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != r},
+        "alpha_pattern": {f"^{re.escape(name)}": value for name, value in alphas.items() if value != alpha},
         "modules_to_save": sorted(adapter.trained) or None,
         "lora_dropout": max(layer.spec.dropout for layer in layers.values()),  # attention has none in PEFT
         "use_rslora": rslora,
@@ -110,8 +110,8 @@ def contents(
         "inference_mode": True,
         **{name: adapter.metadata.get(name) for name in USER_FIELDS},
     }
-    nested = Nesting(parameters, outline)
-    paths = {name: path for path, name in nested.paths.items()} | {name: nested.wrapped(name) for name in modules}
+    wrapped, owners = wrappers(parameters, outline)
+    paths = {name: path for path, name in wrapped.items()} | {name: moved(name, owners) for name in modules}
     tensors = {
         f"{PREFIX}{paths[name]}.{end}": tensor
         for name, layer in layers.items()

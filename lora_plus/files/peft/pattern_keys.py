@@ -24,7 +24,7 @@ LONGEST = 1000
 
 
 class Patterns:
-    """What a pattern says of names: the first key counts that matches, in the file's order.
+    """What a pattern says of names; of the keys that match, the first one in the file counts.
 
     Args:
         pattern: values by key.
@@ -53,23 +53,15 @@ class Patterns:
                 problems.append(f"its keys that are no names have more than {LONGEST} characters; write out the names")
                 break
 
-    def first(self, name: str, default: Any) -> Any:
-        """The value for a name."""
-        return min(self._matching(name), default=(0, default), key=operator.itemgetter(0))[1]
-
-    def ambiguous(self, name: str) -> bool:
-        """Whether keys with different values match a name."""
-        values = [value for _, value in self._matching(name)]
-        return any(value != values[0] for value in values)
-
-    def _matching(self, name: str) -> list[tuple[int, Any]]:
+    def values(self, name: str) -> list[Any]:
+        """The values of the keys that match a name, in the order of the keys."""
         found = [*self._whole.get(name, ()), *self._endings.get(name, ())]
         if self._endings:
             found += [entry for ending in endings(name) for entry in self._endings.get(ending, ())]
         if self._expressions:
             text = _Text(name)
             found += [(position, value) for position, value, step in self._expressions if text.matches(step)]
-        return found
+        return [value for _, value in sorted(found, key=operator.itemgetter(0))]
 
 
 def expression(text: str) -> Callable[[str], bool]:

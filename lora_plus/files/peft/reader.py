@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,11 +11,12 @@ from torch import Tensor
 from lora_plus.errors import Problems, shortened, warn_user
 from lora_plus.files.saved_adapter import SavedAdapter, SavedLayer, checked_spec
 from lora_plus.layers.base_layer import BaseLayer
+from lora_plus.tensors.variant import AdapterSpec
 from lora_plus.text import endings, parents, some
 
 from .config import USER_FIELDS, fan_in_fan_out, settings_of
 from .limits import layer_problems
-from .names import OUT_PROJECTION, PREFIX, TENSORS, Nesting, named_parameters, split_key
+from .names import OUT_PROJECTION, PREFIX, TENSORS, moved, split_key, wrappers
 from .renaming import FolderTarget
 from .tensors import ATTENTION, attention_from_peft, convolution_from_peft, parameter_from_peft
 
@@ -25,17 +27,21 @@ class Reader:
     """Turns the tensors of one folder into an adapter; its target has the names of the folder."""
 
     def __init__(self, config: dict[str, Any], target: FolderTarget, problems: list[str]) -> None:
-        outline = target.outline
-        self.config, self.target, self.outline, self.problems = config, target, outline, problems
-        entries = config.get("target_parameters") or []
-        self.parameters = dict.fromkeys(named_parameters(entries, outline) if entries else ())
-        named = {end for full in self.parameters for end in (full, *endings(full))}
-        self.problems += [
+        self.config, self.target, self.outline, self.problems = config, target, target.outline, problems
+        entries = dict.fromkeys(config.get("target_parameters") or ())
+        inside = [full for full in self.outline.parameters if "." in full] if entries else []
+        found = {full: [end for end in (full, *endings(full)) if end in entries] for full in inside}
+        self.parameters = {full: None for full, ends in found.items() if ends}
+        """Those inside the model that PEFT takes the entries of ``target_parameters`` for."""
+        named = {end for ends in found.values() for end in ends}
+        problems += [
             f"target_parameters {entry!r} names no parameter inside the model"
-            for entry in entries
+            for entry in config.get("target_parameters") or ()
             if entry not in named
         ]
-        self.nesting = Nesting(self.parameters, outline)
+        self.paths, owners = wrappers(self.parameters, self.outline)
+        self.wrapped = {path: owner for owner, path in owners.items()}
+        self.spec = functools.lru_cache(maxsize=None, typed=True)(AdapterSpec)  # layers share their settings, mostly
         self.unsure: list[str] = []
         """Weights of the base model that cannot be compared with its own."""
         self.attentions: dict[str, dict[str, BaseLayer]] = {}
@@ -59,7 +65,8 @@ class Reader:
         attentions = list(dict.fromkeys(filter(None, map(self._attention_of, found))))
         parts = {name: layer for module in attentions for name, layer in self._attention(module, found).items()}
         adapter.layers = dict(sorted({**layers, **parts}.items()))
-        ambiguous = [name for name in (*layers, *attentions) if self.config["alpha_pattern"].ambiguous(name)]
+        alphas = {name: self.config["alpha_pattern"].values(name) for name in (*layers, *attentions)}
+        ambiguous = [name for name, values in alphas.items() if any(value != values[0] for value in values)]
         if ambiguous:  # PEFT does not keep the order of the keys, and it decides here
             warn_user(
                 f"alpha_pattern gives several values for {some(ambiguous)}; the first key counts, but PEFT sorts the "
@@ -100,11 +107,11 @@ class Reader:
         mentioned: set[str] = set()
         for key, tensor in sorted(tensors.items()):
             name = key.removeprefix(PREFIX)
-            split = split_key(name)
-            owner = min((module for module in parents(name) if module in order), default=None, key=order.__getitem__)
-            if not key.startswith(PREFIX):
+            if name == key:
                 self.problems.append(f"tensor {key!r}: expected a name that starts with {PREFIX!r}")
-            elif split is not None:
+                continue
+            split = split_key(name)
+            if split is not None:
                 path, part = split
                 adapted = self._adapted(path)
                 if adapted is None:
@@ -114,7 +121,9 @@ class Reader:
                     )
                 else:
                     found.setdefault(adapted, {})[part] = tensor
-            elif owner is not None:
+                continue
+            owner = min((module for module in parents(name) if module in order), default=None, key=order.__getitem__)
+            if owner is not None:
                 adapter.trained.setdefault(owner, {})[name.removeprefix(f"{owner}.")] = tensor
             elif any(f".{entry}." in f".{name}" for entry in absent[: Problems.SHOWN]):
                 mentioned.update(entry for entry in absent[: Problems.SHOWN] if f".{entry}." in f".{name}")
@@ -145,9 +154,9 @@ class Reader:
 
     def _adapted(self, path: str) -> str | None:
         """What PEFT has the adapter of at a path: a module, a parameter, or the out_proj inside an attention module."""
-        if path in self.nesting.paths:
-            return self.nesting.paths[path]
-        path = self.nesting.unwrapped(path)
+        if path in self.paths:
+            return self.paths[path]
+        path = moved(path, self.wrapped)
         if path in self.outline.names or self._attention_of(path) is not None:
             return path
         # a name that the model does not know at all is reported by whoever can say what it may have meant
@@ -201,11 +210,10 @@ class Reader:
         """The tensors of one adapter with what the config says of it, still without a base."""
         settings = settings_of(name, self.config)
         wanted = ("lora_A", "lora_B", "lora_magnitude")[: 3 if settings["variant"] == "dora" else 2]
-        missing = [part for part in wanted if part not in found]
-        extra = [part for part in found if part not in wanted]
-        self.problems += [f"{name!r}: {prefix}{TENSORS[part]} is missing" for part in missing]
-        self.problems += [f"{name!r}: {prefix}{TENSORS[part]} is there, but use_dora is not set" for part in extra]
-        if missing or extra:
+        if found.keys() != {*wanted}:
+            told = {part: "is missing" for part in wanted if part not in found}
+            told |= {part: "is there, but use_dora is not set" for part in found if part not in wanted}
+            self.problems += [f"{name!r}: {prefix}{TENSORS[part]} {line}" for part, line in told.items()]
             return None
         flat = [part for part in ("lora_A", "lora_B") if found[part].ndim < 2]
         if flat:
@@ -221,5 +229,5 @@ class Reader:
                 self.problems.append(f"{name!r}: PEFT has no DoRA for parameters and attention modules")
                 return None
             settings["dropout"] = 0.0  # PEFT has none there, whatever the config says
-        spec = checked_spec(repr(name), settings, self.problems)
+        spec = checked_spec(repr(name), settings, self.problems, self.spec)
         return None if spec is None else SavedLayer(BaseLayer("", "", ()), spec, found)
