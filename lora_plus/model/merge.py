@@ -21,7 +21,7 @@ from lora_plus.tensors.merged_weight import merged_weight
 from lora_plus.text import counted, join, median_and_worst, printable
 
 from .dry_run import left_as_it_was
-from .inject import make_plain
+from .inject import gc_paused, make_plain
 from .state import Need, State, require
 from .storage import Storage
 from .train_also import unmark_trained
@@ -160,17 +160,18 @@ def _wanted(weight: AdaptedWeight, adapters: Sequence[str] | None) -> tuple[Acti
     return weight.lora_active if adapters is None else weight.in_order(adapters)
 
 
+@gc_paused()
 @torch.no_grad()
 def _compute(
     state: State, adapters: Sequence[str] | None, *, dequantize: bool = False
 ) -> tuple[MergeReport, list[tuple[AdaptedWeight, Merge]]]:
     """The merged weights of a model, checked, with nothing changed yet."""
     merges: list[tuple[AdaptedWeight, Merge]] = []
-    ties = _ties(state, adapters)
+    chosen = [(path, weight, _wanted(weight, adapters)) for path, weight in state.weights]
+    ties = _ties(state, [(path, weight) for path, weight, wanted in chosen if wanted])
     report = MergeReport([], {}, list(ties.items()))
     problems = []
-    for path, weight in state.weights:
-        wanted = _wanted(weight, adapters)
+    for path, weight, wanted in chosen:
         if not wanted and weight.lora_merge is None:
             merges.append((weight, Merge()))  # what else it has must have no effect, and no keys
             continue
@@ -210,7 +211,7 @@ def _merged_state(storage: Storage, weight: AdaptedWeight, adapters: Sequence[Ac
             bound = nn.Parameter(bound, requires_grad=plain.requires_grad)
         if isinstance(weight, LoRALayer) and (differs := _unlike(weight, adapters, bound)) is not None:
             return differs
-    copies = {key: tensor.detach().clone() for key, tensor in tensors.items()}
+    copies = {key: tensor.clone() for key, tensor in tensors.items()}
     merge = Merge(adapters=names, copies=copies, versions=versions(tensors), lost=lost, own=own, bound=bound)
     return storage.bound(merge, tensors)
 
@@ -239,7 +240,6 @@ def _refusal(weight: AdaptedWeight, others: list[str], dequantize: bool) -> str 
     return None
 
 
-@torch.no_grad()
 def _unlike(layer: LoRALayer, adapters: Sequence[ActiveAdapter], bound: Tensor) -> str | None:
     """Why the merged weight does not compute what the adapters do, where the layer's forward is a user's own.
 
@@ -270,18 +270,16 @@ def _unlike(layer: LoRALayer, adapters: Sequence[ActiveAdapter], bound: Tensor) 
     return None
 
 
-def _ties(state: State, adapters: Sequence[str] | None) -> dict[str, list[str]]:
-    """Weights to be merged that have other names outside their layer."""
-    names: dict[int, set[str]] = {}
-    inside: dict[int, set[str]] = {}
+def _ties(state: State, merged: Sequence[tuple[str, AdaptedWeight]]) -> dict[str, list[str]]:
+    """Which of these weights have other names outside their layer."""
+    names: dict[int, list[str]] = {id(weight.weight): [] for _, weight in merged}
+    inside: dict[int, list[str]] = {id(weight): [] for _, weight in merged}
     for path, module in state.names:
         for name, parameter in own_parameters(module):
-            names.setdefault(id(parameter), set()).add(join(path, name))
-        if isinstance(module, AdaptedWeight):
-            inside.setdefault(id(module), set()).add(join(owner_path(path, module), module.weight_name))
-    ties = {}
-    for path, weight in state.weights:
-        others = sorted(names.get(id(weight.weight), set()) - inside[id(weight)])
-        if others and _wanted(weight, adapters):
-            ties[path] = others
-    return ties
+            if id(parameter) in names:
+                names[id(parameter)].append(join(path, name))
+        if id(module) in inside and isinstance(module, AdaptedWeight):
+            inside[id(module)].append(join(owner_path(path, module), module.weight_name))
+    # a weight that is computed is another tensor each time
+    found = ((path, {*names.get(id(weight.weight), ())}.difference(inside[id(weight)])) for path, weight in merged)
+    return {path: sorted(others) for path, others in found if others}

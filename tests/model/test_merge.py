@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 from collections import OrderedDict
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import lora_plus
 from lora_plus import inject_lora, merge_and_unload, merge_lora, merged, unmerge_lora
-from lora_plus.model import active_adapters
+from lora_plus.model import active_adapters, merge
 from lora_plus.tensors import matrix as functional
 
 
@@ -335,6 +336,14 @@ def test_a_parametrized_weight_is_adapted_but_not_merged(wrap: object) -> None:
     with pytest.raises(ValueError, match="'0': its weight is computed by a parametrization"):
         merge_lora(model)
     assert torch.equal(model(x), y)
+
+
+def test_garbage_is_not_collected_while_weights_are_merged(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, on = net(), []
+    compute = merge.merged_weight
+    monkeypatch.setattr(merge, "merged_weight", lambda *args: (on.append(gc.isenabled()), compute(*args))[1])
+    merge_lora(model)
+    assert on == [False, False] and gc.isenabled()
 
 
 def test_channels_last_weights_stay_channels_last() -> None:
