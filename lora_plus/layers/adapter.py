@@ -133,7 +133,7 @@ class Adapter:
 
     def unweighted(self) -> Adapter:
         """The same adapter with the strength 1."""
-        return replace(self, strength=1.0)
+        return self if self.strength == 1.0 else replace(self, strength=1.0)
 
 
 class RowsAdapter:

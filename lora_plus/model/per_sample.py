@@ -75,11 +75,9 @@ def adapter_per_sample(model: M, adapters: Sequence[str | None]) -> Iterator[M]:
     made: list[SampleAdapters] = []
     groupings = {}
     for path, weight in state.weights:
-        there = weight.adapter_names()
-        here = tuple(name if name in there else None for name in names)
-        key = (here, weight.weight.device)
+        key = (tuple(weight.adapter_names()), weight.weight.device)
         if key not in groupings:
-            groupings[key] = group_samples(here, [name for name in there if name in here], weight.weight.device)
+            groupings[key] = group_samples(names, *key)
         grouping = groupings[key]
         if grouping.adapters and not isinstance(weight, LoRALayer):
             raise ValueError(
@@ -87,14 +85,16 @@ def adapter_per_sample(model: M, adapters: Sequence[str | None]) -> Iterator[M]:
                 "the samples of each adapter on their own, with set_adapter"
             )
         made.append(SampleAdapters(weight, path, grouping))
-    outer = [weight.lora_override for _, weight in state.weights]
+    # nn.Module's own __setattr__ is slow
+    attributes = [vars(weight) for _, weight in state.weights]
+    outer = [own["lora_override"] for own in attributes]
     try:
-        for (_, weight), samples in zip(state.weights, made, strict=True):
-            weight.lora_override = samples
+        for own, samples in zip(attributes, made, strict=True):
+            own["lora_override"] = samples
         yield model
     finally:
-        for (_, weight), before in zip(state.weights, outer, strict=True):
-            weight.lora_override = before
+        for own, before in zip(attributes, outer, strict=True):
+            own["lora_override"] = before
 
 
 class Grouping(NamedTuple):
@@ -115,24 +115,24 @@ class Grouping(NamedTuple):
 
 
 def group_samples(names: Sequence[str | None], order: Sequence[str], device: torch.device) -> Grouping:
-    """Group the samples by the name of their adapter, in the given order of adapters."""
+    """Group the samples by the name of their adapter, in the given order of adapters; others are as none."""
 
     def index(values: Sequence[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.long, device=device)
 
     samples: dict[str | None, list[int]] = {name: [] for name in (*order, None)}
     for sample, name in enumerate(names):
-        samples[name].append(sample)
+        samples[name if name in samples else None].append(sample)
     adapters = tuple(name for name in order if samples[name])
     position = {name: n for n, name in enumerate(adapters)}
-    which = [position[name] for name in names if name is not None]
+    which = [position[name] for name in names if name in position]
     in_order = [n for n in range(len(adapters)) for _ in range(len(which) // len(adapters))]
     there = {name: own for name, own in samples.items() if own}
     in_groups = [sample for own in there.values() for sample in own]
     return Grouping(
         len(names),
         adapters,
-        index([sample for sample, name in enumerate(names) if name is not None]) if samples[None] else None,
+        index([sample for sample, name in enumerate(names) if name in position]) if samples[None] else None,
         None if which == in_order else index(which),
         tuple((name, index(own)) for name, own in there.items()),
         index(sorted(range(len(names)), key=in_groups.__getitem__)),
@@ -147,7 +147,7 @@ class SampleAdapters:
         self.adapters = {name: weight.adapter_named(name).unweighted() for name in grouping.adapters}
         specs = [adapter.spec for adapter in self.adapters.values()]
         self.dropouts = {spec.dropout for spec in specs}
-        self.only_sums = all(only_adds(spec.variant) for spec in specs)
+        self.only_sums = all(only_adds(variant) for variant in {spec.variant for spec in specs})
         self._stacked: _Stacked | None = None
 
     def output(self, layer: LoRALayer, x: Tensor, y: Tensor) -> Tensor:

@@ -85,7 +85,7 @@ def require(
         instead: what a message offers besides its next step where an engine is in the way.
     """
     state = model if isinstance(model, State) else State(model)
-    names = dict.fromkeys(adapter.name for _, adapter, _ in state.adapters()) if adapters else {}
+    names = dict.fromkeys(name for _, weight in state.weights if adapters for name in weight.adapter_names())
     for name in adapters:
         if name not in names:
             there = f"it has {', '.join(map(repr, names))}" if names else "it has none; call inject_lora first"

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 import lora_plus
 from lora_plus import adapter_per_sample, disabled, inject_lora, set_adapter
 from lora_plus.layers.adapter import Adapter
+from lora_plus.model import per_sample
 
 UNBATCHED = [case for case in CASES if "unbatched" in case.name]
 BATCHED = [case for case in CASES if case not in UNBATCHED]
@@ -374,3 +375,16 @@ def test_a_layer_that_is_not_called_does_not_matter() -> None:
     holder = nn.ModuleDict({"adapted": model, "plain": nn.Linear(3, 3)})
     with adapter_per_sample(holder, ["a", "b"]):
         assert holder["plain"](torch.randn(7, 3)).shape == (7, 3)
+
+
+@pytest.mark.parametrize("layers", [4, 40])
+def test_samples_are_grouped_once_for_each_set_of_adapters(layers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(*[nn.Linear(3, 3) for _ in range(layers)])
+    inject_lora(model, "all-linear", r=1, adapter="a")
+    inject_lora(model, "0", r=1, adapter="b")
+    grouped = []
+    group = per_sample.group_samples
+    monkeypatch.setattr(per_sample, "group_samples", lambda *args: (grouped.append(args[1]), group(*args))[1])
+    with adapter_per_sample(model, ["a", "b", None]):
+        assert grouped == [("a", "b"), ("a",)]
+        model(torch.randn(3, 3))
