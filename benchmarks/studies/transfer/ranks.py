@@ -1,10 +1,9 @@
-"""Does the best rate follow g * sqrt(r * s) on pretrained models, and what does a transferred rate cost?
+"""Does the best rate follow g * sqrt(r * s), on a toy and on pretrained models, and what does a transferred rate cost?
 
 For each rank, scale and ratio the best geometric mean g of the rates of A and B is looked for: the mean validation
 loss over the seeds at rates an octave apart, and the minimum of the parabola through the best one and its neighbours.
 Then each setting's best rate is carried to every other one by `transfer_lr`, and the loss there is compared with that
-of the search. The head stays the linear probe that all start from. Every run is kept in a file of JSON lines and is
-not repeated; the page is written from that file.
+of the search. Every run is kept in a file of JSON lines and is not repeated; the page is written from that file.
 
     python benchmarks/studies/transfer/ranks.py            # runs what is missing, writes benchmarks/results/transfer.md
     python benchmarks/studies/transfer/ranks.py --page     # only writes the page
@@ -18,19 +17,15 @@ import itertools
 import json
 import math
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-
-sys.path.append(str(Path(__file__).parents[1] / "finetune"))  # the tasks and how they are trained
-from tasks import TASKS, Setting, Task
-from training import score, train
+from subjects import SUBJECTS, Rates, Subject
 
 import lora_plus
 
@@ -47,9 +42,7 @@ EXPONENTS = {"16/r": 0.0, "8/√r": -0.25, "2": -0.5}
 RATIOS = (1, 8)
 SEEDS = (0, 1, 2)
 OCTAVES = (-3, -2, -1, 0, 1, 2, 3)
-"""The rates that are tried, in octaves from `CENTRE` over sqrt(r * s)."""
-CENTRE = 2.0**-8
-"""g * sqrt(r * s) in the middle of the grid."""
+"""The rates that are tried, in octaves from the middle of the grid, at the same g * sqrt(r * s) for all settings."""
 EXTRA = 3
 """By how many octaves a grid is extended at most, at the end where the best rate lies."""
 
@@ -70,9 +63,9 @@ class Point:
         """As `transfer_lr` takes them."""
         return {"r": self.r, "alpha": self.alpha, "lr_ratio": self.ratio, "lr_mode": "geometric"}
 
-    def rate(self, octave: float) -> float:
-        """The geometric mean of both rates, so many octaves from the centre."""
-        return CENTRE * 2.0**octave / math.sqrt(self.alpha)
+    def rate(self, centre: float, octave: float) -> float:
+        """The geometric mean of both rates, so many octaves from the middle of the grid."""
+        return centre * 2.0**octave / math.sqrt(self.alpha)
 
 
 POINTS = tuple(Point(*each) for each in itertools.product(RANKS, SCALES, RATIOS))
@@ -106,24 +99,6 @@ def read(path: Path) -> list[Record]:
         Record(Run(**{**each["run"], "point": Point(**each["run"]["point"])}), each["loss"], each["seconds"])
         for each in plain
     ]
-
-
-def perform(task: Task, setting: Setting, wanted: Run) -> Record:
-    """Train an adapter at its rate; the head and all else stay as they are."""
-    start, point = time.process_time(), wanted.point
-    model = lora_plus.inject_lora(
-        task.model(),
-        setting.targets,
-        r=point.r,
-        alpha=point.alpha,
-        generator=torch.Generator().manual_seed(wanted.seed),
-    )
-    optimizer = lora_plus.create_loraplus_optimizer(
-        model, torch.optim.AdamW, lr=point.rate(wanted.octave), lr_ratio=point.ratio, lr_mode="geometric"
-    )
-    for _ in train(model, optimizer, task, setting, wanted.seed):
-        pass
-    return Record(wanted, score(model, task.validation).loss, time.process_time() - start)
 
 
 def planned(
@@ -191,87 +166,112 @@ def slope(points: Sequence[tuple[float, float]]) -> float:
 
 def transferred_octave(source: Point, octave: float, target: Point) -> float:
     """Where in the target's grid the source's rate comes to lie."""
-    rate = lora_plus.transfer_lr(source.rate(octave), source.settings(), target.settings())
-    return math.log2(rate / target.rate(0))
+    rate = lora_plus.transfer_lr(source.rate(1.0, octave), source.settings(), target.settings())
+    return math.log2(rate / target.rate(1.0, 0))
 
 
-def section(name: str, setting: Setting, records: Sequence[Record], points: Sequence[Point], start: float) -> list[str]:
-    """The part of the page for one task."""
+def same_octave(source: Point, octave: float, target: Point) -> float:
+    """Where in the target's grid the source's rate lies as it is."""
+    return math.log2(source.rate(1.0, octave) / target.rate(1.0, 0))
+
+
+def section(
+    name: str, subject: Subject, records: Sequence[Record], points: Sequence[Point], centre: float
+) -> list[str]:
+    """The part of the page for one subject."""
     own = [record for record in records if record.run.task == name]
     seeds = sorted({record.run.seed for record in own})
     losses = {point: mean_losses(own, name, point) for point in points}
     best = {point: best_of(each) for point, each in losses.items()}
-    apart = {point: [best_of(mean_losses(own, name, point, [seed])).octave for seed in seeds] for point in points}
-    lines = [
-        f"## {name.capitalize()}",
-        "",
-        setting.words,
-        "",
-        f"{setting.steps} steps of {setting.batch}; {len(own)} runs, {sum(each.seconds for each in own) / 60:.0f} CPU "
-        f"minutes, seeds {', '.join(map(str, seeds))}. The linear probe alone: {start:.4f}.",
-        "",
-        "Best g, the lowest and highest of single seeds in brackets, the mean validation loss there, and g·√(r·s):",
-        "",
-        "| scale | ratio | r | best g | loss | g·√(r·s) |",
-        "|---|---|---|---|---|---|",
-    ]
+    rows = []
     for point in points:
-        found = best[point]
-        octaves = (found.octave, min(apart[point]), max(apart[point]))
-        g, low, high = (point.rate(octave) for octave in octaves)
-        mark = " (end of the grid)" if found.at_end else ""
-        lines.append(
-            f"| {point.scale} | {point.ratio} | {point.r} | {g:.2e} ({low:.1e} - {high:.1e}){mark} | {found.loss:.4f} "
-            f"| {g * math.sqrt(point.alpha):.2e} |"
-        )
-    lines += [
-        "",
-        "Exponent of the best g in r:",
-        "",
-        "| scale | ratio | all ranks | from r = 8 | the rule |",
-        "|---|---|---|---|---|",
-    ]
+        apart = [best_of(mean_losses(own, name, point, [seed])).octave for seed in seeds]
+        g, low, high = (point.rate(centre, octave) for octave in (best[point].octave, min(apart), max(apart)))
+        mark = " (end of the grid)" if best[point].at_end else ""
+        kept = g * math.sqrt(point.alpha)
+        rows.append(
+            (point.scale, point.ratio, point.r, f"{g:.2e} ({low:.1e} - {high:.1e}){mark}", f"{kept:.2e}",
+             f"{best[point].loss:.4f}")
+        )  # fmt: skip
+    slopes = []
     for scale, ratio in itertools.product(SCALES, RATIOS):
         line = [point for point in points if (point.scale, point.ratio) == (scale, ratio)]
-        logs = [(math.log2(point.r), math.log2(point.rate(best[point].octave))) for point in line]
+        logs = [(math.log2(point.r), math.log2(point.rate(centre, best[point].octave))) for point in line]
         if len(logs) > 2:
-            lines.append(
-                f"| {scale} | {ratio} | {slope(logs):+.2f} | {slope(logs[1:]):+.2f} | {EXPONENTS[scale]:+.2f} |"
-            )
-    costs = {
-        (source, target): loss_at(losses[target], transferred_octave(source, best[source].octave, target))
-        - min(losses[target].values())
-        for source, target in itertools.permutations(points, 2)
-    }
-    gained = {point: start - min(losses[point].values()) for point in points}
-    lines += [
+            slopes.append((scale, ratio, f"{slope(logs):+.2f}", f"{slope(logs[1:]):+.2f}", f"{EXPONENTS[scale]:+.2f}"))
+    minutes = sum(each.seconds for each in own) / 60
+    return [
+        f"## {name.capitalize()}",
         "",
-        "A transferred rate instead of a search, over all pairs of settings: what it adds to the loss, and as a share "
-        "of what the search takes off the probe's loss. *Same* keeps g as it is.",
+        f"{subject.words} {len(own)} runs, {minutes:.0f} CPU minutes, seeds {', '.join(map(str, seeds))}. Before "
+        f"training the loss is {subject.start:.4f}.",
         "",
-        "| from r | median | worst | median share | worst share | same g: median share | worst share |",
-        "|---|---|---|---|---|---|---|",
+        "Best g, with the lowest and highest of single seeds, and the mean loss there:",
+        "",
+        *table(("scale", "ratio", "r", "best g", "g·√(r·s)", "loss"), rows),
+        "Exponent of the best g in r:",
+        "",
+        *table(("scale", "ratio", "all ranks", "without the lowest", "the rule"), slopes),
+        "A rate taken from another setting in place of a search, over all pairs of settings: its loss over that of the "
+        "best rate of the grid (*times*), and the share that it gives up of what the search takes off the loss.",
+        "",
+        *table(
+            ("from r", "the rate", "times: median", "worst", "share: median", "worst"),
+            list(costs(losses, best, subject.start)),
+        ),
     ]
-    same = {
-        (source, target): loss_at(losses[target], math.log2(source.rate(best[source].octave) / target.rate(0)))
-        - min(losses[target].values())
-        for source, target in costs
-    }
-    for chosen in ("all", *sorted({point.r for point in points})):
-        pairs = [pair for pair in costs if chosen in ("all", pair[0].r)]
-        own_costs = [costs[pair] for pair in pairs]
-        shares = [costs[pair] / gained[pair[1]] for pair in pairs]
-        kept = [same[pair] / gained[pair[1]] for pair in pairs]
-        lines.append(
-            f"| {chosen} | {statistics.median(own_costs):.4f} | {max(own_costs):.4f} | {statistics.median(shares):.1%} "
-            f"| {max(shares):.1%} | {statistics.median(kept):.1%} | {max(kept):.1%} |"
-        )
-    return [*lines, ""]
+
+
+def costs(
+    losses: Mapping[Point, Mapping[int, float]], best: Mapping[Point, Best], start: float
+) -> Iterator[tuple[object, ...]]:
+    """What a rate from another setting costs, by the rank it comes from, transferred and as it was."""
+    for chosen in ("all", *sorted({point.r for point in losses})):
+        for words, carried in (("transferred", transferred_octave), ("as it is", same_octave)):
+            times, shares = [], []
+            for source, target in itertools.permutations(losses, 2):
+                if chosen in ("all", source.r):
+                    loss = loss_at(losses[target], carried(source, best[source].octave, target))
+                    least = min(losses[target].values())
+                    times.append(loss / least)
+                    shares.append((loss - least) / (start - least))
+            yield (
+                chosen, words, f"{statistics.median(times):.3f}", f"{max(times):.3f}",
+                f"{statistics.median(shares):.1%}", f"{max(shares):.1%}",
+            )  # fmt: skip
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
+    """In Markdown, with an empty line after it."""
+    lines = [columns, ["---"] * len(columns), *rows]
+    return [*(f"| {' | '.join(map(str, line))} |" for line in lines), ""]
+
+
+HEAD = """# Does a tuned rate transfer? The rule g·√(r·s), on a toy and on pretrained models
+
+`python benchmarks/studies/transfer/ranks.py` does the runs, keeps each in `transfer.jsonl`, and writes this page. g is
+the geometric mean of the rates of A and B, s the scale of B A. AdamW without decay, rates that fall linearly to zero,
+the same batches for the same seed. The best g is the minimum of a parabola through the best of rates an octave apart
+and its neighbours, of the mean over the seeds.
+"""
+
+
+def do(name: str, subject: Subject, points: Sequence[Point], seeds: Sequence[int], centre: float, path: Path) -> None:
+    """The runs that are not in the file yet."""
+    done = {record.run for record in read(path)}
+    for wanted in planned(name, points, seeds, lambda: read(path)):
+        if wanted in done:
+            continue
+        start, point = time.process_time(), wanted.point
+        loss = subject.run(Rates(point.r, point.alpha, point.rate(centre, wanted.octave), point.ratio), wanted.seed)
+        done.add(wanted)
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(asdict(Record(wanted, loss, time.process_time() - start))) + "\n")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=["glosses"])
+    parser.add_argument("--subjects", nargs="+", choices=SUBJECTS, default=["toy", "glosses"])
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
     parser.add_argument("--runs", type=Path, default=RESULTS / "transfer.jsonl", help="the file of all runs")
     parser.add_argument("--page", action="store_true", help="write the page from the runs that are there")
@@ -280,42 +280,22 @@ def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         points, seeds, path = POINTS, options.seeds, options.runs
-        settings = {name: TASKS[name] for name in options.tasks}
         if options.short:
-            points, seeds, path = POINTS[:: len(POINTS) // 4], [0], Path(folder, "transfer.jsonl")
-            settings = {name: replace(each, sizes=(300, 60, 60), steps=6) for name, each in settings.items()}
+            points, seeds, path = POINTS[:: len(SCALES) * len(RATIOS)], [0], Path(folder, "transfer.jsonl")
         lines = [HEAD]
-        for name, setting in settings.items():
-            task = setting.load(*setting.sizes)
+        for name in options.subjects:
+            plan = SUBJECTS[name]
+            subject = plan.load(options.short)
             if not options.page:
-                do(name, task, setting, points, seeds, path)
-            lines += section(name, setting, read(path), points, score(task.start, task.validation).loss)
+                do(name, subject, points, seeds, plan.centre, path)
+            lines += section(name, subject, read(path), points, plan.centre)
+        page = "\n".join(lines)
         if options.short:
-            print("\n".join(lines))
-        else:
-            path.with_suffix(".md").write_text("\n".join(lines), encoding="utf-8")
-            print(f"written to {path.with_suffix('.md')}")
+            print(page)
+            return
+        path.with_suffix(".md").write_text(page, encoding="utf-8")
+        print(f"written to {path.with_suffix('.md')}")
 
-
-def do(name: str, task: Task, setting: Setting, points: Sequence[Point], seeds: Sequence[int], path: Path) -> None:
-    """The runs that are not in the file yet."""
-    done = {record.run for record in read(path)}
-    for wanted in planned(name, points, seeds, lambda: read(path)):
-        if wanted in done:
-            continue
-        record = perform(task, setting, wanted)
-        done.add(wanted)
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(asdict(record)) + "\n")
-
-
-HEAD = """# Does a tuned rate transfer? The rule g·√(r·s) on pretrained models
-
-`python benchmarks/studies/transfer/ranks.py` does the runs, keeps each in `transfer.jsonl`, and writes this page. g is
-the geometric mean of the rates of A and B, s the scale of B A. AdamW without decay, rates that fall linearly to zero,
-the same batches for the same seed. The head is the linear probe and stays as it is. The best g is the minimum of a
-parabola through the best of rates an octave apart and its neighbours, of the mean over the seeds.
-"""
 
 if __name__ == "__main__":
     main()
