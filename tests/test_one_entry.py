@@ -18,6 +18,7 @@ from lora_plus.layers.kinds import KINDS
 from lora_plus.layers.quantized import STORES, Store
 from lora_plus.layers.weight import AdaptedWeight
 from lora_plus.model.storage import FINDERS, Storage
+from lora_plus.model.tree import Tree
 from lora_plus.tensors.init import INITS
 from lora_plus.tensors.matrix import add_delta
 from lora_plus.tensors.variant import SCALINGS, VARIANTS, AdapterSpec, HasFactors, HasWeight, LoRA, TensorSpec
@@ -208,8 +209,8 @@ def test_the_storage_of_an_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         if hasattr(weight, "aside"):
             weight.data.fill_(torch.nan)
 
-    def find(model: nn.Module) -> Storage | None:
-        return Offloaded() if any(hasattr(parameter, "aside") for parameter in model.parameters()) else None
+    def find(tree: Tree) -> Storage | None:
+        return Offloaded() if any(hasattr(parameter, "aside") for parameter in tree.parameters()) else None
 
     monkeypatch.setattr("lora_plus.model.storage.FINDERS", [find, *FINDERS])
     live(tmp_path / "a.safetensors", lambda: Net(Layer), init="pissa")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lora_plus.layers.merge_state import Key, Merge, Slot, Tensors
 from lora_plus.layers.weight import AdaptedWeight
-from lora_plus.model.storage import all_parameters
+from lora_plus.model.tree import Tree
 from lora_plus.tensors.distributed import distributed_like, is_dtensor, whole
 
 from .sharded import ShardedStorage
@@ -31,7 +31,7 @@ class DTensorStorage(ShardedStorage):
         return [mesh.get_group(dimension) for dimension in range(mesh.ndim)]
 
     def settle(self) -> None:
-        _reshard(self.model)
+        _reshard(self.tree)
 
     @contextmanager
     def exposed(self, weight: AdaptedWeight) -> Iterator[None]:
@@ -56,22 +56,21 @@ class DTensorStorage(ShardedStorage):
         return MergeInShards(**vars(merge) | {"bound": bound}, parameters=dict(adapters))
 
 
-def _reshard(model: nn.Module) -> None:
+def _reshard(tree: Tree) -> None:
     """Shard again what ``fully_shard`` left whole after a forward, as it does with the root's parameters."""
     fsdp: Any = sys.modules.get("torch.distributed.fsdp")
     resharding: Any = getattr(fsdp, "FSDPModule", ())
-    for module in model.modules() if resharding else ():
+    for module in tree.everything() if resharding else ():
         if isinstance(module, resharding):
             module.reshard()
 
 
-def find(model: nn.Module) -> DTensorStorage | None:
+def find(tree: Tree) -> DTensorStorage | None:
     """The storage of a model with DTensors; what a forward left whole is sharded again."""
     if "torch.distributed.tensor" not in sys.modules:
         return None
-    _reshard(model)
-    parameters = all_parameters(model)
-    return DTensorStorage(model, parameters) if any(map(is_dtensor, parameters)) else None
+    _reshard(tree)
+    return DTensorStorage(tree) if any(map(is_dtensor, tree.parameters())) else None
 
 
 @dataclass(kw_only=True)

@@ -8,10 +8,9 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lora_plus.model.storage import all_parameters
-from lora_plus.model.tree import WRAPPERS, Wrapper
+from lora_plus.model.tree import WRAPPERS, Tree, Wrapper
 
 from .sharded import ShardedStorage
 
@@ -24,14 +23,14 @@ class FSDP1Storage(ShardedStorage):
     engine = "FullyShardedDataParallel"
     flat = fixed = True
 
-    def __init__(self, model: nn.Module, parameters: list[nn.Parameter]) -> None:
-        super().__init__(model, parameters)
+    def __init__(self, tree: Tree) -> None:
+        super().__init__(tree)
         from torch.distributed.fsdp import FullyShardedDataParallel
 
         self._fsdp = FullyShardedDataParallel
         self._units: dict[int, FullyShardedDataParallel] = {}
         self._shapes: dict[int, torch.Size] = {}
-        for unit in self._fsdp.fsdp_modules(model):
+        for unit in self._fsdp.fsdp_modules(tree.model):
             flat = unit._handle.flat_param if unit._handle is not None else None
             if flat is not None and flat._params is not None:
                 self._units |= {id(parameter): unit for parameter in flat._params}
@@ -42,7 +41,9 @@ class FSDP1Storage(ShardedStorage):
 
     @contextmanager
     def gathered(self, tensors: Iterable[Tensor], *, write: bool = False) -> Iterator[None]:
-        self._fsdp.fsdp_modules(self.model, root_only=True)  # or a unit gathered before a forward takes itself for one
+        self._fsdp.fsdp_modules(
+            self.tree.model, root_only=True
+        )  # or a unit gathered before a forward takes itself for one
         units = {id(unit): unit for tensor in tensors if (unit := self._units.get(id(tensor))) is not None}
         with ExitStack() as stack:
             for unit in units.values():
@@ -50,12 +51,11 @@ class FSDP1Storage(ShardedStorage):
             yield
 
     def groups(self) -> list[Any]:
-        return [self._fsdp.fsdp_modules(self.model)[0].process_group]
+        return [self._fsdp.fsdp_modules(self.tree.model)[0].process_group]
 
 
-def find(model: nn.Module) -> FSDP1Storage | None:
+def find(tree: Tree) -> FSDP1Storage | None:
     """The storage of a model with units of it."""
     if "torch.distributed.fsdp" not in sys.modules:
         return None
-    parameters = all_parameters(model)
-    return FSDP1Storage(model, parameters) if any(hasattr(p, "_fsdp_flattened") for p in parameters) else None
+    return FSDP1Storage(tree) if any(hasattr(p, "_fsdp_flattened") for p in tree.parameters()) else None

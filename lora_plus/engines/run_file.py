@@ -10,20 +10,22 @@ from torch import Tensor, nn
 
 from lora_plus.errors import Problems
 from lora_plus.files.tensor_writer import write_safetensors
-from lora_plus.model.storage import Storage, storage_of
-from lora_plus.model.tree import adapters_of, named_modules, named_parameters
+from lora_plus.model.state import State
+from lora_plus.model.storage import Storage
+from lora_plus.model.tree import Tree, named_parameters
 from lora_plus.text import join
 
 
 def run_tensors(model: nn.Module) -> dict[str, Tensor]:
     """All that is not the frozen base, by name: the tensors of all adapters, trainable parameters, lasting buffers."""
+    tree = Tree(model)
     found: dict[str, Tensor] = {
         join(path, f"{container}.{adapter.name}"): tensor
-        for path, adapter, _ in adapters_of(model)
+        for path, adapter, _ in tree.adapters()
         for container, tensor in adapter.tensors().items()
     }
     found |= {name: parameter for name, parameter in named_parameters(model) if parameter.requires_grad}
-    for path, module in named_modules(model):
+    for path, module in tree.modules:
         for name, buffer in module._buffers.items():
             if buffer is not None and name not in module._non_persistent_buffers_set:
                 found[join(path, name)] = buffer
@@ -36,7 +38,7 @@ def save_run(model: nn.Module, path: Path, *, write: bool = True) -> None:
     Where the model is sharded every rank must call this: tensors are gathered, and where one rank cannot write its file
     all raise its error.
     """
-    storage = storage_of(model)
+    storage = State(model).storage
     tensors = storage.read(run_tensors(model))
     storage.on_every_rank(lambda: write_safetensors(path, tensors, {}) if write else None)
 
@@ -49,7 +51,7 @@ def load_run(model: nn.Module, path: Path) -> None:
     Raises:
         Problems: a ValueError with every difference between file and model, which is unchanged then.
     """
-    own, storage = run_tensors(model), storage_of(model)
+    own, storage = run_tensors(model), State(model).storage
     tensors = storage.on_every_rank(lambda: _read(path, own, storage))
     storage.write((tensor, tensors[name]) for name, tensor in own.items())
 

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
 
 from lora_plus.model.storage import Result, Storage
+from lora_plus.model.tree import Tree
 
 
 class ShardedStorage(Storage):
@@ -17,8 +17,8 @@ class ShardedStorage(Storage):
 
     sharded = True
 
-    def __init__(self, model: nn.Module, parameters: list[nn.Parameter]) -> None:
-        self.model, self.parameters = model, parameters
+    def __init__(self, tree: Tree) -> None:
+        self.tree, self.parameters = tree, tree.parameters()
 
     def groups(self) -> list[Any]:
         """Process groups whose product is the ranks that hold the model together."""

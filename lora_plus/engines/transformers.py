@@ -21,7 +21,6 @@ from lora_plus.files.formats import FORMATS, Inexpressible
 from lora_plus.files.save import save_adapter
 from lora_plus.model.adapters import adapter_names
 from lora_plus.model.state import State
-from lora_plus.model.storage import storage_of
 from lora_plus.model.unsaved import unsaved
 from lora_plus.training.groups import LR_RATIO, Roles, loraplus_param_groups
 from lora_plus.training.optimizer_check import check_optimizer
@@ -163,11 +162,13 @@ class LoraPlusTrainer(Trainer):
             super().save_model(output_dir, _internal_call)
             return
         folder = Path(self.args.output_dir if output_dir is None else output_dir)
-        if self.args.should_save or storage_of(self.model).sharded:
+        if self.args.should_save or State(self.model).storage.sharded:
             for adapter in _adapters(self.model):
                 _save_adapter(self.model, folder, adapter)
         save_run(self.model, folder / RUN_NAME, write=self.args.should_save)
-        storage_of(self.model).on_every_rank(lambda: self._save_surroundings(folder) if self.args.should_save else None)
+        State(self.model).storage.on_every_rank(
+            lambda: self._save_surroundings(folder) if self.args.should_save else None
+        )
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
@@ -299,7 +300,7 @@ def _save_adapter(model: nn.Module, folder: Path, adapter: str) -> None:
         for path in stale:
             path.unlink(missing_ok=True)
 
-    storage_of(model).on_one_rank(remove)
+    State(model).storage.on_one_rank(remove)
 
 
 @contextmanager

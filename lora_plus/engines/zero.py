@@ -7,10 +7,10 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from lora_plus.model.storage import Storage, all_parameters
-from lora_plus.model.tree import NOT_REDUCED, WRAPPERS, Wrapper
+from lora_plus.model.storage import Storage
+from lora_plus.model.tree import NOT_REDUCED, WRAPPERS, Tree, Wrapper
 
 from .sharded import ShardedStorage
 
@@ -38,10 +38,10 @@ class ZeRO3Storage(ShardedStorage):
     engine = "DeepSpeed ZeRO-3"
     flat = True
 
-    def __init__(self, model: nn.Module, parameters: list[nn.Parameter]) -> None:
-        super().__init__(model, parameters)
+    def __init__(self, tree: Tree) -> None:
+        super().__init__(tree)
         # an engine numbers modules, and trains copies in full precision
-        self.fixed = self.copied = any("ds_id" in module.__dict__ for module in model.modules())
+        self.fixed = self.copied = any("ds_id" in module.__dict__ for module in tree.everything())
 
     def shape(self, tensor: Tensor) -> tuple[int, ...]:
         return tuple(getattr(tensor, "ds_shape", tensor.shape))
@@ -86,11 +86,11 @@ def _is_empty(tensor: Any) -> bool:
     return hasattr(tensor, "ds_status") and tensor.ds_status.name == "NOT_AVAILABLE"
 
 
-def find(model: nn.Module) -> Storage | None:
+def find(tree: Tree) -> Storage | None:
     """The storage of a model that an engine of DeepSpeed, or ``zero.Init``, has taken over."""
     if "deepspeed" not in sys.modules:
         return None
-    parameters = all_parameters(model)
+    parameters = tree.parameters()
     if any(hasattr(parameter, "ds_id") for parameter in parameters):
-        return ZeRO3Storage(model, parameters)
+        return ZeRO3Storage(tree)
     return ZeROStorage() if any(hasattr(parameter, "_hp_mapping") for parameter in parameters) else None

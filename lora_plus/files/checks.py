@@ -53,7 +53,7 @@ _FACTS: dict[str, Callable[[BaseLayer, Any], bool]] = {
     "rows": lambda base, rows: (
         isinstance(rows, list) and [type(row) for row in rows] == [int, int] and 0 <= rows[0] < rows[1]
     ),
-    "of": lambda base, reader: base.kind == PARAMETER and any(reader in finder.readers() for finder in PLACE_FINDERS),
+    "of": lambda base, reader: base.kind == PARAMETER and reader in PLACE_FINDERS[-1].readers(),
 }
 """What a file says of a layer besides, and whether it can be so."""
 

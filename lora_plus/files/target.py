@@ -116,4 +116,4 @@ class ModelTarget(Target):
 
 
 def _by_name(places: Iterable[Place]) -> dict[str, Place]:
-    return {name: place for place in places for name, _ in place.names}
+    return {name: place for place in places for name in place.names}

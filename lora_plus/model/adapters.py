@@ -177,7 +177,7 @@ def delete_adapter(model: nn.Module, adapter: str) -> None:
     for module in modules:
         if isinstance(module, SwappedModule):
             module.drop_everywhere(adapter)
-    if not any(adapters_of(model)):
+    if not any(state.adapters()):
         resume_nesting(modules)
         restore_requires_grad(modules)
 

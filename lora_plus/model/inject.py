@@ -25,7 +25,7 @@ from lora_plus.text import parents
 
 from .patterns import Pattern
 from .places import NamedModule, Place
-from .selection import Selection, Targets
+from .selection import Selection
 from .state import Need, State, require
 from .train_also import mark_trained, record_of, restore_trained
 
@@ -120,13 +120,12 @@ def inject_lora(
     check_adapter_name(adapter)
     spec = AdapterSpec(r=r, alpha=alpha, dropout=dropout, scaling=scaling, variant=variant)
     start = Start(init, dtype, generator)
-    wanted = Targets(
-        spec, targets, exclude=exclude, train_also=train_also, rank_pattern=rank_pattern, alpha_pattern=alpha_pattern,
-        fused=fused, layouts=layouts,
-    )  # fmt: skip
     state = require(model, "adding an adapter", Need.GROWABLE, new=adapter)
     with state.storage.outlined():
-        selection = Selection(state.names, wanted)
+        selection = Selection(
+            state.names, spec, targets, exclude=exclude, train_also=train_also, rank_pattern=rank_pattern,
+            alpha_pattern=alpha_pattern, fused=fused, layouts=layouts,
+        )  # fmt: skip
         check_selection(state, [place for place, _ in selection.places], selection.train_also)
         prepared = [(place, own, place.new_tensors(state.storage, own, start)) for place, own in selection.places]
         attach(state, adapter, prepared, [found.module for found in selection.train_also])

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -29,9 +28,85 @@ from lora_plus.tensors.matrix import matrix_shape, to_matrix
 from lora_plus.tensors.variant import AdapterSpec, whole_only
 from lora_plus.text import join
 
-from .parts import PARTS, Part
-from .places import PLACE_FINDERS, LayerPlace, Layouts, NamedModule, Place, Rows, described, rows_overlap
-from .tree import Named
+from .places import (
+    PLACE_FINDERS,
+    Finder,
+    Fused,
+    LayerPlace,
+    Layouts,
+    NamedModule,
+    Place,
+    Rows,
+    described,
+    rows_overlap,
+)
+
+# ---- modules whose own code reads their weights ----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Part:
+    """A parameter of a module, or some rows of one."""
+
+    parameter: str
+    label: str
+    """Its name inside the submodule that owns the parameter; empty where it is that submodule's one."""
+    child: str = ""
+    """The submodule that owns the parameter; empty for the module itself."""
+    rows: tuple[int, int] | None = None
+    layout: str = "o i -> o i"
+    aliases: tuple[str, ...] = ()
+    """Further names inside the module, which several parts can share; so can the parameter's and the module's own."""
+    linear: bool = False
+    """Whether it is a linear map of activations, as ``"all-linear"`` takes them."""
+    refusal: str | None = None
+    """Why it cannot have adapters, as a noun phrase, where the module's settings say so."""
+
+
+PARTS: dict[type[nn.Module], Callable[[nn.Module], list[Part]]] = {}
+"""Module class -> the parts of such a module; a subclass is served by the nearest entry."""
+
+
+def _attention(module: nn.Module) -> list[Part]:
+    assert isinstance(module, nn.MultiheadAttention)
+    width = module.embed_dim
+    out = Part("weight", "", "out_proj", aliases=("out",), linear=True)
+    parts = []
+    for index, name in enumerate("qkv"):
+        packed = module._qkv_same_embed_dim
+        rows = (index * width, (index + 1) * width) if packed else None
+        parameter = "in_proj_weight" if packed else f"{name}_proj_weight"
+        parts.append(Part(parameter, name, rows=rows, aliases=("in_proj",), linear=True))
+    return [*parts, out]
+
+
+def _recurrent(module: nn.Module) -> list[Part]:
+    names = module._flat_weights_names if isinstance(module, nn.RNNBase) else ("weight_ih", "weight_hh")
+    return [Part(name, name) for name in names if name.startswith("weight")]
+
+
+def _bag(module: nn.Module) -> list[Part]:
+    assert isinstance(module, nn.EmbeddingBag)
+    refusal = "EmbeddingBag with max_norm, which rescales rows of its weight in place" if module.max_norm else None
+    if module.sparse:
+        refusal = "EmbeddingBag with sparse gradients"
+    return [Part("weight", "weight", layout="n d -> d n", refusal=refusal)]
+
+
+def _bilinear(module: nn.Module) -> list[Part]:
+    return [Part("weight", "weight", layout="o i j -> o (i j)")]
+
+
+PARTS |= {
+    nn.MultiheadAttention: _attention,
+    nn.RNNBase: _recurrent,
+    nn.RNNCellBase: _recurrent,
+    nn.EmbeddingBag: _bag,
+    nn.Bilinear: _bilinear,
+}
+
+
+# ---- places ----------------------------------------------------------------------------------------------------------
 
 
 class ParameterPlace(Place):
@@ -43,12 +118,14 @@ class ParameterPlace(Place):
         self,
         owner: nn.Module,
         owner_name: str,
-        names: Named,
+        names: Sequence[str],
         part: Part,
-        aliases: Named = (),
+        aliases: Sequence[str] = (),
+        around: nn.Module | None = None,
         of: str | None = None,
     ) -> None:
-        self.owner, self.owner_name, self.names, self.aliases = owner, owner_name, names, aliases
+        self.owner, self.owner_name, self.names = owner, owner_name, names
+        self.aliases, self.around = aliases, around or owner
         self.part, self.of, self.linear = part, of, part.linear
         self.key = self.weight_key = (id(owner), part.parameter)
 
@@ -110,14 +187,23 @@ class ParameterPlace(Place):
 
     def stored_as(self, layout: str) -> ParameterPlace:
         part = replace(self.part, layout=layout)
-        return ParameterPlace(self.owner, self.owner_name, self.names, part, self.aliases, self.of)
+        return ParameterPlace(self.owner, self.owner_name, self.names, part, self.aliases, self.around, self.of)
 
 
 class RowsPlace(Place):
     """A block of rows of a weight: one of several projections that are computed together; named in its owner."""
 
-    def __init__(self, whole: Place, rows: Rows, label: str, names: Named, aliases: Named = ()) -> None:
-        self.whole, self.rows, self.label, self.names, self.aliases = whole, rows, label, names, aliases
+    def __init__(
+        self,
+        whole: Place,
+        rows: Rows,
+        label: str,
+        names: Sequence[str],
+        aliases: Sequence[str] = (),
+        around: nn.Module | None = None,
+    ) -> None:
+        self.whole, self.rows, self.label, self.names = whole, rows, label, names
+        self.aliases, self.around = aliases, around or whole.owner
         self.owner, self.owner_name = whole.owner, whole.owner_name
         self.key, self.weight_key = (whole.key, rows), whole.key
         self.of, self.called, self.linear = whole.of, whole.called, whole.linear
@@ -174,56 +260,74 @@ class RowsPlace(Place):
 # ---- finding them ----------------------------------------------------------------------------------------------------
 
 
-class _Finder:
+class _Finder(Finder):
     """Finds the parts of modules that read their weights themselves, and blocks of rows of fused layers."""
 
     def readers(self) -> list[str]:
         return [module.__name__ for module in PARTS]
 
-    def instead(self, entry: NamedModule, fused: Mapping[str, Rows]) -> list[Place]:
-        places: list[Place] = []
-        for label, rows in fused.items():
-            layer = LayerPlace(entry.module, entry.names)
-            names = [(join(name, label), entry.module) for name in entry.names]
-            places.append(RowsPlace(layer, rows, label, names, layer.names))
-        reader: Any = next((parent for parent in type(entry.module).__mro__ if parent in PARTS), None)
-        for part in PARTS[reader](entry.module) if reader is not None else ():
-            owner = entry.module._modules.get(part.child) if part.child else entry.module
-            if owner is None:
-                continue
-            own_name = join(part.child, part.label)
-            names = [(join(name, own_name), owner) for name in entry.names]
-            inner = (*part.aliases, join(part.child, part.parameter), "")
-            aliases = [(join(name, alias), entry.module) for name in entry.names for alias in inner]
-            own = part if part.rows is None else replace(part, label=part.parameter)
-            owner_name = join(entry.name, part.child)
-            place = ParameterPlace(owner, owner_name, names, own, aliases, reader.__name__)
-            places.append(place if part.rows is None else RowsPlace(place, part.rows, part.label, names, aliases))
+    def instead(self, found: Mapping[int, NamedModule], fused: Fused) -> dict[int, list[Place]]:
+        kinds = {type(each.module) for each in found.values()}
+        readers = {kind: next((parent for parent in kind.__mro__ if parent in PARTS), None) for kind in kinds}
+        places = {key: _blocks(found[key], rows) for key, rows in fused.items()}
+        for key, each in found.items():
+            if (reader := readers[type(each.module)]) is not None and (parts := _parts(each, reader)):
+                places.setdefault(key, []).extend(parts)
         return places
 
-    def parameters(self, entry: NamedModule, layouts: Layouts) -> list[Place]:
-        there = parameter_holders(entry.module)
+    def parameters(self, found: Mapping[int, NamedModule], layouts: Layouts) -> list[Place]:
         places: list[Place] = []
-        for parameter, value in raw_parameters(entry.module).items():
-            names = [(join(name, parameter), entry.module) for name in entry.names]
-            layout = next((layout for each in names if (layout := layouts(*each)) is not None), None)
-            if layout is None and parameter in there:
-                layout = there[parameter].layout
-            elif layout is None and value.ndim == 3:  # transformers marks experts that are stored as (stack, in, out)
-                layout = "e i o -> e o i" if getattr(entry.module, "is_transposed", False) else "e o i -> e o i"
-            part = Part(parameter, parameter, layout=layout or "o i -> o i")
-            places.append(ParameterPlace(entry.module, entry.name, names, part))
+        for each in found.values():
+            there = parameter_holders(each.module)
+            for parameter, value in raw_parameters(each.module).items():
+                names = [join(name, parameter) for name in each.names]
+                layout = next((layout for name in names if (layout := layouts(name, each.module)) is not None), None)
+                if layout is None and parameter in there:
+                    layout = there[parameter].layout
+                elif (
+                    layout is None and value.ndim == 3
+                ):  # transformers marks experts that are stored as (stack, in, out)
+                    layout = "e i o -> e o i" if getattr(each.module, "is_transposed", False) else "e o i -> e o i"
+                part = Part(parameter, parameter, layout=layout or "o i -> o i")
+                places.append(ParameterPlace(each.module, each.name, names, part))
         return places
 
-    def adapted(self, site: AdapterSite, weight: AdaptedWeight, owner: nn.Module, owner_name: str) -> Place | None:
+    def adapted(self, site: AdapterSite, weight: AdaptedWeight, owner: nn.Module, owner_name: str) -> Place:
         place: Place = LayerPlace(owner, [owner_name])
         if isinstance(weight, LoRAParameter):
             part = Part(weight.weight_name, weight.lora_label, layout=weight.layout)
-            place = ParameterPlace(owner, owner_name, [(join(owner_name, part.label), owner)], part, of=weight.of)
+            place = ParameterPlace(owner, owner_name, [join(owner_name, part.label)], part, of=weight.of)
         if not isinstance(site, RowBlock):
             return place
-        label = site.lora_label
-        return RowsPlace(place, site.rows, label, [(join(owner_name, label), owner)])
+        return RowsPlace(place, site.rows, site.lora_label, [join(owner_name, site.lora_label)])
+
+
+def _blocks(each: NamedModule, rows: Mapping[str, Rows]) -> list[Place]:
+    """The places of a fused layer."""
+    layer = LayerPlace(each.module, each.names)
+    return [
+        RowsPlace(layer, own, label, [join(name, label) for name in each.names], each.names)
+        for label, own in rows.items()
+    ]
+
+
+def _parts(each: NamedModule, reader: type[nn.Module]) -> list[Place]:
+    """The places of a module that reads its weights itself."""
+    places: list[Place] = []
+    for part in PARTS[reader](each.module):
+        owner = each.module._modules.get(part.child) if part.child else each.module
+        if owner is None:
+            continue
+        names = [join(name, join(part.child, part.label)) for name in each.names]
+        inner = (*part.aliases, join(part.child, part.parameter), "")
+        aliases = [join(name, alias) for name in each.names for alias in inner]
+        own = part if part.rows is None else replace(part, label=part.parameter)
+        owner_name = join(each.name, part.child)
+        place = ParameterPlace(owner, owner_name, names, own, aliases, each.module, reader.__name__)
+        places.append(
+            place if part.rows is None else RowsPlace(place, part.rows, part.label, names, aliases, each.module)
+        )
+    return places
 
 
 PLACE_FINDERS.append(_Finder())

@@ -6,7 +6,7 @@ import fnmatch
 import functools
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from torch import nn
 
@@ -52,28 +52,40 @@ def shown(pattern: Pattern) -> str:
     return f"re.compile({pattern.pattern!r})" if isinstance(pattern, re.Pattern) else repr(pattern)
 
 
-Thing = TypeVar("Thing")
+class Nameable(Protocol):
+    """What patterns can match."""
+
+    def named(self) -> Sequence[tuple[str, nn.Module]]: ...  # its names, each with the module that belongs to it
+
+
+Thing = TypeVar("Thing", bound=Nameable)
 
 
 class NameIndex(Generic[Thing]):
-    """Things of a model that patterns can match, each with all its names and the modules that belong to these."""
+    """Things of a model, by what patterns match."""
 
-    def __init__(self, named: Iterable[tuple[Thing, Sequence[tuple[str, nn.Module]]]]) -> None:
-        self.named = list(named)
-        self.things = [thing for thing, _ in self.named]
+    def __init__(self, things: Sequence[Thing]) -> None:
+        self.things = things
 
     def matching(self, pattern: Pattern) -> list[Thing]:
         """What a pattern matches."""
         if isinstance(pattern, str) and not _GLOB.search(pattern):
             return self._by_ending.get(pattern, [])
         matches = matcher(pattern)
-        return [thing for thing, names in self.named if any(matches(*name) for name in names)]
+        return [thing for thing in self.things if any(matches(*named) for named in thing.named())]
+
+    def names(self) -> list[str]:
+        """All names."""
+        return [name for thing in self.things for name, _ in thing.named()]
 
     @functools.cached_property
     def _by_ending(self) -> dict[str, list[Thing]]:
         """Full names, and what follows a dot in them: a plain name is looked up here, and not compared with each."""
         found: dict[str, list[Thing]] = {}
-        for thing, names in self.named:
-            for ending in dict.fromkeys(end for name, _ in names for end in (name, *endings(name))):
-                found.setdefault(ending, []).append(thing)
+        for thing in self.things:
+            for name, _ in thing.named():
+                for ending in (name, *endings(name)):
+                    known = found.setdefault(ending, [])
+                    if not known or known[-1] is not thing:  # two of its names can end alike
+                        known.append(thing)
         return found

@@ -1,12 +1,12 @@
-"""Where adapters can be put in a model: on its layers, and where one of `PLACE_FINDERS` finds another place."""
+"""Where adapters can be put in a model: on its layers, and where `PLACE_FINDERS` find another place."""
 
 from __future__ import annotations
 
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from contextlib import nullcontext
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -22,14 +22,13 @@ from lora_plus.tensors.init import Lookup, Start
 from lora_plus.tensors.variant import VARIANTS, AdapterSpec
 
 from .storage import Storage
-from .tree import Named, owner_path
+from .tree import Named, sites_in
 
 Rows = tuple[int, int]
 """The first row of a block, and the row after its last one, in the matrix view of a weight."""
 
 
-@dataclass
-class NamedModule:
+class NamedModule(NamedTuple):
     """One module object of a model, under all the names it has there."""
 
     module: nn.Module
@@ -40,6 +39,10 @@ class NamedModule:
         """The first name, the one that ``named_modules`` gives."""
         return self.names[0]
 
+    def named(self) -> list[tuple[str, nn.Module]]:
+        """All its names, with the module that a type or a function is asked about."""
+        return [(name, self.module) for name in self.names]
+
 
 class Place(ABC):
     """A weight of a model, or some rows of one, that an adapter can be put on."""
@@ -47,10 +50,12 @@ class Place(ABC):
     owner: nn.Module
     """The layer, or the module that has the parameter."""
     owner_name: str
-    names: Named
-    """Its own name, once for each name of the owner, with the module that a type or a function is asked about."""
-    aliases: Named = ()
+    names: Sequence[str]
+    """Its own name, once for each name of the owner."""
+    aliases: Sequence[str] = ()
     """Further names for targets, which can be those of several places."""
+    around: nn.Module
+    """The module that patterns see under the aliases."""
     key: Any
     """The same for the same place, under whatever name it was found."""
     weight_key: Any
@@ -67,7 +72,11 @@ class Place(ABC):
     @property
     def name(self) -> str:
         """Its own name: what files and summaries call it."""
-        return self.names[0][0]
+        return self.names[0]
+
+    def named(self) -> list[tuple[str, nn.Module]]:
+        """All names that patterns can match, with the modules that a type or a function is asked about."""
+        return [(name, self.owner) for name in self.names] + [(name, self.around) for name in self.aliases]
 
     @abstractmethod
     def refusal(self) -> str | None:
@@ -108,7 +117,7 @@ class Place(ABC):
     def new_tensors(self, storage: Storage, spec: AdapterSpec, start: Start) -> dict[str, Tensor]:
         """The tensors of a new adapter, by the name of their container; nothing is changed."""
         values = start.needs_values(spec)
-        with storage.gathered([self.stored()] if values else []):
+        with storage.gathered([self.stored()]) if values else nullcontext():
             return start.tensors(self.matrix(values=values), spec, self.lookup())
 
     @abstractmethod
@@ -134,8 +143,7 @@ class LayerPlace(Place):
     called = True
 
     def __init__(self, layer: nn.Module, names: Sequence[str]) -> None:
-        self.owner, self.owner_name = layer, names[0]
-        self.names = [(name, layer) for name in names]
+        self.owner, self.names, self.owner_name = layer, names, names[0]
         self.key = self.weight_key = id(layer)
 
     @functools.cached_property
@@ -192,79 +200,72 @@ Layouts = Callable[[str, nn.Module], str | None]
 """The layout that a user states for a parameter of this name in this module, if any."""
 
 
-class Finder(Protocol):
-    """Finds places that are no layers."""
+Fused = Mapping[int, Mapping[str, Rows]]
+"""By the identity of a linear layer, its blocks of rows by their names."""
+
+
+class Finder:
+    """Finds the places of a model that are no layers. This one knows of none."""
 
     def readers(self) -> list[str]:
         """The classes of modules that read their weights themselves, in which it finds places."""
-        ...
+        return []
 
-    def instead(self, entry: NamedModule, fused: Mapping[str, Rows]) -> list[Place]:
-        """The places of a module that is no place itself, as one with these ``fused`` rows; empty for any other."""
-        ...
+    def instead(self, found: Mapping[int, NamedModule], fused: Fused) -> dict[int, list[Place]]:
+        """By the identity of a module that is no place itself, its places."""
+        return {}
 
-    def parameters(self, entry: NamedModule, layouts: Layouts) -> list[Place]:
-        """A module's own parameters, each as a place of its own, whoever reads it."""
-        ...
+    def parameters(self, found: Mapping[int, NamedModule], layouts: Layouts) -> list[Place]:
+        """The parameters of all modules, each as a place of its own, whoever reads it."""
+        return []
 
-    def adapted(self, site: AdapterSite, weight: AdaptedWeight, owner: nn.Module, owner_name: str) -> Place | None:
-        """The place of a site of adapters that the module ``owner`` has on its weight; None if it is a layer's."""
-        ...
-
-
-PLACE_FINDERS: list[Finder] = []
-"""What is asked for places besides layers."""
+    def adapted(self, site: AdapterSite, weight: AdaptedWeight, owner: nn.Module, owner_name: str) -> Place:
+        """The place of a site of adapters on a weight of the module ``owner``."""
+        return LayerPlace(weight, [owner_name])
 
 
-def find_modules(named: Iterable[tuple[str, nn.Module]]) -> dict[int, NamedModule]:
+PLACE_FINDERS = [Finder()]
+"""The last one is asked."""
+
+
+def find_modules(named: Named) -> dict[int, NamedModule]:
     """The modules that a walk met, each once, by identity, with all names; what holds adapters is left out."""
+    hidden = {id(child) for _, module in named if isinstance(module, Holders) for child in module.modules()}
     found: dict[int, NamedModule] = {}
-    hidden: set[int] = set()
-    for name, module in named:  # a module comes before what it holds
-        if isinstance(module, Holders):
-            hidden |= {id(child) for child in module.modules()}
-        if id(module) not in hidden:
-            found.setdefault(id(module), NamedModule(module, [])).names.append(name)
+    for name, module in named:
+        if (known := found.get(id(module))) is not None:
+            known.names.append(name)
+        elif id(module) not in hidden:
+            found[id(module)] = NamedModule(module, [name])
     return found
 
 
-def find_places(found: Mapping[int, NamedModule], fused: Mapping[int, Mapping[str, Rows]]) -> list[Place]:
-    """The places of these modules, in their order: layers, and what finders find instead.
-
-    ``fused`` has by the identity of a linear layer its blocks of rows by their names.
-    """
+def find_places(found: Mapping[int, NamedModule], fused: Fused) -> list[Place]:
+    """The places of these modules, in their order: layers, and what there is instead."""
+    others = PLACE_FINDERS[-1].instead(found, fused)
+    inside = {id(place.owner) for places in others.values() for place in places}
     places: list[Place] = []
-    inside: set[int] = set()
-    for key, entry in found.items():
-        others = [place for finder in PLACE_FINDERS for place in finder.instead(entry, fused.get(key, {}))]
-        inside.update(id(place.owner) for place in others)
-        if others or key in inside:
-            places += others
-        else:
-            places.append(LayerPlace(entry.module, entry.names))
+    for key, each in found.items():
+        if key in others:
+            places += others[key]
+        elif key not in inside:
+            places.append(LayerPlace(each.module, each.names))
     return places
 
 
 def find_parameters(found: Mapping[int, NamedModule], layouts: Layouts = lambda name, owner: None) -> list[Place]:
     """Every parameter of these modules as a place of its own, whoever reads it."""
-    return [
-        place for entry in found.values() for finder in PLACE_FINDERS for place in finder.parameters(entry, layouts)
-    ]
+    return PLACE_FINDERS[-1].parameters(found, layouts)
 
 
 def adapted_places(named: Named, name: str | None = None) -> Iterator[tuple[Place, Adapter]]:
     """The adapters in modules that a walk met, all or those of a name, with their places."""
-    modules: dict[str, nn.Module] = {}
-    for path, module in named:
-        modules[path] = module
-        if isinstance(module, AdaptedWeight):
-            owner_name = owner_path(path, module)
-            for site in module.adapter_sites():
-                adapters = [each for each in site.lora_adapters.values() if name is None or each.name == name]
-                if adapters:
-                    found = (f.adapted(site, module, modules[owner_name], owner_name) for f in PLACE_FINDERS)
-                    place = next(filter(None, found), None) or LayerPlace(module, [owner_name])
-                    yield from ((place, adapter) for adapter in adapters)
+    modules = dict(named)
+    for owner_name, weight, site in sites_in(named):
+        adapters = [each for each in site.lora_adapters.values() if name is None or each.name == name]
+        if adapters:
+            place = PLACE_FINDERS[-1].adapted(site, weight, modules[owner_name], owner_name)
+            yield from ((place, adapter) for adapter in adapters)
 
 
 def overlaps(places: Iterable[Place]) -> list[str]:

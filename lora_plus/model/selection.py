@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,6 +20,7 @@ from lora_plus.text import join, near_misses
 
 from .patterns import NameIndex, Pattern, as_patterns, matcher, shown
 from .places import PLACE_FINDERS, NamedModule, Place, Rows, find_modules, find_parameters, find_places, overlaps
+from .tree import Named
 
 ALL_LINEAR = "all-linear"
 
@@ -27,11 +28,22 @@ LAYOUTS = ("o i -> o i", "i o -> o i", "e o i -> e o i", "e i o -> e o i")
 """How a bare parameter can be stored: (out, in) or (in, out), alone or as a stack of experts."""
 
 
-class Targets:
-    """What a user says of the layers to adapt, as in `inject_lora`, checked before the model is looked at."""
+class Selection:
+    """What targets select in a model; the arguments are those of `inject_lora`.
+
+    Raises:
+        TypeError, ValueError: for a setting out of range; one error for all patterns that select nothing, or nothing
+            that can be adapted, or that disagree.
+    """
+
+    places: list[tuple[Place, AdapterSpec]]
+    """The places to adapt, with their settings."""
+    train_also: list[NamedModule]
+    """The modules to train in full."""
 
     def __init__(
         self,
+        named: Named,
         spec: AdapterSpec,
         targets: Pattern | Sequence[Pattern],
         *,
@@ -42,14 +54,168 @@ class Targets:
         fused: Mapping[Any, Sequence[str] | Mapping[str, int]] | None = None,
         layouts: Mapping[Any, str] | None = None,
     ) -> None:
-        self.spec, self.targets = spec, as_patterns(targets)
-        self.exclude, self.train_also = as_patterns(exclude), as_patterns(train_also)
-        if not self.targets:
+        wanted = as_patterns(targets)
+        if not wanted:
             raise ValueError('no target given; name layers, or pass "all-linear"')
-        self.ranks = _by_pattern("rank_pattern", rank_pattern, lambda r: replace(spec, r=r))
-        self.alphas = _by_pattern("alpha_pattern", alpha_pattern, lambda alpha: replace(spec, alpha=alpha))
-        self.fused = _by_pattern("fused", fused, _check_blocks)
-        self.layouts = _by_pattern("layouts", layouts, _check_layout)
+        ranks = _by_pattern("rank_pattern", rank_pattern, lambda r: replace(spec, r=r))
+        alphas = _by_pattern("alpha_pattern", alpha_pattern, lambda alpha: replace(spec, alpha=alpha))
+        blocks = _by_pattern("fused", fused, _check_blocks)
+        self._layouts = _by_pattern("layouts", layouts, _check_layout)
+        self._problems: list[str] = []
+        self._found = find_modules(named)
+        self._modules = NameIndex([*self._found.values()])
+        self._places = NameIndex(find_places(self._found, self._fused(blocks) if blocks else {}))
+        trained = (each for pattern in as_patterns(train_also) for each in self._modules_of("train_also", pattern))
+        self.train_also = list({id(each.module): each for each in trained}.values())
+        self._inside_trained = {id(module) for each in self.train_also for module in each.module.modules()}
+        self._excluded = {place.key for pattern in as_patterns(exclude) for place in self._matching("exclude", pattern)}
+        chosen: set[Any] = set()
+        for pattern in wanted:
+            hits = self._all_linear() if pattern == ALL_LINEAR else self._target(pattern)
+            chosen.update(place.key for place in hits)
+        loose = self._parameters.things if "_parameters" in self.__dict__ else ()
+        loose = [place for place in loose if place.key in chosen]
+        places = [*(place for place in self._places.things if place.key in chosen), *loose]
+        self._problems += overlaps(places)
+        for place in places:
+            if id(place.owner) in self._inside_trained:
+                what = "is both a target and trained in full by train_also; add it to exclude"
+                self._problems.append(f"{place.name!r} {what}")
+            if (reason := place.misfits(spec)) is not None:
+                self._problems.append(f"{place.name!r}: {reason}")
+        complete = not self._problems  # where places are missing, more patterns match none
+        index = NameIndex(places)
+        r_of = self._by_place("rank_pattern", ranks, index, complete)
+        alpha_of = self._by_place("alpha_pattern", alphas, index, complete)
+        self._by_place("layouts", self._layouts, NameIndex(loose), complete)
+        if self._problems:
+            raise Problems("nothing was changed, because of", self._problems)
+        spec_of = functools.cache(lambda r, alpha: replace(spec, r=r, alpha=alpha))  # one for all that have the same
+        self.places = [
+            (place, spec_of(r_of.get(place.key, spec.r), alpha_of.get(place.key, spec.alpha))) for place in places
+        ]
+
+    @functools.cached_property
+    def _parameters(self) -> NameIndex[Place]:
+        """The parameters that are no places yet, found when a pattern first asks for them."""
+        known = {place.weight_key for place in self._places.things}
+        stated = [(matcher(pattern), layout) for pattern, layout in self._layouts.items()]
+
+        def layout_of(name: str, owner: nn.Module) -> str | None:
+            return next((layout for matches, layout in stated if matches(name, owner)), None)
+
+        return NameIndex([p for p in find_parameters(self._found, layout_of) if p.weight_key not in known])
+
+    # ---- what patterns match -----------------------------------------------------------------------------------
+
+    def _matching(self, setting: str, pattern: Pattern) -> list[Place]:
+        """Layers, parts and blocks; parameters where a name or an expression matches none of these."""
+        hits = self._places.matching(pattern)
+        if not hits and isinstance(pattern, (str, re.Pattern)) and pattern:
+            hits = self._parameters.matching(pattern)
+        if not hits and setting == "target":
+            usable = [place for place in self._parameters.things if place.refusal() is None]
+            self._nothing(setting, pattern, "module or parameter", NameIndex([*self._places.things, *usable]))
+        elif not hits:
+            self._nothing(setting, pattern, "module", self._places)
+        return hits
+
+    def _modules_of(self, setting: str, pattern: Pattern) -> list[NamedModule]:
+        return self._modules.matching(pattern) or self._nothing(setting, pattern, "module", self._modules)
+
+    def _target(self, pattern: Pattern) -> list[Place]:
+        """The places for one target; a module's parts that cannot be adapted are a problem."""
+        hits = self._matching("target", pattern)
+        reasons = [(place, place.refusal()) for place in hits]
+        supported = [place for place, reason in reasons if reason is None]
+        kept = [place for place in supported if not self._is_excluded(place)] if self._excluded else supported
+        if hits and not supported:
+            named = [f"{place.name or 'the model itself'} ({reason})" for place, reason in reasons[:4]]
+            more = f" and {len(hits) - 4} more" if len(hits) > 4 else ""
+            self._problems.append(
+                f"target {shown(pattern)} matches nothing that can be adapted: {', '.join(named)}{more}; {_supported()}"
+            )
+        elif hits and not kept:
+            self._problems.append(f"target {shown(pattern)} matches only layers that exclude takes out")
+        if len(hits) > len(supported) > 0:
+            self._problems += [
+                f"target {shown(pattern)} matches {place.name!r}, which cannot be adapted: {reason}; exclude it"
+                for place, reason in reasons
+                if reason is not None and place.of and not self._is_excluded(place)
+            ]
+        return kept
+
+    def _all_linear(self) -> list[Place]:
+        found = [module for module, _ in self._found.values() if isinstance(module, nn.Embedding)]
+        embeddings = {id(module.weight) for module in found}
+        kept = []
+        for place in self._places.things:
+            if not place.linear or self._is_excluded(place) or id(place.owner) in self._inside_trained:
+                continue
+            if place.called and id(place.stored()) in embeddings:
+                continue
+            reason = place.refusal()
+            if reason is None:
+                kept.append(place)
+            else:
+                self._problems.append(f"{ALL_LINEAR!r}: {place.name!r} cannot be adapted: {reason}; exclude it")
+        if not kept and not self._problems:
+            self._problems.append(f"target {ALL_LINEAR!r} finds no linear layer to adapt in this model{self._hidden()}")
+        return kept
+
+    def _is_excluded(self, place: Place) -> bool:
+        # a layer goes with its own parameters and blocks
+        return place.key in self._excluded or id(place.owner) in self._excluded
+
+    # ---- settings by pattern -----------------------------------------------------------------------------------
+
+    def _fused(self, patterns: Mapping[Any, Any]) -> dict[int, dict[str, Rows]]:
+        """The blocks of rows of each layer that the user says is fused."""
+        blocks: dict[int, dict[str, Rows]] = {}
+        for pattern, sizes in patterns.items():
+            for each in self._modules_of("fused", pattern):
+                rows = _rows(each.module, sizes)
+                if isinstance(rows, str):
+                    self._problems.append(f"fused {shown(pattern)}: {each.name!r} {rows}")
+                elif id(each.module) in blocks:
+                    self._problems.append(f"fused: {shown(pattern)} and another key both match {each.name!r}")
+                else:
+                    blocks[id(each.module)] = rows
+        return blocks
+
+    def _by_place(
+        self, setting: str, values: Mapping[Any, Any], places: NameIndex[Place], complete: bool
+    ) -> dict[Any, Any]:
+        """By the key of a place its value. A place that two patterns match is a problem, and a pattern without any."""
+        pattern_of: dict[Any, Any] = {}
+        for pattern in values:
+            hits = places.matching(pattern)
+            if not hits and complete:
+                self._nothing(setting, pattern, "adapted layer", places)
+            for place in hits:
+                other = pattern_of.setdefault(place.key, pattern)
+                if other is not pattern:
+                    self._problems.append(f"{setting}: {shown(other)} and {shown(pattern)} both match {place.name!r}")
+        return {key: values[pattern] for key, pattern in pattern_of.items()}
+
+    # ---- problems ----------------------------------------------------------------------------------------------
+
+    def _nothing(self, setting: str, pattern: Pattern, what: str, named: NameIndex[Any]) -> list[Any]:
+        """No hits, which is a problem."""
+        hint = near_misses(pattern, named.names())
+        self._problems.append(f"{setting} {shown(pattern)} matches no {what}{hint}{self._hidden()}")
+        return []
+
+    def _hidden(self) -> str:
+        """A hint where modules are kept in plain lists, which hide them from the model."""
+        for it in self._found.values():
+            for name, value in it.module.__dict__.items():
+                items = value.values() if isinstance(value, dict) else value
+                plain = isinstance(value, (list, tuple, dict)) and not name.startswith("_")
+                if plain and any(isinstance(item, nn.Module) and id(item) not in self._found for item in items):
+                    held, kind = join(it.name, name), type(value).__name__
+                    return f"; {held!r} holds modules in a plain {kind}, make it an nn.ModuleList or nn.ModuleDict"
+        return ""
 
 
 def _by_pattern(setting: str, values: Any, check: Callable[[Any], object]) -> dict[Any, Any]:
@@ -85,185 +251,6 @@ def _check_blocks(blocks: Any) -> None:
         raise ValueError(f"numbers of rows must be positive integers, got {blocks!r}")
 
 
-class Selection:
-    """What targets select in a model.
-
-    Raises:
-        ValueError: one error for all patterns that select nothing, or nothing that can be adapted, or that disagree.
-    """
-
-    places: list[tuple[Place, AdapterSpec]]
-    """The places to adapt, with their settings."""
-    train_also: list[NamedModule]
-    """The modules to train in full."""
-
-    def __init__(self, named: Iterable[tuple[str, nn.Module]], targets: Targets) -> None:
-        self._targets = targets
-        self._problems: list[str] = []
-        self._found = find_modules(named)
-        self._modules = NameIndex((it, [(name, it.module) for name in it.names]) for it in self._found.values())
-        self._places = _named(find_places(self._found, self._fused() if targets.fused else {}))
-        self._has_parameters = False
-        trained = (it for pattern in targets.train_also for it in self._modules_of("train_also", pattern))
-        self.train_also = list({id(it): it for it in trained}.values())
-        self._inside_trained = {id(module) for it in self.train_also for module in it.module.modules()}
-        self._excluded = {place.key for pattern in targets.exclude for place in self._matching("exclude", pattern)}
-        chosen: dict[Any, Place] = {}
-        for pattern in targets.targets:
-            hits = self._all_linear() if pattern == ALL_LINEAR else self._target(pattern)
-            chosen |= {place.key: place for place in hits}
-        kept = {id(place) for place in chosen.values()}
-        loose = [place for place in self._parameters.things if id(place) in kept] if self._has_parameters else []
-        places = [*(place for place in self._places.things if id(place) in kept), *loose]
-        self._problems += overlaps(places)
-        for place in places:
-            if id(place.owner) in self._inside_trained:
-                what = "is both a target and trained in full by train_also; add it to exclude"
-                self._problems.append(f"{place.name!r} {what}")
-            if (reason := place.misfits(targets.spec)) is not None:
-                self._problems.append(f"{place.name!r}: {reason}")
-        self._complete = not self._problems
-        specs = self._specs(places) if targets.ranks or targets.alphas else [targets.spec] * len(places)
-        if targets.layouts:
-            self._by_place("layouts", targets.layouts, loose)
-        if self._problems:
-            raise Problems("nothing was changed, because of", self._problems)
-        self.places = list(zip(places, specs, strict=True))
-
-    @functools.cached_property
-    def _parameters(self) -> NameIndex[Place]:
-        """The parameters that are no places yet, found when a pattern first asks for them."""
-        self._has_parameters = True
-        known = {place.weight_key for place in self._places.things}
-        stated = [(matcher(pattern), layout) for pattern, layout in self._targets.layouts.items()]
-
-        def layout_of(name: str, owner: nn.Module) -> str | None:
-            return next((layout for matches, layout in stated if matches(name, owner)), None)
-
-        return _named(place for place in find_parameters(self._found, layout_of) if place.weight_key not in known)
-
-    # ---- what patterns match -----------------------------------------------------------------------------------
-
-    def _matching(self, setting: str, pattern: Pattern) -> list[Place]:
-        """Layers, parts and blocks; parameters where a name or an expression matches none of these."""
-        hits = self._places.matching(pattern)
-        if not hits and isinstance(pattern, (str, re.Pattern)) and pattern:
-            hits = self._parameters.matching(pattern)
-        if not hits and setting == "target":
-            usable = [place for place in self._parameters.things if place.refusal() is None]
-            self._nothing(setting, pattern, "module or parameter", _named([*self._places.things, *usable]))
-        elif not hits:
-            self._nothing(setting, pattern, "module", self._places)
-        return hits
-
-    def _modules_of(self, setting: str, pattern: Pattern) -> list[NamedModule]:
-        return self._modules.matching(pattern) or self._nothing(setting, pattern, "module", self._modules)
-
-    def _target(self, pattern: Pattern) -> list[Place]:
-        """The places for one target; a module's parts that cannot be adapted are a problem."""
-        hits = self._matching("target", pattern)
-        reasons = [(place, place.refusal()) for place in hits]
-        supported = [place for place, reason in reasons if reason is None]
-        kept = [place for place in supported if not self._is_excluded(place)] if self._excluded else supported
-        if hits and not supported:
-            named = [f"{place.name or 'the model itself'} ({reason})" for place, reason in reasons[:4]]
-            more = f" and {len(hits) - 4} more" if len(hits) > 4 else ""
-            self._problems.append(
-                f"target {shown(pattern)} matches nothing that can be adapted: {', '.join(named)}{more}; {_supported()}"
-            )
-        elif hits and not kept:
-            self._problems.append(f"target {shown(pattern)} matches only layers that exclude takes out")
-        if len(hits) > len(supported) > 0:
-            self._problems += [
-                f"target {shown(pattern)} matches {place.name!r}, which cannot be adapted: {reason}; exclude it"
-                for place, reason in reasons
-                if reason is not None and place.of and not self._is_excluded(place)
-            ]
-        return kept
-
-    def _all_linear(self) -> list[Place]:
-        embeddings = {id(it.module.weight) for it in self._found.values() if isinstance(it.module, nn.Embedding)}
-        kept = []
-        for place in self._places.things:
-            if not place.linear or self._is_excluded(place) or id(place.owner) in self._inside_trained:
-                continue
-            if place.called and id(place.stored()) in embeddings:
-                continue
-            reason = place.refusal()
-            if reason is None:
-                kept.append(place)
-            else:
-                self._problems.append(f"{ALL_LINEAR!r}: {place.name!r} cannot be adapted: {reason}; exclude it")
-        if not kept and not self._problems:
-            self._problems.append(f"target {ALL_LINEAR!r} finds no linear layer to adapt in this model{self._hidden()}")
-        return kept
-
-    def _is_excluded(self, place: Place) -> bool:
-        # a layer goes with its own parameters and blocks
-        return place.key in self._excluded or id(place.owner) in self._excluded
-
-    # ---- settings by pattern -----------------------------------------------------------------------------------
-
-    def _fused(self) -> dict[int, dict[str, Rows]]:
-        """The blocks of rows of each layer that the user says is fused."""
-        blocks: dict[int, dict[str, Rows]] = {}
-        for pattern, sizes in self._targets.fused.items():
-            for it in self._modules_of("fused", pattern):
-                rows = _rows(it.module, sizes)
-                if isinstance(rows, str):
-                    self._problems.append(f"fused {shown(pattern)}: {it.name!r} {rows}")
-                elif id(it.module) in blocks:
-                    self._problems.append(f"fused: {shown(pattern)} and another key both match {it.name!r}")
-                else:
-                    blocks[id(it.module)] = rows
-        return blocks
-
-    def _specs(self, places: list[Place]) -> list[AdapterSpec]:
-        """The settings of each place, one object for all that have the same."""
-        spec = self._targets.spec
-        ranks = self._by_place("rank_pattern", self._targets.ranks, places)
-        alphas = self._by_place("alpha_pattern", self._targets.alphas, places)
-        spec_of = functools.cache(lambda r, alpha: replace(spec, r=r, alpha=alpha))
-        return [spec_of(ranks.get(place.key, spec.r), alphas.get(place.key, spec.alpha)) for place in places]
-
-    def _by_place(self, setting: str, patterns: Mapping[Any, Any], places: list[Place]) -> dict[Any, Any]:
-        """By the key of a place its value. A place that two patterns match is a problem, and a pattern without any."""
-        named = _named(places)
-        values: dict[Any, tuple[Any, Any]] = {}
-        for pattern, value in patterns.items():
-            hits = named.matching(pattern)
-            if not hits and self._complete:  # where places are missing, more patterns match none
-                self._nothing(setting, pattern, "adapted layer", named)
-            for place in hits:
-                other, _ = values.setdefault(place.key, (pattern, value))
-                if other is not pattern:
-                    self._problems.append(f"{setting}: {shown(other)} and {shown(pattern)} both match {place.name!r}")
-        return {key: value for key, (_, value) in values.items()}
-
-    # ---- problems ----------------------------------------------------------------------------------------------
-
-    def _nothing(self, setting: str, pattern: Pattern, what: str, named: NameIndex[Any]) -> list[Any]:
-        """No hits, which is a problem."""
-        hint = near_misses(pattern, [name for _, names in named.named for name, _ in names])
-        self._problems.append(f"{setting} {shown(pattern)} matches no {what}{hint}{self._hidden()}")
-        return []
-
-    def _hidden(self) -> str:
-        """A hint where modules are kept in plain lists, which hide them from the model."""
-        for it in self._found.values():
-            for name, value in it.module.__dict__.items():
-                items = value.values() if isinstance(value, dict) else value
-                plain = isinstance(value, (list, tuple, dict)) and not name.startswith("_")
-                if plain and any(isinstance(item, nn.Module) and id(item) not in self._found for item in items):
-                    held, kind = join(it.name, name), type(value).__name__
-                    return f"; {held!r} holds modules in a plain {kind}, make it an nn.ModuleList or nn.ModuleDict"
-        return ""
-
-
-def _named(places: Iterable[Place]) -> NameIndex[Place]:
-    return NameIndex((place, (*place.names, *place.aliases)) for place in places)
-
-
 def _rows(module: nn.Module, sizes: Sequence[str] | Mapping[str, int]) -> dict[str, Rows] | str:
     """The rows of each block by its name, or what is wrong."""
     kind = lora_class(module)
@@ -282,7 +269,7 @@ def _rows(module: nn.Module, sizes: Sequence[str] | Mapping[str, int]) -> dict[s
 
 def _supported() -> str:
     layers = sorted(base.__name__ for base in KINDS if base is not nn.Module)
-    readers = ", ".join(reader for finder in PLACE_FINDERS for reader in finder.readers())
+    readers = ", ".join(PLACE_FINDERS[-1].readers())
     return (
         f"supported are {', '.join(layers)}, GPT-2's Conv1D, the weights of {readers}, and parameters of two or three "
         "dimensions"

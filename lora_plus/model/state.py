@@ -8,33 +8,20 @@ from enum import Flag, auto
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from lora_plus.layers.adapter import Adapter, check_adapter_name
+from lora_plus.layers.adapter import check_adapter_name
 from lora_plus.layers.class_swap import SwappedModule
-from lora_plus.layers.weight import AdaptedWeight
 
 from .storage import storage_of
 from .train_also import Trained, record_of
-from .tree import adapters_in, walk, weights_in
+from .tree import Tree
 
 
-class State:
-    """A model as an operation finds it: its modules from one walk, and how its parameters are held."""
+class State(Tree):
+    """A model as an operation finds it: its modules, and how its parameters are held."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.model, self.storage = model, storage_of(model)
-        self.names, self.wrappers = walk(model, every_name=True)
-        """``(name, module)`` for all modules, under each of their names; and the wrappers around them."""
-        first: dict[int, tuple[str, nn.Module]] = {}
-        for named in self.names:
-            first.setdefault(id(named[1]), named)
-        self.modules = list(first.values())
-        """``(name, module)`` for all modules, each once."""
-        self.weights = list(weights_in(self.modules))
-        """``(name, weight)`` for all that is adapted."""
-
-    def adapters(self, name: str | None = None) -> Iterator[tuple[str, Adapter, AdaptedWeight]]:
-        """``(name, adapter, weight)`` for the adapters of weights and of blocks of rows: all, or those of a name."""
-        return adapters_in(self.modules, name)
+        super().__init__(model)
+        self.storage = storage_of(self)
 
     def trained(self, adapter: str | None = None) -> Iterator[tuple[str, nn.Module, Trained]]:
         """``(name, module, record)`` for the modules trained in full, with one adapter or with any."""
@@ -116,7 +103,7 @@ NEEDS: dict[Need, tuple[str, Callable[[State], Iterable[str]]]] = {
     Need.INITIALISED: ("initialised parameters", lambda state: (
         f"those of {name!r} are not initialised; run a forward pass first"
         for name, module in state.modules
-        if any(is_lazy(parameter) for parameter in module._parameters.values() if parameter is not None)
+        if any(map(is_lazy, module._parameters.values()))  # type: ignore[arg-type]
     )),
     Need.WHOLE: ("whole parameters", lambda state: (
         f"those of this model are sharded by {storage.engine}; do it before the model is sharded"

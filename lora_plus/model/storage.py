@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, ClassVar, TypeVar
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from lora_plus.errors import check_model
 from lora_plus.tensors.distributed import fill, whole
+
+from .tree import Tree
 
 if TYPE_CHECKING:
     from lora_plus.layers.merge_state import Merge, Tensors
@@ -86,17 +87,10 @@ class Storage:
         return action()
 
 
-FINDERS: list[Callable[[nn.Module], Storage | None]] = []
+FINDERS: list[Callable[[Tree], Storage | None]] = []
 """By engine, how it holds a model's parameters; None where it does not. The first one that knows the model decides."""
 
 
-def storage_of(model: nn.Module) -> Storage:
+def storage_of(tree: Tree) -> Storage:
     """How the parameters of a model are held, as settled as `Storage.settle` makes them."""
-    check_model(model)
-    found = (find(model) for find in FINDERS)
-    return next((storage for storage in found if storage is not None), None) or Storage()
-
-
-def all_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters of a model, one that modules share once for each of them."""
-    return [p for module in model.modules() for p in module._parameters.values() if p is not None]
+    return next(filter(None, (find(tree) for find in FINDERS)), None) or Storage()

@@ -82,7 +82,7 @@ def lora_summary(model: nn.Module) -> Summary:
         (path, record.adapter, sum(math.prod(shape(p)) for p in module.parameters()))
         for path, module, record in state.trained()
     ]
-    parameters = list(model.parameters())
+    parameters = {id(parameter): parameter for parameter in state.parameters()}.values()
     trainable = sum(math.prod(shape(p)) for p in parameters if p.requires_grad)
     beside = [(name, math.prod(shape(parameter))) for name, parameter in unsaved(state).parameters.items()]
     return Summary(rows, trained, trainable, sum(math.prod(shape(p)) for p in parameters), beside)

@@ -11,7 +11,7 @@ from torch import nn
 
 from lora_plus.errors import check_model
 from lora_plus.layers.adapter import Adapter, AdapterTensors
-from lora_plus.layers.site import BaseParameters
+from lora_plus.layers.site import AdapterSite, BaseParameters
 from lora_plus.layers.weight import AdaptedWeight
 from lora_plus.text import join
 
@@ -19,55 +19,70 @@ Named = Sequence[tuple[str, nn.Module]]
 """Modules with their names."""
 
 
-class Walk(NamedTuple):
-    """What a walk over a model met."""
+class Tree:
+    """The modules of a model from one walk, without the containers of adapters' tensors.
 
-    modules: list[tuple[str, nn.Module]]
-    wrappers: list[Wrapper]
-    """The kinds of the wrappers that were passed by."""
-
-
-def walk(model: nn.Module, *, every_name: bool = False) -> Walk:
-    """``(name, module)`` for all modules but containers of ours, as ``model.named_modules()`` orders them.
-
-    Wrappers that engines put around modules are passed by, and names are those of the model without them. With
-    ``every_name`` a module is given under each of its names. Torch's chain of generators takes three times as long,
-    which shows where there are thousands of layers.
+    Wrappers that engines put around modules are passed by, and names are those of the model without them. Torch's chain
+    of generators takes three times as long, which shows where there are thousands of layers.
     """
-    check_model(model)
-    found = Walk([], [])
-    _visit("", model, found, None if every_name else set())
-    return found
 
+    def __init__(self, model: nn.Module) -> None:
+        check_model(model)
+        self.model = model
+        self.names: list[tuple[str, nn.Module]] = []
+        """``(name, module)`` under each name, as ``model.named_modules(remove_duplicate=False)`` orders them."""
+        self.wrappers: list[Wrapper] = []
+        """The kinds of the wrappers that were passed by."""
+        self.others: list[nn.Module] = []
+        """The modules that were passed by: wrappers, and the containers of adapters' tensors."""
+        self._visit("", model)
+        first: dict[int, tuple[str, nn.Module]] = {}
+        for named in self.names:
+            first.setdefault(id(named[1]), named)
+        self.modules = list(first.values())
+        """``(name, module)`` for each module under its first name."""
+        self.weights = [
+            (join(owner_path(path, module), module.lora_label), module)
+            for path, module in self.modules
+            if isinstance(module, AdaptedWeight)
+        ]
+        """``(name, weight)`` for every adapted layer or parameter."""
 
-def _visit(name: str, module: nn.Module, found: Walk, seen: set[int] | None) -> None:
-    """Walk on from a module. A function inside of `walk` would keep the modules until garbage is collected."""
-    if seen is not None:
-        if id(module) in seen:
+    def _visit(self, name: str, module: nn.Module) -> None:
+        children = module._modules
+        wrapper = wrapper_of(module) if children else None
+        if wrapper is not None:
+            self.wrappers.append(wrapper)
+            self.others.append(module)
+            self._visit(name, children[wrapper.child])  # type: ignore[arg-type]
             return
-        seen.add(id(module))
-    wrapper = wrapper_of(module)
-    if wrapper is not None:
-        found.wrappers.append(wrapper)
-        _visit(name, module._modules[wrapper.child], found, seen)  # type: ignore[arg-type]
-        return
-    found.modules.append((name, module))
-    for key, child in module._modules.items():
-        if child is not None and not isinstance(child, (AdapterTensors, BaseParameters)):
-            _visit(f"{name}.{key}" if name else key, child, found, seen)
+        self.names.append((name, module))
+        for key, child in children.items():
+            if isinstance(child, (AdapterTensors, BaseParameters)):
+                self.others.append(child)
+            elif child is not None:
+                self._visit(f"{name}.{key}" if name else key, child)
 
+    def adapters(self, name: str | None = None) -> Iterator[tuple[str, Adapter, AdaptedWeight]]:
+        """``(name, adapter, weight)`` for the adapters of weights and of blocks of rows: all, or those of a name."""
+        for owner_name, weight, site in sites_in(self.modules):
+            for adapter in site.lora_adapters.values():
+                if name is None or adapter.name == name:
+                    yield join(owner_name, site.lora_label), adapter, weight
 
-def named_modules(model: nn.Module, *, every_name: bool = False) -> list[tuple[str, nn.Module]]:
-    """The modules that a `walk` meets."""
-    return walk(model, every_name=every_name).modules
+    def everything(self) -> list[nn.Module]:
+        """All modules, with those that were passed by."""
+        return [*self.others, *(module for _, module in self.modules)]
+
+    def parameters(self) -> list[nn.Parameter]:
+        """All parameters as they are bound now, one that modules share once for each of them."""
+        return [p for module in self.everything() for p in module._parameters.values() if p is not None]
 
 
 def named_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     """``(name, parameter)`` for all parameters but those of adapters, each under all of its names."""
     return [
-        (join(name, key), parameter)
-        for name, module in named_modules(model, every_name=True)
-        for key, parameter in own_parameters(module)
+        (join(name, key), parameter) for name, module in Tree(model).names for key, parameter in own_parameters(module)
     ]
 
 
@@ -146,32 +161,22 @@ def is_spare_replica(model: nn.Module) -> bool:
     return group is not None and torch.distributed.get_rank(group) > 0
 
 
-def adapted_weights(model: nn.Module) -> Iterator[tuple[str, AdaptedWeight]]:
+def adapted_weights(model: nn.Module) -> list[tuple[str, AdaptedWeight]]:
     """``(name, weight)`` for every adapted layer or parameter of a model, each once, under its first name."""
-    return weights_in(named_modules(model))
+    return Tree(model).weights
 
 
 def adapters_of(model: nn.Module, name: str | None = None) -> Iterator[tuple[str, Adapter, AdaptedWeight]]:
-    """``(name, adapter, weight)`` for the adapters of a model's weights and blocks of rows: all, or those of a name."""
-    return adapters_in(named_modules(model), name)
+    """``(name, adapter, weight)`` for the adapters of a model, as `Tree.adapters` gives them."""
+    return Tree(model).adapters(name)
 
 
-def weights_in(modules: Named) -> Iterator[tuple[str, AdaptedWeight]]:
-    """`adapted_weights` of modules that a walk has met."""
+def sites_in(modules: Named) -> Iterator[tuple[str, AdaptedWeight, AdapterSite]]:
+    """``(name of its owner, weight, site)`` for the adapted weights and the blocks of their rows."""
     for path, module in modules:
         if isinstance(module, AdaptedWeight):
-            yield join(owner_path(path, module), module.lora_label), module
-
-
-def adapters_in(modules: Named, name: str | None = None) -> Iterator[tuple[str, Adapter, AdaptedWeight]]:
-    """`adapters_of` modules that a walk has met."""
-    for path, module in modules:
-        if not isinstance(module, AdaptedWeight):
-            continue
-        for site in module.adapter_sites():
-            for adapter in site.lora_adapters.values():
-                if name is None or adapter.name == name:
-                    yield join(owner_path(path, module), site.lora_label), adapter, module
+            for site in module.adapter_sites():
+                yield owner_path(path, module), module, site
 
 
 def owner_path(path: str, weight: AdaptedWeight) -> str:

@@ -15,7 +15,7 @@ from lora_plus.layers.kinds import why_no_numbers
 from lora_plus.model.inject import attach, check_selection
 from lora_plus.model.patterns import Pattern
 from lora_plus.model.places import Place
-from lora_plus.model.selection import Selection, Targets
+from lora_plus.model.selection import Selection
 from lora_plus.model.state import Need, require
 from lora_plus.model.tree import unwrap
 from lora_plus.tensors import matrix as functional
@@ -62,12 +62,13 @@ def extract_adapter(
             and as `inject_lora`. The model is then as it was.
     """
     check_adapter_name(adapter)
-    wanted = Targets(
-        AdapterSpec(r=r, alpha=r), targets, exclude=exclude, rank_pattern=rank_pattern, fused=fused, layouts=layouts
-    )
+    spec = AdapterSpec(r=r, alpha=r)
     state = require(model, "extracting an adapter", Need.GROWABLE | Need.WHOLE, new=adapter)
     tensors = _tuned_state(tuned)
-    selected = [(place, spec.r) for place, spec in Selection(state.names, wanted).places]
+    selection = Selection(
+        state.names, spec, targets, exclude=exclude, rank_pattern=rank_pattern, fused=fused, layouts=layouts
+    )
+    selected = [(place, spec.r) for place, spec in selection.places]
     places = [place for place, _ in selected]
     check_selection(state, places, ())
     draft = Draft("no adapter can be extracted; the model is unchanged")

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from lora_plus.model.storage import storage_of
+from lora_plus.model.state import State
 
 
 @contextmanager
@@ -36,7 +36,7 @@ def rebind_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> Iter
             model's; after it, if a place is gone. The groups are then as they were.
     """
     _check_fresh(optimizer)
-    storage_of(model)
+    State(model)  # shards again what a forward left whole
     places = {id(p): (module, key) for module in model.modules() for key, p in module._parameters.items()}
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     groups = [[*group["params"]] for group in optimizer.param_groups]
@@ -46,7 +46,7 @@ def rebind_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> Iter
             f"the optimizer holds {strange} parameters that are not the model's; build it from the model's parameters"
         )
     yield optimizer
-    storage_of(model)
+    State(model)  # shards again what a forward left whole
     there = {id(module) for module in model.modules()}
     now = {old: module._parameters.get(key) for old, (module, key) in places.items() if id(module) in there}
     bound = [[now.get(id(old)) for old in parameters] for parameters in groups]

@@ -20,7 +20,7 @@ from lora_plus.model.dry_run import left_as_it_was, repeat_samples
 from lora_plus.model.inject import inject_lora, remove_lora
 from lora_plus.model.patterns import Pattern
 from lora_plus.model.per_sample import adapter_per_sample
-from lora_plus.model.tree import named_modules
+from lora_plus.model.tree import Tree
 
 from .candidates import Candidate, Run, SweepResult
 from .groups import LrMode, create_loraplus_optimizer
@@ -313,7 +313,7 @@ def _check_losses(losses: Any, samples: int) -> None:
 
 def _check_statistics(model: nn.Module) -> None:
     """Raise if a sample's output depends on the other samples of its batch."""
-    for name, module in named_modules(model):
+    for name, module in Tree(model).modules:
         if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
             raise ValueError(
                 f"{name!r} ({type(module).__name__}) takes the statistics of the whole batch, which several candidates "

@@ -15,7 +15,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 import lora_plus as lp
 from lora_plus.files import adapter_state_dict
-from lora_plus.model.storage import storage_of
+from lora_plus.model.state import State
 from lora_plus.model.tree import adapted_weights, adapters_of
 from lora_plus.tensors.distributed import whole
 
@@ -40,7 +40,7 @@ USES: dict[str, Callable[[nn.Module], Any]] = {
 
 def weights(model: nn.Module) -> dict[str, Tensor]:
     """The whole adapted weights as they are now."""
-    storage_of(model)
+    State(model)  # shards again what a forward left whole
     return {path: whole(weight.weight).clone() for path, weight in adapted_weights(model)}
 
 

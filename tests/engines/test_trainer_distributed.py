@@ -16,7 +16,7 @@ from trainer_model import BEST, SAVED, STEPS, STOCK, llama, lora_llama, randomis
 import lora_plus as lp
 from lora_plus.engines.run_file import load_run, run_tensors
 from lora_plus.files import adapter_state_dict
-from lora_plus.model.storage import storage_of
+from lora_plus.model.state import State
 
 FSDP2 = {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
 DEEPSPEED = dict.fromkeys(
@@ -50,7 +50,7 @@ def quiet_deepspeed() -> None:
 
 
 def whole(model: Any) -> dict[str, Tensor]:
-    return {name: tensor.cpu().clone() for name, tensor in storage_of(model).read(run_tensors(model)).items()}
+    return {name: tensor.cpu().clone() for name, tensor in State(model).storage.read(run_tensors(model)).items()}
 
 
 def groups_of(run: Any) -> list[tuple[Any, ...]]:

@@ -30,7 +30,7 @@ from torch.utils import _pytree as pytree
 import lora_plus
 from lora_plus.files import adapter_state_dict
 from lora_plus.layers.weight import AdaptedWeight
-from lora_plus.model import parts
+from lora_plus.model import parameter_places
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN"),
@@ -258,8 +258,9 @@ def test_a_user_s_own_module_that_reads_its_weight_is_one_entry(tmp_path: Path) 
         def forward(self, x: Tensor) -> Tensor:
             return functional.linear(x, self.both).chunk(2, -1)[0]
 
-    parts.PARTS[Mixer] = lambda module: [
-        parts.Part("both", name, rows=rows, linear=True) for name, rows in (("left", (0, 4)), ("right", (4, 8)))
+    parameter_places.PARTS[Mixer] = lambda module: [
+        parameter_places.Part("both", name, rows=rows, linear=True)
+        for name, rows in (("left", (0, 4)), ("right", (4, 8)))
     ]
     try:
         model, x = nn.Sequential(Mixer()), torch.randn(5, 3, dtype=torch.float64)
@@ -274,4 +275,4 @@ def test_a_user_s_own_module_that_reads_its_weight_is_one_entry(tmp_path: Path) 
         with pytest.raises(ValueError, match=r"the weights of MultiheadAttention, .*, Mixer, and parameters"):
             lora_plus.inject_lora(nn.Sequential(nn.ReLU()), ["0"])
     finally:
-        del parts.PARTS[Mixer]
+        del parameter_places.PARTS[Mixer]

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -41,40 +41,49 @@ def test_a_file_that_fits_nothing_is_refused_in_linear_time(tmp_path: Path) -> N
     assert time.process_time() - start < 30
 
 
-def test_each_operation_walks_through_the_model_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def walks(operation: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many modules each walk in an operation has met, ours or torch's; walks over one layer are left out."""
     walked: list[int] = []
-    walk = module_tree.walk
+    walk, theirs = module_tree.Tree.__init__, nn.Module.named_modules
 
-    def counted(model: nn.Module, **settings: bool) -> module_tree.Walk:
-        found = walk(model, **settings)
-        walked.append(len(found.modules))
-        return found
+    def ours(self: module_tree.Tree, model: nn.Module) -> None:
+        walk(self, model)
+        walked.append(len(self.names))
 
-    for module in list(sys.modules.values()):
-        if isinstance(module, ModuleType) and getattr(module, "walk", None) is walk:
-            monkeypatch.setattr(module, "walk", counted)
+    def torchs(self: nn.Module, memo: Any = None, prefix: str = "", remove_duplicate: bool = True) -> Any:
+        found = list(theirs(self, memo, prefix, remove_duplicate))
+        if prefix == "" and len(found) > 5:
+            walked.append(len(found))
+        return iter(found)
 
-    def walks(layers: int) -> list[list[int]]:
-        model, path, folder = tree.tree(layers), tmp_path / f"{layers}.safetensors", tmp_path / f"{layers}"
-        operations = [
-            *(partial(lora_plus.inject_lora, model, "all-linear", r=1, adapter=name) for name in "abc"),
-            partial(lora_plus.save_adapter, model, path, adapter="a"),
-            partial(lora_plus.load_adapter, tree.tree(layers), path),
-            partial(lora_plus.save_adapter, model, folder, adapter="a"),
-            partial(lora_plus.load_adapter, tree.tree(layers), folder),
-            partial(lora_plus.lora_summary, model),
-            partial(lora_plus.remove_lora, model),
-        ]
-        sizes = []
-        for operation in operations:
-            walked.clear()
-            operation()
-            sizes.append(walked.copy())
-        return sizes
+    with monkeypatch.context() as patched:
+        patched.setattr(module_tree.Tree, "__init__", ours)
+        patched.setattr(nn.Module, "named_modules", torchs)
+        operation()
+    return walked
 
+
+@pytest.mark.parametrize("layers", [8, 80])
+def test_each_operation_walks_through_the_model_once(
+    layers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, path, folder = tree.tree(layers), tmp_path / "a.safetensors", tmp_path / "a"
+    operations: list[Callable[[], object]] = [
+        *(partial(lora_plus.inject_lora, model, "all-linear", r=1, adapter=name) for name in "abc"),
+        partial(lora_plus.save_adapter, model, path, adapter="a"),
+        partial(lora_plus.load_adapter, tree.tree(layers), path),
+        partial(lora_plus.save_adapter, model, folder, adapter="a"),
+        partial(lora_plus.load_adapter, tree.tree(layers), folder),
+        partial(lora_plus.lora_summary, model),
+        partial(lora_plus.set_adapter, model, "b"),
+        partial(lora_plus.merge_lora, model),
+        partial(lora_plus.unmerge_lora, model),
+        partial(lora_plus.delete_adapter, model, "c"),
+        partial(lora_plus.remove_lora, model),
+    ]
     # the model, its blocks of four and its layers; the containers of the adapters' tensors are left out
-    assert walks(8) == [[1 + 2 + 8]] * 9
-    assert walks(80) == [[1 + 20 + 80]] * 9
+    size = 1 + layers // 4 + layers
+    assert [walks(operation, monkeypatch) for operation in operations] == [[size]] * len(operations)
 
 
 def test_a_walk_finds_what_torch_finds_but_the_containers_of_tensors() -> None:
@@ -82,11 +91,13 @@ def test_a_walk_finds_what_torch_finds_but_the_containers_of_tensors() -> None:
     model = nn.ModuleDict({"a": nn.Sequential(shared, nn.ReLU()), "b": nn.MultiheadAttention(2, 1), "c": shared})
     model["a"].register_module("none", None)
     lora_plus.inject_lora(model, ["c", "b"], r=1)
-    for every_name in (False, True):
+    met = module_tree.Tree(model)
+    for every_name, ours in ((False, met.modules), (True, met.names)):
         theirs = model.named_modules(remove_duplicate=not every_name)
-        assert module_tree.named_modules(model, every_name=every_name) == [
+        assert ours == [
             (name, module) for name, module in theirs if not isinstance(module, (AdapterTensors, BaseParameters))
         ]
+    assert {*map(id, met.parameters())} == {*map(id, model.parameters())}
 
 
 def test_the_tensors_of_a_file_are_read_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

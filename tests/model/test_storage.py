@@ -14,6 +14,7 @@ from lora_plus import inject_lora
 from lora_plus.files import adapter_state_dict
 from lora_plus.model.state import NEEDS, Need, require
 from lora_plus.model.storage import FINDERS, Storage
+from lora_plus.model.tree import Tree
 from lora_plus.training import reset_lora_parameters
 
 
@@ -45,9 +46,9 @@ def asked() -> Iterator[list[nn.Module]]:
     """The models about which the finder of `Negated` has been asked."""
     models: list[nn.Module] = []
 
-    def find(model: nn.Module) -> Storage | None:
-        models.append(model)
-        return Negated(model) if getattr(model, "negated", False) else None
+    def find(tree: Tree) -> Storage | None:
+        models.append(tree.model)
+        return Negated(tree.model) if getattr(tree.model, "negated", False) else None
 
     FINDERS.append(find)
     yield models
@@ -102,7 +103,7 @@ LIMITS = {"fixed": Need.UNSHARDED, "flat": Need.WHOLE, "copied": Need.UNCOPIED}
 def test_what_an_engine_cannot_do_is_said_in_one_form(limit: str) -> None:
     model = net()
     storage = type("Limited", (Storage,), {"engine": "Limited", limit: True})()
-    FINDERS.append(lambda each: storage if each is model else None)
+    FINDERS.append(lambda each: storage if each.model is model else None)
     try:
         with pytest.raises(
             ValueError, match=f"^trying needs {NEEDS[LIMITS[limit]][0]}: .*Limited.*; do it before .*, or not$"
