@@ -24,9 +24,9 @@ def keep_out_of_fused_kernels(part: nn.Module) -> None:
     part._forward_pre_hooks[_NO_HANDLE] = _no_op
 
 
-def stop_nesting(module: nn.Module) -> None:
-    """Let an encoder that contains adapters pass padded batches on as they are; other modules are left alone."""
-    if isinstance(module, nn.TransformerEncoder) and _USED_NESTED not in module.__dict__:
+def stop_nesting(module: nn.TransformerEncoder) -> None:
+    """Let an encoder that contains adapters pass padded batches on as they are."""
+    if _USED_NESTED not in module.__dict__:
         module.__dict__[_USED_NESTED] = module.use_nested_tensor
         module.use_nested_tensor = False
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from itertools import chain
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -43,8 +44,11 @@ def lora_class(module: nn.Module) -> type[LoRALayer] | None:
     """The kind that can adapt this layer, or None."""
     if isinstance(module, LoRALayer):
         return type(module)
-    kinds = (kind for parent in type(module).__mro__ for kind in KINDS.get(parent, ()))
-    return next((kind for kind in kinds if kind.fits(module)), None)
+    for parent in type(module).__mro__:
+        for kind in KINDS.get(parent, ()):
+            if kind.fits(module):
+                return kind
+    return None
 
 
 def kinds_by_name() -> dict[str, type[LoRALayer]]:
@@ -74,12 +78,13 @@ def why_unsupported(module: nn.Module, kind: type[LoRALayer] | None) -> str | No
         return None
     if (unfit := kind.unfit(module)) is not None:
         return unfit
-    layer_class = type(module)
-    if layer_class not in _TAKEN:
-        _TAKEN[layer_class] = _OWN_NAMES.intersection(dir(layer_class))
-    held = (module.__dict__, module._parameters, module._buffers, module._modules)
-    taken = _TAKEN[layer_class].union(*(_OWN_NAMES.intersection(names) for names in held))
-    return f"{name} that has attributes of a LoRA layer already: {sorted(taken)}" if taken else None
+    taken = _TAKEN.get(type(module))
+    if taken is None:
+        taken = _TAKEN[type(module)] = _OWN_NAMES.intersection(dir(type(module)))
+    held = (taken, module.__dict__, module._parameters, module._buffers, module._modules)
+    if all(map(_OWN_NAMES.isdisjoint, held)):
+        return None
+    return f"{name} that has attributes of a LoRA layer already: {sorted(_OWN_NAMES.intersection(chain(*held)))}"
 
 
 def why_no_numbers(weight: object) -> str | None:

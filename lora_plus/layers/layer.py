@@ -49,7 +49,7 @@ class LoRALayer(AssignedForward, AdaptedWeight):
     linear_low_rank: ClassVar[bool] = False
     """Whether the layer is a linear map of its input's last dimension."""
 
-    lora_state = AdaptedWeight.lora_state | {"lora_base_forward": lambda: None}
+    lora_state = AdaptedWeight.lora_state | {"lora_base_forward": None}
 
     # ---- what a kind states ------------------------------------------------------------------------------------
 

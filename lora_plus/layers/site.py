@@ -34,13 +34,13 @@ class AdapterSite(nn.Module):
         assert name not in self.lora_adapters
         adapter = self.lora_adapters[name] = Adapter(name, spec, self._modules, self.roles)
         for container, tensor in tensors.items():
-            if container not in self._modules:
-                self._modules[container] = AdapterTensors()
+            held = self._modules.get(container)
+            if held is None:
+                held = self._modules[container] = AdapterTensors()
             if tensor.is_inference():  # made in torch.inference_mode: it could have no gradient
                 with torch.inference_mode(False):
                     tensor = tensor.clone()
-            parameter = nn.Parameter(tensor, requires_grad=trainable and adapter.is_trained(container))
-            self._modules[container]._parameters[name] = parameter  # type: ignore[union-attr]
+            held._parameters[name] = nn.Parameter(tensor, trainable and adapter.is_trained(container))
 
     def tensor_containers(self) -> dict[str, AdapterTensors]:
         """The containers of the adapters' tensors, by their names."""

@@ -41,12 +41,12 @@ class AdaptedWeight(AdapterSite):
     """Whether the weight is stored in a way that an update cannot be added to."""
     layout: str
     """einops pattern from the stored weight to its matrix view ``(out, in)``, or ``(stack, out, in)``."""
-    lora_state: ClassVar[dict[str, Callable[[], Any]]] = {
-        "lora_adapters": dict,
-        "lora_active": tuple,
-        "lora_disabled": int,
-        "lora_override": lambda: None,
-        "lora_merge": lambda: None,
+    lora_state: ClassVar[dict[str, Any]] = {
+        "lora_adapters": {},
+        "lora_active": (),
+        "lora_disabled": 0,
+        "lora_override": None,
+        "lora_merge": None,
     }
     """The attributes of a weight that has adapters, and what they are while it has none."""
     weight: Tensor
@@ -61,7 +61,7 @@ class AdaptedWeight(AdapterSite):
 
     def begin(self) -> None:
         """Have no adapter yet."""
-        self.__dict__.update({name: make() for name, make in self.lora_state.items()})
+        self.__dict__.update(self.lora_state, lora_adapters={})
 
     def title(self) -> str:
         """What messages call it."""

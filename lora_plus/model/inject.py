@@ -16,7 +16,6 @@ from lora_plus.layers.class_swap import SwappedModule
 from lora_plus.layers.freezing import restore_requires_grad, set_requires_grad
 from lora_plus.layers.fused_kernels import resume_nesting, stop_nesting
 from lora_plus.layers.kinds import why_no_numbers
-from lora_plus.layers.site import AdapterSite
 from lora_plus.layers.weight import AdaptedWeight
 from lora_plus.tensors.init import Init, InitName, Start
 from lora_plus.tensors.random_state import draws
@@ -179,18 +178,16 @@ def attach(
     set_requires_grad(modules, False)
     for module in train_also:
         set_requires_grad(module.modules(), trainable)
-    for module in modules:
-        if isinstance(module, AdapterSite):
-            module.freeze_adapters()
+    for _, weight in state.weights:
+        for site in weight.adapter_sites():
+            site.freeze_adapters()
     for place, spec, tensors in prepared:
         place.adopt().add_adapter(adapter, spec, tensors, trainable=trainable)
-    for weight in dict.fromkeys((*modules, *(place.adapted() for place, _, _ in prepared))):
-        if isinstance(weight, AdaptedWeight):
-            weight.activate((adapter,))
+    new = {place.adapted() for place, _, _ in prepared}
+    for weight in filter(None, new.union(weight for _, weight in state.weights)):
+        weight.activate((adapter,))
     for module in modules:
-        if isinstance(module, nn.TransformerEncoder) and any(
-            isinstance(child, AdaptedWeight) for child in module.modules()
-        ):
+        if isinstance(module, nn.TransformerEncoder) and any(isinstance(c, AdaptedWeight) for c in module.modules()):
             stop_nesting(module)
 
 

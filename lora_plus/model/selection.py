@@ -152,7 +152,7 @@ class Selection:
         for place in self._places.things:
             if not place.linear or self._is_excluded(place) or id(place.owner) in self._inside_trained:
                 continue
-            if place.called and id(place.stored()) in embeddings:
+            if embeddings and place.called and id(place.stored()) in embeddings:
                 continue
             reason = place.refusal()
             if reason is None:

@@ -127,14 +127,22 @@ class Start:
         from_weight = isinstance(self.init, str) and self.init in PRINCIPAL
         start = torch.zeros_like(B) if from_weight else B  # with what is taken out again, the update starts at zero
         extra = variant.extra(matrix, A, start, spec.scale)
-        made = {name: tuple(tensor.shape) for name, tensor in extra.items()}
-        stated = {tensor.name: tensor.shape(matrix.shape, spec.r) for tensor in variant.tensors}
-        if made != stated:
-            raise ValueError(f"variant {spec.variant!r} made the tensors {made} besides A and B, and states {stated}")
+        if extra or variant.tensors:
+            made = {name: tuple(tensor.shape) for name, tensor in extra.items()}
+            stated = {tensor.name: tensor.shape(matrix.shape, spec.r) for tensor in variant.tensors}
+            if made != stated:
+                raise ValueError(
+                    f"variant {spec.variant!r} made the tensors {made} besides A and B, and states {stated}"
+                )
         tensors = {"lora_A": A, "lora_B": B, **extra}
-        tensors |= dict(zip(SUBTRACTED, (A, B), strict=True)) if from_weight else {}
+        if from_weight:  # which can be a window on all of it
+            tensors |= dict(zip(SUBTRACTED, (A, B), strict=True))
+            tensors = {name: tensor.clone() for name, tensor in tensors.items()}
         wanted = accumulation_dtype(matrix.dtype) if self.dtype is None else self.dtype
-        return {name: tensor.to(wanted, copy=from_weight).contiguous() for name, tensor in tensors.items()}
+        for name, tensor in tensors.items():
+            if tensor.dtype != wanted or not tensor.is_contiguous():
+                tensors[name] = tensor.to(wanted).contiguous()
+        return tensors
 
     def factors(self, matrix: Tensor, spec: AdapterSpec, lookup: Lookup | None = None) -> tuple[Tensor, Tensor]:
         """A ``(r, in)`` and B ``(out, r)`` for one matrix, or stacks of them."""
