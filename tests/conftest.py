@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from cases import CASES, Case
 
 import lora_plus
 from lora_plus.tensors import fused_linear
+
+IMPORTED = pytest.StashKey[set[str]]()
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Keep the names of the modules that collecting the tests has imported."""
+    session.config.stash[IMPORTED] = set(sys.modules)
+
+
+@pytest.fixture
+def imported_by_collecting(request: pytest.FixtureRequest) -> set[str]:
+    return request.config.stash[IMPORTED]
 
 
 @pytest.fixture(autouse=True, scope="session")

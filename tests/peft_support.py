@@ -19,8 +19,29 @@ from torch import Tensor, nn
 
 import lora_plus
 
-peft = pytest.importorskip("peft")
-GPT2Linear = pytest.importorskip("transformers.pytorch_utils").Conv1D
+
+class Later:
+    """A package that is imported when a test asks for a name in it; where it is not installed, that test is skipped.
+
+    So that collecting the tests, and those that do not use it, need not wait for it.
+    """
+
+    def __init__(self, package: str) -> None:
+        self.package = package
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):  # pytest looks for such names in all objects of a file
+            raise AttributeError(name)
+        return getattr(pytest.importorskip(self.package), name)
+
+
+peft, transformers = Later("peft"), Later("transformers")
+
+
+def gpt2_linear(outputs: int, inputs: int) -> nn.Module:
+    """The linear layer of GPT-2, whose weight is (in, out)."""
+    return transformers.pytorch_utils.Conv1D(outputs, inputs)
+
 
 TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-12}
 DEEP_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-11}
@@ -121,7 +142,7 @@ class Net(nn.Module):
         self.q = nn.Linear(4, 4)
         self.xq = nn.Linear(4, 4)
         self.blocks = nn.ModuleList([Block(), Block()])
-        self.fc = GPT2Linear(4, 4)
+        self.fc = gpt2_linear(4, 4)
         self.head = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
 
     def forward(self, tokens: Tensor) -> Tensor:

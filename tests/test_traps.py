@@ -12,7 +12,6 @@ from torch import nn
 from traps import Outcome, Trap
 
 pytestmark = pytest.mark.peers
-pytest.importorskip("peft")
 
 REFUSED = {
     "weight read by others": r"\bl\b",
@@ -32,6 +31,11 @@ RIGHT_OR_REFUSED = {
     "pruned layer": "weight is computed",
 }
 """Merges that may be refused, with what the error must say."""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def with_peft() -> None:
+    pytest.importorskip("peft")
 
 
 @pytest.fixture(params=trap_cases.TRAPS, ids=lambda trap: trap.name)

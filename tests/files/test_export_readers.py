@@ -13,7 +13,20 @@ from typing import Any
 import pytest
 import torch
 from cases import randomise
-from peft_support import TOKENS, Attention, Away, GPT2Linear, V, first, move, net, opened_by_peft, read_config, same
+from peft_support import (
+    TOKENS,
+    Attention,
+    Away,
+    V,
+    first,
+    gpt2_linear,
+    move,
+    net,
+    opened_by_peft,
+    read_config,
+    same,
+    transformers,
+)
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -21,7 +34,6 @@ import lora_plus
 from lora_plus import export_adapter, inject_lora, load_adapter
 
 gguf = pytest.importorskip("gguf")
-transformers = pytest.importorskip("transformers")
 
 pytestmark = pytest.mark.peers
 
@@ -113,7 +125,7 @@ AWAY: dict[str, Away] = {
         {**ROWS, "rank_pattern": {"part.c_attn.v": 5}, "alpha_pattern": {"part.c_attn.q": -7}, "scaling": "rslora"},
     ),
     "rows of a transposed layer": Away(
-        lambda: Fused(GPT2Linear(8, 4)), ["part.c_attn.k", "part.c_attn.v", "part.mlp"],
+        lambda: Fused(gpt2_linear(8, 4)), ["part.c_attn.k", "part.c_attn.v", "part.mlp"],
         {**ROWS, "rank_pattern": {"part.mlp": 7}},
     ),
     "attention, and a layer": Away(
@@ -173,7 +185,8 @@ def served_by_vllm(folder: Path, base: nn.Module, max_lora_rank: int) -> nn.Modu
         A, B, layer = pair["A"], pair["B"], served.get_submodule(name)
         assert len(A) == B.shape[1] == config["r"]  # its buffers have this rank
         delta = scaling * B @ A
-        turned = isinstance(layer, (nn.Embedding, GPT2Linear))  # which it has as (in, out), and A of all tokens
+        # of GPT-2 it has weights as (in, out), of an embedding A of all tokens
+        turned = isinstance(layer, (nn.Embedding, transformers.pytorch_utils.Conv1D))
         layer.weight.data += delta.T if turned else delta
     return served
 
@@ -184,7 +197,7 @@ class Served(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(7, 4)
-        self.c_attn = GPT2Linear(8, 4)
+        self.c_attn = gpt2_linear(8, 4)
         self.qkv_proj = nn.Linear(8, 8)
         self.o_proj = nn.Linear(8, 7, bias=False)
 

@@ -10,14 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from peft_support import TOKENS, Net, net, peft
+from peft_support import TOKENS, Net, net, peft, transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import lora_plus
 from lora_plus.files import adapter_state_dict, read_adapter
-
-transformers = pytest.importorskip("transformers")
 
 pytestmark = pytest.mark.peers
 

@@ -11,9 +11,9 @@ from cases import CASES, DORA, Case, Holder
 from peft_support import (
     DTYPES,
     TOLERANCE,
-    GPT2Linear,
     assert_refused,
     floats,
+    gpt2_linear,
     made_by_peft,
     numbers,
     opened_by_peft,
@@ -42,9 +42,9 @@ PEFT_DIFFERS = {
 
 
 GPT2 = [
-    Case("gpt2", lambda: _random_bias(GPT2Linear(5, 6)), floats(2, 3, 6)),
-    Case("gpt2-rslora", lambda: _random_bias(GPT2Linear(5, 6)), floats(2, 3, 6), {"scaling": "rslora"}),
-    Case("gpt2-dora", lambda: _random_bias(GPT2Linear(5, 6)), floats(2, 3, 6), DORA),
+    Case("gpt2", lambda: _random_bias(gpt2_linear(5, 6)), floats(2, 3, 6)),
+    Case("gpt2-rslora", lambda: _random_bias(gpt2_linear(5, 6)), floats(2, 3, 6), {"scaling": "rslora"}),
+    Case("gpt2-dora", lambda: _random_bias(gpt2_linear(5, 6)), floats(2, 3, 6), DORA),
 ]
 PEER_CASES = [
     *(case for case in CASES if case.name not in PEFT_DIFFERS),

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from cases import randomise
-from peft_support import GPT2Linear, count, floats, made_by_peft, move, opened_by_peft, same
+from peft_support import count, floats, gpt2_linear, made_by_peft, move, opened_by_peft, same
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -31,7 +31,7 @@ class Kind:
 
 KINDS = {
     "Linear": Kind(lambda: nn.Linear(5, 6), floats(2, 5)),
-    "GPT-2's Conv1D": Kind(lambda: GPT2Linear(6, 5), floats(2, 5)),
+    "GPT-2's Conv1D": Kind(lambda: gpt2_linear(6, 5), floats(2, 5)),
     "Embedding": Kind(lambda: nn.Embedding(7, 6), lambda generator, dtype: torch.tensor([3, 6])),
     "Conv1d": Kind(lambda: nn.Conv1d(3, 6, 2), floats(2, 3, 4)),
     "Conv2d": Kind(lambda: nn.Conv2d(3, 6, (2, 1), stride=2), floats(2, 3, 4, 3)),

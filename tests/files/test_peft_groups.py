@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft_support import Later, peft
 from torch import nn
 
 import lora_plus
 from lora_plus import loraplus_param_groups
 
-peft = pytest.importorskip("peft")
-from peft.optimizers import create_loraplus_optimizer  # noqa: E402
-
-from lora_plus.engines.peft import peft_roles  # noqa: E402
-
 pytestmark = pytest.mark.peers
 
 RATIO, LR, DECAY = 8.0, 1e-3, 0.1
+optimizers, integration = Later("peft.optimizers"), Later("lora_plus.engines.peft")  # which import PEFT
+
+
+def peft_roles(model: nn.Module) -> Iterator[tuple[str, str, nn.Parameter]]:
+    return integration.peft_roles(model)
 
 
 class Experts(nn.Module):
@@ -72,7 +74,7 @@ def settings_by_parameter(model: nn.Module, groups: list[dict[str, Any]]) -> dic
 def test_rates_and_decays_are_those_of_pefts_own_function(config: dict[str, Any]) -> None:
     model = peft_model(**config)
     groups = loraplus_param_groups(model, lr=LR, lr_ratio=RATIO, weight_decay=DECAY, roles=peft_roles(model))
-    theirs = create_loraplus_optimizer(
+    theirs = optimizers.create_loraplus_optimizer(
         model, torch.optim.AdamW, lr=LR, loraplus_lr_ratio=RATIO, loraplus_weight_decay=DECAY
     )
     ours = settings_by_parameter(model, groups)
@@ -105,7 +107,7 @@ def test_the_original_codes_groups_are_two_changes_of_ours() -> None:
             group["lr"] *= RATIO
         if group["name"] == "lora_magnitude":
             group["weight_decay"] = DECAY
-    theirs = create_loraplus_optimizer(
+    theirs = optimizers.create_loraplus_optimizer(
         model, torch.optim.AdamW, lr=LR, loraplus_lr_ratio=RATIO, loraplus_weight_decay=DECAY
     )
     assert settings_by_parameter(model, groups) == settings_by_parameter(model, theirs.param_groups)

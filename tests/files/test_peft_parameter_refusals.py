@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from cases import randomise
-from peft_support import GPT2Linear, assert_refused, opened_by_peft
+from peft_support import assert_refused, gpt2_linear, opened_by_peft
 from safetensors.torch import save_file
 from sites import adapter_sites
 from torch import Tensor, nn
@@ -110,11 +110,11 @@ UNWRITTEN: dict[str, tuple[Callable[[], dict[str, nn.Module]], list[Any], dict[s
         [f"'a.out_proj': {NO_DORA}", f"'o.w': {NO_DORA}"],
     ),
     "attention behind a transposed layer": (
-        lambda: {"c": GPT2Linear(4, 4), "a": attention()}, ["c", "a.q"], {},
+        lambda: {"c": gpt2_linear(4, 4), "a": attention()}, ["c", "a.q"], {},
         ["'a': PEFT would transpose its out_proj, because the linear layer before it is a transposed one"],
     ),
     "a parameter and a transposed layer": (
-        lambda: {"o": Owner(), "c": GPT2Linear(4, 4)}, ["c", "o.w"], {},
+        lambda: {"o": Owner(), "c": gpt2_linear(4, 4)}, ["c", "o.w"], {},
         ["['o.w']: PEFT adapts no parameters of a model whose last adapted linear layer is a transposed one"],
     ),
     "a head inside": (
@@ -154,7 +154,7 @@ def test_layers_that_suit_each_other_are_written_whatever_their_order(tmp_path: 
 
     def base(*names: str) -> nn.Module:
         torch.manual_seed(0)
-        parts = {"c": GPT2Linear(4, 4), "l": nn.Linear(4, 4), "o": Owner(), "a": attention()}
+        parts = {"c": gpt2_linear(4, 4), "l": nn.Linear(4, 4), "o": Owner(), "a": attention()}
         model = nn.ModuleDict({name: parts[name] for name in names})
         model.forward = lambda x: sum(model[n](x, x, x)[0] if n == "a" else model[n](x) for n in names)
         return model.double()
@@ -182,7 +182,7 @@ class Others(nn.Module):
         self.owner = experts(3)
         self.bilinear = nn.Bilinear(3, 4, 2)
         self.up = nn.ConvTranspose1d(4, 4, 1)
-        self.fc = GPT2Linear(4, 4)
+        self.fc = gpt2_linear(4, 4)
 
 
 ATTENTION, OWNER = "base_model.model.attention", "base_model.model.owner"

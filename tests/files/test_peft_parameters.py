@@ -15,8 +15,8 @@ from peft_support import (
     DOUBLED,
     Attention,
     Away,
-    GPT2Linear,
     first,
+    gpt2_linear,
     made_by_peft,
     opened_by_peft,
     peft,
@@ -92,7 +92,7 @@ AWAY: dict[str, Away] = {
     ),
     "rows of one scale, rslora": Away(lambda: Fused(nn.Linear(4, 8)), QV, {**ROWS, "scaling": "rslora"}),
     "rows of a transposed layer": Away(
-        lambda: Fused(GPT2Linear(8, 4)), QV, {**ROWS, "rank_pattern": {QV[1]: 3}, "alpha_pattern": {QV[0]: 7}}
+        lambda: Fused(gpt2_linear(8, 4)), QV, {**ROWS, "rank_pattern": {QV[1]: 3}, "alpha_pattern": {QV[0]: 7}}
     ),
     "attention": Away(Attention, ["part.attn.q", "part.attn.k", "part.attn.v"]),
     "some of attention, and a layer": Away(

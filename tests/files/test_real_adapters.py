@@ -8,13 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from peft_support import peft
+from peft_support import peft, transformers
 from torch import Tensor, nn
 
 import lora_plus
 
 gguf = pytest.importorskip("gguf")
-transformers = pytest.importorskip("transformers")
 assets = pytest.importorskip("examples.demo.assets")
 smollm2 = pytest.importorskip("examples.demo.smollm2")
 

@@ -8,7 +8,6 @@ import pytest
 import torch
 from cases import randomise
 from torch import nn
-from torch._dynamo.testing import CompileCounter
 
 import lora_plus
 from lora_plus import inject_lora
@@ -25,6 +24,8 @@ class Compiled:
     """A compiled model with adapters "a" and "b" of one shape, its eager twin, and a count of graphs."""
 
     def __init__(self, **settings: object) -> None:
+        from torch._dynamo.testing import CompileCounter
+
         torch.manual_seed(0)
         self.model = nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.Linear(8, 6)).double()
         for name in "ab":

@@ -10,7 +10,6 @@ import pytest
 import torch
 from cases import CASES, Case, Conv1D, Holder, randomise
 from torch import nn
-from torch._dynamo.testing import CompileCounter
 from torch.utils.checkpoint import checkpoint
 
 import lora_plus
@@ -216,6 +215,8 @@ def test_activation_checkpointing(reentrant: bool) -> None:
 
 @pytest.mark.parametrize("variant", ["lora", "dora"])
 def test_compiled_without_breaks(variant: str) -> None:
+    from torch._dynamo.testing import CompileCounter
+
     torch._dynamo.reset()
     model = mixed(nn.Sequential(nn.Linear(6, 6), nn.GELU(), nn.Linear(6, 6)).double(), "all-linear", variant=variant)
     counter = CompileCounter()

@@ -14,7 +14,6 @@ import torch
 from cases import LORA_CASES, Case, Holder, randomise
 from sites import adapter_sites
 from torch import nn
-from torch._dynamo.testing import CompileCounter
 
 import lora_plus
 from lora_plus import add_adapter, inject_lora, rename_adapter, set_adapter
@@ -321,6 +320,8 @@ def test_a_module_trained_in_full_is_frozen_again_when_its_adapter_is_deleted() 
 
 
 def test_another_factor_breaks_no_graph() -> None:
+    from torch._dynamo.testing import CompileCounter
+
     torch._dynamo.reset()
     model = randomise(inject_lora(nn.Sequential(nn.Linear(6, 6)).double(), ["0"], r=2))
     counter, x = CompileCounter(), torch.randn(3, 6, dtype=torch.float64)

@@ -12,3 +12,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.studies)
+
+
+def pytest_ignore_collect(config: pytest.Config) -> bool | None:
+    """Where the mark is left out the files are not read at all, for they import packages that take seconds."""
+    return True if "not studies" in config.option.markexpr else None

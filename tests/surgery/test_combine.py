@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft_support
 import pytest
 import torch
 from torch import Tensor, nn
@@ -284,16 +285,15 @@ def test_a_saved_combination_loads_with_the_same_output(subject: Subject, tmp_pa
 @pytest.mark.peers
 @pytest.mark.parametrize("method", METHODS)
 def test_peft_opens_a_combination(method: str, tmp_path: Path) -> None:
-    support = pytest.importorskip("peft_support")
-    model = support.net()
+    model = peft_support.net()
     lora_plus.inject_lora(model, ["embed", "q", "xq", "conv", "fc"], r=3, adapter="a", rank_pattern={"conv": 2})
-    lora_plus.inject_lora(model, ["q", "conv", support.V], r=2, alpha=3, scaling="rslora", adapter="b")
+    lora_plus.inject_lora(model, ["q", "conv", peft_support.V], r=2, alpha=3, scaling="rslora", adapter="b")
     randomise(model)
     combine_adapters(model, ["a", "b"], weights=WEIGHTS, method=method, **METHODS[method])
     lora_plus.save_adapter(model, tmp_path / "peft", adapter="combined")
-    theirs = support.opened_by_peft(support.net(), tmp_path / "peft")
-    close(theirs(support.TOKENS), model(support.TOKENS), 1e-11)
-    assert (model(support.TOKENS) - support.net()(support.TOKENS)).abs().max() > 1e-3
+    theirs = peft_support.opened_by_peft(peft_support.net(), tmp_path / "peft")
+    close(theirs(peft_support.TOKENS), model(peft_support.TOKENS), 1e-11)
+    assert (model(peft_support.TOKENS) - peft_support.net()(peft_support.TOKENS)).abs().max() > 1e-3
 
 
 # ---- what is refused -------------------------------------------------------------------------------------------------
