@@ -5,13 +5,22 @@ from __future__ import annotations
 import copy
 import gc
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from torch import nn
 
 import lora_plus
+
+
+@pytest.fixture(autouse=True)
+def what_is_there_already_is_not_collected() -> Iterator[None]:
+    """Or each collection looks through all that other tests have imported, which takes most of the time."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 def own_linear() -> nn.Module:
