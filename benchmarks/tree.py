@@ -13,7 +13,7 @@ import copy
 import gc
 import math
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ import torch
 from measuring import CLOCKS, Call, Spread
 from options import common_parser, parse
 from report import Cell, Report
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import lora_plus
@@ -59,20 +60,37 @@ def wrap(module: nn.Module) -> None:
             wrap(child)
 
 
+def save_by_hand(model: nn.Module, path: Path) -> None:
+    """Save the tensors of all wrappers."""
+    save_file({name: tensor for name, tensor in model.state_dict().items() if name.endswith((".A", ".B"))}, path)
+
+
+@torch.no_grad()
+def load_by_hand(model: nn.Module, path: Path) -> None:
+    """Copy what `save_by_hand` saved into a model that has the wrappers."""
+    parameters = dict(model.named_parameters())
+    for name, tensor in load_file(path).items():
+        parameters[name].copy_(tensor)
+
+
 def ours(layers: int, folder: Path) -> Operations:
-    """The operations of this library, after wrapping by hand."""
-    model, fresh, plain, path = tree(layers), tree(layers), tree(layers), folder / "adapter.safetensors"
+    """The operations of this library, after those of wrappers made by hand."""
+    model, fresh, other, plain, path = *(tree(layers) for _ in range(4)), folder / "adapter.safetensors"
 
     def inject(adapter: str) -> None:
         lora_plus.inject_lora(model, "all-linear", r=RANK, adapter=adapter)
 
     disabled = lora_plus.disabled(model)
     yield "wrap by hand", lambda: wrap(plain)
+    yield "save by hand", lambda: save_by_hand(plain, folder / "plain.safetensors")
+    yield "load by hand", lambda: load_by_hand(plain, folder / "plain.safetensors")
     yield "inject", lambda: inject("default")
     yield "LoRA+ groups", lambda: lora_plus.loraplus_param_groups(model, lr=1e-3)
     yield "summary", lambda: lora_plus.lora_summary(model)
     yield "save", lambda: lora_plus.save_adapter(model, path)
     yield "load", lambda: lora_plus.load_adapter(fresh, path)
+    yield "save PEFT folder", lambda: lora_plus.save_adapter(model, folder / "peft")
+    yield "load PEFT folder", lambda: lora_plus.load_adapter(other, folder / "peft")
     yield "merge", lambda: lora_plus.merge_lora(model)
     yield "unmerge", lambda: lora_plus.unmerge_lora(model)
     yield "disable", disabled.__enter__
@@ -131,6 +149,20 @@ def best(operations: Callable[[int, Path], Operations], layers: int, runs: int, 
     return {name: min(run[name] for run in measured) for name in measured[0]}
 
 
+BY_HAND = {
+    "inject": (("inject",), ("wrap by hand",)),
+    "save + load": (("save", "load"), ("save by hand", "load by hand")),
+    "save + load, PEFT folder": (("save PEFT folder", "load PEFT folder"), ("save by hand", "load by hand")),
+}
+"""Operations of this library, and those by hand that do the same."""
+
+
+def by_hand(cost: Mapping[str, float]) -> Iterator[str]:
+    """How many times as long as by hand each entry of `BY_HAND` takes."""
+    for ours, theirs in BY_HAND.values():
+        yield f"{sum(cost[name] for name in ours) / sum(cost[name] for name in theirs):.2f}"
+
+
 def main() -> None:
     parser = common_parser(__doc__)
     parser.set_defaults(rounds=3)
@@ -140,6 +172,7 @@ def main() -> None:
     report = Report(__doc__, options)
     sizes = {f"lora_plus, {layers:,}": layers for layers in options.layers}
     costs = {name: best(ours, layers, options.rounds, options.clock) for name, layers in sizes.items()}
+    ratios = {name: list(by_hand(cost)) for name, cost in costs.items()}
     if options.peft_layers:
         name = f"PEFT, {options.peft_layers:,}"
         sizes[name], costs[name] = options.peft_layers, best(peft, options.peft_layers, 1, options.clock)
@@ -152,6 +185,7 @@ def main() -> None:
             for operation in next(iter(costs.values()))
         ]
         report.table(f"{title}, {options.clock} time", columns, rows, drawn=drawn)
+    report.table("times as long as by hand", ("operation", *ratios), list(zip(BY_HAND, *ratios.values(), strict=True)))
     report.close()
 
 

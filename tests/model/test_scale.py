@@ -14,10 +14,11 @@ import tree
 from torch import nn
 
 import lora_plus
-from lora_plus.files import tensor_file, tensor_writer
+from lora_plus.files import checks, tensor_file, tensor_writer
 from lora_plus.files.saved_adapter import most_common
 from lora_plus.layers.adapter import AdapterTensors
 from lora_plus.layers.site import BaseParameters
+from lora_plus.model import parameter_places
 from lora_plus.model import tree as module_tree
 
 
@@ -84,6 +85,90 @@ def test_each_operation_walks_through_the_model_once(
     # the model, its blocks of four and its layers; the containers of the adapters' tensors are left out
     size = 1 + layers // 4 + layers
     assert [walks(operation, monkeypatch) for operation in operations] == [[size]] * len(operations)
+
+
+def calls(operation: Callable[[], object]) -> int:
+    """The Python functions that an operation calls, counted again for each call."""
+    count = 0
+
+    def counted(frame: object, event: str, argument: object) -> None:
+        nonlocal count
+        count += event == "call"
+
+    sys.setprofile(counted)
+    try:
+        operation()
+    finally:
+        sys.setprofile(None)
+    return count
+
+
+@pytest.mark.parametrize(("name", "saving", "loading"), [("a.safetensors", 105, 155), ("folder", 130, 190)])
+def test_saving_and_loading_call_few_functions_for_each_layer(
+    name: str, saving: int, loading: int, tmp_path: Path
+) -> None:
+    def both(layers: int) -> tuple[int, int]:
+        model, path = lora_plus.inject_lora(tree.tree(layers), "all-linear", r=1), tmp_path / str(layers) / name
+        return calls(lambda: lora_plus.save_adapter(model, path)), calls(
+            lambda: lora_plus.load_adapter(tree.tree(layers), path)
+        )
+
+    both(4)  # what is done once in a process
+    (few_saving, few_loading), (many_saving, many_loading) = both(40), both(80)
+    making = calls(lambda: tree.tree(80)) - calls(lambda: tree.tree(40))
+    assert (many_saving - few_saving) / 40 <= saving
+    assert (many_loading - few_loading - making) / 40 <= loading
+
+
+def test_values_are_asked_together_and_the_wrong_ones_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, path = lora_plus.inject_lora(tree.tree(400), "all-linear", r=1), tmp_path / "a.safetensors"
+    asked = 0
+    is_finite = checks.is_finite
+
+    def counted(tensor: torch.Tensor) -> bool:
+        nonlocal asked
+        asked += 1
+        return is_finite(tensor)
+
+    monkeypatch.setattr(checks, "is_finite", counted)
+    lora_plus.save_adapter(model, path)
+    lora_plus.load_adapter(tree.tree(400), path)
+    assert asked == 4  # all A and all B
+    with torch.no_grad():
+        for number, value in ((3, torch.inf), (70, torch.nan)):
+            model.get_submodule(f"{number}.1.lora_B").default[0, 0] = value
+    with pytest.raises(ValueError, match="not finite") as error:
+        lora_plus.save_adapter(model, path)
+    assert [line.split()[0] for line in str(error.value).splitlines()[1:]] == ["'3.1.lora_B'", "'70.1.lora_B'"]
+
+
+def test_a_folder_is_read_without_a_place_for_each_parameter_of_the_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = (nn.Parameter(torch.randn(2, 3, 3)) for _ in range(2))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x @ self.up[0] @ self.down[1]
+
+    def model() -> nn.Module:
+        return nn.ModuleDict({"experts": Experts(), "rest": tree.tree(40)})
+
+    lora_plus.save_adapter(lora_plus.inject_lora(model(), ["experts.up", "0"], r=1), tmp_path / "folder")
+    places = list[str]()
+    made = parameter_places.ParameterPlace.__init__
+
+    def noted(place: parameter_places.ParameterPlace, *settings: Any, **named: Any) -> None:
+        made(place, *settings, **named)
+        places.append(place.name)
+
+    monkeypatch.setattr(parameter_places.ParameterPlace, "__init__", noted)
+    lora_plus.load_adapter(model(), tmp_path / "folder")
+    assert set(places) == {"experts.up", "experts.down"}
 
 
 def test_a_walk_finds_what_torch_finds_but_the_containers_of_tensors() -> None:
