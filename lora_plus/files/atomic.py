@@ -161,11 +161,7 @@ def is_free(path: Path) -> bool:
 
 
 def publish(made: Path, path: Path) -> None:
-    """Give a whole file or folder its name, which `is_free`; what appeared there meanwhile stays.
-
-    Raises:
-        FileExistsError: if the name is not free.
-    """
+    """Give a whole file or folder its name, which `is_free`; a FileExistsError where something appeared there."""
     try:
         if made.is_dir():
             if path.is_dir() and os.name != "posix":

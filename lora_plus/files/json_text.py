@@ -16,12 +16,7 @@ _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def parsed(text: str) -> Any:
-    """What a JSON text says.
-
-    Raises:
-        ValueError: if it is not valid, is nested too deep, or has a text that no file name and no other text can have:
-            half of a pair of surrogates.
-    """
+    """What a JSON text says; a ValueError also for half of a pair of surrogates, which no other text can have."""
     try:
         value = json.loads(text)
         if _SURROGATE.search(text):
@@ -34,11 +29,7 @@ def parsed(text: str) -> Any:
 
 
 def read_text(path: Path) -> str:
-    """The text of a regular file.
-
-    Raises:
-        OSError, UnicodeDecodeError: if it cannot be read, or is longer than any that is meant.
-    """
+    """The text of a regular file; an OSError if it is longer than any that is meant."""
     with open_regular(path) as file:
         size = file_state(file.fileno()).size
         if size > LONGEST:

@@ -100,14 +100,7 @@ class _Fitted(NamedTuple):
 
 
 def _fitted(state: State, path: Path, names: Names | None, existing: str | None) -> _Fitted:
-    """What a file holds, and where in the model it belongs; all is checked.
-
-    Args:
-        state: the model's.
-        path: of the file or folder.
-        names: the user's map of names.
-        existing: the adapter of the model that gets the values; None for a new one.
-    """
+    """What a file holds, and its places in the model; ``existing`` is the adapter that gets the values, if any."""
     target = ModelTarget(state.names, Renaming(names))
     problems: list[str] = []
     data = described(path, target, problems)

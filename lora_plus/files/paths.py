@@ -20,11 +20,7 @@ class FileState(NamedTuple):
 
 
 def file_state(file: Path | int) -> FileState:
-    """The state of a file.
-
-    Args:
-        file: its path, or a descriptor of it.
-    """
+    """The state of a file, by its path or an open descriptor."""
     found = os.stat(file)
     return FileState(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
 
@@ -55,11 +51,7 @@ _KINDS = {
 
 
 def open_regular(path: Path) -> BufferedReader:
-    """A file, open to read from.
-
-    Raises:
-        OSError: if it cannot be opened, or is something else, such as a pipe, on which a reader would wait.
-    """
+    """A file, open to read from; an OSError for anything else, such as a pipe, on which a reader would wait."""
     if (what := irregular(path)) is not None:
         raise OSError(f"{str(path)!r} is {what}, not a regular file")
     return BufferedReader(FileIO(path, "r"), 2**20)
@@ -69,11 +61,7 @@ PathLike = str | os.PathLike[str]
 
 
 def stated(path: PathLike) -> Path:
-    """A path that a user gave.
-
-    Raises:
-        ValueError: if it is empty, which would be the current folder.
-    """
+    """A path that a user gave; a ValueError if it is empty, which would be the current folder."""
     if not os.fspath(path):
         raise ValueError("the path is empty; give the name of a file or folder")
     return Path(path)

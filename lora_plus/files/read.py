@@ -42,10 +42,7 @@ def described(path: Path, target: Target, problems: list[str]) -> SavedAdapter:
     """The adapter at a path, as far as its files describe it; what is wrong with it is added to ``problems``.
 
     Its layers have the names of the file, or those of the target where it is ``resolved``. Its tensors are unread where
-    what they mean does not depend on their values: see `tensor_file`.
-
-    Raises:
-        FileNotFoundError: if there is no such file or folder.
+    what they mean does not depend on their values.
     """
     if not path.exists():
         raise FileNotFoundError(f"there is no adapter at {str(path)!r}")

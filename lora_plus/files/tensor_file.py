@@ -101,11 +101,7 @@ class TensorFile:
             raw.close()
 
     def check(self, descriptor: int | None = None) -> None:
-        """Raise if the file at the path, or an open one, is not as it was when its header was read.
-
-        Raises:
-            Changed: it names the file.
-        """
+        """Raise `Changed` if the file at the path, or an open one, is not as it was when its header was read."""
         if file_state(self.path if descriptor is None else descriptor) != self._state:
             raise Changed(f"{str(self.path)!r} was replaced or written to while it was read; start again")
 
@@ -254,12 +250,6 @@ class UnreadTensor(Tensor):
     def numel(self) -> int:
         return math.prod(self._entry.shape)
 
-    def loaded(self) -> Tensor:
-        """The tensor, in memory of its own."""
-        if self._loaded is None:
-            self._loaded = self._file.read(self._name)
-        return self._loaded
-
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         # not __torch_dispatch__, for which torch loads sympy
@@ -270,12 +260,12 @@ _NOTHING = torch.empty(0)
 
 
 def read(value: Any) -> Any:
-    """An unread tensor with its values; anything else as it is.
-
-    Raises:
-        OSError: if the file cannot be read, or was written to since its header was read; it names the file.
-    """
-    return value.loaded() if isinstance(value, UnreadTensor) else value
+    """An unread tensor with its values, in memory of its own; anything else as it is. Errors name the file."""
+    if not isinstance(value, UnreadTensor):
+        return value
+    if value._loaded is None:
+        value._loaded = value._file.read(value._name)
+    return value._loaded
 
 
 def read_all(groups: Iterable[dict[str, Tensor]]) -> None:
@@ -299,17 +289,10 @@ def equal_in_dtype(tensor: Tensor, own: Tensor) -> bool:
 
 
 def open_safetensors(path: Path, problems: list[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors of a file, unread, and the metadata of its header.
+    """The tensors of a file, unread, and the metadata of its header; those that are not read are added to problems.
 
-    Where another process replaces it or writes to it meanwhile, it is opened again. What is read later is of this file
-    too, whatever has taken its place.
-
-    Args:
-        path: the file.
-        problems: tensors that are not read are added.
-
-    Raises:
-        OSError, ValueError: if it is not a whole safetensors file, or changes each time that it is opened.
+    Where another process writes to it meanwhile, it is opened again. What is read later is of this file too, whatever
+    has taken its place. Raises as `TensorFile`, also if the file changes each time that it is opened.
     """
     for _ in range(_TRIES):
         try:

@@ -65,10 +65,9 @@ class Patterns:
 
 
 def expression(text: str) -> Callable[[str], bool]:
-    """Whether a regular expression matches what is in a dotted name from its start or a dot to a dot or its end.
+    """Whether an expression matches what is in a dotted name from its start or a dot to a dot or its end.
 
-    Raises:
-        ValueError: if it is none, or has more than is read here.
+    Raises a ValueError where it has more than is read here.
     """
     if len(text) > LONGEST:
         raise ValueError(f"has more than {LONGEST} characters")

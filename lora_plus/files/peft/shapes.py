@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -38,35 +39,45 @@ def implied_target(
 
     Where the target has no names, A and B have to tell the shapes. What cannot be told is added to the problems.
     """
-    shape_of = _implied_shapes(tensors, config) if target.names() is None else target.shape
-    found: dict[str, dict[str, Shape]] = {}
+    parts: dict[str, dict[str, Shape]] = {}
+    embeddings: set[str] = set()
     names: dict[str, None] = {"": None}
     for key, tensor in tensors.items():
         name = key.removeprefix(PREFIX)
         split = split_key(name)
+        inside = [*parents(name)]
         if split is not None:
-            found.setdefault(split[0], {})[name.removeprefix(f"{split[0]}.")] = tuple(tensor.shape)
-        inside = [split[0], *parents(split[0])] if split is not None else [*parents(name)]
+            parts.setdefault(split[0], {})[split[1]] = tuple(tensor.shape)
+            embeddings |= {split[0]} if name.endswith(".lora_embedding_A") else set()
+            inside = [split[0], *parents(split[0])]
         names |= dict.fromkeys(path for path in inside[::-1] if "base_layer" not in path.split("."))
+    transposed = bool(config.get("fan_in_fan_out"))
+    shape_of = target.shape
+    if target.names() is None:
+        shape_of = functools.partial(_implied_shape, parts, embeddings, transposed)
     if config.get("target_parameters"):
         problems.append(f"how target_parameters are stored cannot be told without the model; {_INSTEAD}")
     else:
         problems += [
             f"{path!r} is an attention module, whose parts cannot be told without the model; {_INSTEAD}"
-            for path in found
+            for path in parts
             if shape_of(f"{path}.weight") is None and shape_of(f"{path}.in_proj_weight") is not None
         ]
-    shapes = {path: shape for path in found if (shape := shape_of(f"{path}.weight")) is not None}
-    bases: dict[str, BaseLayer | None] = {path: _base(shape, found[path]) for path, shape in shapes.items()}
-    linear = {path: shapes[path] for path in shapes if len(shapes[path]) == 2 and bases[path] is None}
-    fitting = {path: _ways_round(shape, found[path]) for path, shape in linear.items()}
+    shapes = {path: shape for path in parts if (shape := shape_of(f"{path}.weight")) is not None}
+    linear = {path: shape for path, shape in shapes.items() if len(shape) == 2 and path not in embeddings}
+    bases = {
+        path: _of_kind("Embedding", shape) if len(shape) == 2 else _convolution(shape, parts[path].get("lora_A", shape))
+        for path, shape in shapes.items()
+        if path not in linear
+    }
+    fitting = {path: _ways_round(shape, parts[path]) for path, shape in linear.items()}
     certain = {kind for kinds in fitting.values() if len(kinds) == 1 for kind in kinds}
-    usual = _TRANSPOSED if config.get("fan_in_fan_out") else _LINEAR
+    usual = _TRANSPOSED if transposed else _LINEAR
     for path, kinds in fitting.items():
         if len(kinds) == 2 and certain - {usual}:
             problems.append(
                 f"{path!r}: whether its square weight is stored as (out, in) or as (in, out) cannot be told, because "
-                f"other layers differ from fan_in_fan_out, {bool(config.get('fan_in_fan_out'))}; {_INSTEAD}"
+                f"other layers differ from fan_in_fan_out, {transposed}; {_INSTEAD}"
             )
         bases[path] = _of_kind(kinds[0] if len(kinds) == 1 else usual, linear[path])
     sure = {path.rpartition(".")[2] for path, kinds in fitting.items() if len(kinds) == 1}
@@ -79,28 +90,19 @@ def implied_target(
     return FolderTarget(Outline({}, names, whole=False), bases.get, target.repeats)
 
 
-def _implied_shapes(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Callable[[str], Shape | None]:
-    """The shapes of the weights that A and B belong to, by full name; None where there is none, or they do not fit."""
-    transposed = bool(config.get("fan_in_fan_out"))
-    parts: dict[str, dict[str, Shape]] = {}
-    for key, tensor in tensors.items():
-        split = split_key(key.removeprefix(PREFIX))
-        if split is not None:
-            parts.setdefault(split[0], {})[split[1]] = tuple(tensor.shape)
-    embeddings = {key.removeprefix(PREFIX).removesuffix(".lora_embedding_A") for key in tensors} & parts.keys()
-
-    def shape_of(name: str) -> Shape | None:
-        path, _, weight = name.rpartition(".")
-        A, B = (parts.get(path, {}).get(part, ()) for part in ("lora_A", "lora_B"))
-        is_attention = f"{path}{OUT_PROJECTION}" in parts
-        if weight != ("in_proj_weight" if is_attention else "weight") or len(A) != len(B) or len(A) < 2:
-            return None
-        if path in embeddings or (len(A) == 2 and transposed):
-            return A[1], B[0]
-        groups = A[0] // max(1, B[1])  # A sees the channels of all groups, B the rank of its own
-        return B[0], A[1] // max(1, groups if len(A) > 2 else 1), *A[2:]
-
-    return shape_of
+def _implied_shape(
+    parts: Mapping[str, Mapping[str, Shape]], embeddings: Collection[str], transposed: bool, name: str
+) -> Shape | None:
+    """The shape of the weight of this name that A and B belong to; None where there is none, or they do not fit."""
+    path, _, weight = name.rpartition(".")
+    A, B = (parts.get(path, {}).get(part, ()) for part in ("lora_A", "lora_B"))
+    is_attention = f"{path}{OUT_PROJECTION}" in parts
+    if weight != ("in_proj_weight" if is_attention else "weight") or len(A) != len(B) or len(A) < 2:
+        return None
+    if path in embeddings or (len(A) == 2 and transposed):
+        return A[1], B[0]
+    groups = A[0] // max(1, B[1])  # A sees the channels of all groups, B the rank of its own
+    return B[0], A[1] // max(1, groups if len(A) > 2 else 1), *A[2:]
 
 
 def usual_base(shape: Shape) -> BaseLayer | None:
@@ -113,19 +115,16 @@ def _of_kind(kind: str, shape: Shape, **facts: Any) -> BaseLayer:
     return BaseLayer(kind, kinds_by_name()[kind].layout, shape, facts)
 
 
-def _base(shape: Shape, parts: Mapping[str, Shape]) -> BaseLayer | None:
-    """The base layer, unless it is a linear one, or nothing that PEFT adapts."""
-    if len(shape) == 2 and "lora_embedding_A" in parts:
-        return _of_kind("Embedding", shape)
+def _convolution(shape: Shape, A: Shape) -> BaseLayer | None:
+    """The convolution that has a weight of this shape; None if there is none."""
     if len(shape) not in _CONVOLUTIONS:
         return None
-    channels = parts.get("lora_A.weight", shape)[1:2]  # of all groups
-    groups = channels[0] // shape[1] if channels and shape[1] else 1
+    groups = A[1] // shape[1] if len(A) > 1 and shape[1] else 1  # A sees the channels of all groups
     return _of_kind(_CONVOLUTIONS[len(shape)], shape, **({"groups": groups} if groups > 1 else {}))
 
 
 def _ways_round(shape: Shape, parts: Mapping[str, Shape]) -> list[str]:
     """The kinds of linear layer that the adapter fits, of a weight of this shape."""
-    ends = parts.get("lora_B.weight", ())[:1] + parts.get("lora_A.weight", ())[1:]
+    ends = parts.get("lora_B", ())[:1] + parts.get("lora_A", ())[1:]
     by_name = kinds_by_name()
     return [kind for kind in (_LINEAR, _TRANSPOSED) if matrix_shape(by_name[kind].layout, shape) == ends]
