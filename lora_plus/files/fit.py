@@ -32,8 +32,9 @@ def choose_places(data: SavedAdapter, target: ModelTarget, problems: list[str]) 
             missing.append(name)
             continue
         chosen[name], own = place, lines.setdefault(name, [])
-        dropout = name, layer.spec.dropout
-        unlike += unlike_dropout(rows.setdefault(id(place.owner), dropout), dropout) if place.called else ()
+        if place.called and place.rows is not None:
+            dropout = name, layer.spec.dropout
+            unlike += unlike_dropout(rows.setdefault(id(place.owner), dropout), dropout)
         known = layer.base is target.bases.get(name)  # who read the file asked the model for it
         reason = None if known else place.refusal()
         if reason is not None:

@@ -21,16 +21,10 @@ class Target:
     """What an adapter is read for, or written from; of this one nothing is known.
 
     Names are those of the model or checkpoint, unless something else is said.
-
-    Args:
-        rename: the user's map from the names in the file to those here.
     """
 
     rename = Renaming()
-
-    def __init__(self, rename: Renaming | None = None) -> None:
-        if rename is not None:
-            self.rename = rename
+    """The user's map from the names in the file to those here."""
 
     def names(self) -> Collection[str] | None:
         """The names of all modules; None if they are not known."""
@@ -53,16 +47,10 @@ class Target:
 
 
 class ModelTarget(Target):
-    """A model.
+    """A model, by its modules under each of their names, as a walk met them."""
 
-    Args:
-        named: its modules, under each of their names, as a walk met them.
-        rename: as above.
-    """
-
-    def __init__(self, named: Named, rename: Renaming | None = None) -> None:
-        super().__init__(rename)
-        self.named = named
+    def __init__(self, named: Named, rename: Renaming = Target.rename) -> None:
+        self.named, self.rename = named, rename
         self.bases: dict[str, BaseLayer | None] = {}
         """What was asked for, by name."""
         self._parameters: dict[str, dict[str, Place]] = {}

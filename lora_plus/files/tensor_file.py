@@ -225,10 +225,8 @@ class UnreadTensor(Tensor):
     _entry: StoredTensor
     _loaded: Tensor | None = None
 
-    @staticmethod
-    def of(file: TensorFile, name: str) -> UnreadTensor:
-        """A tensor of a file that stays open."""
-        tensor: UnreadTensor = Tensor._make_subclass(UnreadTensor, _NOTHING)  # type: ignore[assignment]
+    def __new__(cls, file: TensorFile, name: str) -> UnreadTensor:  # of a file that stays open
+        tensor: UnreadTensor = Tensor._make_subclass(cls, _NOTHING)  # type: ignore[assignment]
         tensor._file, tensor._name, tensor._entry = file, name, file.tensors[name]
         return tensor
 
@@ -306,7 +304,7 @@ def open_safetensors(path: Path, problems: list[str]) -> tuple[dict[str, Tensor]
         )
     wrong = {name: why for name, entry in sorted(file.tensors.items()) if (why := _problem(name, entry)) is not None}
     problems += [f"tensor {name[:LONGEST_NAME]!r} {why}" for name, why in wrong.items()]
-    return {name: UnreadTensor.of(file, name) for name in sorted(file.tensors.keys() - wrong.keys())}, file.metadata
+    return {name: UnreadTensor(file, name) for name in sorted(file.tensors.keys() - wrong.keys())}, file.metadata
 
 
 _TRIES = 10

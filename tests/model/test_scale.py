@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -88,12 +90,12 @@ def test_each_operation_walks_through_the_model_once(
 
 
 def calls(operation: Callable[[], object]) -> int:
-    """The Python functions that an operation calls, counted again for each call."""
-    count = 0
+    """How often an operation calls a function of this package."""
+    count, package = 0, str(Path(lora_plus.__file__).parent)
 
-    def counted(frame: object, event: str, argument: object) -> None:
+    def counted(frame: FrameType, event: str, argument: object) -> None:
         nonlocal count
-        count += event == "call"
+        count += event == "call" and frame.f_code.co_filename.startswith(package)
 
     sys.setprofile(counted)
     try:
@@ -103,7 +105,7 @@ def calls(operation: Callable[[], object]) -> int:
     return count
 
 
-@pytest.mark.parametrize(("name", "saving", "loading"), [("a.safetensors", 105, 155), ("folder", 130, 190)])
+@pytest.mark.parametrize(("name", "saving", "loading"), [("a.safetensors", 95, 130), ("folder", 110, 165)])
 def test_saving_and_loading_call_few_functions_for_each_layer(
     name: str, saving: int, loading: int, tmp_path: Path
 ) -> None:
@@ -115,9 +117,8 @@ def test_saving_and_loading_call_few_functions_for_each_layer(
 
     both(4)  # what is done once in a process
     (few_saving, few_loading), (many_saving, many_loading) = both(40), both(80)
-    making = calls(lambda: tree.tree(80)) - calls(lambda: tree.tree(40))
     assert (many_saving - few_saving) / 40 <= saving
-    assert (many_loading - few_loading - making) / 40 <= loading
+    assert (many_loading - few_loading) / 40 <= loading
 
 
 def test_values_are_asked_together_and_the_wrong_ones_are_named(

@@ -104,7 +104,7 @@ def contents(
         "lora_dropout": max(layer.spec.dropout for layer in layers.values()),  # attention has none in PEFT
         "use_rslora": rslora,
         "use_dora": any(layer.spec.variant == "dora" for layer in layers.values()),
-        "fan_in_fan_out": found.starts_transposed,
+        "fan_in_fan_out": found.transposed and not found.attentions,  # as PEFT comes to the first layer
         "init_lora_weights": True,
         "bias": "none",
         "inference_mode": True,

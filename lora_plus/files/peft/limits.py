@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -27,15 +28,10 @@ class Units:
     parameters: dict[str, dict[str, SavedLayer]]
     """By the full name of a parameter."""
 
-    @property
-    def has_transposed(self) -> bool:
+    @functools.cached_property
+    def transposed(self) -> bool:
         """Whether there is a linear layer that stores its weight as (in, out)."""
         return any(layer.base.kind == "TransposedLinear" for own in self.modules.values() for layer in own.values())
-
-    @property
-    def starts_transposed(self) -> bool:
-        """What the config says of fan_in_fan_out: the setting with which PEFT comes to the first layer."""
-        return not self.attentions and self.has_transposed
 
 
 def units(adapter: SavedAdapter) -> Units:
@@ -145,7 +141,7 @@ def _of_the_order(found: Units, outline: Outline) -> Iterator[str]:
     kinds = {name: next(iter(layers.values())).base.kind for name, layers in found.modules.items()}
     kinds |= dict.fromkeys(found.attentions, ATTENTION)
     in_order = {name: kinds[name] for name in outline.modules if name in kinds}
-    states = fan_in_fan_out(in_order, found.starts_transposed)
+    states = fan_in_fan_out(in_order, found.transposed and not found.attentions)
     for name in found.attentions:
         if states.get(name):
             yield f"{name!r}: PEFT would transpose its out_proj, because the linear layer before it is a transposed one"
@@ -159,7 +155,7 @@ def _of_the_order(found: Units, outline: Outline) -> Iterator[str]:
     load = "load the adapter into its model and save it from there"
     for full in found.parameters:
         yield f"{full!r}: how PEFT adapts a parameter depends on its module; {load}"
-    if found.attentions and found.has_transposed:
+    if found.attentions and found.transposed:
         yield f"{sorted(found.attentions)}: PEFT may transpose out_proj, by the order of the layers; {load}"
 
 

@@ -71,8 +71,7 @@ class CheckpointTarget(Target):
     """A checkpoint, as the readers of formats ask it."""
 
     def __init__(self, checkpoint: Checkpoint, rename: Renaming) -> None:
-        super().__init__(rename)
-        self.checkpoint = checkpoint
+        self.checkpoint, self.rename = checkpoint, rename
         self.modules = {name.removesuffix(".weight"): None for name in checkpoint.tensors if name.endswith(".weight")}
 
     def names(self) -> Collection[str]:
