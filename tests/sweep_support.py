@@ -127,4 +127,4 @@ def close(one: Any, other: Any) -> None:
 
 
 def name_of(n: int) -> str:
-    return CANDIDATES[n].name or f"candidate_{n}"
+    return ("one", "r1 alpha3 lr3e-3 x16 seed1", "r4 alpha8 lr2e-2 x4 seed2", "r4 alpha8 lr2e-2 x4 seed3")[n]

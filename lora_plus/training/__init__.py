@@ -14,6 +14,7 @@ from .layerwise import split_loraplus_groups as split_loraplus_groups
 from .optimizer_check import check_optimizer as check_optimizer
 from .plots import plot_gauge as plot_gauge
 from .plots import plot_sweep as plot_sweep
+from .plots import plot_sweep_curves as plot_sweep_curves
 from .rebind import rebind_optimizer as rebind_optimizer
 from .schedule import check_lr_ratio as check_lr_ratio
 from .schedule import watch_lr_ratio as watch_lr_ratio

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import itertools
+import json
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields, replace
+from decimal import Decimal
 from typing import Any
 
 import torch
@@ -26,7 +30,7 @@ class Candidate:
     seed: int = 0
     """Of the random numbers that the adapter starts from."""
     name: str = ""
-    """Of its adapter; empty for ``candidate_0``, ``candidate_1``, ... by its place in the sweep."""
+    """Of its adapter; empty for one that says what differs between the candidates, such as ``r8 lr1e-3 x4``."""
 
 
 def grid(
@@ -39,13 +43,53 @@ def grid(
 ) -> list[Candidate]:
     """A candidate for each combination of these values, each a number or several, the last ones varying fastest.
 
+    Several are a sequence, a NumPy array or a tensor.
+
     Examples:
         >>> len(grid(lr=[1e-4, 3e-4], lr_ratio=[1, 4, 16], seed=range(2)))
         12
     """
     given: tuple[Any, ...] = (lr, lr_ratio, r, alpha, seed)
-    axes = [value if isinstance(value, Sequence) else (value,) for value in given]
+    plain = [value.tolist() if hasattr(value, "tolist") else value for value in given]
+    axes = [value if isinstance(value, Sequence) else (value,) for value in plain]
     return [Candidate(*settings) for settings in itertools.product(*axes)]
+
+
+_LABELS: dict[str, Callable[[Candidate], str]] = {
+    "r": lambda each: f"r{each.r}",
+    "alpha": lambda each: f"alpha{_undotted(each.alpha)}",
+    "lr": lambda each: f"lr{_undotted(each.lr)}",
+    "lr_ratio": lambda each: f"x{_undotted(each.lr_ratio)}",
+    "seed": lambda each: f"seed{each.seed}",
+}
+"""By the setting, the part of a name that says it."""
+
+
+def named(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """The candidates, with names for those that have none: their rate, and what else differs between them."""
+    for candidate in candidates:
+        if not isinstance(candidate, Candidate):
+            raise TypeError(f"a candidate must be a Candidate, got a {type(candidate).__name__}; see grid(...)")
+    differ = [key for key in _LABELS if key == "lr" or len({getattr(each, key) for each in candidates}) > 1]
+    taken = {each.name for each in candidates}
+    result = []
+    for candidate in candidates:
+        name = candidate.name or " ".join(_LABELS[key](candidate) for key in differ)
+        if not candidate.name:
+            free = (label for n in itertools.count(1) if (label := f"{name} ({n})" if n > 1 else name) not in taken)
+            taken.add(name := next(free))
+        result.append(replace(candidate, name=name))
+    return result
+
+
+def _undotted(number: float) -> str:
+    """A number without a decimal point, which the name of an adapter cannot have: ``15e-4``."""
+    if not isinstance(number, (int, float)) or not math.isfinite(number):
+        return "?"  # which is refused later, by name
+    sign, digits, exponent = Decimal(repr(float(number))).normalize().as_tuple()
+    text = "-" * sign + "".join(map(str, digits))
+    assert isinstance(exponent, int)
+    return text + "0" * exponent if 0 <= exponent < 4 else f"{text}e{exponent}"
 
 
 @dataclass(frozen=True)
@@ -60,6 +104,8 @@ class SweepRow:
     """Its training loss in each step, before the update."""
     stopped: str
     """Why it was trained no further: ``"diverged"``, ``"halved"``, or empty if it was trained to the end."""
+    evaluated: bool = False
+    """Whether ``loss`` is that of an evaluation."""
 
     @property
     def lowest(self) -> float:
@@ -115,12 +161,12 @@ class Run:
         last = self.losses[-max(1, len(self.losses) // 5) :]
         mean = sum(last) / len(last) if last else math.nan
         loss = mean if self.evaluated is None else self.evaluated
-        return SweepRow(self.candidate, loss, tuple(self.losses), self.stopped)
+        return SweepRow(self.candidate, loss, tuple(self.losses), self.stopped, self.evaluated is not None)
 
 
 @dataclass(frozen=True)
 class SweepResult:
-    """What came of a sweep. ``str()`` of it is a table."""
+    """What came of a sweep. ``str()`` of it is a table, and a warning where the best is at an edge of the grid."""
 
     rows: list[SweepRow]
     """The candidates, the best first."""
@@ -132,12 +178,64 @@ class SweepResult:
             raise ValueError("all candidates diverged; try lower rates")
         return self.rows[0]
 
-    def __str__(self) -> str:
+    @property
+    def loss_words(self) -> str:
+        """What ``loss`` is in these rows."""
+        kinds = {row.evaluated for row in self.rows if row.stopped != "diverged"}
+        words = {True: "validation loss", False: "training loss, mean of the last fifth of the steps"}
+        return " or ".join(words[kind] for kind in sorted(kinds)) or "loss"
+
+    def edges(self) -> list[str]:
+        """At which ends of what was tried the best candidate lies, so that a better one may lie beyond."""
+        if self.rows[0].stopped == "diverged":
+            return []
+        found = []
+        for setting in ("lr", "lr_ratio", "r", "alpha"):
+            tried, best = {getattr(row.candidate, setting) for row in self.rows}, getattr(self.best.candidate, setting)
+            for end, of in (("lowest", min), ("highest", max)):
+                if len(tried) > 1 and best == of(tried):
+                    found.append(f"the best {setting}, {best:g}, is the {end} that was tried")
+        return found
+
+    def _lines(self) -> tuple[list[str], list[list[Any]]]:
+        """Names of columns, and the rows' values."""
         settings = [setting.name for setting in fields(Candidate) if setting.name != "name"]
-        head = ("name", *settings, "loss", "lowest", "steps", "stopped")
-        cells = [
-            (row.candidate.name, *(f"{getattr(row.candidate, setting):g}" for setting in settings),
-             f"{row.loss:.4g}", f"{row.lowest:.4g}", str(len(row.losses)), row.stopped)
+        head = ["name", *settings, "loss", "lowest", "steps", "stopped"]
+        return head, [
+            [row.candidate.name, *(getattr(row.candidate, setting) for setting in settings), row.loss, row.lowest,
+             len(row.losses), row.stopped]
             for row in self.rows
         ]  # fmt: skip
-        return "\n".join(aligned([head, *cells]))
+
+    def to_csv(self) -> str:
+        """The table as comma-separated values, with the numbers in full."""
+        text = io.StringIO()
+        head, lines = self._lines()
+        csv.writer(text, lineterminator="\n").writerows([head, *lines])
+        return text.getvalue()
+
+    def to_json(self) -> str:
+        """The rows as a list of objects, each with its training losses; what is not finite is ``null``."""
+        head, lines = self._lines()
+        rows = [
+            {**dict(zip(head, line, strict=True)), "losses": row.losses}
+            for line, row in zip(lines, self.rows, strict=True)
+        ]
+        return json.dumps(_finite(rows), indent=1)
+
+    def __str__(self) -> str:
+        head, lines = self._lines()
+        shown = {"loss": "{:.4g}", "lowest": "{:.4g}", "lr": "{:g}", "lr_ratio": "{:g}", "alpha": "{:g}"}
+        forms = [shown.get(column, "{}") for column in head]
+        cells = [[form.format(value) for form, value in zip(forms, line, strict=True)] for line in lines]
+        notes = [f"warning: {edge}; a better one may lie beyond" for edge in self.edges()]
+        return "\n".join([*aligned([head, *cells]), f"loss: {self.loss_words}", *notes])
+
+
+def _finite(value: Any) -> Any:
+    """The same with None for numbers that JSON does not have."""
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,7 +21,7 @@ from lora_plus.model.patterns import Pattern
 from lora_plus.model.per_sample import adapter_per_sample
 from lora_plus.model.tree import Tree
 
-from .candidates import Candidate, Run, SweepResult
+from .candidates import Candidate, Run, SweepResult, named
 from .groups import LrMode, create_loraplus_optimizer
 
 Loss = Callable[[nn.Module, Any], Tensor]
@@ -158,13 +157,13 @@ class Sweep:
         together: int | None = None,
         **settings: Any,
     ) -> None:
-        named = [replace(each, name=each.name or f"candidate_{n}") for n, each in enumerate(candidates)]
-        _check(model, [each.name for each in named], together, settings)
+        candidates = named(candidates)
+        _check(model, [each.name for each in candidates], together, settings)
         self.model = model
-        self._loss, self._max_norm, self._together = loss, max_norm, together or len(named)
+        self._loss, self._max_norm, self._together = loss, max_norm, together or len(candidates)
         self._runs: dict[str, Run] = {}
         try:
-            for candidate in named:
+            for candidate in candidates:
                 inject_lora(
                     model, targets, r=candidate.r, alpha=candidate.alpha, adapter=candidate.name,
                     generator=torch.Generator().manual_seed(candidate.seed), **settings,

@@ -112,8 +112,8 @@ def test_a_candidate_that_diverges_stops_and_harms_no_other(where: str, variant:
     )  # fmt: skip
     assert seen == [20] * 3 + [15] * 5  # its samples are no longer computed
     rows = {row.candidate.name: row for row in result.rows}
-    assert result.rows[-1].candidate.name == "candidate_1" and rows["candidate_1"].stopped == "diverged"
-    assert len(rows["candidate_1"].losses) == 3
+    assert result.rows[-1].candidate.name == name_of(1) and rows[name_of(1)].stopped == "diverged"
+    assert len(rows[name_of(1)].losses) == 3
     for n, candidate in enumerate(CANDIDATES):
         losses, tensors = separate_run(MLP, candidate, 2 if n == 1 else 8, variant=variant)
         close(adapter_state_dict(model, adapter=name_of(n)), tensors)  # the last state before the bad step
@@ -129,11 +129,11 @@ def test_weights_that_are_not_finite_stay_in_their_candidate(task: Task) -> None
         if n == 2:
             with torch.no_grad():
                 for name, parameter in model.named_parameters():
-                    if name.endswith("lora_B.candidate_2"):
+                    if name.endswith(f"lora_B.{name_of(2)}"):
                         parameter.fill_(math.inf)
         losses = running.step(batch)
-        assert [name for name in losses if not math.isfinite(losses[name])] == (["candidate_2"] if n == 2 else [])
-    assert running.names == ["one", "candidate_1", "candidate_3"]
+        assert [name for name in losses if not math.isfinite(losses[name])] == ([name_of(2)] if n == 2 else [])
+    assert running.names == [name_of(n) for n in (0, 1, 3)]
     for n in (0, 1, 3):
         close(adapter_state_dict(model, adapter=name_of(n)), separate_run(task, CANDIDATES[n], 6)[1])
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import csv
+import io
+import json
 import math
 import sys
 from dataclasses import replace
@@ -9,13 +12,13 @@ from typing import Any
 
 import pytest
 import torch
-from sweep_support import CANDIDATES, MLP, close, name_of, points, silent, squares
+from sweep_support import CANDIDATES, MLP, name_of, points, silent, squares
 from torch import Tensor, nn
 
 from lora_plus import inject_lora
 from lora_plus.model import adapter_names
-from lora_plus.training import Candidate, Sweep, SweepResult, grid, sweep
-from lora_plus.training.plots import plot_sweep
+from lora_plus.training import Candidate, Sweep, SweepResult, SweepRow, grid, plot_sweep, plot_sweep_curves, sweep
+from lora_plus.training.candidates import named
 
 
 class Normed(nn.Module):
@@ -49,6 +52,8 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "one name twice": ({"candidates": TWICE}, ValueError, r"got \['a'\] more than once"),
     "a rate": ({"candidates": [*CANDIDATES, Candidate(lr=-1)]}, ValueError, "lr must be finite and positive, got -1"),
     "a rank": ({"candidates": [*CANDIDATES, Candidate(lr=1, r=0)]}, ValueError, "r must be"),
+    "a dict": ({"candidates": [{"lr": 1e-3}]}, TypeError, r"must be a Candidate, got a dict; see grid\(...\)"),
+    "a number that is none": ({"candidates": [Candidate(lr=math.nan)]}, ValueError, "lr must be finite and positive"),
     "a name": ({"candidates": [Candidate(lr=1, name="a.b")]}, ValueError, "must not be empty or contain a dot"),
     "the best's name": ({"adapter": "a.b"}, ValueError, "must not be empty or contain a dot"),
     "a head": ({"train_also": ["4"]}, ValueError, "train_also: a module trained in full would be one for all"),
@@ -117,38 +122,113 @@ def test_the_report_and_the_line_on_a_terminal(monkeypatch: pytest.MonkeyPatch, 
     assert "step 3/3, 4 of 4 in training, lowest" in capsys.readouterr().err
 
 
-def test_the_table_has_a_line_for_each_candidate() -> None:
+def test_a_name_says_the_rate_and_what_differs() -> None:
+    made = named(grid(lr=[1e-3, 0.0015], lr_ratio=[1, 4], r=[2, 16], alpha=16.0))
+    assert [each.name for each in made[:3]] == ["r2 lr1e-3 x1", "r16 lr1e-3 x1", "r2 lr1e-3 x4"]
+    assert made[-1].name == "r16 lr15e-4 x4"
+    assert [each.name for each in named(grid(lr=[20, 0.5, 1e5], seed=3))] == ["lr20", "lr5e-1", "lr1e5"]
+    twice = named([Candidate(lr=1e-3), Candidate(lr=1e-3), Candidate(lr=1e-3, name="lr1e-3 (2)")])
+    assert [each.name for each in twice] == ["lr1e-3", "lr1e-3 (3)", "lr1e-3 (2)"]
+
+
+@pytest.mark.parametrize("library", ["torch", "numpy"])
+def test_the_values_of_a_grid_may_be_an_array(library: str) -> None:
+    array = getattr(pytest.importorskip(library), {"torch": "tensor", "numpy": "array"}[library])
+    assert grid(lr=array([0.5, 0.25]), r=array([2, 4])) == grid(lr=[0.5, 0.25], r=[2, 4])
+    assert type(grid(lr=array(0.5), r=array([2]))[0].r) is int
+
+
+def test_the_table_has_a_line_for_each_candidate_and_says_what_the_loss_is() -> None:
     result = sweep(MLP.model(), MLP.targets, CANDIDATES, squares, MLP.batches(2), report=silent)
     head, *lines = str(result).splitlines()
     assert head.split() == ["name", "lr", "lr_ratio", "r", "alpha", "seed", "loss", "lowest", "steps", "stopped"]
     best = result.best
     assert lines[0].split() == [
-        best.candidate.name, *(f"{getattr(best.candidate, name):g}" for name in head.split()[1:6]),
+        *best.candidate.name.split(), *(f"{getattr(best.candidate, name):g}" for name in head.split()[1:6]),
         f"{best.loss:.4g}", f"{best.lowest:.4g}", "2",
     ]  # fmt: skip
-    assert len(lines) == 4
+    assert lines[4] == "loss: training loss, mean of the last fifth of the steps"
+    judged = sweep(
+        MLP.model(), MLP.targets, CANDIDATES, squares, MLP.batches(2), validation=MLP.batches(1), report=silent
+    )
+    assert "loss: validation loss" in str(judged)
 
 
-def test_the_heat_map_shows_means_over_seeds_and_leaves_diverged_cells_empty(
+def rows(*losses: float, lrs: tuple[float, ...] = (1e-3, 1e-2, 1e-1)) -> SweepResult:
+    made = [
+        SweepRow(Candidate(lr=lr, name=f"{lr}"), loss, (loss,) * 3, "") for lr, loss in zip(lrs, losses, strict=True)
+    ]
+    return SweepResult(sorted(made, key=lambda row: row.loss))
+
+
+def test_a_best_candidate_at_an_end_of_what_was_tried_is_warned_of() -> None:
+    assert rows(2, 1, 3).edges() == [] and "warning" not in str(rows(2, 1, 3))
+    assert rows(1, 2, 3).edges() == ["the best lr, 0.001, is the lowest that was tried"]
+    assert str(rows(3, 2, 1)).endswith(
+        "warning: the best lr, 0.1, is the highest that was tried; a better one may lie beyond"
+    )
+    assert rows(1, lrs=(1e-3,)).edges() == []
+
+
+def test_csv_and_json_have_the_numbers_in_full(tmp_path: Any) -> None:
+    result = sweep(MLP.model(), MLP.targets, CANDIDATES, squares, MLP.batches(3), report=silent)
+    read = list(csv.DictReader(io.StringIO(result.to_csv())))
+    assert [float(line["loss"]) for line in read] == [row.loss for row in result.rows]
+    assert [line["name"] for line in read] == [row.candidate.name for row in result.rows]
+    plain = json.loads(result.to_json())
+    assert [each["losses"] for each in plain] == [list(row.losses) for row in result.rows]
+    assert plain[0]["lr"] == result.best.candidate.lr and set(read[0]) | {"losses"} == set(plain[0])
+    bad = replace(result.rows[0], loss=math.nan, losses=(1.0, math.inf))
+    assert json.loads(SweepResult([bad]).to_json())[0]["loss"] is None
+
+
+def test_the_heat_map_ranks_means_over_seeds_and_leaves_diverged_cells_empty(
     tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("matplotlib")
     from matplotlib.axes import Axes
 
     shown: list[Any] = []
-    own = Axes.imshow
+    texts: list[tuple[Any, ...]] = []
+    own, text = Axes.imshow, Axes.text
     monkeypatch.setattr(Axes, "imshow", lambda axes, cells, **how: shown.append(cells) or own(axes, cells, **how))
-    candidates = grid(lr=[1e-3, 1e-2], lr_ratio=[1, 4, 16], r=[2, 4], seed=[0, 1])
+    monkeypatch.setattr(Axes, "text", lambda axes, *at, **how: texts.append((axes, *at)) or text(axes, *at, **how))
+    candidates = named(grid(lr=[1e-3, 1e-2], lr_ratio=[1, 4, 16], r=[2, 4], seed=[0, 1]))
     result = sweep(MLP.model(), MLP.targets, candidates, squares, MLP.batches(2), report=silent)
-    bad = next(row for row in result.rows if row.candidate == replace(candidates[0], name="candidate_0"))
-    rows = [replace(row, stopped="diverged") if row is bad else row for row in result.rows]
-    plot_sweep(SweepResult(rows), tmp_path / "map.png")
+    made = [
+        replace(
+            row, stopped={candidates[0].name: "diverged", candidates[1].name: "diverged"}.get(row.candidate.name, "")
+        )
+        for row in result.rows
+    ]
+    plot_sweep(SweepResult(made), tmp_path / "map.png")
     assert (tmp_path / "map.png").stat().st_size > 1000
     assert len(shown) == 2 and math.isnan(shown[0][0][0])
     losses = {row.candidate.name: row.loss for row in result.rows}
-    for n, cell in [(2, shown[1][0][0]), (4, shown[0][0][1]), (22, shown[1][1][2])]:
-        assert candidates[n].seed == 0
-        close(cell, (losses[f"candidate_{n}"] + losses[f"candidate_{n + 1}"]) / 2)
+    means = {n: (losses[candidates[n].name] + losses[candidates[n + 1].name]) / 2 for n in range(2, 24, 2)}
+    # r varies fastest but for the seed: panel, row and column of each pair of seeds
+    places = {n: (n // 2 % 2, n // 12, n // 4 % 3) for n in means}
+    ranks = {n: shown[panel][row][column] for n, (panel, row, column) in places.items()}
+    assert sorted(ranks, key=ranks.__getitem__) == sorted(means, key=means.__getitem__)
+    assert {f"{mean:.3g}" for mean in means.values()} <= {each[3] for each in texts if len(each) > 3}
+    plot_sweep_curves(SweepResult(made), tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").stat().st_size > 1000
+
+
+def test_halved_candidates_are_behind_the_others_and_hatched(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib")
+    from matplotlib import patches
+
+    made: list[dict[str, Any]] = []
+    own = patches.Rectangle.__init__
+    monkeypatch.setattr(
+        patches.Rectangle, "__init__", lambda self, *at, **how: made.append({"at": at, **how}) or own(self, *at, **how)
+    )
+    result = rows(1.0, 2.0, 3.0)
+    halved = [replace(result.rows[0], stopped="halved", losses=(1.0,)), *result.rows[1:]]
+    plot_sweep(SweepResult(sorted(halved, key=lambda row: row.rank)), tmp_path / "map.png")
+    framed = {(each["hatch"], each["edgecolor"]): each["at"][0] for each in made if "hatch" in each}
+    assert framed == {("///", "0.4"): (-0.5, -0.5), ("", "r"): (-0.5, 0.5)}
 
 
 def test_without_matplotlib_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
