@@ -67,6 +67,7 @@ def loraplus_param_groups(
     lr_mode: LrMode = "A",
     weight_decay: float = 0.0,
     embedding_lr: float | None = 1e-6,
+    adapter: str | None = None,
     roles: Roles = (),
     decayed: Iterable[nn.Parameter] | None = None,
 ) -> list[dict[str, Any]]:
@@ -90,12 +91,15 @@ def loraplus_param_groups(
         weight_decay: of the groups that are decayed. With a decoupled decay (AdamW) B decays ``lr_ratio`` times faster
             than A.
         embedding_lr: rate of embedding adapters, absolute as in the original LoRA+ code; None for ``lr``.
+        adapter: the only one to be trained, with the modules that are trained in full with it, where several are
+            trainable and each has an optimizer of its own (`adapter_per_sample`); it need not be active. None for all.
         roles: ``(adapter, role, parameter)`` for adapters that are not this library's, with the roles ``"A"``, ``"B"``,
             ``"B_bias"`` (a bias that B adds), ``"embedding_A"``, ``"embedding_B"`` and ``"magnitude"``;
             `lora_plus.engines.peft.peft_roles` gives PEFT's.
         decayed: the parameters that ``weight_decay`` is for, in place of the rule above.
 
     Raises:
+        KeyError: if there is no such adapter.
         ValueError: if no adapter is trainable and active, or a number or a role is unknown, or a base weight under an
             adapter is trainable, or what a variant or an init holds fixed.
     """
@@ -109,17 +113,19 @@ def loraplus_param_groups(
         "embedding": {"lr": lr if embedding_lr is None else embedding_lr},
     }
     state = State(model)  # from here on parameters are the ones that are trained, and not gathered copies
-    role_of = _roles(state, roles)
+    role_of = _roles(state, adapter, roles)
     unsaved(state).check("the groups were not made")
+    own = None if adapter is None else _trained_with(state, adapter) | role_of.keys()
     names = group_names()
     rule = None if decayed is None else {id(parameter) for parameter in decayed}
     members: dict[tuple[str, bool], list[nn.Parameter]] = {key: [] for key in names}
     for parameter, kind, decays in _trained(model, role_of, state.storage.shape):
-        members[kind, decays if rule is None else id(parameter) in rule].append(parameter)
+        if own is None or id(parameter) in own:
+            members[kind, decays if rule is None else id(parameter) in rule].append(parameter)
     if all(kind == "other" for (kind, _), held in members.items() if held):
         raise ValueError(
-            "every adapter of the model is frozen; choose the one to be trained with "
-            "set_adapter(model, name, trainable=True)"
+            f"{'every adapter of the model' if adapter is None else f'adapter {adapter!r}'} is frozen; choose what is "
+            "trained with set_adapter(model, name, trainable=True)"
         )
     groups = []
     for (kind, decays), held in members.items():
@@ -139,6 +145,7 @@ def create_loraplus_optimizer(
     lr_mode: LrMode = "A",
     weight_decay: float = 0.0,
     embedding_lr: float | None = 1e-6,
+    adapter: str | None = None,
     roles: Roles = (),
     decayed: Iterable[nn.Parameter] | None = None,
     **kwargs: Any,
@@ -146,7 +153,8 @@ def create_loraplus_optimizer(
     """An optimizer over the groups of `loraplus_param_groups`.
 
     Args:
-        model, lr, lr_ratio, lr_mode, weight_decay, embedding_lr, roles, decayed: as in `loraplus_param_groups`.
+        model, lr, lr_ratio, lr_mode, weight_decay, embedding_lr, adapter, roles, decayed: as in
+            `loraplus_param_groups`.
         optimizer_cls: the optimizer's class, or any function ``(groups, lr=..., **kwargs)`` that makes one.
         kwargs: passed on, e.g. ``betas`` or ``fused``.
 
@@ -157,7 +165,7 @@ def create_loraplus_optimizer(
     check_makes_optimizers(optimizer_cls, create_loraplus_optimizer, kwargs)
     groups = loraplus_param_groups(
         model, lr=lr, lr_ratio=lr_ratio, lr_mode=lr_mode, weight_decay=weight_decay, embedding_lr=embedding_lr,
-        roles=roles, decayed=decayed,
+        adapter=adapter, roles=roles, decayed=decayed,
     )  # fmt: skip
     # some schedulers start from optimizer.defaults["lr"], not from the groups
     optimizer = optimizer_cls(groups, lr=own_rate(lr), **kwargs)
@@ -168,22 +176,25 @@ def create_loraplus_optimizer(
     return optimizer
 
 
-def _roles(state: State, given: Roles) -> dict[int, str]:
-    """By id, the role of each parameter of an adapter. Raises where no trainable one takes part in the forward."""
+def _roles(state: State, adapter: str | None, given: Roles) -> dict[int, str]:
+    """By id, the role of each parameter of an adapter, or of this one. Raises where no trainable one takes part."""
     roles: dict[int, str] = {}
     trained: dict[str, bool] = {}
-    for _, adapter, weight in state.adapters():
-        for role, parameter in adapter.parameters():
-            roles[id(parameter)] = role
-            if parameter.requires_grad:
-                trained[adapter.name] = trained.get(adapter.name, False) or adapter.name in weight.active_names()
-    if trained and not any(trained.values()):
+    for _, each, weight in state.adapters():
+        if adapter in (None, each.name):
+            for role, parameter in each.parameters():
+                roles[id(parameter)] = role
+                if parameter.requires_grad:
+                    trained[each.name] = trained.get(each.name, False) or each.name in weight.active_names()
+    if adapter is None and trained and not any(trained.values()):
         names = sorted(trained)
         raise ValueError(
             f"the trainable adapters {names} are not active and would get no gradient; call "
             f"set_adapter(model, {names}, trainable=True)"
         )
-    roles |= {id(parameter): role for _, role, parameter in known_roles(given)}
+    roles |= {id(parameter): role for name, role, parameter in known_roles(given) if adapter in (None, name)}
+    if not roles and adapter is not None:
+        raise KeyError(f"the model has no adapter {adapter!r}")
     if not roles:
         raise ValueError("the model has no LoRA adapter; call inject_lora(model, ...) before building the optimizer")
     return roles
@@ -196,6 +207,11 @@ def known_roles(given: Roles) -> Roles:
         if role not in known:
             raise ValueError(f"unknown role {role!r} of the adapter {adapter!r}; choose one of {sorted(known)}")
         yield adapter, role, parameter
+
+
+def _trained_with(state: State, adapter: str) -> set[int]:
+    """The ids of the parameters of the modules that are trained in full with an adapter."""
+    return {id(parameter) for _, module, _ in state.trained(adapter) for parameter in module.parameters()}
 
 
 _NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)

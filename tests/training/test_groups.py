@@ -346,3 +346,34 @@ def test_a_role_that_is_not_known_is_refused() -> None:
     lora_plus.check_optimizer(optimizer, plain, roles=iter(right))
     with pytest.raises(ValueError, match=match):
         lora_plus.check_optimizer(optimizer, plain, roles=iter(roles))
+
+
+# ---- one adapter among several ---------------------------------------------------------------------------------------
+
+
+def test_the_groups_of_each_adapter_are_together_those_of_all() -> None:
+    model = net()
+    settings = {"lr": 1e-3, "lr_ratio": 8, "weight_decay": 0.1}
+    whole = {id(p): group["lr"] for group in loraplus_param_groups(model, **settings) for p in group["params"]}
+    parts = [loraplus_param_groups(model, adapter=name, **settings) for name in ("default", "second")]
+    assert [[group["name"] for group in groups] for groups in parts] == [
+        ["lora_A", "lora_B", "lora_embedding", "other", "other_no_decay"],
+        ["lora_A", "lora_B", "lora_magnitude"],
+    ]
+    found = [{id(p): group["lr"] for group in groups for p in group["params"]} for groups in parts]
+    assert found[0] | found[1] == whole and not found[0].keys() & found[1].keys()
+
+
+def test_an_optimizer_of_one_adapter_need_not_be_of_an_active_one() -> None:
+    model = inject_lora(Net(), ["q"], r=2, adapter="a")
+    inject_lora(model, ["q"], r=2, adapter="b")  # which freezes a
+    with pytest.raises(ValueError, match="adapter 'a' is frozen"):
+        loraplus_param_groups(model, lr=1e-3, adapter="a")
+    for name, parameter in model.named_parameters():
+        if name.endswith(".a"):
+            parameter.requires_grad_()
+    optimizer = create_loraplus_optimizer(model, torch.optim.AdamW, lr=1e-3, lr_ratio=2, adapter="a")
+    own = [parameter for name, parameter in model.named_parameters() if name.endswith(".a")]
+    assert [id(p) for group in optimizer.param_groups for p in group["params"]] == [id(p) for p in own]
+    with pytest.raises(KeyError, match="the model has no adapter 'c'"):
+        loraplus_param_groups(model, lr=1e-3, adapter="c")
