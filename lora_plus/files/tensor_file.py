@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import itertools
 import math
 import mmap
 import weakref
@@ -268,17 +267,17 @@ def read(value: Any) -> Any:
 
 def read_all(groups: Iterable[dict[str, Tensor]]) -> None:
     """Put tensors with their values in the place of unread ones; a file is gone through once, in its order."""
-    held = list(groups)
+    held = [(tensors, name, tensor) for tensors in groups for name, tensor in tensors.items()]
     files: dict[TensorFile, dict[str, UnreadTensor]] = {}
-    for tensor in itertools.chain.from_iterable(tensors.values() for tensors in held):
-        if isinstance(tensor, UnreadTensor) and tensor._loaded is None:
+    for _, _, tensor in held:
+        if isinstance(tensor, UnreadTensor):
             files.setdefault(tensor._file, {})[tensor._name] = tensor
     for file, unread in files.items():
-        names = [name for name in file.tensors if name in unread]
+        names = [name for name in file.tensors if name in unread and unread[name]._loaded is None]
         for name, values in zip(names, file.read_many(names), strict=True):
             unread[name]._loaded = values
-    for tensors in held:
-        tensors.update((name, read(tensor)) for name, tensor in tensors.items())
+    for tensors, name, tensor in held if files else ():
+        tensors[name] = read(tensor)
 
 
 def equal_in_dtype(tensor: Tensor, own: Tensor) -> bool:

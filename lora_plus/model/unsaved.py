@@ -64,7 +64,6 @@ def unsaved(state: State, others: Collection[int] = ()) -> Unsaved:
         trainable += [(join(path, name), own) for name, own in own_parameters(module) if own.requires_grad]
         if record_of(module) is not None:
             saved |= {id(parameter) for parameter in module.parameters()}
-    bases = {id(weight.weight) for _, weight in state.weights if weight.weight_slot() is not None}
     for path, adapter, weight in state.adapters():
         for name in [container for container in adapter.modules if not adapter.is_trained(container)]:
             tensor = adapter.tensors().get(name)
@@ -76,6 +75,8 @@ def unsaved(state: State, others: Collection[int] = ()) -> Unsaved:
         if id(own) not in saved:
             once.setdefault(id(own), (name, own))
     parameters = dict(once.values())
+    weights = [weight for _, weight in state.weights] if parameters else []
+    bases = {id(weight.weight) for weight in weights if weight.weight_slot() is not None}
     return Unsaved(parameters, [name for name, own in parameters.items() if id(own) in bases], fixed, fixed_active)
 
 

@@ -169,8 +169,8 @@ VariantName = Literal["lora", "lora_fa", "dora"]
 def only_adds(variant: str) -> bool:
     """Whether ``s B A`` is added as it is, so that updates can be computed, summed and written together."""
     stated = VARIANTS[variant]
-    steps = ((stated.join, LoRA.join), (stated.merge, LoRA.merge))
-    return all(getattr(step, "__func__", None) is plain for step, plain in steps)
+    join, merge = getattr(stated.join, "__func__", None), getattr(stated.merge, "__func__", None)
+    return join is LoRA.join and merge is LoRA.merge
 
 
 def whole_only(variant: str) -> str | None:

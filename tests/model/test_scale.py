@@ -105,7 +105,7 @@ def calls(operation: Callable[[], object]) -> int:
     return count
 
 
-@pytest.mark.parametrize(("name", "saving", "loading"), [("a.safetensors", 95, 130), ("folder", 110, 165)])
+@pytest.mark.parametrize(("name", "saving", "loading"), [("a.safetensors", 90, 105), ("folder", 105, 135)])
 def test_saving_and_loading_call_few_functions_for_each_layer(
     name: str, saving: int, loading: int, tmp_path: Path
 ) -> None:
