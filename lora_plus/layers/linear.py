@@ -8,10 +8,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora_plus.tensors.fused_linear import Update, can_fuse, fused_linear
-from lora_plus.tensors.variant import only_adds
+from lora_plus.tensors.fused_linear import can_fuse, fused_linear
 
-from .adapter import ActiveAdapter
 from .kinds import adapts, numbers_like
 from .layer import LoRALayer
 
@@ -49,21 +47,25 @@ class LoRALinear(_LoRALinearMap, nn.Linear):
         if len(args) == 1 and not kwargs and self._only_sums():
             x, weight, bias = args[0], self._parameters["weight"], self._parameters["bias"]
             if weight is not None and can_fuse(x, weight, bias):
-                return fused_linear(x, weight, bias, [self._update(adapter, x) for adapter in self.lora_active])
+                updates = []
+                for adapter in self.lora_active:
+                    dropout = adapter.spec.dropout if self.training else 0.0
+                    u = F.dropout(x, dropout) if dropout else None
+                    updates.append((u, *adapter.factors(), adapter.scale))
+                return fused_linear(x, weight, bias, updates)
         return super().adapted_forward(*args, **kwargs)
 
     def _only_sums(self) -> bool:
         """Whether the layer computes ``W x + b`` with parameters that it holds, and active adapters add to that."""
         if self.lora_base_forward is not None or self.base_class.forward is not _LINEAR_FORWARD:
             return False
-        adapters, held = self.acting(), self._parameters
-        if not adapters or "weight" not in held or "bias" not in held:
+        if self.lora_disabled or self.lora_override is not None or not self.lora_active:
             return False
-        return False not in [only_adds(adapter.spec.variant) for adapter in adapters]  # faster than a generator
-
-    def _update(self, adapter: ActiveAdapter, x: Tensor) -> Update:
-        dropout = self.dropout_of(adapter.spec)
-        return Update(F.dropout(x, dropout) if dropout else None, *adapter.factors(), adapter.scale)
+        for adapter in self.lora_active:
+            if not adapter.spec.only_adds:
+                return False
+        held = self._parameters
+        return "weight" in held and "bias" in held
 
 
 PLAIN_CONV1D = [("transformers.pytorch_utils", "Conv1D")]

@@ -9,7 +9,7 @@ rank is the leading dimension of the result, which matrix libraries are up to se
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,26 +18,20 @@ from torch.autograd import forward_ad
 
 from .matrix import autocast_is_on
 
+Update = tuple[Tensor | None, Tensor, Tensor, float]
+"""One adapter's part in a layer, ``scale * B A u``, as (u, A, B, scale).
 
-class Update(NamedTuple):
-    """One adapter's part in a layer: ``scale * B A u``."""
+u ``(..., in)`` is None where that is the layer's own input, as it is without dropout; A is ``(r, in)``, B ``(out, r)``.
+"""
 
-    u: Tensor | None
-    """What it acts on, ``(..., in)``, where that is not the layer's own input (under dropout)."""
-    A: Tensor
-    """``(r, in)``."""
-    B: Tensor
-    """``(out, r)``."""
-    scale: float
-
-
-_LEAST_WORK = 2**15
-"""Elements of input and output together. For less, an autograd function in Python costs more time than it saves; on one
-CPU the turning point was between 2**14 and 2**16."""
+_PLAIN = (Tensor, nn.Parameter)
+_LEAST_WORK = 2**17
+"""Elements of input and output together. For less, an autograd function in Python costs more time than it saves, and
+the rank as the leading dimension does not pay; on one CPU the turning point was between 2**16 and 2**18."""
 
 
 def can_fuse(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether `fused_linear` can take these, plain tensors that are differentiated backwards if at all, and pays.
+    """Whether `fused_linear` can take these: plain tensors that are differentiated backwards, if at all.
 
     Tensor subclasses (sharded, quantized) have their own rules for each operation. ``torch.compile`` fails on an
     autograd function that is given a scale it holds for variable (torch 2.13, two layers, ``dynamic=True``). Tracing,
@@ -47,12 +41,10 @@ def can_fuse(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         return False
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return False
-    plain = all(
-        t is None or (type(t) in (Tensor, nn.Parameter) and not (t.is_nested or t.is_mkldnn)) for t in (x, weight, bias)
-    )
-    if not plain or x.shape[-1:] != weight.shape[1:] or x.device != weight.device:  # where torch's own error tells more
-        return False
-    return x.shape[:-1].numel() * sum(weight.shape) >= _LEAST_WORK or not torch.is_grad_enabled()
+    for tensor in (x, weight, bias):
+        if tensor is not None and (type(tensor) not in _PLAIN or tensor.is_nested or tensor.is_mkldnn):
+            return False
+    return x.shape[-1:] == weight.shape[1:] and x.device == weight.device  # else torch's own error tells more
 
 
 def fused_linear(x: Tensor, weight: Tensor, bias: Tensor | None, updates: Sequence[Update]) -> Tensor:
@@ -65,11 +57,16 @@ def fused_linear(x: Tensor, weight: Tensor, bias: Tensor | None, updates: Sequen
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight = _autocast(x, dtype), _autocast(weight, dtype)
         bias = None if bias is None else _autocast(bias, dtype)
-        updates = [update._replace(u=None if update.u is None else _autocast(update.u, dtype)) for update in updates]
+        updates = [(u if u is None else _autocast(u, dtype), A, B, scale) for u, A, B, scale in updates]
+    if x.shape[:-1].numel() * sum(weight.shape) < _LEAST_WORK:
+        return _recorded(x, weight, bias, updates)
+    scales, parts = [], []
+    for u, A, B, scale in updates:
+        scales.append(scale)
+        parts += [u, A, B]
     if not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
-        return _compute(x, weight, bias, updates)[0]
-    scales = [update.scale for update in updates]
-    y: Tensor = _FusedLinear.apply(x, weight, bias, scales, *[part for update in updates for part in update[:3]])[0]
+        return _compute(x, weight, bias, scales, parts)[0]
+    y: Tensor = _FusedLinear.apply(x, weight, bias, scales, *parts)[0]
     return y
 
 
@@ -81,14 +78,29 @@ def _rows(tensor: Tensor) -> Tensor:
     return tensor if tensor.ndim == 2 else tensor.reshape(-1, tensor.shape[-1])
 
 
-def _compute(x: Tensor, weight: Tensor, bias: Tensor | None, updates: Sequence[Update]) -> tuple[Tensor, list[Tensor]]:
-    """The output, and ``A u`` of each update as ``(r, rows)``."""
+def _recorded(x: Tensor, weight: Tensor, bias: Tensor | None, updates: Sequence[Update]) -> Tensor:
+    """The output by operations that autograd records, if it is on."""
+    rows = _rows(x)
+    y = F.linear(rows, weight, bias)
+    for u, A, B, scale in updates:
+        h = F.linear(rows if u is None else _rows(u), A.to(y.dtype))
+        y.addmm_(h, B.to(y.dtype).t(), alpha=scale)
+    return y if rows is x else y.view(*x.shape[:-1], y.shape[-1])
+
+
+def _compute(
+    x: Tensor, weight: Tensor, bias: Tensor | None, scales: Sequence[float], parts: Sequence[Any]
+) -> tuple[Tensor, list[Tensor]]:
+    """The output, and ``A u`` of each update as ``(r, rows)``; ``parts`` are u, A and B of one after the other."""
     # products with the factors come before those with the weight: what they read is then still in the cache
-    inputs = [x if update.u is None else update.u for update in updates]
-    hidden = [torch.mm(update.A.to(u.dtype), _rows(u).t()) for update, u in zip(updates, inputs, strict=True)]
+    hidden = []
+    for n in range(0, len(parts), 3):
+        u, A = parts[n], parts[n + 1]
+        u = x if u is None else u
+        hidden.append(torch.mm(A.to(u.dtype), _rows(u).t()))
     y = F.linear(x, weight, bias).contiguous()
     rows = y.view(-1, y.shape[-1])
-    for h, (_, _, B, scale) in zip(hidden, updates, strict=True):
+    for h, B, scale in zip(hidden, parts[2::3], scales, strict=True):
         rows.addmm_(h.t(), B.to(h.dtype).t(), alpha=scale)
     return y.detach(), hidden  # not a view any more: the output of an autograd function could not be changed in place
 
@@ -100,17 +112,21 @@ class _FusedLinear(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, scales: list[float], *parts: Any
     ) -> tuple[Tensor, ...]:
-        updates = [Update(*parts[3 * n : 3 * n + 3], scale) for n, scale in enumerate(scales)]  # type: ignore[call-arg]
-        y, hidden = _compute(x, weight, bias, updates)
-        of_weight, _, _, *needed = ctx.needs_input_grad[1:]
+        y, hidden = _compute(x, weight, bias, scales, parts)
+        _, of_weight, _, _, *needed = ctx.needs_input_grad
         kept: list[Tensor | None] = [weight, x if of_weight else None]
-        for n, (h, (u, A, B, _)) in enumerate(zip(hidden, updates, strict=True)):
+        outputs, on_x = [y], []
+        for n, h in enumerate(hidden):
+            u, A, B = parts[3 * n : 3 * n + 3]
             _, of_A, of_B = needed[3 * n : 3 * n + 3]
             kept += [A, B, (x if u is None else u) if of_A else None, h if of_B else None]
+            on_x.append(u is None)
+            if of_B:
+                outputs.append(h)
         ctx.save_for_backward(*kept)
         ctx.set_materialize_grads(False)
-        ctx.scales, ctx.on_x, ctx.shape = scales, [update.u is None for update in updates], x.shape
-        return y, *(h for n, h in enumerate(hidden) if needed[3 * n + 2])
+        ctx.scales, ctx.on_x, ctx.shape = scales, on_x, x.shape
+        return tuple(outputs)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, *of_hidden: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -208,6 +208,8 @@ class AdapterSpec:
     """Probability that an entry of the adapter's input is dropped in training."""
     scale: float = field(init=False, compare=False)
     """The factor of B A that follows from alpha, r and the scaling rule."""
+    only_adds: bool = field(init=False, compare=False, repr=False)
+    """`only_adds` of its variant."""
 
     def __post_init__(self) -> None:
         check_count("r", self.r)
@@ -220,6 +222,7 @@ class AdapterSpec:
         if not abs(scale) <= torch.finfo(torch.float32).max:
             raise ValueError(f"alpha {self.alpha} and r {self.r} give a scale of {scale:g}, which float32 cannot hold")
         object.__setattr__(self, "scale", scale)
+        object.__setattr__(self, "only_adds", only_adds(self.variant))
 
     def at_rank(self, r: int) -> AdapterSpec:
         """The settings that give an adapter of another rank the same scale."""
