@@ -61,7 +61,8 @@ def check_adapters(model: nn.Module, *inputs: Any, **keywords: Any) -> list[str]
         if hasattr(torch.compiler, "set_stance"):
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(_random_adapters(probes))
-        modes = {"eval": _run(model.eval(), inputs, keywords, probes)}
+        with _without_cudnn(model):
+            modes = {"eval": _run(model.eval(), inputs, keywords, probes)}
         for attempt in range(TRAIN_PASSES):
             train = _run(model.train(), inputs, keywords, probes, seed=attempt)
             modes["train"] = modes["train"].joined(train) if "train" in modes else train
@@ -199,6 +200,17 @@ def _run(model: nn.Module, inputs: Any, keywords: Any, probes: list[_Probe], see
             seen.gradients[probe, name] = grade
             tensor.grad = None
     return seen
+
+
+@contextmanager
+def _without_cudnn(model: nn.Module) -> Iterator[None]:
+    """Torch's own kernels, if there are recurrent layers: those of cuDNN have no backward for these in eval mode."""
+    enabled = torch.backends.cudnn.enabled
+    torch.backends.cudnn.enabled = enabled and not any(isinstance(module, nn.RNNBase) for module in model.modules())
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.enabled = enabled
 
 
 _OWN_STEP = "adapted_forward"

@@ -163,6 +163,20 @@ def test_buffers_and_rescaled_rows_come_back() -> None:
     assert_same(before, dict(model.state_dict()))
 
 
+class OnGPU(nn.GRU):
+    """What a recurrent layer does on a GPU, where cuDNN has no backward in eval mode."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert self.training or not torch.is_grad_enabled() or not torch.backends.cudnn.enabled
+        return super().forward(x)[0]
+
+
+def test_recurrent_layers_are_differentiated_in_eval_mode_without_cudnn() -> None:
+    model = inject_lora(nn.Sequential(OnGPU(4, 3)), ["0"], r=2)
+    assert check_adapters(model, torch.randn(5, 4)) == ["0.weight_ih_l0", "0.weight_hh_l0"]
+    assert torch.backends.cudnn.enabled
+
+
 def test_layers_skipped_at_random_in_training_get_several_chances() -> None:
     class Dropping(nn.Sequential):
         def forward(self, x: Tensor) -> Tensor:
