@@ -22,10 +22,10 @@ from peers import build
 from report import Cell, Report
 from step import COLUMNS, compare
 from torch import Tensor, nn
-from workloads import SMOLLM2_TARGETS, add_options
+from workloads import LLAMA_TARGETS, add_options
 
 import lora_plus
-from examples.demo import smollm2
+from examples.demo import llama
 
 
 @dataclass(frozen=True)
@@ -41,13 +41,13 @@ class Library:
 
 
 def _inject(model: nn.Module, adapter: str, r: int) -> None:
-    lora_plus.inject_lora(model, SMOLLM2_TARGETS, r=r, alpha=2 * r, adapter=adapter)
+    lora_plus.inject_lora(model, LLAMA_TARGETS, r=r, alpha=2 * r, adapter=adapter)
 
 
 def _add_to_peft(model: Any, adapter: str, r: int) -> None:
     import peft
 
-    model.add_adapter(adapter, peft.LoraConfig(r=r, lora_alpha=2 * r, target_modules=list(SMOLLM2_TARGETS)))
+    model.add_adapter(adapter, peft.LoraConfig(r=r, lora_alpha=2 * r, target_modules=list(LLAMA_TARGETS)))
 
 
 LIBRARIES = {
@@ -104,14 +104,14 @@ EVENTS: dict[str, Callable[[State], object]] = {
 def graphs(name: str, options: argparse.Namespace) -> list[str]:
     """Graphs compiled in the step after each event."""
     torch._dynamo.reset()
-    base = smollm2.SmolLM2(smollm2.TINY)
+    base = llama.Llama(llama.TINY)
     base.embed = nn.Identity()  # type: ignore[assignment]
-    state = State(build(name, base.to(options.device), SMOLLM2_TARGETS, 4), LIBRARIES.get(name))
+    state = State(build(name, base.to(options.device), LLAMA_TARGETS, 4), LIBRARIES.get(name))
     if state.library is not None:
         state.library.add(state.model, "same", 4)
         state.library.add(state.model, "wider", 8)
         state.library.use(state.model, "default")
-    x = torch.randn(2, 16, smollm2.TINY.width, device=options.device, requires_grad=True)
+    x = torch.randn(2, 16, llama.TINY.width, device=options.device, requires_grad=True)
     compiled = 0
 
     def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:

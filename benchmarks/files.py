@@ -24,10 +24,10 @@ from peers import build, trainable
 from report import Cell, Report
 from safetensors.torch import load_file, save_file
 from torch import nn
-from workloads import SMOLLM2_TARGETS
+from workloads import LLAMA_TARGETS
 
 import lora_plus
-from examples.demo.smollm2 import Config, SmolLM2
+from examples.demo.llama import Config, Llama
 from lora_plus.files import adapter_state_dict
 
 SHAPES = {
@@ -39,7 +39,7 @@ SHAPES = {
 def hollow(config: Config) -> nn.Module:
     """A model whose every parameter is one stored number, repeated."""
     with torch.device("meta"):
-        model = SmolLM2(config)
+        model = Llama(config)
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             setattr(module, name, nn.Parameter(torch.zeros(1).expand(parameter.shape), requires_grad=False))
@@ -49,7 +49,7 @@ def hollow(config: Config) -> nn.Module:
 def tasks(config: Config, r: int, folder: Path) -> tuple[dict[str, Task | Call], int]:
     """What is timed, and the bytes of the adapter's tensors."""
     plain = hollow(config)
-    ours, theirs = (build(name, plain, SMOLLM2_TARGETS, r) for name in ("lora_plus", "peft"))
+    ours, theirs = (build(name, plain, LLAMA_TARGETS, r) for name in ("lora_plus", "peft"))
     tensors = {name: tensor.detach().clone() for name, tensor in adapter_state_dict(ours).items()}
     raw, native, as_peft, by_peft = (folder / name for name in ("raw", "a.safetensors", "as_peft", "by_peft"))
     written: dict[str, Task | Call] = {

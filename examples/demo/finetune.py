@@ -11,12 +11,13 @@ from torch import Tensor
 from lora_plus import create_loraplus_optimizer, inject_lora, load_adapter, lora_summary, merge_and_unload, save_adapter
 
 from . import phonemes, show
+from .llama import Llama
 from .settings import Settings
-from .smollm2 import SmolLM2, generate
+from .smollm2 import generate
 
 
 def train(
-    model: SmolLM2,
+    model: Llama,
     optimizer: torch.optim.Optimizer,
     batches: Iterator[phonemes.Batch],
     steps: int,
@@ -46,7 +47,7 @@ def train(
 
 def run(
     settings: Settings,
-    load_base: Callable[[], SmolLM2],
+    load_base: Callable[[], Llama],
     tokenizer: Tokenizer,
     entries: Sequence[phonemes.Entry],
     console: Console,
@@ -66,10 +67,10 @@ def run(
     training, held_out = phonemes.split(entries, held_out=settings.held_out, seed=settings.seed)
     shown = held_out[: settings.samples]
 
-    def losses(model: SmolLM2) -> Tensor:
+    def losses(model: Llama) -> Tensor:
         return phonemes.evaluate(model, held_out, tokenizer)
 
-    def answers(model: SmolLM2) -> list[str]:
+    def answers(model: Llama) -> list[str]:
         prompts = [tokenizer.encode(phonemes.prompt(entry.word)).ids for entry in shown]
         texts = generate(model, prompts, new_tokens=settings.answer_tokens, end=phonemes.end_token(tokenizer))
         return [tokenizer.decode(text) for text in texts]

@@ -16,11 +16,11 @@ from rich.console import Console
 from tokenizers import Tokenizer, pre_tokenizers
 from typer.testing import CliRunner
 
-from examples.demo import assets, dtype, finetune, phonemes, show, smollm2
+from examples.demo import assets, dtype, finetune, llama, phonemes, show, smollm2
 from examples.demo.__main__ import app
 from examples.demo.assets import Asset, AssetError
+from examples.demo.llama import TINY, Llama
 from examples.demo.phonemes import END, Entry
-from examples.demo.smollm2 import TINY, SmolLM2
 from lora_plus import inject_lora
 
 SPECIAL = [END, "<a>", "<b>"]
@@ -44,9 +44,9 @@ def tokenizer() -> Tokenizer:
     return smollm2.make_tokenizer(TOKENS, MERGES, SPECIAL)
 
 
-def tiny_model() -> SmolLM2:
+def tiny_model() -> Llama:
     torch.manual_seed(0)
-    model = SmolLM2(TINY)
+    model = Llama(TINY)
     torch.nn.init.normal_(model.embed.weight, std=0.3)
     return model.eval()
 
@@ -56,7 +56,7 @@ def permute(weight, heads: int):
     return weight.reshape(heads, 2, len(weight) // heads // 2, -1).swapaxes(1, 2).reshape(weight.shape)
 
 
-def write_gguf(model: SmolLM2, path: Path) -> Path:
+def write_gguf(model: Llama, path: Path) -> Path:
     """The file that llama.cpp's converter writes for a Llama model."""
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_embedding_length(TINY.width)
@@ -111,9 +111,9 @@ def test_loading_a_gguf_file_gives_the_model_it_was_written_from(tmp_path, token
 
 
 def test_rotation_keeps_lengths_and_makes_scores_depend_on_the_distance_only():
-    angles = smollm2.rotary_angles(12, TINY, torch.device("cpu"))
+    angles = llama.rotary_angles(12, TINY, torch.device("cpu"))
     q, k = torch.randn(2, TINY.head_width)
-    q_turned, k_turned = (smollm2.rotate(x.expand(1, 1, 12, -1), angles)[0, 0] for x in (q, k))
+    q_turned, k_turned = (llama.rotate(x.expand(1, 1, 12, -1), angles)[0, 0] for x in (q, k))
     torch.testing.assert_close(q_turned.norm(dim=-1), q.norm().expand(12))
     scores = q_turned @ k_turned.T
     for distance in range(-11, 12):
@@ -531,7 +531,7 @@ def real():
     return smollm2.load_model(reader), smollm2.load_tokenizer(reader)
 
 
-def mean_loss(model: SmolLM2, tokens: list[int]) -> float:
+def mean_loss(model: Llama, tokens: list[int]) -> float:
     inputs, labels = torch.tensor([tokens[:-1]]), torch.tensor([tokens[1:]])
     return phonemes.token_losses(model, phonemes.Batch(inputs, labels)).mean().item()
 
