@@ -58,6 +58,8 @@ UNITS: dict[str, Callable[[float], str]] = {
     "B": lambda value: _scaled(value, ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"), (0, "B")), 1),
     "B/s": lambda value: _scaled(value, ((1e9, "GB/s"), (0, "MB/s")), 1e6),
     "FLOP/s": lambda value: _scaled(value, ((1e12, "TFLOP/s"), (0, "GFLOP/s")), 1e9),
+    "tokens/s": lambda value: f"{value:,.0f}",
+    "norm": lambda value: f"{value:.4g}",
     "s/B": lambda value: f"{value * 1e12:.0f} ms/GB",
     "x": lambda value: f"{value:.3f}",
 }

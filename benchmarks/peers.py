@@ -12,8 +12,11 @@ from torch.nn.utils import parametrize
 
 import lora_plus
 
-Builder = Callable[[nn.Module, Sequence[str], int], nn.Module]
-"""(model, targets, r) -> the adapted model. A target is the last part of a layer's name; alpha is 2 r."""
+Builder = Callable[..., nn.Module]
+"""(model, targets, r, and settings in the library's own words) -> the adapted model.
+
+A target is the last part of a layer's name; alpha is 2 r.
+"""
 
 
 def _linears(model: nn.Module, targets: Sequence[str]) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
@@ -59,14 +62,17 @@ def _frozen(model: nn.Module, targets: Sequence[str], r: int) -> nn.Module:
     return model
 
 
-def _lora_plus(model: nn.Module, targets: Sequence[str], r: int) -> nn.Module:
-    return lora_plus.inject_lora(model, targets, r=r, alpha=2 * r)
+def _lora_plus(model: nn.Module, targets: Sequence[str], r: int, **settings: Any) -> nn.Module:
+    return lora_plus.inject_lora(model, targets, r=r, alpha=2 * r, **settings)
 
 
-def _peft(model: nn.Module, targets: Sequence[str], r: int) -> nn.Module:
+def _peft(
+    model: nn.Module, targets: Sequence[str], r: int, *, autocast_adapter_dtype: bool = True, **settings: Any
+) -> nn.Module:
     import peft
 
-    made: nn.Module = peft.get_peft_model(model, peft.LoraConfig(r=r, lora_alpha=2 * r, target_modules=list(targets)))  # type: ignore[arg-type]
+    config = peft.LoraConfig(r=r, lora_alpha=2 * r, **{"target_modules": list(targets), **settings})
+    made: nn.Module = peft.get_peft_model(model, config, autocast_adapter_dtype=autocast_adapter_dtype)  # type: ignore[arg-type]
     return made
 
 
@@ -105,18 +111,19 @@ PEERS: dict[str, Builder] = {
 FLOOR = "frozen"
 
 
-def build(name: str, model: nn.Module, targets: Sequence[str], r: int) -> nn.Module:
+def build(name: str, model: nn.Module, targets: Sequence[str], r: int, **settings: Any) -> nn.Module:
     """The model with adapters, in training mode. The base's parameters are frozen, and shared with ``model``.
 
-    All builders get the same A and B, drawn layer by layer, so that all of them compute the same.
+    All builders get the same A and B, drawn layer by layer, so that all of them compute the same. The settings are
+    those of the library; DoRA's magnitudes stay as it makes them.
     """
     shared: Any = {id(parameter): parameter for parameter in model.parameters()}
     base = copy.deepcopy(model.requires_grad_(False), shared)
-    made = PEERS[name](base, targets, r)
+    made = PEERS[name](base, targets, r, **settings)
     generator, own = torch.Generator().manual_seed(0), {id(parameter) for parameter in model.parameters()}
     with torch.no_grad():
         for parameter in made.parameters():
-            if id(parameter) not in own:
+            if id(parameter) not in own and parameter.ndim > 1:
                 parameter.copy_(0.02 * torch.randn(parameter.shape, generator=generator))
     return made.train()
 

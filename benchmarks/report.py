@@ -64,8 +64,20 @@ def _plain(cell: Cell) -> Any:
     return {"unit": cell.unit, "median": cell.median, "quartiles": cell.quartiles, "rounds": cell.values}
 
 
+def _from_plain(cell: Any) -> Cell:
+    return Spread(tuple(cell["rounds"]), cell["unit"]) if isinstance(cell, dict) else cell
+
+
+def as_markdown(table: dict[str, Any]) -> str:
+    """A table of a benchmark's JSON, with its title."""
+    rows = [list(table["rows"][0])] + [[str(_from_plain(cell)) for cell in row.values()] for row in table["rows"]]
+    rows.insert(1, ["---"] * len(rows[0]))
+    cells = [" | ".join(cell.replace("|", "\\|") for cell in row) for row in rows]
+    return "\n".join([f"**{table['title']}**", "", *(f"| {row} |" for row in cells)])
+
+
 class Report:
-    """Prints the circumstances at once and each table as it comes; `close` writes the files that were asked for."""
+    """Prints the circumstances at once and each table as it comes, which the JSON then has too; `close` draws."""
 
     def __init__(self, question: str | None, options: argparse.Namespace, *, ceilings: bool = False) -> None:
         self.options, self.tables = options, list[Shown]()
@@ -100,22 +112,25 @@ class Report:
         self.console.print(f"\n[bold]{title}[/]")
         self.console.print(table)
         self.tables.append(Shown(title, columns, rows, drawn))
-
-    def close(self) -> None:
-        """Write the JSON and the picture."""
         if self.options.json:
             content = {**self.facts, "tables": [table.as_plain() for table in self.tables]}
             self.options.json.write_text(json.dumps(content, indent=1) + "\n")
+
+    def close(self) -> None:
+        """Write the picture."""
         if self.options.plot:
             _draw([table for table in self.tables if table.drawn], self.options.plot, self.facts)
 
 
 def _ceilings(options: argparse.Namespace) -> list[tuple[str, Spread]]:
-    """What the machine can do at best: the bandwidth of a copy, and the speed of a square product in each dtype."""
+    """What the machine can do at best: the bandwidth of a copy, and the speed of a square product in each dtype.
+
+    The numbers are random: a GPU, whose power is limited, multiplies equal ones faster.
+    """
     on_gpu = torch.device(options.device).type == "cuda"
     source = torch.ones(2**28 if on_gpu else 2**24, device=options.device)
     target, n = torch.empty_like(source), 8192 if on_gpu else 1024
-    squares = {name: torch.ones(n, n, device=options.device, dtype=DTYPES[name]) for name in options.dtype}
+    squares = {name: torch.randn(n, n, device=options.device, dtype=DTYPES[name]) for name in options.dtype}
     products = {name: partial(torch.matmul, square, square) for name, square in squares.items()}
     seconds = interleaved({"": lambda: target.copy_(source), **products}, options)
     copied = seconds.pop("").rate(2 * source.nbytes, "B/s")

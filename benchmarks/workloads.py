@@ -30,7 +30,7 @@ class Workload:
     """A model and its use."""
 
     make: Callable[[], nn.Module]
-    """In float32 on the CPU."""
+    """In float32."""
     input: Callable[[int, int], Tensor]
     """A batch of that many sequences of that many tokens, in float32 on the CPU."""
     targets: tuple[str, ...]
@@ -180,10 +180,15 @@ def add_options(parser: argparse.ArgumentParser, *models: str) -> None:
 def prepared(name: str, dtype: str, options: argparse.Namespace) -> tuple[Workload, nn.Module, Tensor]:
     """A workload, its model and its input, on the device; frozen, the input needing a gradient."""
     workload = WORKLOADS[name](options)
-    where = {"device": options.device, "dtype": DTYPES[dtype]}
-    model = workload.make().to(**where).requires_grad_(False)
-    x = workload.input(*(options.tokens or workload.tokens)).to(**where).requires_grad_()
-    return workload, model, x
+    return workload, *placed(workload, options.tokens or workload.tokens, dtype, options.device)
+
+
+def placed(workload: Workload, tokens: tuple[int, int], dtype: str, device: str) -> tuple[nn.Module, Tensor]:
+    """The model, frozen, and an input that needs a gradient, on the device, where random weights are drawn as well."""
+    where: Any = {"device": device, "dtype": DTYPES[dtype]}
+    with torch.device(device):
+        model = workload.make()
+    return model.to(**where).requires_grad_(False), workload.input(*tokens).to(**where).requires_grad_()
 
 
 def step(
