@@ -15,7 +15,7 @@ from lora_plus.layers.kinds import DTYPES, kinds_by_name
 from lora_plus.model.places import PLACE_FINDERS
 from lora_plus.model.selection import LAYOUTS
 from lora_plus.tensors import matrix as functional
-from lora_plus.tensors.variant import adapter_tensor_specs, whole_only
+from lora_plus.tensors.variant import adapter_tensor_specs, needs_input, whole_only
 from lora_plus.text import join, parents
 
 from .saved_adapter import SavedAdapter, SavedLayer
@@ -126,9 +126,8 @@ _STACKED = 2**16
 def settings_problem(layer: SavedLayer) -> str | None:
     """What such an adapter cannot do where it is; None if it can."""
     base, spec = layer.base, layer.spec
-    if base.kind == PARAMETER and spec.dropout:
-        return f"dropout {spec.dropout} has no input to act on where only a weight is read"
-    return None if base.rows is None else whole_only(spec.variant)
+    why = needs_input(spec.dropout) if base.kind == PARAMETER else None
+    return why or (None if base.rows is None else whole_only(spec.variant))
 
 
 def unlike_dropout(*rows: tuple[str, float]) -> Iterator[str]:

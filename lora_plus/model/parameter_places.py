@@ -25,7 +25,7 @@ from lora_plus.layers.weight import AdaptedWeight
 from lora_plus.tensors.distributed import whole, without_values
 from lora_plus.tensors.init import Lookup
 from lora_plus.tensors.matrix import matrix_shape, to_matrix
-from lora_plus.tensors.variant import AdapterSpec, whole_only
+from lora_plus.tensors.variant import AdapterSpec, needs_input, whole_only
 from lora_plus.text import join
 
 from .places import (
@@ -161,9 +161,8 @@ class ParameterPlace(Place):
         return None
 
     def misfits(self, spec: AdapterSpec) -> str | None:
-        if spec.dropout:
-            return f"dropout {spec.dropout} has no input to act on where only a weight is read; use 0, or exclude it"
-        return None
+        why = needs_input(spec.dropout)
+        return why and f"{why}; use 0, or exclude it"
 
     def adapted(self) -> AdaptedWeight | None:
         return parameter_holders(self.owner).get(self.part.parameter)

@@ -173,6 +173,11 @@ def only_adds(variant: str) -> bool:
     return join is LoRA.join and merge is LoRA.merge
 
 
+def needs_input(dropout: float) -> str | None:
+    """Why an adapter with this dropout cannot act where a weight is only read; None if it can."""
+    return f"dropout {dropout} has no input to act on where only a weight is read" if dropout else None
+
+
 def whole_only(variant: str) -> str | None:
     """Why a variant cannot act on some rows of a weight; None if it can."""
     if VARIANTS[variant].rescales:
