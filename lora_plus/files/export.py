@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from lora_plus.errors import Problems
 from lora_plus.layers.kinds import DTYPES
-from lora_plus.model.state import Need, require
-from lora_plus.model.tree import adapted_weights, is_spare_replica, named_parameters
+from lora_plus.model.state import Need, State, require
+from lora_plus.model.tree import is_spare_replica, own_parameters
 from lora_plus.model.unsaved import check_saved
 from lora_plus.text import join
 
@@ -132,7 +132,7 @@ def export_adapter(
         problems = values_not_finite(whole, state)
         if not problems:
             problems += [f"{line} with its scale in B; choose a wider dtype" for line in values_not_finite(data, state)]
-        problems += _not_taken(program, data, _tied(model, data))
+        problems += _not_taken(program, data, {} if program.unties else _tied(state, data))
         head = f"adapter {adapter!r} was not exported for {program.name}; merge_and_unload gives a plain model instead"
         broken = len(problems)
         files = FORMATS["peft"].write(data, ModelTarget(state.names), problems)
@@ -147,10 +147,12 @@ def export_adapter(
     return ExportReport(r, program.options.format(rank=largest))
 
 
-def _tied(model: nn.Module, data: SavedAdapter) -> dict[str, str]:
+def _tied(state: State, data: SavedAdapter) -> dict[str, str]:
     """By the name of an adapted layer, another name of its weight."""
-    weights: dict[str, Tensor] = dict(named_parameters(model))
-    for path, adapted in adapted_weights(model):
+    weights: dict[str, Tensor] = {}
+    for path, module in state.names:
+        weights |= {join(path, name): parameter for name, parameter in own_parameters(module)}
+    for path, adapted in state.weights:
         if adapted.lora_merge is not None:  # another tensor is bound in place of the one that is shared
             weights[join(path, "weight")] = adapted.own_weight()
     names = dict[int, list[str]]()
