@@ -6,6 +6,7 @@ round. "FLOPs" are those of the step over those of the floor, as torch counts th
 
     python benchmarks/step.py --model smollm2 bert vit
     python benchmarks/step.py --layer 4096 11008 --r 8 64 --dtype float32 bfloat16
+    python benchmarks/step.py --layers 20 --layer 32 32 --tokens 8x1 --rounds 51
     python benchmarks/step.py --device cuda --model block smollm2 --compile
 """
 

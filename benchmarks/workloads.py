@@ -137,10 +137,11 @@ LAYER = (1024, 1024)
 
 
 def linear(options: argparse.Namespace) -> Workload:
-    """One linear layer without a bias, of ``--layer IN OUT``."""
+    """Linear layers without a bias, each of ``--layer IN OUT``; as many as ``--layers`` says, one after the other."""
     inputs, outputs = options.layer or LAYER
-    make = lambda: nn.Sequential(nn.Linear(inputs, outputs, bias=False))  # noqa: E731
-    return Workload(make, lambda *sizes: torch.randn(*sizes, inputs), ("0",))
+    names = tuple(str(n) for n in range(options.layers))
+    make = lambda: nn.Sequential(*(nn.Linear(inputs, outputs, bias=False) for _ in names))  # noqa: E731
+    return Workload(make, lambda *sizes: torch.randn(*sizes, inputs), names)
 
 
 def mlp(activation: type[nn.Module], options: argparse.Namespace) -> Workload:
@@ -172,6 +173,7 @@ def add_options(parser: argparse.ArgumentParser, *models: str) -> None:
     """The options that choose models; those given are the default."""
     parser.add_argument("--model", nargs="+", choices=WORKLOADS, default=list(models))
     parser.add_argument("--layer", nargs=2, type=int, metavar=("IN", "OUT"), help="of the model 'linear'")
+    parser.add_argument("--layers", type=int, default=1, help="of the model 'linear', one after the other")
     parser.add_argument("--tokens", type=sizes, metavar="BxT", help="sequences and their length")
     parser.add_argument("--positions", type=int, default=0, help="last positions with a loss in smollm2; 0 for all")
     parser.add_argument("--random-weights", action="store_true", help="do not fetch those of smollm2")
