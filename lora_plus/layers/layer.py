@@ -249,10 +249,13 @@ class LoRALayer(AssignedForward, AdaptedWeight):
         if cls.made_from is None:
             return False
         own, kind = cls.base_class, cls.made_from[0]
-        return not any(
-            all(getattr(own, name, None) is getattr(plain, name, None) for name in cls.computed_by)
-            for plain in kind.plain_classes()
-        )
+        for plain in kind.plain_classes():
+            for name in cls.computed_by:
+                if getattr(own, name, None) is not getattr(plain, name, None):
+                    break
+            else:
+                return False
+        return True
 
     def __copy__(self) -> Self:
         copied = shallow_copy(self, self.own_children())

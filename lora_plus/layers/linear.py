@@ -85,5 +85,8 @@ class LoRATransposedLinear(_LoRALinearMap):
 
     @classmethod
     def plain_classes(cls) -> tuple[Any, ...]:
-        found = (getattr(sys.modules.get(module), name, None) for module, name in PLAIN_CONV1D)
-        return tuple(layer_class for layer_class in found if layer_class is not None)
+        found = []
+        for module, name in PLAIN_CONV1D:
+            if (layer_class := getattr(sys.modules.get(module), name, None)) is not None:
+                found.append(layer_class)
+        return tuple(found)

@@ -42,11 +42,19 @@ def x(request: pytest.FixtureRequest) -> torch.Tensor:
     return torch.randn(request.param).requires_grad_()
 
 
+class OfAUser(nn.Linear):
+    """A class with the forward of ``nn.Linear``."""
+
+
 @pytest.fixture(params=["constructed", "injected"])
 def layer(request: pytest.FixtureRequest) -> nn.Module:
     if request.param == "constructed":
         return lora_plus.LoRALinear(32, 32)
-    return lora_plus.inject_lora(nn.Sequential(nn.Linear(32, 32)), ["0"])[0]
+    return injected(nn.Linear(32, 32))
+
+
+def injected(layer: nn.Module) -> nn.Module:
+    return lora_plus.inject_lora(nn.Sequential(layer), ["0"])[0]
 
 
 @pytest.mark.parametrize("gradients", [True, False])
@@ -56,6 +64,13 @@ def test_a_small_layer(layer: nn.Module, x: torch.Tensor, gradients: bool, monke
         calls = python_calls(lambda: layer(x))
     assert len(calls) <= 18, calls
     assert not any(call.endswith(("<genexpr>", "comp>", "__enter__")) for call in calls), calls
+
+
+def test_a_class_of_a_user_costs_the_question_of_its_forward(x: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused_linear, "_LEAST_WORK", 2**30)
+    layer = injected(OfAUser(32, 32))
+    calls = python_calls(lambda: layer(x))
+    assert len(calls) <= 19 and not any(call.endswith(("<genexpr>", "comp>", "__enter__")) for call in calls), calls
 
 
 @pytest.mark.parametrize("gradients", [True, False])
