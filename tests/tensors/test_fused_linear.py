@@ -176,6 +176,21 @@ def test_the_output_can_be_changed_in_place(shape: tuple[int, ...], bias: bool) 
 
 
 @pytest.mark.usefixtures("any_size")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [(33, IN), (2, 3, IN), (IN,)], ids=str)
+@pytest.mark.parametrize("gradients", [True, False])
+def test_at_the_start_the_output_is_that_of_the_base(
+    dtype: torch.dtype, shape: tuple[int, ...], gradients: bool
+) -> None:
+    module, x = layer(dtype=dtype, adapters=2), draw(*shape, dtype=dtype)
+    with torch.no_grad():
+        for B in module.lora_B.parameters():
+            B.zero_()
+    with torch.set_grad_enabled(gradients):
+        assert torch.equal(module(x), F.linear(x, module.weight, module.bias))
+
+
+@pytest.mark.usefixtures("any_size")
 def test_batched_gradients() -> None:
     module, x = layer(), draw(3, IN).requires_grad_()
     directions = torch.eye(3 * OUT, dtype=torch.float64).view(-1, 3, OUT)
