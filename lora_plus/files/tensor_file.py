@@ -10,10 +10,9 @@ from __future__ import annotations
 import ctypes
 import errno
 import math
-import mmap
 import weakref
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from io import BufferedReader
 from pathlib import Path
 from typing import Any, NamedTuple, TypeGuard
@@ -62,10 +61,6 @@ class StoredTensor(NamedTuple):
         """Bytes of an element; at least 1."""
         return max(1, self.size // max(1, math.prod(self.shape)))
 
-    def in_dtype(self, dtype: torch.dtype) -> StoredTensor:
-        """The same tensor in another dtype."""
-        return StoredTensor(NAMES[dtype], self.shape, self.start, math.prod(self.shape) * dtype.itemsize)
-
 
 class Changed(OSError):
     """A file is not the one whose header was read."""
@@ -106,13 +101,12 @@ class TensorFile:
 
     @contextmanager
     def opened(self) -> Iterator[BufferedReader]:
-        """The file, open to read from."""
-        if self._raw is not None:
-            yield self._raw
-            return
-        with self.path.open("rb") as file:
-            self.check(file.fileno())
+        """The file, open to read from. What was read is of no use if the end of the block raises `Changed`."""
+        with self.path.open("rb") if self._raw is None else nullcontext(self._raw) as file:
+            if self._raw is None:
+                self.check(file.fileno())
             yield file
+            self.check(file.fileno())
 
     def read(self, name: str) -> Tensor:
         """A tensor, in memory of its own."""
@@ -128,31 +122,27 @@ class TensorFile:
                 except RuntimeError:
                     text = f"no memory for a tensor of {entry.size:,} bytes"
                     raise OSError(errno.ENOMEM, text, str(self.path)) from None
-                data = memory_of(tensor)
-                file.seek(entry.start)
-                while data and (count := file.readinto(data)):  # a call need not read all
-                    data = data[count:]
-                if data:
-                    raise Changed(f"{str(self.path)!r} became shorter while it was read; start again")
+                fill(tensor, file, entry.start)
                 tensors.append(tensor)
-            self.check(file.fileno())
         return tensors
 
-    def window(self, name: str) -> Tensor:
-        """A tensor whose memory is a window on the file; writing to it leaves the file alone.
 
-        What is written to the file later shows in it, so `check` when it has been used. Each tensor has a window of its
-        own, because pages of the file count as memory until their window is closed.
-        """
-        entry = self.tensors[name]
-        dtype = DTYPES[entry.dtype]
-        if not entry.size:
-            return torch.empty(entry.shape, dtype=dtype)
-        first = entry.start - entry.start % mmap.ALLOCATIONGRANULARITY
-        with self.opened() as file:
-            view = mmap.mmap(file.fileno(), entry.start + entry.size - first, access=mmap.ACCESS_COPY, offset=first)
-        count = math.prod(entry.shape)
-        return torch.frombuffer(view, dtype=dtype, offset=entry.start - first, count=count).reshape(entry.shape)
+def fill(tensor: Tensor, file: BufferedReader, start: int) -> None:
+    """Read the bytes of a contiguous tensor on the CPU, from this one of a file on.
+
+    Raises:
+        OSError: if the file cannot be read, or ends before (`Changed`); it names the file.
+    """
+    data = memory_of(tensor)
+    try:
+        file.seek(start)
+        while data and (count := file.readinto(data)):  # a call need not read all
+            data = data[count:]
+    except OSError as error:
+        error.filename = str(file.name)
+        raise
+    if data:
+        raise Changed(f"{str(file.name)!r} became shorter while it was read; start again")
 
 
 def memory_of(tensor: Tensor) -> memoryview:

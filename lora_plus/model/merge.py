@@ -37,14 +37,19 @@ class MergeReport:
     layers: list[str]
     """Names of the merged layers."""
     lost: dict[str, float]
-    """For weights below float32: the relative error that rounding to their dtype made in the update."""
+    """For weights below float32: the relative error that rounding to their dtype made in the update.
+
+    Of a weight of more than half a million elements it is an estimate, from every eighth block of its rows.
+    """
     untied: list[tuple[str, list[str]]]
     """Merged layers whose weight was shared, with the other names of that weight, which keep the base's values."""
 
     def __str__(self) -> str:
         lines = [f"merged {counted(len(self.layers), 'layer')}"]
         if self.lost:
-            lines.append(f"rounding to half precision lost {median_and_worst(self.lost, '.2%', ' of the update')}")
+            lines.append(
+                f"rounding to half precision lost {median_and_worst(self.lost, '.2%', ' of the update')} (sampled)"
+            )
         lines += [f"{name!r} is no longer tied to {printable(', '.join(others))}" for name, others in self.untied]
         return "\n".join(lines)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -102,8 +101,8 @@ class Checkpoint:
         return sorted(set(shards))
 
     def read(self, name: str) -> Tensor:
-        """A tensor, as `TensorFile.window` gives it."""
-        return next(file for file in self.files.values() if name in file.tensors).window(name)
+        """A tensor, in memory of its own."""
+        return next(file for file in self.files.values() if name in file.tensors).read(name)
 
     def check(self) -> None:
         """Raise if a file is not as it was when its header was read, as `TensorFile.check`."""
@@ -147,12 +146,6 @@ def side_files(folder: Path) -> tuple[list[str], list[str]]:
 def _is_left_out(path: Path) -> bool:
     hidden = any(part.startswith(".") for part in path.parts)
     return hidden or path.suffix.lower() in HOLDS_WEIGHTS or path.name == "adapter_config.json"
-
-
-def copy_file(source: Path | str, target: Path | str) -> None:
-    """Copy a file's contents; they are on the disk then."""
-    shutil.copyfile(source, target)
-    flush(Path(target))
 
 
 @contextmanager

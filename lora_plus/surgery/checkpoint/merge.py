@@ -1,14 +1,17 @@
-"""Merge adapters into a checkpoint on the disk, tensor after tensor, without building a model."""
+"""Merge adapters into a checkpoint on the disk, block after block, without building a model."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
+import shutil
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +24,15 @@ from lora_plus.files.checks import is_finite
 from lora_plus.files.paths import PathLike, stated
 from lora_plus.files.rename import Names
 from lora_plus.files.tensor_file import DTYPES as STORED
-from lora_plus.files.tensor_file import StoredTensor, TensorFile
-from lora_plus.files.tensor_writer import write_stream
+from lora_plus.files.tensor_file import NAMES, StoredTensor, TensorFile, fill
 from lora_plus.layers.kinds import DTYPES
 from lora_plus.model.merge import MergeReport
-from lora_plus.tensors.merged_weight import as_finite_as, merged_weight
+from lora_plus.tensors.merged_weight import BlockMerge, Memory
 from lora_plus.text import counted, printable
 
-from .folder import Checkpoint, appearing, copy_file, side_files
+from .folder import Checkpoint, appearing, side_files
 from .plan import Plan, planned
+from .stream import stretches, write_stream
 
 Progress = Callable[[int, int], None]
 """Is told how many things are done, and how many there are."""
@@ -74,9 +77,9 @@ def merge_checkpoint(
     """Write a checkpoint whose weights contain the adapters, with the bits that `merge_lora` in the model would give.
 
     A changed tensor is computed in float32, or float64 where it or the adapter is, and rounded once; all others are
-    copied byte for byte. A few times the largest tensor is in memory. ``out`` appears whole or not at all; the next run
-    clears what a killed one left beside it. A module whose own forward does not use its weight as it is cannot be known
-    here; `merge_lora` finds out.
+    copied byte for byte. Memory holds the adapter and a few megabytes, or a whole weight whose rows do not follow one
+    another in the file. ``out`` appears whole or not at all; the next run clears what a killed one left beside it. A
+    module whose own forward does not use its weight as it is cannot be known here; `merge_lora` finds out.
 
     Args:
         base: a ``.safetensors`` file, or a folder with ``model.safetensors``, or with shards and their index, whose
@@ -143,68 +146,88 @@ class _Writer:
         self.nothing = f"nothing was merged into {str(checkpoint.base)!r}"
         self.done = 0
         self.report = CheckpointReport([], {}, [], [], [])
-
-    def write(self, folder: Path) -> None:
-        """Write all files, the small ones first: one that cannot be read fails before the work."""
-        files = self.checkpoint.files
-        stored = {name: {key: self._stored(each) for key, each in file.tensors.items()} for name, file in files.items()}
-        if not self.checkpoint.single:
-            self._write_others(folder, sum(entry.size for tensors in stored.values() for entry in tensors.values()))
-        for name, file in files.items():
-            tensors = stored[name]
-            if tensors == file.tensors and not self.changes.keys() & tensors.keys():
-                copy_file(file.path, folder / name)
-                file.check()
-                self.report.copied.extend(tensors)
-                self._advance(len(tensors))
-            else:
-                write_stream(folder / name, file, tensors, partial(self._changed, file, tensors))
-
-    def _advance(self, count: int) -> None:
-        self.done += count
-        if self.progress is not None:
-            self.progress(self.done, len(self.checkpoint.tensors))
-
-    def _stored(self, entry: StoredTensor) -> StoredTensor:
-        return entry.in_dtype(self.dtype) if self.dtype and STORED.get(entry.dtype) in DTYPES else entry
+        self.old, self.new, self.between = Memory(), Memory(), Memory()
 
     @torch.no_grad()
-    def _changed(self, file: TensorFile, tensors: Mapping[str, StoredTensor], name: str) -> Tensor | None:
-        """The new values of a tensor; None if it stays as it is."""
-        self._advance(1)
-        change = self.changes.get(name)
-        if change is None and tensors[name] == file.tensors[name]:
-            self.report.copied.append(name)
-            return None
-        dtype, replacement = STORED[tensors[name].dtype], None if change is None else change.replacement
-        old = file.window(name) if replacement is None else replacement
-        if change is None or replacement is not None:
-            (self.report.copied if change is None else self.report.replaced).append(name)
-            new = old.to(dtype).contiguous()
-            if dtype in DTYPES and not is_finite(new) and not as_finite_as(new, old):
-                raise ValueError(f"{name!r} is not finite in {dtype}; {self.nothing}")
-            return new
-        try:
-            values, lost = merged_weight(old, change.layout, change.summands(old.shape), dtype)
-        except ValueError as error:
-            raise ValueError(f"{name!r}: {error}; {self.nothing}") from None
-        self.report.merged.append(name)
-        if lost is not None:
-            self.report.lost[name] = lost
-        return values
+    def write(self, folder: Path) -> None:
+        """Write all files, the small ones first: one that cannot be read fails before the work.
 
-    def _write_others(self, folder: Path, size: int) -> None:
-        done, index, index_name = {*self.checkpoint.files}, self.checkpoint.index, self.checkpoint.index_name
+        The system brings a file to the disk while the next one is computed.
+        """
+        files = self.checkpoint.files
+        stored = {name: {key: self._stored(each) for key, each in file.tensors.items()} for name, file in files.items()}
+        with ThreadPoolExecutor(1) as flushing:
+            flushed = []
+            if not self.checkpoint.single:
+                size = sum(entry.size for tensors in stored.values() for entry in tensors.values())
+                flushed += [flushing.submit(flush, path) for path in self._write_others(folder, size)]
+            for name, file in files.items():
+                write_stream(folder / name, file, stored[name], partial(self._changed, file, stored[name]))
+                flushed.append(flushing.submit(flush, folder / name))
+            for each in flushed:
+                each.result()
+        self.checkpoint.check()
+
+    def _stored(self, entry: StoredTensor) -> StoredTensor:
+        """As the new file has it, but for its place."""
+        if self.dtype is None or STORED.get(entry.dtype) not in DTYPES:
+            return entry
+        return entry._replace(dtype=NAMES[self.dtype], size=math.prod(entry.shape) * self.dtype.itemsize)
+
+    def _changed(
+        self, file: TensorFile, tensors: Mapping[str, StoredTensor], name: str, source: BufferedReader
+    ) -> Iterable[Tensor] | None:
+        """The new values of a tensor, piece after piece; None if it stays as it is."""
+        self.done += 1
+        if self.progress is not None:
+            self.progress(self.done, len(self.checkpoint.tensors))
+        change, entry, new = self.changes.get(name), file.tensors[name], tensors[name]
+        if change is None:
+            self.report.copied.append(name)
+            flat = BlockMerge("o i -> o i", (math.prod(entry.shape), 1), (), self.between)
+            return None if new == entry else self._written(name, flat, entry, STORED[new.dtype], source)
+        if change.replacement is None:
+            self.report.merged.append(name)
+            merge = BlockMerge(change.layout, entry.shape, change.summands(entry.shape), self.between)
+            return self._written(name, merge, entry, STORED[new.dtype], source)
+        self.report.replaced.append(name)
+        values = change.replacement.to(STORED[new.dtype]).contiguous()
+        if values.dtype in DTYPES and not is_finite(values):
+            raise ValueError(f"{name!r} is not finite in {values.dtype}; {self.nothing}")
+        return [values]
+
+    def _written(
+        self, name: str, merge: BlockMerge, entry: StoredTensor, dtype: torch.dtype, source: BufferedReader
+    ) -> Iterator[Tensor]:
+        """A tensor with its adapters, if it has any, in its new dtype, stretch after stretch of its file."""
+        for start, shape, blocks in stretches(merge.shape, merge.blocks(_CPU)):
+            old, new = self.old.tensor(shape, STORED[entry.dtype], _CPU), self.new.tensor(shape, dtype, _CPU)
+            fill(old, source, entry.start + start * old.element_size())
+            for index, rows in blocks:
+                merge.write(new[index], old[index], rows)
+            if not merge.is_finite(new, old):
+                what = ": the merged weight" if merge.summands else ""
+                raise ValueError(f"{name!r}{what} is not finite in {dtype}; {self.nothing}")
+            yield new
+        if merge.summands and (lost := merge.lost()) is not None:
+            self.report.lost[name] = lost
+
+    def _write_others(self, folder: Path, size: int) -> list[Path]:
+        """Write the index and copy what holds no weights; gives the new files."""
+        index, index_name = self.checkpoint.index, self.checkpoint.index_name
+        found, others = side_files(self.checkpoint.folder)
+        self.report.left_out.extend(name for name in others if name not in {index_name, *self.checkpoint.files})
+        names = [name for name in found if name != index_name]
+        for name in names:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(self.checkpoint.folder / name, folder / name)
         if index:
             text, metadata = self.checkpoint.index_text, index.get("metadata")
             if self.dtype is not None and isinstance(metadata, dict) and "total_size" in metadata:
                 text = json.dumps({**index, "metadata": {**metadata, "total_size": size}}, indent=2) + "\n"
             (folder / index_name).write_text(text, encoding="utf-8", newline="")
-            flush(folder / index_name)
-            done.add(index_name)
-        found, others = side_files(self.checkpoint.folder)
-        self.report.left_out.extend(name for name in others if name not in done)
-        for name in found:
-            if name not in done:
-                (folder / name).parent.mkdir(parents=True, exist_ok=True)
-                copy_file(self.checkpoint.folder / name, folder / name)
+            names.append(index_name)
+        return [folder / name for name in names]
+
+
+_CPU = torch.device("cpu")
