@@ -1,8 +1,9 @@
 """What does merging into a checkpoint on the disk cost over copying it, and over loading, merging and saving a model?
 
-A synthetic model of linear layers in bfloat16, every one with an adapter, in shards. Each candidate runs in a
-process of its own, whose peak of resident memory is shown, imports included; the time is without them, and until the
-disk has the files. PEFT loads the model with transformers, merges and saves it.
+A synthetic model of linear layers in bfloat16, in shards, with an adapter on every one, or on q and v alone. Each
+candidate runs in a process of its own, whose peak of resident memory is shown, and what it rose by over that after the
+imports; the times are without imports, and until the disk has the files, but for the bare copy. PEFT loads the model
+with transformers, merges and saves it.
 
     python benchmarks/checkpoint.py --gigabytes 4 --peft
 """
@@ -11,11 +12,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from measuring import Spread, count
@@ -35,8 +39,9 @@ from pathlib import Path
 name, base, adapter, out, threads = sys.argv[1:]
 import torch
 torch.set_num_threads(int(threads))
-if name == "lora_plus":
+if name.startswith("merge"):
     from lora_plus import merge_checkpoint
+    import lora_plus.surgery.checkpoint.merge
 elif name == "peft":
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
@@ -46,22 +51,25 @@ def flush(path):
     os.fsync(handle)
     os.close(handle)
 
+def peak():  # unlike ru_maxrss not the parent's
+    return 1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
+
 def run():
-    if name == "lora_plus":
+    if name.startswith("merge"):
         return merge_checkpoint(base, adapter, out)
     if name == "peft":
         model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
         PeftModel.from_pretrained(model, adapter).merge_and_unload().save_pretrained(out, max_shard_size="256MB")
     else:
         shutil.copytree(base, out)
-    for path in Path(out).iterdir():
+    for path in Path(out).iterdir() if name != "copy" else ():
         flush(path)
 
-start = time.perf_counter()
+before = peak()
+wall, cpu = time.perf_counter(), time.process_time()
 run()
-seconds = time.perf_counter() - start
-peak = int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])  # unlike ru_maxrss not the parent's
-print("\\n" + json.dumps([seconds, peak * 1024]))
+wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+print("\\n" + json.dumps([wall, cpu, peak(), peak() - before]))
 """
 
 
@@ -81,7 +89,7 @@ def llama(size: float, dtype: torch.dtype) -> nn.Module:
 
 
 def prepare(folder: Path, size: float, r: int, dtype: torch.dtype) -> int:
-    """Write the checkpoint and its adapter, in PEFT's format, and return the checkpoint's bytes."""
+    """Write the checkpoint and its adapters, in PEFT's format, and return the checkpoint's bytes."""
     base = folder / "base"
     base.mkdir()
     model = llama(size, dtype)
@@ -99,35 +107,54 @@ def prepare(folder: Path, size: float, r: int, dtype: torch.dtype) -> int:
     (base / "model.safetensors.index.json").write_text(
         json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map})
     )
-    lora_plus.inject_lora(model, "all-linear", exclude=["lm_head"], r=r)
-    for module in model.modules():
-        if isinstance(module, lora_plus.LoRALinear):
-            nn.init.normal_(module.lora_B["default"], std=0.02)
-    lora_plus.save_adapter(model, folder / "adapter")
+    for file, targets in ADAPTERS.items():
+        lora_plus.inject_lora(model, targets, exclude=["lm_head"], r=r)
+        for module in model.modules():
+            if isinstance(module, lora_plus.LoRALinear):
+                nn.init.normal_(module.lora_B["default"], std=0.02)
+        lora_plus.save_adapter(model, folder / file)
+        lora_plus.remove_lora(model)
     return total
 
 
-def measure(name: str, folder: Path) -> tuple[float, float]:
-    """Seconds and bytes at the peak of one run in a process of its own."""
+ADAPTERS: dict[str, Any] = {"all": "all-linear", "qv": re.compile(r".*\.[qv]_proj")}
+"""The adapters' folders, and what they are on."""
+CANDIDATES = {"copy": "all", "copy, flushed": "all", "merge q and v": "qv", "merge all": "all", "peft": "all"}
+"""What is measured, and with which adapter."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one run in a process of its own took: seconds, and bytes of memory."""
+
+    wall: float
+    cpu: float
+    peak: float
+    rise: float
+
+
+def measure(name: str, folder: Path) -> Run:
+    """Run a candidate in a process of its own."""
     out = folder / "out"
     os.sync()
-    command = [
-        sys.executable,
-        "-c",
-        MEASURE,
-        name,
-        *(str(folder / part) for part in ("base", "adapter", "out")),
-        str(torch.get_num_threads()),
-    ]
+    paths = (str(folder / part) for part in ("base", CANDIDATES[name], "out"))
+    command = [sys.executable, "-c", MEASURE, name, *paths, str(torch.get_num_threads())]
     try:
         done = subprocess.run(command, check=True, capture_output=True, text=True)
     finally:
         shutil.rmtree(out, ignore_errors=True)
-    seconds, peak = json.loads(done.stdout.splitlines()[-1])
-    return seconds, peak
+    return Run(*json.loads(done.stdout.splitlines()[-1]))
 
 
-COLUMNS = ("what", "checkpoint", "time", "speed", "time / copying (quartiles)", "peak memory")
+COLUMNS = (
+    "what",
+    "CPU",
+    "CPU / copying (quartiles)",
+    "wall",
+    "wall / copying and flushing",
+    "peak memory",
+    "over the imports",
+)
 
 
 def main() -> None:
@@ -139,20 +166,21 @@ def main() -> None:
     parser.set_defaults(rounds=5, dtype=["bfloat16"], clock="wall")
     options = parse(parser, gigabytes=0.25)
     report = Report(__doc__, options)
-    names = ["copy", "lora_plus", *(["peft"] if options.peft else [])]
+    names = [name for name in CANDIDATES if name != "peft" or options.peft]
     for dtype in options.dtype:
         with tempfile.TemporaryDirectory(dir=options.folder) as folder:
             size = prepare(Path(folder), options.gigabytes * 1e9, options.r, DTYPES[dtype])
-            found: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
+            found: dict[str, list[Run]] = {name: [] for name in names}
             for _ in range(options.rounds):
                 for name in names:
                     found[name].append(measure(name, Path(folder)))
-        spreads = {name: Spread(tuple(seconds for seconds, _ in runs)) for name, runs in found.items()}
+        cpu = {name: Spread(tuple(run.cpu for run in runs)) for name, runs in found.items()}
+        wall = {name: Spread(tuple(run.wall for run in runs)) for name, runs in found.items()}
         rows: list[list[Cell]] = []
-        for name, spread in spreads.items():
-            peak = count(max(peak for _, peak in found[name]))
-            rows.append([name, count(size), spread, spread.rate(size, "B/s"), spread.over(spreads["copy"]), peak])
-        report.table(f"{dtype}, r = {options.r}, wall", COLUMNS, rows, drawn=COLUMNS[4:5])
+        for name, runs in found.items():
+            ratios = (cpu[name], cpu[name].over(cpu["copy"]), wall[name], wall[name].over(wall["copy, flushed"]))
+            rows.append([name, *ratios, *(count(max(run.__dict__[part] for run in runs)) for part in ("peak", "rise"))])
+        report.table(f"{count(size)} in {dtype}, r = {options.r}", COLUMNS, rows, drawn=COLUMNS[2:3])
     report.close()
 
 
