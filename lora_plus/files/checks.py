@@ -109,7 +109,8 @@ def not_finite(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     doubtful: set[str] = set()
     for (shape, *_), names in alike.items():
         step = 1 + _STACKED // max(1, shape.numel())
-        for group in (names[start : start + step] for start in range(0, len(names), step)):
+        for start in range(0, len(names), step):
+            group = names[start : start + step]
             if len(group) == 1 or not is_finite(torch.stack([tensors[name] for name in group])):
                 doubtful.update(group)
     return {

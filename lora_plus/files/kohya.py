@@ -58,7 +58,7 @@ def read(files: Files, target: Target, problems: list[str]) -> SavedAdapter:
     def settings(module: str, pair: Pair) -> dict[str, Any] | None:
         magnitude = pair.tensors.get("lora_magnitude")
         if magnitude is not None:
-            shape, out_features = tuple(magnitude.shape), len(pair.tensors["lora_B"])
+            shape, out_features = tuple(magnitude.shape), pair.tensors["lora_B"].shape[0]
             if shape != (out_features, *[1] * (len(shape) - 1)):
                 problems.append(
                     f"{module!r}: dora_scale has shape {shape}, expected ({out_features}, 1, ...); that of a norm over "

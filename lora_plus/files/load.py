@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lora_plus.errors import Problems
 from lora_plus.layers.adapter import check_adapter_name
@@ -18,13 +18,12 @@ from lora_plus.model.inject import attach, check_selection, gc_paused
 from lora_plus.model.places import Place, adapted_places
 from lora_plus.model.state import Need, State, require
 from lora_plus.tensors.distributed import fill
-from lora_plus.text import join
 
 from .fit import choose_places, trained_problems
 from .paths import PathLike, stated
 from .read import described
 from .rename import Names, Renaming, renamed
-from .saved_adapter import SavedAdapter
+from .saved_adapter import SavedAdapter, SavedLayer
 from .target import ModelTarget
 from .tensor_file import read_all
 
@@ -78,29 +77,28 @@ def load_adapter(
         before = ", or inject one of its name and settings before, to be loaded into after"
         require(state, "loading an adapter", Need.GROWABLE, new=adapter, instead=before if fillable else "")
     with storage.outlined():
-        fitted = storage.on_every_rank(lambda: _fitted(state, stated(path), names, adapter if refills else None))
+        data, places, modules = storage.on_every_rank(
+            lambda: _fitted(state, stated(path), names, adapter if refills else None)
+        )
+        placed = [(places[name], layer) for name, layer in data.layers.items()]
         if refills:
-            _refill(state, adapter, fitted, trainable=trainable)
+            _refill(state, adapter, placed, trainable=trainable)
         else:
-            _attach(state, adapter, fitted, trainable=trainable)
-    for name, tensors in fitted.data.trained.items():
-        held = fitted.modules[name].state_dict(keep_vars=True)
+            prepared = [(place, layer.spec, _at_home(layer.tensors, place.stored())) for place, layer in placed]
+            attach(state, adapter, prepared, [modules[name] for name in data.trained], trainable=trainable)
+    for name, tensors in data.trained.items():
+        held = modules[name].state_dict(keep_vars=True)
         storage.write((tensor, tensors[part]) for part, tensor in held.items())
     return model
 
 
-class _Fitted(NamedTuple):
-    """A saved adapter that fits a model."""
+def _fitted(
+    state: State, path: Path, names: Names | None, existing: str | None
+) -> tuple[SavedAdapter, dict[str, Place], dict[str, nn.Module]]:
+    """What a file holds, where in the model each layer of it belongs, and the model's modules by their names.
 
-    data: SavedAdapter
-    places: Mapping[str, Place]
-    """Where in the model each layer of it belongs."""
-    modules: Mapping[str, nn.Module]
-    """The model's modules by their names."""
-
-
-def _fitted(state: State, path: Path, names: Names | None, existing: str | None) -> _Fitted:
-    """What a file holds, and its places in the model; ``existing`` is the adapter that gets the values, if any."""
+    ``existing`` is the adapter of the model that gets the values, if any.
+    """
     target = ModelTarget(state.names, Renaming(names))
     problems: list[str] = []
     data = described(path, target, problems)
@@ -119,17 +117,13 @@ def _fitted(state: State, path: Path, names: Names | None, existing: str | None)
     if existing is None:
         check_selection(state, list(places.values()), [target.found[id(target.modules[name])] for name in data.trained])
     read_all([*(layer.tensors for layer in data.layers.values()), *data.trained.values()])
-    return _Fitted(data, places, target.modules)
+    return data, places, target.modules
 
 
-def _attach(state: State, adapter: str, fitted: _Fitted, *, trainable: bool) -> None:
-    prepared = []
-    for name, layer in fitted.data.layers.items():
-        place = fitted.places[name]
-        weight = place.stored()
-        home = torch.device("cpu") if weight.is_meta else weight.device
-        prepared.append((place, layer.spec, {part: tensor.to(home) for part, tensor in layer.tensors.items()}))
-    attach(state, adapter, prepared, [fitted.modules[name] for name in fitted.data.trained], trainable=trainable)
+def _at_home(tensors: Mapping[str, Tensor], weight: Tensor) -> dict[str, Tensor]:
+    """An adapter's tensors where the weight is, or on the CPU where it has no values yet."""
+    home = torch.device("cpu") if weight.is_meta else weight.device
+    return {part: tensor.to(home) for part, tensor in tensors.items()}
 
 
 # ---- into an adapter that a sharded model has already ----------------------------------------------------------------
@@ -144,10 +138,9 @@ def _differences(state: State, adapter: str, data: SavedAdapter, places: Mapping
             problems.append(f"{name!r} has no adapter {adapter!r} in the model")
             continue
         _, own = placed.pop(place.key)
-        ours, file = asdict(own.spec), asdict(data.layers[name].spec)
-        held, tensors = own.tensors(), data.layers[name].tensors
-        ours |= {join(part, "dtype"): tensor.dtype for part, tensor in held.items()}
-        file |= {join(part, "dtype"): tensor.dtype for part, tensor in tensors.items()}
+        layer = data.layers[name]
+        ours = asdict(own.spec) | {f"{part}.dtype": tensor.dtype for part, tensor in own.tensors().items()}
+        file = asdict(layer.spec) | {f"{part}.dtype": tensor.dtype for part, tensor in layer.tensors.items()}
         problems += [
             f"{name!r}: {field} {file.get(field)!r} in the file, {ours.get(field)!r} in the model"
             for field in ours | file
@@ -160,15 +153,12 @@ def _differences(state: State, adapter: str, data: SavedAdapter, places: Mapping
     return problems
 
 
-def _refill(state: State, adapter: str, fitted: _Fitted, *, trainable: bool) -> None:
-    """Write the values of the file's layers into the model's adapter, and make it the active one.
-
-    Every rank must call this.
-    """
-    placed = {place.key: each for place, each in adapted_places(state.modules, adapter)}
-    for name, place in fitted.places.items():
-        held = placed[place.key].tensors()
-        for part, tensor in fitted.data.layers[name].tensors.items():
+def _refill(state: State, adapter: str, placed: Sequence[tuple[Place, SavedLayer]], *, trainable: bool) -> None:
+    """Write the values of the file's layers into the model's adapter, and make it the active one, on every rank."""
+    there = {place.key: each for place, each in adapted_places(state.modules, adapter)}
+    for place, layer in placed:
+        held = there[place.key].tensors()
+        for part, tensor in layer.tensors.items():
             fill(held[part], tensor)
     set_requires_grad((module for _, module in state.modules), False)
     set_adapter(state.model, adapter, trainable=trainable)

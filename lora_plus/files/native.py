@@ -54,7 +54,12 @@ def write(adapter: SavedAdapter, target: Target, problems: list[str]) -> Files:
         "format_version": VERSION,
         "library_version": __version__,
         **common,
-        "layers": {name: _entry(layer, deviating[id(layer.spec)]) for name, layer in layers.items()},
+        "layers": {
+            name: {"kind": layer.base.kind, "layout": layer.base.layout, "shape": layer.base.shape}
+            | {fact: layer.base.facts[fact] for fact in FACTS if fact in layer.base.facts}
+            | deviating[id(layer.spec)]
+            for name, layer in layers.items()
+        },
         "train_also": {name: sorted(tensors) for name, tensors in sorted(adapter.trained.items())},
         "metadata": dict(sorted(adapter.metadata.items())),
     }
@@ -62,12 +67,6 @@ def write(adapter: SavedAdapter, target: Target, problems: list[str]) -> Files:
     for path, trained in adapter.trained.items():
         tensors |= {join(path, name): tensor for name, tensor in trained.items()}
     return {"": Contents(tensors, {KEY: json.dumps(document, allow_nan=False, separators=(",", ":"))})}
-
-
-def _entry(layer: SavedLayer, deviating: dict[str, Any]) -> dict[str, Any]:
-    base = {"kind": layer.base.kind, "layout": layer.base.layout, "shape": list(layer.base.shape)}
-    base |= {name: layer.base.facts[name] for name in FACTS if name in layer.base.facts}
-    return base | deviating
 
 
 def read(files: Files, target: Target, problems: list[str]) -> SavedAdapter:

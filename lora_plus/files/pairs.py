@@ -6,6 +6,7 @@ Each module has a down matrix, our A, and an up matrix, our B; those of a convol
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -129,7 +130,7 @@ def find_pairs(tensors: Mapping[str, Tensor], dialect: Dialect, problems: list[s
         problems += wrong
         if not wrong:
             alpha = given.pop("alpha").item() if "alpha" in given else None
-            pairs[module] = Pair(given, len(given["lora_A"]), alpha)
+            pairs[module] = Pair(given, given["lora_A"].shape[0], alpha)
     return pairs
 
 
@@ -138,7 +139,7 @@ def _wrong(parts: Mapping[str, str], given: Mapping[str, Tensor], dialect: Diale
     missing = [end for end, part in zip(ends, ("lora_A", "lora_B"), strict=True) if part not in parts]
     yield from (f"{end} is missing" for end in missing)
     shapes = {part: tuple(tensor.shape) for part, tensor in given.items()}
-    if "alpha" in given and given["alpha"].numel() != 1:
+    if "alpha" in given and math.prod(shapes["alpha"]) != 1:
         yield f"alpha has shape {shapes['alpha']}, expected a single number"
     elif "alpha" in given and given["alpha"].dtype not in _NUMBERS:
         yield f"alpha is {given['alpha'].dtype}, expected a number"

@@ -227,16 +227,6 @@ class UnreadTensor(Tensor):
     def dtype(self) -> torch.dtype:  # type: ignore[override]
         return DTYPES[self._entry.dtype]
 
-    @property
-    def ndim(self) -> int:  # type: ignore[override]
-        return len(self._entry.shape)
-
-    def __len__(self) -> int:
-        return self._entry.shape[0]
-
-    def numel(self) -> int:
-        return math.prod(self._entry.shape)
-
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         # not __torch_dispatch__, for which torch loads sympy

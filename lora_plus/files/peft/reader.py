@@ -215,7 +215,7 @@ class Reader:
             told |= {part: "is there, but use_dora is not set" for part in found if part not in wanted}
             self.problems += [f"{name!r}: {prefix}{TENSORS[part]} {line}" for part, line in told.items()]
             return None
-        flat = [part for part in ("lora_A", "lora_B") if found[part].ndim < 2]
+        flat = [part for part in ("lora_A", "lora_B") if len(found[part].shape) < 2]
         if flat:
             shapes = [f"{prefix}{TENSORS[part]} has shape {tuple(found[part].shape)}" for part in flat]
             self.problems.append(f"{name!r}: {' and '.join(shapes)}, expected two dimensions or more")

@@ -240,4 +240,4 @@ _NO_SUM = (
 def _implied_shape(layer: SavedLayer) -> Shape | None:
     """The shape of a linear layer's weight that A and B fit."""
     A, B = layer.factors()
-    return (B.shape[0], A.shape[1]) if A.ndim == B.ndim == 2 else None
+    return (B.shape[0], A.shape[1]) if len(A.shape) == len(B.shape) == 2 else None
