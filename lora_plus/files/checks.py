@@ -24,7 +24,9 @@ from .tensor_file import read_all
 
 def base_problem(base: BaseLayer) -> str | None:
     """What is wrong with what a file says of a layer; None if an adapter can belong to such a one."""
-    if base.layout not in _layouts(base.kind):
+    known = kinds_by_name().get(base.kind)
+    layouts = _OF_PARAMETERS if base.kind == PARAMETER else () if known is None else (known.layout,)
+    if base.layout not in layouts:
         return f"unknown kind of layer {base.kind!r} with layout {base.layout!r}"
     stored = base.layout.split(" -> ")[0]
     if len(stored.split()) != len(base.shape) or not all(type(n) is int and n > 0 for n in base.shape):
@@ -58,12 +60,8 @@ _FACTS: dict[str, Callable[[BaseLayer, Any], bool]] = {
 """What a file says of a layer besides, and whether it can be so."""
 
 
-def _layouts(kind: str) -> tuple[str, ...]:
-    """How a layer of this kind can store its weight; empty for a kind that is not known."""
-    if kind == PARAMETER:
-        return (*LAYOUTS, "n d -> d n", "o i j -> o (i j)")  # those of nn.EmbeddingBag and nn.Bilinear too
-    known = kinds_by_name().get(kind)
-    return () if known is None else (known.layout,)
+_OF_PARAMETERS = (*LAYOUTS, "n d -> d n", "o i j -> o (i j)")
+"""How a parameter can be stored; nn.EmbeddingBag and nn.Bilinear have the last two."""
 
 
 def value_problems(layers: Mapping[str, SavedLayer]) -> dict[str, list[str]]:

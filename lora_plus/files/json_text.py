@@ -31,7 +31,7 @@ def parsed(text: str) -> Any:
 def read_text(path: Path) -> str:
     """The text of a regular file; an OSError if it is longer than any that is meant."""
     with open_regular(path) as file:
-        size = file_state(file.fileno()).size
+        size = file_state(file.fileno())[0]
         if size > LONGEST:
             raise OSError(f"{str(path)!r} has {size:,} bytes, expected at most {LONGEST:,}")
         return file.read(LONGEST).decode("utf-8")

@@ -7,22 +7,12 @@ import os
 import stat
 from io import BufferedReader, FileIO
 from pathlib import Path
-from typing import NamedTuple
 
 
-class FileState(NamedTuple):
-    """What changes when a file is replaced or written to."""
-
-    device: int
-    number: int
-    size: int
-    changed: int
-
-
-def file_state(file: Path | int) -> FileState:
-    """The state of a file, by its path or an open descriptor."""
+def file_state(file: Path | int) -> tuple[int, int, int, int]:
+    """What changes when a file, by its path or a descriptor, is replaced or written to; its size comes first."""
     found = os.stat(file)
-    return FileState(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+    return found.st_size, found.st_dev, found.st_ino, found.st_mtime_ns
 
 
 def irregular(path: Path) -> str | None:

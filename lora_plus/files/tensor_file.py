@@ -85,7 +85,7 @@ class TensorFile:
         weakref.finalize(self, raw.close)
         self._state = file_state(raw.fileno())
         try:
-            self.tensors, self.metadata = _described(raw, self._state.size)
+            self.tensors, self.metadata = _described(raw, self._state[0])
         except ValueError:
             self.check()  # of a file that is written to anything can be said
             raise
