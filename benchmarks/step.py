@@ -7,6 +7,7 @@ round. "FLOPs" are those of the step over those of the floor, as torch counts th
     python benchmarks/step.py --model smollm2 bert vit
     python benchmarks/step.py --layer 4096 11008 --r 8 64 --dtype float32 bfloat16
     python benchmarks/step.py --layers 20 --layer 32 32 --tokens 8x1 --rounds 51
+    python benchmarks/step.py --model linear bert --peers lora_plus peft --dora
     python benchmarks/step.py --device cuda --model block smollm2 --compile
 """
 
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+from typing import Any
 
 import torch
 import workloads
@@ -23,6 +25,12 @@ from peers import FLOOR, PEERS, adapter_dtype, build, trainable
 from report import Cell, Report
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
+
+DORA: dict[str, tuple[str, dict[str, Any]]] = {
+    "lora_plus, DoRA": ("lora_plus", {"variant": "dora"}),
+    "peft, DoRA": ("peft", {"use_dora": True}),
+}
+"""The peer and its settings."""
 
 
 def flops(step: Call) -> int:
@@ -45,11 +53,15 @@ def check_alike(outputs: dict[str, Tensor]) -> None:
 def compare(name: str, dtype: str, r: int, options: argparse.Namespace) -> list[list[Cell]]:
     """A row for each implementation, the floor first."""
     workload, base, x = workloads.prepared(name, dtype, options)
-    names = [FLOOR, *(peer for peer in options.peers if peer != FLOOR)]
-    models = {peer: build(peer, base, workload.targets, r) for peer in names}
+    groups = [[peer for peer in options.peers if peer != FLOOR], [*DORA] if options.dora else []]
+    names = [FLOOR, *itertools.chain(*groups)]
+    settings = {peer: DORA.get(peer, (peer, {})) for peer in names}
+    models = {peer: build(of, base, workload.targets, r, **own) for peer, (of, own) in settings.items()}
     if dtype == "float32":
         with torch.no_grad():
-            check_alike({peer: workload.output(model, x) for peer, model in models.items()})
+            outputs = {peer: workload.output(model, x) for peer, model in models.items()}
+        for group in filter(None, groups):
+            check_alike({peer: outputs[peer] for peer in (FLOOR, *group)})
     counted = {peer: flops(workloads.step(workload, model, x)) for peer, model in models.items()}
     steps = {}
     for peer, model in models.items():
@@ -73,6 +85,7 @@ def main() -> None:
     workloads.add_options(parser)
     parser.add_argument("--r", type=int, nargs="+", default=[8])
     parser.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS))
+    parser.add_argument("--dora", action="store_true", help="DoRA, too, here and in PEFT")
     parser.add_argument("--optimizer", action="store_true", help="AdamW's step too")
     parser.add_argument("--compile", action="store_true", help="all models through torch.compile")
     options = parse(parser, tokens=(1, 128))

@@ -221,12 +221,12 @@ class LoRALayer(AssignedForward, AdaptedWeight):
         """A value for each output channel ``(out,)``, shaped to broadcast over the layer's output."""
         return values.reshape(-1, *[1] * (-1 - self.channel))
 
-    def weight_part(self, x: Tensor, y: Tensor) -> Tensor:
-        """``W x`` alone, of the base's output ``y`` for the input ``x``: without the bias, or what else is in it."""
+    def beside_weight(self, x: Tensor, y: Tensor) -> Tensor | None:
+        """What the base's output ``y`` for the input ``x`` has besides ``W x``, as the bias; None for nothing."""
         if self.has_own_forward:  # what that adds to W x is not known
-            return self.product(x, y)
+            return y - self.product(x, y)
         bias = getattr(self, "bias", None)
-        return y if bias is None else y - self.per_channel(bias.to(y.dtype))
+        return None if bias is None else self.per_channel(bias.to(y.dtype))
 
     def product(self, x: Tensor, y: Tensor) -> Tensor:
         """``W x`` by the stored weight, in the dtype of the base's output ``y``."""

@@ -64,7 +64,7 @@ class HasWeight(Protocol):
     """The layer that an adapter joins, as a variant sees it."""
 
     def weight_matrix(self) -> Tensor: ...  # the stored weight in its matrix view
-    def weight_part(self, x: Tensor, y: Tensor) -> Tensor: ...  # W x alone, of the base's output y for x
+    def beside_weight(self, x: Tensor, y: Tensor) -> Tensor | None: ...  # what is in the base's output y besides W x
     def per_channel(self, values: Tensor) -> Tensor: ...  # (out,), shaped to broadcast over the layer's output
 
 
@@ -150,9 +150,10 @@ class DoRA:
         magnitude = adapter.tensors()["lora_magnitude"]
         with torch.no_grad():
             norm = sum_row_norm(layer.weight_matrix(), *adapter.factors(), adapter.scale)
-        ratio = layer.per_channel(magnitude / norm)
+        ratio, beside = layer.per_channel(magnitude / norm), layer.beside_weight(x, y)
+        y = y + update.to(y.dtype)
         # y + (ratio - 1) * Wx, not ratio * Wx + bias: at the start ratio is 1 and y comes out bit for bit
-        return y + (ratio - 1).to(y.dtype) * layer.weight_part(x, y) + ratio.to(y.dtype) * update.to(y.dtype)
+        return y + (ratio - 1).to(y.dtype) * (y if beside is None else y - beside)
 
     def merge(self, weight: Tensor, A: Tensor, B: Tensor, scale: float, tensors: Mapping[str, Tensor]) -> Tensor:
         moved = add_delta(weight, A, B, scale)

@@ -6,11 +6,13 @@ import copy
 import pickle
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from cases import CASES, Case, Conv1D, Holder, randomise
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import lora_plus
 from lora_plus.files import adapter_state_dict, read_adapter, write_adapter
@@ -311,3 +313,31 @@ def test_tensors_that_are_not_as_stated_are_refused(monkeypatch: pytest.MonkeyPa
     with pytest.raises(ValueError, match=r"variant 'gain' made the tensors \{'lora_gain': \(5,\)\} besides A and B"):
         lora_plus.inject_lora(model, ["a"], variant="gain")
     assert type(model.a) is nn.Linear
+
+
+class Passes(TorchDispatchMode):
+    """Notes what computes with tensors of a shape."""
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.shape, self.names = shape, []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        tensors = [each for each in (*args, result) if isinstance(each, Tensor)]
+        if not function.is_view and any(each.shape == self.shape for each in tensors):
+            self.names.append(function.overloadpacket.__name__)
+        return result
+
+
+@pytest.mark.parametrize(("bias", "besides"), [(True, ["sub"]), (False, [])])
+def test_dora_passes_over_an_output_to_add_and_to_rescale(bias: bool, besides: list[str]) -> None:
+    model = lora_plus.inject_lora(nn.Linear(7, 5, bias=bias), "", r=2, variant="dora")
+    with Passes(3, 5) as passes:
+        y = model(torch.randn(3, 7, requires_grad=True))
+    assert passes.names == ["addmm" if bias else "mm", "mm", "add", *besides, "mul", "add"]
+    dy = torch.ones(3, 5)
+    with Passes(3, 5) as passes:
+        y.backward(dy)
+    # the input's gradient through W and B; m's; that of the sum, which the base and the update share
+    assert sorted(passes.names) == ["add", "mm", "mm", "mul", "mul", "sum"]
