@@ -203,8 +203,8 @@ class SampleAdapters:
         if torch.is_grad_enabled():
             self._stacked = None  # an engine may write what is trained into the same memory without a trace
             return self._gathered(dtype)
-        containers = (site._modules.get(name) for site in layer.adapter_sites() for name in ("lora_A", "lora_B"))
-        held = [tensor for each in containers if each is not None for tensor in each.parameters(recurse=False)]
+        containers = [each for site in layer.adapter_sites() for each in site.tensor_containers().values()]
+        held = [tensor for each in containers for tensor in each._parameters.values() if tensor is not None]
         state = [(id(tensor), 0 if tensor.is_inference() else tensor._version) for tensor in held]
         stacked = self._stacked  # another thread may exchange it meanwhile
         if stacked is None or stacked.state != state or stacked.factors[0].dtype != dtype:
