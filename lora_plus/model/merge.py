@@ -77,10 +77,7 @@ def merge_lora(model: nn.Module, *, adapters: Sequence[str] | None = None) -> Me
             merged weight would not be finite, or the model is sharded by FullyShardedDataParallel or ZeRO-3. The model
             is then as it was.
     """
-    report, merges = _compute(_mergeable(model, adapters), adapters)
-    for weight, merge in merges:
-        weight.bind_merged(merge)
-    return report
+    return _merge(_mergeable(model, adapters), adapters)
 
 
 def unmerge_lora(model: nn.Module) -> None:
@@ -100,14 +97,14 @@ def unmerge_lora(model: nn.Module) -> None:
 @contextmanager
 def merged(model: M, *, adapters: Sequence[str] | None = None) -> Iterator[M]:
     """The merged model for the length of a ``with`` block; afterwards the previous state, merged or not."""
-    if _is_merged(_mergeable(model, adapters), adapters):
-        yield model
-        return
-    merge_lora(model, adapters=adapters)
+    state = _mergeable(model, adapters)
+    was_merged = _is_merged(state, adapters)
+    if not was_merged:
+        _merge(state, adapters)
     try:
         yield model
     finally:
-        if any(weight.lora_merge is not None for _, weight in adapted_weights(model)):
+        if not was_merged and any(weight.lora_merge is not None for _, weight in adapted_weights(model)):
             unmerge_lora(model)
 
 
@@ -129,9 +126,7 @@ def merge_and_unload(model: M, *, adapters: Sequence[str] | None = None, dequant
     """
     state = _mergeable(model, adapters, Need.RESTORABLE)
     if not _is_merged(state, adapters):
-        _, merges = _compute(state, adapters, dequantize=dequantize)
-        for weight, merge in merges:
-            weight.bind_merged(merge)
+        _merge(state, adapters, dequantize=dequantize)
     for _, module, _ in state.trained():
         unmark_trained(module)
     make_plain(state)
@@ -149,14 +144,11 @@ def _is_merged(state: State, adapters: Sequence[str] | None) -> bool:
         return False
     for path, weight in state.weights:
         merge = weight.lora_merge
-        wanted = tuple(adapter.name for adapter in _wanted(weight, adapters))
         if merge is None:
             raise ValueError(f"{path!r} is not merged, and other layers are; call unmerge_lora(model) first")
-        if wanted != merge.adapters:
-            raise ValueError(
-                f"{path!r} is merged with {list(merge.adapters)}, not with {list(wanted)}; call unmerge_lora(model) "
-                "first"
-            )
+        there, wanted = list(merge.adapters), [adapter.name for adapter in _wanted(weight, adapters)]
+        if there != wanted:
+            raise ValueError(f"{path!r} is merged with {there}, not with {wanted}; call unmerge_lora(model) first")
         weight.check_unchanged(merge, by_value=True)
     return True
 
@@ -167,10 +159,8 @@ def _wanted(weight: AdaptedWeight, adapters: Sequence[str] | None) -> tuple[Acti
 
 @gc_paused()
 @torch.no_grad()
-def _compute(
-    state: State, adapters: Sequence[str] | None, *, dequantize: bool = False
-) -> tuple[MergeReport, list[tuple[AdaptedWeight, Merge]]]:
-    """The merged weights of a model, checked, with nothing changed yet."""
+def _merge(state: State, adapters: Sequence[str] | None, *, dequantize: bool = False) -> MergeReport:
+    """Merge a model: nothing is changed before all weights are computed and checked."""
     merges: list[tuple[AdaptedWeight, Merge]] = []
     chosen = [(path, weight, _wanted(weight, adapters)) for path, weight in state.weights]
     ties = _ties(state, [(path, weight) for path, weight, wanted in chosen if wanted])
@@ -196,9 +186,11 @@ def _compute(
         warnings.warn(
             f"the weight of {path!r} is shared with {', '.join(others)}: merging gives {path!r} a weight of its own, "
             "so a checkpoint of the merged model must be loaded into a model where the two are not tied",
-            stacklevel=3,
+            stacklevel=5,  # past the two decorators and the verb
         )
-    return report, merges
+    for weight, merge in merges:
+        weight.bind_merged(merge)
+    return report
 
 
 def _merged_state(storage: Storage, weight: AdaptedWeight, adapters: Sequence[ActiveAdapter]) -> Merge | str:

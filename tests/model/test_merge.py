@@ -157,8 +157,9 @@ def test_merging_one_of_two_tied_layers_leaves_the_other_alone_and_says_so() -> 
     randomise(inject_lora(model, ["head"], r=2))
     x = torch.randn(3, 4)
     y = model["head"](x)
-    with pytest.warns(UserWarning, match=r"the weight of 'head' is shared with embed\.weight: merging gives"):
+    with pytest.warns(UserWarning, match=r"the weight of 'head' is shared with embed\.weight: merging gives") as warned:
         report = merge_lora(model)
+    assert warned[0].filename == __file__
     assert report.untied == [("head", ["embed.weight"])]
     assert torch.equal(model["embed"].weight, bits) and model["embed"].weight is not model["head"].weight
     torch.testing.assert_close(model.eval()["head"](x), y)
