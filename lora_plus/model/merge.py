@@ -98,8 +98,7 @@ def unmerge_lora(model: nn.Module) -> None:
 def merged(model: M, *, adapters: Sequence[str] | None = None) -> Iterator[M]:
     """The merged model for the length of a ``with`` block; afterwards the previous state, merged or not."""
     state = _mergeable(model, adapters)
-    was_merged = _is_merged(state, adapters)
-    if not was_merged:
+    if not (was_merged := _is_merged(state, adapters)):
         _merge(state, adapters)
     try:
         yield model
@@ -161,25 +160,22 @@ def _wanted(weight: AdaptedWeight, adapters: Sequence[str] | None) -> tuple[Acti
 @torch.no_grad()
 def _merge(state: State, adapters: Sequence[str] | None, *, dequantize: bool = False) -> MergeReport:
     """Merge a model: nothing is changed before all weights are computed and checked."""
-    merges: list[tuple[AdaptedWeight, Merge]] = []
+    merges: list[tuple[str, AdaptedWeight, Merge]] = []
     chosen = [(path, weight, _wanted(weight, adapters)) for path, weight in state.weights]
     ties = _ties(state, [(path, weight) for path, weight, wanted in chosen if wanted])
-    report = MergeReport([], {}, list(ties.items()))
     problems = []
     for path, weight, wanted in chosen:
-        if not wanted and weight.lora_merge is None:
-            merges.append((weight, Merge()))  # what else it has must have no effect, and no keys
-            continue
-        made = _refusal(weight, ties.get(path, []), dequantize) or _merged_state(state.storage, weight, wanted)
+        made: Merge | str = Merge()  # where nothing is merged, what else there is has no effect, and no keys
+        if wanted or weight.lora_merge is not None:
+            made = _refusal(weight, ties.get(path, []), dequantize) or _merged_state(state.storage, weight, wanted)
         if isinstance(made, str):
             problems.append(f"{path!r}: {made}")
-            continue
-        if made.lost is not None:
-            report.lost[path] = made.lost
-        report.layers.append(path)
-        merges.append((weight, made))
+        else:
+            merges.append((path, weight, made))
     if problems:
         raise Problems("nothing was merged, because of", problems)
+    lost = {path: merge.lost for path, _, merge in merges if merge.lost is not None}
+    report = MergeReport([path for path, _, merge in merges if merge.adapters], lost, list(ties.items()))
     if not report.layers:
         raise ValueError("there is no active adapter to merge; call inject_lora or set_adapter first")
     for path, others in report.untied:
@@ -188,7 +184,7 @@ def _merge(state: State, adapters: Sequence[str] | None, *, dequantize: bool = F
             "so a checkpoint of the merged model must be loaded into a model where the two are not tied",
             stacklevel=5,  # past the two decorators and the verb
         )
-    for weight, merge in merges:
+    for _, weight, merge in merges:
         weight.bind_merged(merge)
     return report
 
@@ -203,9 +199,8 @@ def _merged_state(storage: Storage, weight: AdaptedWeight, adapters: Sequence[Ac
             bound, lost = merged_weight(base, weight.layout, summands(adapters), dtype)
         except ValueError as error:
             return str(error)
-        plain = weight.weight
-        if isinstance(plain, nn.Parameter):
-            bound = nn.Parameter(bound, requires_grad=plain.requires_grad)
+        if isinstance(own, nn.Parameter):
+            bound = nn.Parameter(bound, requires_grad=own.requires_grad)
         if isinstance(weight, LoRALayer) and (differs := _unlike(weight, adapters, bound)) is not None:
             return differs
     copies = {key: tensor.clone() for key, tensor in tensors.items()}

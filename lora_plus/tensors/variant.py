@@ -147,10 +147,9 @@ class DoRA:
         return {"lora_magnitude": norm}
 
     def join(self, layer: HasWeight, adapter: HasFactors, x: Tensor, y: Tensor, update: Tensor) -> Tensor:
-        magnitude = adapter.tensors()["lora_magnitude"]
         with torch.no_grad():
             norm = sum_row_norm(layer.weight_matrix(), *adapter.factors(), adapter.scale)
-        ratio, beside = layer.per_channel(magnitude / norm), layer.beside_weight(x, y)
+        ratio, beside = layer.per_channel(adapter.tensors()["lora_magnitude"] / norm), layer.beside_weight(x, y)
         y = y + update.to(y.dtype)
         # y + (ratio - 1) * Wx, not ratio * Wx + bias: at the start ratio is 1 and y comes out bit for bit
         return y + (ratio - 1).to(y.dtype) * (y if beside is None else y - beside)
