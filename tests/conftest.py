@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import sys
+from collections.abc import Generator
 
 import pytest
 import torch
@@ -10,6 +12,18 @@ from cases import CASES, Case
 
 import lora_plus
 from lora_plus.tensors import fused_linear
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Collecting the tests makes many objects and no garbage: none is looked for meanwhile, nor later among them."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
+        gc.freeze()
+
 
 IMPORTED = pytest.StashKey[set[str]]()
 
