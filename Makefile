@@ -37,6 +37,7 @@ bench: $(VENV)/.bench  ## a short run of every benchmark, under ten minutes; BEN
 	$(BIN)/python benchmarks/step.py $(BENCH_ARGS) --layer 1024 1024
 	$(BIN)/python benchmarks/memory.py $(BENCH_ARGS)
 	$(BIN)/python benchmarks/memory.py $(BENCH_ARGS) --model bert --dtype float32
+	$(BIN)/python benchmarks/full.py $(BENCH_ARGS)
 	$(BIN)/python benchmarks/merge.py $(BENCH_ARGS) --dtype float32 bfloat16
 	$(BIN)/python benchmarks/files.py $(BENCH_ARGS)
 	$(BIN)/python benchmarks/compile.py $(BENCH_ARGS)

@@ -68,7 +68,8 @@ UNITS: dict[str, Callable[[float], str]] = {
 
 def _scaled(value: float, steps: tuple[tuple[float, str], ...], smallest: float) -> str:
     size, unit = next((size, unit) for size, unit in steps if abs(value) >= size)
-    return f"{value / (size or smallest):.3g} {unit}"
+    number = value / (size or smallest)
+    return f"{number:,.0f} {unit}" if abs(number) >= 999.5 else f"{number:.3g} {unit}"
 
 
 @dataclass(frozen=True)

