@@ -5,10 +5,12 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora_plus.tensors.fused_linear import can_fuse, fused_linear
+from lora_plus.tensors.matrix import rank_first_update
 
 from .kinds import adapts, numbers_like
 from .layer import LoRALayer
@@ -27,6 +29,8 @@ class _LoRALinearMap(LoRALayer):
     def low_rank(self, x: Tensor, A: Tensor, B: Tensor, scale: float, dropout: float, y: Tensor) -> Tensor:
         if dropout:
             x = F.dropout(x, dropout)
+        if torch.compiler.is_compiling() and type(x) is Tensor:
+            return rank_first_update(x, A, B, scale)
         return F.linear(F.linear(x, A) * scale, B)  # scaled where that is cheapest: (..., in) -> (..., r) -> (..., out)
 
 

@@ -84,6 +84,19 @@ def delta_norm(A: Tensor, B: Tensor) -> float:
     return math.sqrt(max(0.0, float((B.mT @ B).mul_(A @ A.mT).sum())))
 
 
+def rank_first_update(x: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
+    """``scale * B A x``, ``(..., in) -> (..., out)``, of plain operations for a compiler; all of one dtype.
+
+    Each product with a factor, of the gradients too, is taken the way round in which the rank leads in the result, as
+    `fused_linear` does. Autograd decides that for a gradient by how the operand lies in memory, so B is laid out anew.
+    To be called after a product has read x: Inductor would store an x that does not lie in memory yet a second time,
+    transposed.
+    """
+    hidden = torch.mm(A, x.reshape(-1, x.shape[-1]).t())  # (r, in), (in, rows) -> (r, rows)
+    update = torch.mm(hidden.t(), (B * scale).t().contiguous())  # (rows, r), (r, out) -> (rows, out)
+    return update.view(*x.shape[:-1], len(B))
+
+
 def row_norm(matrix: Tensor) -> Tensor:
     """The Euclidean norm of each row (output channel): ``(..., out, in) -> (..., out)``, float32 or better."""
     return torch.linalg.vector_norm(matrix, dim=-1, dtype=accumulation_dtype(matrix.dtype))
