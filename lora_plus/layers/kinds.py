@@ -58,7 +58,7 @@ def kinds_by_name() -> dict[str, type[LoRALayer]]:
 
 def why_unsupported(module: nn.Module, kind: type[LoRALayer] | None) -> str | None:
     """Why a layer of this kind, or of none, cannot be adapted; None if it can."""
-    name, weight = type(module).__name__, getattr(module, "weight", None)
+    name, weight = type(module).__name__, weight_of(module)
     if isinstance(module, SwappedModule) and module.adapted_names:
         return f"{name} whose parameters {sorted(module.adapted_names)} have adapters"
     if kind is None:
@@ -85,6 +85,12 @@ def why_unsupported(module: nn.Module, kind: type[LoRALayer] | None) -> str | No
     if all(map(_OWN_NAMES.isdisjoint, held)):
         return None
     return f"{name} that has attributes of a LoRA layer already: {sorted(_OWN_NAMES.intersection(chain(*held)))}"
+
+
+def weight_of(layer: nn.Module) -> Any:
+    """The attribute ``weight`` of a layer, if it has one; torch takes several times as long to find a parameter."""
+    held = layer._parameters.get("weight")
+    return getattr(layer, "weight", None) if held is None else held
 
 
 def why_no_numbers(weight: object) -> str | None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lora_plus.tensors.distributed import is_dtensor
 
-from .kinds import FORMS, adapts
+from .kinds import FORMS, adapts, weight_of
 from .linear import LoRALinear
 
 
@@ -102,7 +102,7 @@ class LoRAQuantizedLinear(LoRALinear):
 
     @classmethod
     def fits(cls, module: nn.Module) -> bool:
-        return _name_of(getattr(module, "weight", None)) is not None
+        return _name_of(weight_of(module)) is not None
 
     @classmethod
     def unfit(cls, layer: nn.Module) -> str | None:

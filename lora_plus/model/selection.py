@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lora_plus.errors import Problems
 from lora_plus.layers.adapter import check_adapter_name
-from lora_plus.layers.kinds import KINDS, lora_class
+from lora_plus.layers.kinds import KINDS, lora_class, weight_of
 from lora_plus.tensors.matrix import matrix_shape
 from lora_plus.tensors.variant import AdapterSpec
 from lora_plus.text import join, near_misses
@@ -254,7 +254,7 @@ def _check_blocks(blocks: Any) -> None:
 def _rows(module: nn.Module, sizes: Sequence[str] | Mapping[str, int]) -> dict[str, Rows] | str:
     """The rows of each block by its name, or what is wrong."""
     kind = lora_class(module)
-    if kind is None or not isinstance(getattr(module, "weight", None), Tensor):
+    if kind is None or not isinstance(weight_of(module), Tensor):
         return f"is a {type(module).__name__}, expected a layer that can be adapted"
     total = matrix_shape(kind.layout, kind.stored_shape(module))[0]
     if not isinstance(sizes, Mapping):

@@ -35,7 +35,8 @@ def uniform(shape: tuple[int, ...], bound: float, like: Tensor, generator: torch
     """
     home, dtype = "cpu" if like.is_meta else like.device, accumulation_dtype(like.dtype)
     drawn = torch.empty(shape, dtype=dtype, device=home if generator is None else generator.device)
-    return drawn.uniform_(-bound, bound, generator=generator).to(home)
+    drawn.uniform_(-bound, bound, generator=generator)
+    return drawn if generator is None else drawn.to(home)
 
 
 def normal(shape: tuple[int, ...], like: Tensor, generator: torch.Generator | None = None) -> Tensor:

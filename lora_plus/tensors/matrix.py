@@ -45,7 +45,10 @@ def matrix_shape(layout: str, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 def accumulation_dtype(*dtypes: torch.dtype) -> torch.dtype:
     """The dtype in which weights are combined: the widest of the given ones, float32 at least."""
-    return functools.reduce(torch.promote_types, dtypes, torch.float32)
+    widest = torch.float32
+    for dtype in dtypes:
+        widest = torch.promote_types(widest, dtype)
+    return widest
 
 
 def autocast_is_on(device: torch.device) -> bool:

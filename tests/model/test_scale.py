@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import sys
 import time
 from collections.abc import Callable
@@ -170,6 +172,51 @@ def test_a_folder_is_read_without_a_place_for_each_parameter_of_the_model(
     monkeypatch.setattr(parameter_places.ParameterPlace, "__init__", noted)
     lora_plus.load_adapter(model(), tmp_path / "folder")
     assert set(places) == {"experts.up", "experts.down"}
+
+
+def calls_for_a_layer(**settings: Callable[[list[str]], Any]) -> float:
+    """The calls that each further layer costs; settings are made from the names of all layers."""
+    counts = []
+    for layers in (80, 240):
+        model, names = tree.tree(layers), [f"{block}.{index}" for block in range(layers // 4) for index in range(4)]
+        made = {name: make(names) for name, make in {"targets": lambda names: "all-linear", **settings}.items()}
+        counts.append(calls(partial(lora_plus.inject_lora, model, r=1, **made)))
+    return (counts[1] - counts[0]) / 160
+
+
+def test_injecting_calls_few_functions_for_each_layer() -> None:
+    lora_plus.inject_lora(tree.tree(4), "all-linear", r=1)  # what is done once for each class
+    assert calls_for_a_layer() <= 60
+
+
+@pytest.mark.parametrize(
+    "settings, more",
+    [
+        ({"targets": list}, 10),
+        ({"rank_pattern": lambda names: dict.fromkeys(names, 2)}, 20),
+        ({"exclude": lambda names: names[1:]}, 0),
+        ({"train_also": lambda names: names[1:], "targets": lambda names: names[:1]}, 0),
+    ],
+    ids=["targets", "rank_pattern", "exclude", "train_also"],
+)
+def test_a_name_for_each_layer_costs_the_same_for_each(settings: dict[str, Any], more: int) -> None:
+    lora_plus.inject_lora(tree.tree(4), "all-linear", r=1)
+    assert calls_for_a_layer(**settings) <= 60 + more  # where each name is compared with each layer, 320 more
+
+
+def test_a_container_of_tensors_has_hooks_as_any_module_once_they_are_asked_for() -> None:
+    layer = lora_plus.LoRALinear(4, 4, r=2)
+    container, seen = layer.lora_A, list[Any]()
+    tables = [name for name in vars(nn.Module()) if "hook" in name]
+    assert len(tables) > 10 and not set(tables) & set(vars(container))
+    assert container._forward_hooks == {} and not hasattr(container, "nothing")
+    container.register_state_dict_post_hook(lambda *given: seen.append(given))
+    layer.state_dict()
+    assert len(seen) == 1
+    for copied in (copy.deepcopy(layer), pickle.loads(pickle.dumps(lora_plus.LoRALinear(4, 4, r=2)))):
+        # what keeps the layer out of torch's fused kernels
+        assert copied.lora_A._forward_pre_hooks and copied.lora_B._forward_pre_hooks
+    assert not layer.lora_B._state_dict_hooks
 
 
 def test_a_walk_finds_what_torch_finds_but_the_containers_of_tensors() -> None:
