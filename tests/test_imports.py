@@ -246,7 +246,7 @@ def test_engines_are_known_whatever_is_imported_first(fresh: Fresh, first: str) 
         "from lora_plus.model.storage import FINDERS\n"
         "from lora_plus.model.tree import WRAPPERS\n"
         "assert {'lora_plus.engines.' + name for name in ('fsdp1', 'zero', 'dtensor')} == "
-        "{find.__module__ for find in FINDERS}\n"
+        "{find.__module__ for find in FINDERS.values()}\n"
         "assert {'FullyShardedDataParallel', 'DeepSpeedEngine'} < {wrapper.name for wrapper in WRAPPERS}\n"
         "assert not {'deepspeed', 'torch.distributed.fsdp', 'torch.distributed.tensor'} & set(sys.modules)"
     )

@@ -212,5 +212,5 @@ def test_the_storage_of_an_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     def find(tree: Tree) -> Storage | None:
         return Offloaded() if any(hasattr(parameter, "aside") for parameter in tree.parameters()) else None
 
-    monkeypatch.setattr("lora_plus.model.storage.FINDERS", [find, *FINDERS])
+    monkeypatch.setattr("lora_plus.model.storage.FINDERS", {"torch": find, **FINDERS})
     live(tmp_path / "a.safetensors", lambda: Net(Layer), init="pissa")

@@ -9,4 +9,8 @@ from lora_plus.model.storage import FINDERS
 from . import dtensor, fsdp1, zero
 from . import ranks as ranks
 
-FINDERS += [fsdp1.find, zero.find, dtensor.find]
+FINDERS |= {
+    "torch.distributed.fsdp": fsdp1.find,
+    "deepspeed": zero.find,
+    "torch.distributed.tensor": dtensor.find,
+}

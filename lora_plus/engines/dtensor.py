@@ -67,8 +67,6 @@ def _reshard(tree: Tree) -> None:
 
 def find(tree: Tree) -> DTensorStorage | None:
     """The storage of a model with DTensors; what a forward left whole is sharded again."""
-    if "torch.distributed.tensor" not in sys.modules:
-        return None
     _reshard(tree)
     return DTensorStorage(tree) if any(map(is_dtensor, tree.parameters())) else None
 

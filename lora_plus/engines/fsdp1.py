@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -56,6 +55,4 @@ class FSDP1Storage(ShardedStorage):
 
 def find(tree: Tree) -> FSDP1Storage | None:
     """The storage of a model with units of it."""
-    if "torch.distributed.fsdp" not in sys.modules:
-        return None
     return FSDP1Storage(tree) if any(hasattr(p, "_fsdp_flattened") for p in tree.parameters()) else None

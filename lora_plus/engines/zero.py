@@ -88,8 +88,6 @@ def _is_empty(tensor: Any) -> bool:
 
 def find(tree: Tree) -> Storage | None:
     """The storage of a model that an engine of DeepSpeed, or ``zero.Init``, has taken over."""
-    if "deepspeed" not in sys.modules:
-        return None
     parameters = tree.parameters()
     if any(hasattr(parameter, "ds_id") for parameter in parameters):
         return ZeRO3Storage(tree)

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from lora_plus.errors import Problems
 from lora_plus.layers.adapter import check_adapter_name
 from lora_plus.layers.freezing import set_requires_grad
-from lora_plus.model.adapters import set_adapter
-from lora_plus.model.inject import attach, check_selection, gc_paused
+from lora_plus.model.inject import attach, check_selection, gc_paused, make_active
 from lora_plus.model.places import Place, adapted_places
 from lora_plus.model.state import Need, State, require
 from lora_plus.tensors.distributed import fill
@@ -161,4 +160,4 @@ def _refill(state: State, adapter: str, placed: Sequence[tuple[Place, SavedLayer
         for part, tensor in layer.tensors.items():
             fill(held[part], tensor)
     set_requires_grad((module for _, module in state.modules), False)
-    set_adapter(state.model, adapter, trainable=trainable)
+    make_active(state, (adapter,), trainable=trainable)

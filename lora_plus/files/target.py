@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lora_plus.layers.base_layer import BaseLayer
 from lora_plus.layers.kinds import DTYPES
-from lora_plus.model.places import NamedModule, Place, find_modules, find_parameters, find_places
+from lora_plus.model.places import PLACE_FINDERS, NamedModule, Place, find_modules, find_places
 from lora_plus.model.tree import Named
 from lora_plus.text import join
 
@@ -75,7 +75,7 @@ class ModelTarget(Target):
         owner = name.rpartition(".")[0]
         if owner not in self._parameters:
             entries = {0: self.found[id(self.modules[owner])]} if owner in self.modules else {}
-            self._parameters[owner] = _by_name(find_parameters(entries))
+            self._parameters[owner] = _by_name(PLACE_FINDERS[-1].parameters(entries))
         return self._parameters[owner].get(name)
 
     def place(self, name: str) -> Place | None:

@@ -28,9 +28,9 @@ class AdapterTensors(nn.Module):
         self.__dict__.update(training=True, _parameters={}, _buffers={}, _modules={}, _non_persistent_buffers_set=set())
 
     def __getattr__(self, name: str) -> Any:
-        if name not in _NEW:
+        if name not in _NEW.__dict__:
             return super().__getattr__(name)
-        return self.__dict__.setdefault(name, copy.copy(_NEW[name]))
+        return self.__dict__.setdefault(name, copy.copy(_NEW.__dict__[name]))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -66,14 +66,9 @@ class AdapterTensors(nn.Module):
         return ", ".join(f"{name}: {tuple(self[name].shape)}" for name in self)
 
 
-def _new_module() -> dict[str, Any]:
-    """What a new module has."""
-    module = nn.Module()
-    keep_out_of_fused_kernels(module)
-    return vars(module)
-
-
-_NEW = _new_module()
+_NEW = nn.Module()
+"""What a container has, and does not hold itself until it is asked for it."""
+keep_out_of_fused_kernels(_NEW)
 
 
 @dataclass(eq=False)

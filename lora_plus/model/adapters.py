@@ -18,7 +18,7 @@ from lora_plus.tensors.init import Init, InitName, Start
 from lora_plus.tensors.random_state import draws
 from lora_plus.tensors.variant import VARIANTS, Scaling, VariantName
 
-from .inject import attach, gc_paused
+from .inject import attach, gc_paused, make_active
 from .places import adapted_places
 from .state import Need, require
 from .train_also import originals, restore_trained
@@ -72,13 +72,7 @@ def set_adapter(
                     f"{each.spec.variant!r}, which rescales the weight, so that its effect is not proportional to its "
                     "scale"
                 )
-    for _, weight in state.weights:
-        weight.activate(names, strengths)
-    if trainable is not None:
-        for _, adapter, _ in state.adapters():
-            adapter.set_trainable(trainable and adapter.name in names)
-        for _, module, record in state.trained():
-            set_requires_grad(module.modules(), trainable and record.adapter in names)
+    make_active(state, names, strengths, trainable=trainable)
 
 
 @gc_paused()

@@ -98,22 +98,3 @@ def map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
             object.__setattr__(same, own.name, map_tensors(getattr(value, own.name), change))
         return same
     return value
-
-
-def repeat_samples(batch: Any, copies: int) -> tuple[int, Any]:
-    """The number of samples of a batch, and the batch with all of them repeated one after the other."""
-    sizes = set()
-
-    def repeat(tensor: Tensor) -> Tensor:
-        if not tensor.ndim:
-            return tensor
-        sizes.add(len(tensor))
-        return tensor.repeat(copies, *[1] * (tensor.ndim - 1))
-
-    repeated = map_tensors(batch, repeat)
-    if len(sizes) != 1 or sizes == {0}:
-        raise ValueError(
-            "expected a batch of tensors whose first dimension is the samples, got first dimensions of "
-            f"{sorted(sizes) or 'no tensor'}; leave to the loss function what is common to all samples"
-        )
-    return sizes.pop(), repeated

@@ -191,6 +191,19 @@ def attach(
             stop_nesting(module)
 
 
+def make_active(
+    state: State, names: Sequence[str], strengths: Mapping[str, float] | None = None, *, trainable: bool | None = None
+) -> None:
+    """Let just these adapters take part, as `set_adapter` does once all is checked."""
+    for _, weight in state.weights:
+        weight.activate(names, strengths)
+    if trainable is not None:
+        for _, adapter, _ in state.adapters():
+            adapter.set_trainable(trainable and adapter.name in names)
+        for _, module, record in state.trained():
+            set_requires_grad(module.modules(), trainable and record.adapter in names)
+
+
 def check_selection(state: State, places: Sequence[Place], train_also: Sequence[NamedModule]) -> None:
     """Raise if a layer is inside a module that another adapter trains in full, or a module cannot be so trained.
 

@@ -274,7 +274,7 @@ class _Finder(Finder):
                 places.setdefault(key, []).extend(parts)
         return places
 
-    def parameters(self, found: Mapping[int, NamedModule], layouts: Layouts) -> list[Place]:
+    def parameters(self, found: Mapping[int, NamedModule], layouts: Layouts = lambda name, owner: None) -> list[Place]:
         places: list[Place] = []
         for each in found.values():
             there = parameter_holders(each.module)

@@ -215,8 +215,8 @@ class Finder:
         """By the identity of a module that is no place itself, its places."""
         return {}
 
-    def parameters(self, found: Mapping[int, NamedModule], layouts: Layouts) -> list[Place]:
-        """The parameters of all modules, each as a place of its own, whoever reads it."""
+    def parameters(self, found: Mapping[int, NamedModule], layouts: Layouts = lambda name, owner: None) -> list[Place]:
+        """The parameters of these modules, each as a place of its own, whoever reads it."""
         return []
 
     def adapted(self, site: AdapterSite, weight: AdaptedWeight, owner: nn.Module, owner_name: str) -> Place:
@@ -251,11 +251,6 @@ def find_places(found: Mapping[int, NamedModule], fused: Fused) -> list[Place]:
         elif key not in inside:
             places.append(LayerPlace(each.module, each.names))
     return places
-
-
-def find_parameters(found: Mapping[int, NamedModule], layouts: Layouts = lambda name, owner: None) -> list[Place]:
-    """Every parameter of these modules as a place of its own, whoever reads it."""
-    return PLACE_FINDERS[-1].parameters(found, layouts)
 
 
 def adapted_places(named: Named, name: str | None = None) -> Iterator[tuple[Place, Adapter]]:

@@ -19,7 +19,7 @@ from lora_plus.tensors.variant import AdapterSpec
 from lora_plus.text import join, near_misses
 
 from .patterns import NameIndex, Pattern, as_patterns, matcher, shown
-from .places import PLACE_FINDERS, NamedModule, Place, Rows, find_modules, find_parameters, find_places, overlaps
+from .places import PLACE_FINDERS, NamedModule, Place, Rows, find_modules, find_places, overlaps
 from .tree import Named
 
 ALL_LINEAR = "all-linear"
@@ -104,7 +104,7 @@ class Selection:
         def layout_of(name: str, owner: nn.Module) -> str | None:
             return next((layout for matches, layout in stated if matches(name, owner)), None)
 
-        return NameIndex([p for p in find_parameters(self._found, layout_of) if p.weight_key not in known])
+        return NameIndex([p for p in PLACE_FINDERS[-1].parameters(self._found, layout_of) if p.weight_key not in known])
 
     # ---- what patterns match -----------------------------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, ClassVar, TypeVar
@@ -86,10 +87,12 @@ class Storage:
         return action()
 
 
-FINDERS: list[Callable[[Tree], Storage | None]] = []
-"""By engine, how it holds a model's parameters; None where it does not. The first one that knows the model decides."""
+FINDERS: dict[str, Callable[[Tree], Storage | None]] = {}
+"""By package, how an engine of it holds a model's parameters; None where none does. Only loaded packages are asked; the
+first one that knows the model decides."""
 
 
 def storage_of(tree: Tree) -> Storage:
     """How the parameters of a model are held, as settled as `Storage.settle` makes them."""
-    return next(filter(None, (find(tree) for find in FINDERS)), None) or Storage()
+    found = (find(tree) for package, find in FINDERS.items() if package in sys.modules)
+    return next(filter(None, found), None) or Storage()

@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from lora_plus.errors import check_count, check_number
 from lora_plus.layers.adapter import check_adapter_name
 from lora_plus.model.adapters import adapter_names, delete_adapter, rename_adapter, set_adapter
-from lora_plus.model.dry_run import left_as_it_was, repeat_samples
+from lora_plus.model.dry_run import left_as_it_was, map_tensors
 from lora_plus.model.inject import inject_lora, remove_lora
 from lora_plus.model.patterns import Pattern
 from lora_plus.model.per_sample import adapter_per_sample
@@ -271,7 +271,7 @@ class Sweep:
         names, size = self.names, 0
         for start in range(0, len(names), self._together):
             part = names[start : start + self._together]
-            size, repeated = repeat_samples(batch, len(part))
+            size, repeated = _repeated_samples(batch, len(part))
             with adapter_per_sample(self.model, [name for name in part for _ in range(size)]):
                 losses = self._loss(self.model, repeated)
                 _check_losses(losses, len(part) * size)
@@ -318,3 +318,22 @@ def _check_statistics(model: nn.Module) -> None:
                 f"{name!r} ({type(module).__name__}) takes the statistics of the whole batch, which several candidates "
                 "share; call .eval() on it"
             )
+
+
+def _repeated_samples(batch: Any, copies: int) -> tuple[int, Any]:
+    """The number of samples of a batch, and the batch with all of them repeated one after the other."""
+    sizes = set()
+
+    def repeat(tensor: Tensor) -> Tensor:
+        if not tensor.ndim:
+            return tensor
+        sizes.add(len(tensor))
+        return tensor.repeat(copies, *[1] * (tensor.ndim - 1))
+
+    repeated = map_tensors(batch, repeat)
+    if len(sizes) != 1 or sizes == {0}:
+        raise ValueError(
+            "expected a batch of tensors whose first dimension is the samples, got first dimensions of "
+            f"{sorted(sizes) or 'no tensor'}; leave to the loss function what is common to all samples"
+        )
+    return sizes.pop(), repeated

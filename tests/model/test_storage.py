@@ -50,9 +50,9 @@ def asked() -> Iterator[list[nn.Module]]:
         models.append(tree.model)
         return Negated(tree.model) if getattr(tree.model, "negated", False) else None
 
-    FINDERS.append(find)
+    FINDERS["torch"] = find
     yield models
-    FINDERS.remove(find)
+    del FINDERS["torch"]
 
 
 def net() -> nn.Module:
@@ -103,7 +103,7 @@ LIMITS = {"fixed": Need.UNSHARDED, "flat": Need.WHOLE, "copied": Need.UNCOPIED}
 def test_what_an_engine_cannot_do_is_said_in_one_form(limit: str) -> None:
     model = net()
     storage = type("Limited", (Storage,), {"engine": "Limited", limit: True})()
-    FINDERS.append(lambda each: storage if each.model is model else None)
+    FINDERS["torch"] = lambda each: storage if each.model is model else None
     try:
         with pytest.raises(
             ValueError, match=f"^trying needs {NEEDS[LIMITS[limit]][0]}: .*Limited.*; do it before .*, or not$"
@@ -111,7 +111,7 @@ def test_what_an_engine_cannot_do_is_said_in_one_form(limit: str) -> None:
             require(model, "trying", LIMITS[limit], instead=", or not")
         require(model, "trying", ~LIMITS[limit] & ~Need.ADAPTED)
     finally:
-        FINDERS.pop()
+        del FINDERS["torch"]
 
 
 def test_every_need_is_in_the_table() -> None:
