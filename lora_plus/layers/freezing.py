@@ -12,16 +12,13 @@ _FLAGS = "_lora_requires_grad"
 
 def set_requires_grad(modules: Iterable[nn.Module], wanted: bool) -> None:
     """Set ``requires_grad`` of the modules' own floating-point parameters, and note what it was."""
-    owned = [
-        (module, name, parameter)
-        for module in modules
-        for name, parameter in module._parameters.items()
-        if parameter is not None and parameter.requires_grad != wanted and parameter.is_floating_point()
-    ]
-    # noted for all before any is changed: a shared parameter has several owners
-    for module, name, parameter in owned:
-        module.__dict__.setdefault(_FLAGS, {}).setdefault(name, parameter.requires_grad)
-    for _, _, parameter in owned:
+    others = []  # none is changed before all are noted: a shared parameter has several owners
+    for module in modules:
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.requires_grad != wanted and parameter.is_floating_point():
+                module.__dict__.setdefault(_FLAGS, {}).setdefault(name, not wanted)
+                others.append(parameter)
+    for parameter in others:
         parameter.requires_grad_(wanted)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -116,9 +115,10 @@ class Place(ABC):
 
     def new_tensors(self, storage: Storage, spec: AdapterSpec, start: Start) -> dict[str, Tensor]:
         """The tensors of a new adapter, by the name of their container; nothing is changed."""
-        values = start.needs_values(spec)
-        with storage.gathered([self.stored()]) if values else nullcontext():
-            return start.tensors(self.matrix(values=values), spec, self.lookup())
+        if not start.needs_values(spec):
+            return start.tensors(self.matrix(values=False), spec, self.lookup())
+        with storage.gathered([self.stored()]):
+            return start.tensors(self.matrix(), spec, self.lookup())
 
     @abstractmethod
     def check_adoptable(self) -> None:
