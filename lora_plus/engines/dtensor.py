@@ -68,7 +68,8 @@ def _reshard(tree: Tree) -> None:
 def find(tree: Tree) -> DTensorStorage | None:
     """The storage of a model with DTensors; what a forward left whole is sharded again."""
     _reshard(tree)
-    return DTensorStorage(tree) if any(map(is_dtensor, tree.parameters())) else None
+    one_of_each = {type(parameter): parameter for parameter in tree.parameters()}
+    return DTensorStorage(tree) if any(map(is_dtensor, one_of_each.values())) else None
 
 
 @dataclass(kw_only=True)

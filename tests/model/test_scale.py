@@ -186,7 +186,7 @@ def calls_for_a_layer(**settings: Callable[[list[str]], Any]) -> float:
 
 def test_injecting_calls_few_functions_for_each_layer() -> None:
     lora_plus.inject_lora(tree.tree(4), "all-linear", r=1)  # what is done once for each class
-    assert calls_for_a_layer() <= 60
+    assert calls_for_a_layer() <= 68  # some of them by the engines whose packages are loaded
 
 
 @pytest.mark.parametrize(
@@ -201,7 +201,7 @@ def test_injecting_calls_few_functions_for_each_layer() -> None:
 )
 def test_a_name_for_each_layer_costs_the_same_for_each(settings: dict[str, Any], more: int) -> None:
     lora_plus.inject_lora(tree.tree(4), "all-linear", r=1)
-    assert calls_for_a_layer(**settings) <= 60 + more  # where each name is compared with each layer, 320 more
+    assert calls_for_a_layer(**settings) <= 68 + more  # where each name is compared with each layer, 320 more
 
 
 def test_a_container_of_tensors_has_hooks_as_any_module_once_they_are_asked_for() -> None:
