@@ -21,7 +21,7 @@ class AdapterTensors(nn.Module):
     """One parameter for each adapter, by the adapter's name: what ``layer.lora_A`` and ``layer.lora_B`` are.
 
     Leaner than ``nn.ParameterDict``, and than any module: the dozen tables of its hooks, which would take more memory
-    than the factors of a small layer and a quarter of the time of an injection, are made when they are asked for.
+    than the factors of a small layer and a fifth of the time of an injection, are made when they are asked for.
     """
 
     def __init__(self) -> None:
