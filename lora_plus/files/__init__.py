@@ -7,6 +7,7 @@ from . import kohya as kohya  # isort: skip
 from . import diffusers as diffusers  # isort: skip
 from .export import ExportReport as ExportReport
 from .export import export_adapter as export_adapter
+from .export import to_peft as to_peft
 from .formats import FORMATS as FORMATS
 from .formats import Contents as Contents
 from .formats import Files as Files

@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +24,10 @@ from lora_plus.model.tree import is_spare_replica, own_parameters
 from lora_plus.model.unsaved import check_saved
 from lora_plus.text import join
 
-from .formats import FORMATS, Inexpressible
+from .formats import FORMATS, Files, Inexpressible
 from .paths import PathLike, stated
+from .peft.config import CONFIG
+from .peft.folder import WEIGHTS
 from .portable import portable, rank
 from .save import describe, values_not_finite, write_files
 from .saved_adapter import SavedAdapter
@@ -49,10 +51,12 @@ class Program:
     """Whether it finds the base model by the name in the folder."""
     unties: bool = True
     """Whether one of two layers with the same weight can have an adapter of its own."""
+    whole: bool = False
+    """Whether it reads all of PEFT's format, so that it need not get one rank and one scale."""
 
 
 PROGRAMS = {
-    "peft": Program("PEFT"),
+    "peft": Program("PEFT", whole=True),
     "vllm": Program(
         "vLLM",
         kinds=("Linear", "TransposedLinear", "Embedding"),
@@ -63,6 +67,10 @@ PROGRAMS = {
     # it transposes A and B together with the weight of a TransposedLinear, but PEFT's are those of (out, in) already
     "llama.cpp": Program("llama.cpp", kinds=("Linear", "Embedding"), plain=True, needs_base=True, unties=False),
 }
+
+
+ProgramName = Literal["peft", "vllm", "llama.cpp"]
+"""The names in `PROGRAMS`, for signatures."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +90,7 @@ def export_adapter(
     model: nn.Module,
     path: PathLike,
     *,
-    for_: Literal["peft", "vllm", "llama.cpp"] = "peft",
+    for_: ProgramName = "peft",
     adapter: str = "default",
     dtype: torch.dtype | None = None,
     base_model: str | None = None,
@@ -117,34 +125,79 @@ def export_adapter(
         ValueError: one error with everything that the program cannot express, or that is not finite, or what is
             trainable and must not be (`save_adapter`). Nothing is written then.
     """
-    if for_ not in PROGRAMS:
-        raise ValueError(f"unknown program {for_!r}; choose one of {sorted(PROGRAMS)}")
-    if dtype is not None and dtype not in DTYPES:
-        raise ValueError(f"dtype must be one of {DTYPES} or None, got {dtype!r}")
+    program = _program(for_, dtype)
     state = require(model, "exporting an adapter", Need.TRAINED, adapters=[adapter])
     check_saved(state, adapter, f"adapter {adapter!r} was not exported")
     real = Path(os.path.realpath(stated(path)))
-    program = PROGRAMS[for_]
     whole = describe(state, adapter, {} if base_model is None else {"base_model_name_or_path": base_model})
     data = portable(whole, dtype)
-
-    def write() -> None:
-        problems = values_not_finite(whole, state)
-        if not problems:
-            problems += [f"{line} with its scale in B; choose a wider dtype" for line in values_not_finite(data, state)]
-        problems += _not_taken(program, data, {} if program.unties else _tied(state, data))
-        head = f"adapter {adapter!r} was not exported for {program.name}; merge_and_unload gives a plain model instead"
-        broken = len(problems)
-        files = FORMATS["peft"].write(data, ModelTarget(state.names), problems)
-        if problems:
-            raise (Problems if broken else Inexpressible)(head, problems)
-        write_files(real, files)
-
+    failure = f"adapter {adapter!r} was not exported for {program.name}; merge_and_unload gives a plain model instead"
     if not is_spare_replica(model):
-        state.storage.on_one_rank(write)
+        state.storage.on_one_rank(lambda: write_files(real, _files(state, program, whole, data, failure)))
     r = rank(data)
     largest = next((each for each in program.ranks if each >= r), r)
     return ExportReport(r, program.options.format(rank=largest))
+
+
+def to_peft(
+    model: nn.Module,
+    adapter: str = "default",
+    *,
+    for_: ProgramName = "peft",
+    dtype: torch.dtype | None = None,
+    base_model: str | None = None,
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """One adapter in memory, as what is in ``adapter_config.json`` and in ``adapter_model.safetensors``.
+
+    For ``"peft"`` they are what `save_adapter` writes into a folder: the tensors are the adapter's own memory where its
+    dtype and layout are those of the file, so copy what shall not follow the training. For ``"vllm"`` and
+    ``"llama.cpp"`` they are what `export_adapter` writes, with one rank and the scales in B. Where parameters are
+    sharded every rank must call this, and each gets the whole tensors.
+
+    Args:
+        model, adapter, dtype, base_model: as in `export_adapter`; ``"peft"`` keeps each tensor's dtype.
+        for_: the program that reads them.
+
+    Returns:
+        The config, of values that JSON has, and the tensors, detached, by PEFT's names.
+
+    Raises:
+        KeyError: if the model holds no adapter of this name.
+        ValueError: one error with everything that the program cannot express, or that is not finite, or what is
+            trainable and must not be (`save_adapter`).
+    """
+    program = _program(for_, dtype)
+    if program.whole and dtype is not None:
+        raise ValueError(f"dtype is for programs that get tensors of their own; {program.name} gets the adapter's")
+    state = require(model, "taking an adapter in PEFT's format", Need.TRAINED, adapters=[adapter])
+    failure = f"adapter {adapter!r} was not taken for {program.name}"
+    check_saved(state, adapter, failure)
+    whole = describe(state, adapter, {} if base_model is None else {"base_model_name_or_path": base_model})
+    data = whole if program.whole else portable(whole, dtype)
+    files = _files(state, program, whole, data, failure)
+    return files[CONFIG], dict(files[WEIGHTS].tensors)
+
+
+def _program(name: str, dtype: torch.dtype | None) -> Program:
+    """The program of this name; the arguments are checked."""
+    if name not in PROGRAMS:
+        raise ValueError(f"unknown program {name!r}; choose one of {sorted(PROGRAMS)}")
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {DTYPES} or None, got {dtype!r}")
+    return PROGRAMS[name]
+
+
+def _files(state: State, program: Program, whole: SavedAdapter, data: SavedAdapter, failure: str) -> Files:
+    """The files of an adapter for a program, from the adapter as it is and as the program gets it."""
+    problems = values_not_finite(whole, state)
+    if not problems and data is not whole:
+        problems += [f"{line} with its scale in B; choose a wider dtype" for line in values_not_finite(data, state)]
+    problems += _not_taken(program, data, {} if program.unties else _tied(state, data))
+    broken = len(problems)
+    files = FORMATS["peft"].write(data, ModelTarget(state.names), problems)
+    if problems:
+        raise (Problems if broken else Inexpressible)(failure, problems)
+    return files
 
 
 def _tied(state: State, data: SavedAdapter) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 import lora_plus
 from lora_plus import export_adapter, inject_lora, load_adapter, save_adapter
+from lora_plus.files import to_peft
 from lora_plus.model.tree import adapted_weights, adapters_of
 
 PREFIX = "base_model.model."
@@ -268,3 +270,50 @@ def test_the_report_says_what_the_reader_needs(tmp_path: Path) -> None:
         assert (report.r, report.options) == (r, f"--enable-lora --max-lora-rank {largest}")
     assert str(report) == "rank 512 and alpha 512 on all layers\nopen with --enable-lora --max-lora-rank 512"
     assert str(export_adapter(model, tmp_path)) == "rank 512 and alpha 512 on all layers"
+
+
+# ---- in memory -------------------------------------------------------------------------------------------------------
+
+
+def test_in_memory_it_is_what_saving_writes(case: Case, tmp_path: Path) -> None:
+    model = case.adapted(alpha=-3, dropout=0.25)
+    problems = refusal(lambda: save_adapter(model, tmp_path / "saved"))
+    assert refusal(lambda: to_peft(model)) == problems
+    if problems is None:
+        config, tensors = to_peft(model)
+        written = load_file(tmp_path / "saved" / "adapter_model.safetensors")
+        assert json.loads(json.dumps(config)) == json.loads((tmp_path / "saved" / "adapter_config.json").read_text())
+        assert tensors.keys() == written.keys()
+        assert all(torch.equal(tensors[name], written[name]) and not tensors[name].requires_grad for name in written)
+
+
+@pytest.mark.parametrize("program", ["vllm", "llama.cpp"])
+def test_in_memory_it_is_what_exporting_writes_for_a_program(program: Any, tmp_path: Path) -> None:
+    model = nn.ModuleDict({"q": nn.Linear(6, 6), "v": nn.Linear(6, 6)})
+    inject_lora(model, ["q", "v"], r=4, rank_pattern={"v": 2})
+    randomise(model)
+    export_adapter(model, tmp_path / "exported", for_=program, base_model="base", dtype=torch.bfloat16)
+    config, tensors = to_peft(model, for_=program, base_model="base", dtype=torch.bfloat16)
+    written = load_file(tmp_path / "exported" / "adapter_model.safetensors")
+    assert config == json.loads((tmp_path / "exported" / "adapter_config.json").read_text())
+    assert tensors.keys() == written.keys() and all(torch.equal(tensors[name], written[name]) for name in written)
+
+
+def test_in_memory_the_tensors_are_the_adapters_own_and_what_is_wrong_is_told() -> None:
+    model = nn.ModuleDict({"q": nn.Linear(6, 6)})
+    inject_lora(model, ["q"], r=2, adapter="a")
+    _, tensors = to_peft(model, "a")
+    own = {
+        tensor.data_ptr() for container in (model["q"].lora_A, model["q"].lora_B) for tensor in container.parameters()
+    }
+    assert {tensor.data_ptr() for tensor in tensors.values()} == own
+    with torch.no_grad():
+        model["q"].lora_B["a"][0, 0] = torch.nan
+    with pytest.raises(ValueError, match=r"adapter 'a' was not taken for PEFT:\n.*q.lora_B"):
+        to_peft(model, "a")
+    with pytest.raises(KeyError, match="no adapter 'default'"):
+        to_peft(model)
+    with pytest.raises(ValueError, match="dtype is for programs that get"):
+        to_peft(model, "a", dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="unknown program 'sglang'"):
+        to_peft(model, "a", for_="sglang")  # type: ignore[arg-type]
