@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TypeVar
 
@@ -14,49 +13,60 @@ from lora_plus.errors import Problems
 from lora_plus.layers.adapter import check_adapter_name
 from lora_plus.layers.freezing import set_requires_grad
 from lora_plus.model.inject import attach, check_selection, gc_paused, make_active
-from lora_plus.model.places import Place, adapted_places
+from lora_plus.model.places import Place
 from lora_plus.model.state import Need, State, require
 from lora_plus.tensors.distributed import fill
 
+from .existing import Existing
 from .fit import choose_places, trained_problems
 from .paths import PathLike, stated
-from .read import described
+from .read import InMemory, described
 from .rename import Names, Renaming, renamed
-from .saved_adapter import SavedAdapter, SavedLayer
+from .saved_adapter import SavedAdapter
 from .target import ModelTarget
 from .tensor_file import read_all
 
 M = TypeVar("M", bound=nn.Module)
 
+_FILLABLE = Need.UNMERGED | Need.UNCOPIED | Need.WHOLE | Need.TRAINED
+
 
 @gc_paused()
 def load_adapter(
     model: M,
-    path: PathLike,
+    source: PathLike | InMemory,
     *,
     adapter: str = "default",
     trainable: bool = False,
     names: Names | None = None,
+    replace: bool = False,
 ) -> M:
     """Inject the adapter that a file or a PEFT folder describes, with its tensors, and make it the active one.
 
     No `inject_lora` is needed before: ranks, scales and layers are the file's. Modules that were trained in full get
     the file's values. Everything is read and checked before the model is touched.
 
+    With ``replace=True`` an adapter of this name that the model has gets the values in place. Its parameters stay the
+    same objects, so that optimizers, compiled graphs and engines stay valid, and so do its rank, its scale, its dropout
+    and whether it is active and trainable. Its layers must be the file's. A lower rank is filled up with zeros, and
+    another scale is multiplied into B; a higher rank or another variant is refused.
+
     A model that is sharded by ``fully_shard`` or tensor parallelism must have an adapter of this name, with the file's
-    layers and settings, from before it was sharded: it gets the file's values. Every rank must call this and read the
-    file; where one cannot, all raise its error.
+    layers and settings, from before it was sharded: it gets the file's values, as with ``replace=True``. Every rank
+    must call this and read the file; where one cannot, all raise its error.
 
     Args:
         model: a model with the layers that the adapter was made for; it is changed.
-        path: a file or folder in any of the formats; which it is shows in the file. Of a folder that holds folders of
-            several adapters, give one of these.
+        source: a file or folder in any of the formats; which it is shows in the file. Of a folder that holds folders of
+            several adapters, give one of these. Or an adapter in memory: what `read_adapter` gives, or the config and
+            the tensors of a PEFT folder, as `to_peft` gives them.
         adapter: the name that it gets in this model.
         trainable: whether the adapter, and the modules trained with it, shall be trained further. Everything else is
             frozen in either case.
         names: from the names of modules in the file to those in the model, where they differ: a mapping of prefixes,
             such as ``{"model.layers": "blocks"}``, or a function, which PEFT folders also ask for the modules around
             adapted ones. None for a new name leaves out what is called so, such as ``{"lora_te": None}``.
+        replace: whether an adapter of this name that is there gets the values; without one it is loaded anew.
 
     Returns:
         The same model.
@@ -69,20 +79,27 @@ def load_adapter(
     state = State(model)
     storage = state.storage
     fillable = storage.fixed and not storage.flat
-    refills = fillable and any(state.adapters(adapter))
-    if refills:
-        require(state, "loading into an adapter", Need.CHANGEABLE)
+    existing = Existing(state, adapter, exact=not replace) if fillable or replace else None
+    if existing is not None and any(state.adapters(adapter)):
+        require(state, "loading into an adapter", _FILLABLE if replace else Need.CHANGEABLE)
     else:
+        existing = None
         before = ", or inject one of its name and settings before, to be loaded into after"
         require(state, "loading an adapter", Need.GROWABLE, new=adapter, instead=before if fillable else "")
     with storage.outlined():
         data, places, modules = storage.on_every_rank(
-            lambda: _fitted(state, stated(path), names, adapter if refills else None)
+            lambda: _fitted(
+                state, source if isinstance(source, (SavedAdapter, tuple)) else stated(source), names, existing
+            )
         )
-        placed = [(places[name], layer) for name, layer in data.layers.items()]
-        if refills:
-            _refill(state, adapter, placed, trainable=trainable)
+        if existing is not None:
+            for tensor, values in existing.values(data, places):
+                fill(tensor, values)
+            if trainable or not replace:
+                set_requires_grad((module for _, module in state.modules), False)
+                make_active(state, (adapter,), trainable=trainable)
         else:
+            placed = [(places[name], layer) for name, layer in data.layers.items()]
             prepared = [(place, layer.spec, _at_home(layer.tensors, place.stored())) for place, layer in placed]
             attach(state, adapter, prepared, [modules[name] for name in data.trained], trainable=trainable)
     for name, tensors in data.trained.items():
@@ -92,15 +109,15 @@ def load_adapter(
 
 
 def _fitted(
-    state: State, path: Path, names: Names | None, existing: str | None
+    state: State, source: Path | InMemory, names: Names | None, existing: Existing | None
 ) -> tuple[SavedAdapter, dict[str, Place], dict[str, nn.Module]]:
-    """What a file holds, where in the model each layer of it belongs, and the model's modules by their names.
+    """What a source holds, where in the model each layer of it belongs, and the model's modules by their names.
 
     ``existing`` is the adapter of the model that gets the values, if any.
     """
     target = ModelTarget(state.names, Renaming(names))
     problems: list[str] = []
-    data = described(path, target, problems)
+    data = described(source, target, problems)
     if data.layers or data.trained:
         if target.rename.given and not data.resolved:
             data = renamed(data, target.rename, problems)
@@ -110,9 +127,10 @@ def _fitted(
     if not problems and not data.layers:
         problems.append("it has no adapted layer")
     if existing is not None:
-        problems += _differences(state, existing, data, places)
+        problems += existing.differences(data, places)
     if problems:
-        raise Problems(f"adapter {str(path)!r} cannot be loaded; the model is unchanged", problems)
+        what = f"adapter {str(source)!r}" if isinstance(source, Path) else "the adapter"
+        raise Problems(f"{what} cannot be loaded; the model is unchanged", problems)
     if existing is None:
         check_selection(state, list(places.values()), [target.found[id(target.modules[name])] for name in data.trained])
     read_all([*(layer.tensors for layer in data.layers.values()), *data.trained.values()])
@@ -123,41 +141,3 @@ def _at_home(tensors: Mapping[str, Tensor], weight: Tensor) -> dict[str, Tensor]
     """An adapter's tensors where the weight is, or on the CPU where it has no values yet."""
     home = torch.device("cpu") if weight.is_meta else weight.device
     return {part: tensor.to(home) for part, tensor in tensors.items()}
-
-
-# ---- into an adapter that a sharded model has already ----------------------------------------------------------------
-
-
-def _differences(state: State, adapter: str, data: SavedAdapter, places: Mapping[str, Place]) -> list[str]:
-    """How the adapter of this name in the model differs from the file's in anything but values."""
-    placed = {place.key: (place, each) for place, each in adapted_places(state.modules, adapter)}
-    problems = []
-    for name, place in places.items():
-        if place.key not in placed:
-            problems.append(f"{name!r} has no adapter {adapter!r} in the model")
-            continue
-        _, own = placed.pop(place.key)
-        layer = data.layers[name]
-        ours = asdict(own.spec) | {f"{part}.dtype": tensor.dtype for part, tensor in own.tensors().items()}
-        file = asdict(layer.spec) | {f"{part}.dtype": tensor.dtype for part, tensor in layer.tensors.items()}
-        problems += [
-            f"{name!r}: {field} {file.get(field)!r} in the file, {ours.get(field)!r} in the model"
-            for field in ours | file
-            if file.get(field) != ours.get(field)
-        ]
-    problems += [f"{place.name!r} has no adapter in the file" for place, _ in placed.values()]
-    trained = {path for path, _, _ in state.trained(adapter)}
-    problems += [f"{path!r} is not trained in full in the file" for path in sorted(trained - data.trained.keys())]
-    problems += [f"{path!r} is not trained in full in the model" for path in sorted(data.trained.keys() - trained)]
-    return problems
-
-
-def _refill(state: State, adapter: str, placed: Sequence[tuple[Place, SavedLayer]], *, trainable: bool) -> None:
-    """Write the values of the file's layers into the model's adapter, and make it the active one, on every rank."""
-    there = {place.key: each for place, each in adapted_places(state.modules, adapter)}
-    for place, layer in placed:
-        held = there[place.key].tensors()
-        for part, tensor in layer.tensors.items():
-            fill(held[part], tensor)
-    set_requires_grad((module for _, module in state.modules), False)
-    make_active(state, (adapter,), trainable=trainable)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
+
+from torch import Tensor
 
 from lora_plus.errors import Problems
 
@@ -38,19 +41,35 @@ def read_adapter(path: PathLike) -> SavedAdapter:
     return adapter
 
 
-def described(path: Path, target: Target, problems: list[str]) -> SavedAdapter:
-    """The adapter at a path, as far as its files describe it; what is wrong with it is added to ``problems``.
+InMemory = SavedAdapter | tuple[Mapping[str, Any], Mapping[str, Tensor]]
+"""An adapter that is in memory: as plain data, or as the config and the tensors of a folder in PEFT's format."""
+
+
+def described(source: Path | InMemory, target: Target, problems: list[str]) -> SavedAdapter:
+    """An adapter, as far as it is described; what is wrong with it is added to ``problems``.
 
     Its layers have the names of the file, or those of the target where it is ``resolved``. Its tensors are unread where
     what they mean does not depend on their values.
     """
-    if not path.exists():
-        raise FileNotFoundError(f"there is no adapter at {str(path)!r}")
-    found = _folder(path, problems) if path.is_dir() else _file(path, problems)
+    if isinstance(source, SavedAdapter):
+        return source
+    if isinstance(source, tuple):
+        found: tuple[str, Files] | None = _in_memory(*source)
+    elif not source.exists():
+        raise FileNotFoundError(f"there is no adapter at {str(source)!r}")
+    else:
+        found = _folder(source, problems) if source.is_dir() else _file(source, problems)
     if found is None:
         return SavedAdapter({}, {})
     name, files = found
     return replace(FORMATS[name].read(files, target, problems), format=name)
+
+
+def _in_memory(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[str, Files]:
+    """The config and the tensors of a folder as its files."""
+    name, format = next((name, format) for name, format in FORMATS.items() if format.folder)
+    whole = Contents(dict(tensors), {})
+    return name, {file: dict(config) if file.endswith(".json") else whole for file in format.folder}
 
 
 def _file(path: Path, problems: list[str]) -> tuple[str, Files] | None:

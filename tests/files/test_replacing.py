@@ -1,0 +1,187 @@
+"""Values of a saved adapter into one that the model has: in place, all or nothing, from a disk or from memory."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cases import Case, randomise
+from torch import Tensor, nn
+
+import lora_plus as lp
+from lora_plus.files import read_adapter, to_peft
+
+
+def snapshot(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def assert_unchanged(model: nn.Module, before: dict[str, Tensor]) -> None:
+    after = model.state_dict()
+    assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
+
+
+def test_an_adapter_gets_the_values_in_place(case: Case, tmp_path: Path) -> None:
+    source, model = case.adapted(), randomise(case.adapted(), seed=3)
+    lp.save_adapter(source, tmp_path / "a.safetensors")
+    x = case.input()
+    assert not torch.allclose(model.eval()(x), source.eval()(x), atol=1e-4)
+    held = dict(model.named_parameters())
+    flags = {name: parameter.requires_grad for name, parameter in held.items()}
+    assert lp.load_adapter(model, tmp_path / "a.safetensors", replace=True) is model
+    assert dict(model.named_parameters()) == held and all(p is held[n] for n, p in model.named_parameters())
+    assert {name: parameter.requires_grad for name, parameter in held.items()} == flags
+    assert torch.equal(model(x), source(x))
+
+
+def pair(r: int = 4, alpha: float = 16, **settings: Any) -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 3)).double()
+    return randomise(lp.inject_lora(model, ["0", "2"], r=r, alpha=alpha, **settings), seed=r)
+
+
+@pytest.mark.parametrize("r", [1, 3, 4])
+@pytest.mark.parametrize("settings", [{}, {"scaling": "rslora"}, {"variant": "dora"}, {"dropout": 0.5}])
+def test_a_lower_rank_and_another_scale_give_the_same_update(r: int, settings: dict[str, Any], tmp_path: Path) -> None:
+    source, model = pair(r, alpha=3, **settings), pair(4, alpha=-7, **settings)
+    lp.save_adapter(source, tmp_path / "a.safetensors")
+    spec = model[0].lora_adapters["default"].spec
+    lp.load_adapter(model, tmp_path / "a.safetensors", replace=True)
+    x = torch.randn(5, 6, dtype=torch.float64)
+    torch.testing.assert_close(model.eval()(x), source.eval()(x), rtol=1e-12, atol=1e-12)
+    assert model[0].lora_adapters["default"].spec == spec
+    assert not model[0].lora_A["default"][r:].any() and not model[0].lora_B["default"][:, r:].any()
+
+
+def test_what_is_in_memory_is_taken_too(tmp_path: Path) -> None:
+    source, x = pair(3), torch.randn(5, 6, dtype=torch.float64)
+    lp.save_adapter(source, tmp_path / "a.safetensors")
+    for given in (
+        read_adapter(tmp_path / "a.safetensors"),
+        to_peft(source),
+        to_peft(source, for_="vllm", dtype=torch.float64),
+    ):
+        model = lp.load_adapter(pair(4), given, replace=True)
+        torch.testing.assert_close(model(x), source(x), rtol=1e-12, atol=1e-12)
+        fresh = lp.load_adapter(lp.remove_lora(pair(4)), given, replace=True)  # there is none to replace
+        torch.testing.assert_close(fresh(x), source(x), rtol=1e-12, atol=1e-12)
+    config, tensors = to_peft(source)
+    broken = {**tensors, "base_model.model.0.lora_A.weight": torch.zeros(3, 5)}
+    with pytest.raises(ValueError, match=r"the adapter cannot be loaded; the model is unchanged:\n.*'0'"):
+        lp.load_adapter(pair(4), (config, broken), replace=True)
+    with pytest.raises(ValueError, match="peft_type is None"):
+        lp.load_adapter(pair(4), ({}, tensors), replace=True)
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "a higher rank": ({"r": 5}, "r 5 in the file, 4 in the model"),
+    "a variant": ({"variant": "dora"}, "variant 'dora' in the file, 'lora' in the model"),
+}
+
+
+@pytest.mark.parametrize(("settings", "message"), REFUSED.values(), ids=REFUSED)
+def test_what_does_not_fit_is_refused_by_name_and_nothing_changes(
+    settings: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    lp.save_adapter(pair(**{"r": 4, **settings}), tmp_path / "a.safetensors")
+    model = pair(4)
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=f"'2': {message}"):
+        lp.load_adapter(model, tmp_path / "a.safetensors", replace=True)
+    assert_unchanged(model, before)
+
+
+def test_other_places_are_refused_by_name(tmp_path: Path) -> None:
+    one = randomise(lp.inject_lora(lp.remove_lora(pair()), ["0"], r=4))
+    lp.save_adapter(one, tmp_path / "one.safetensors")
+    lp.save_adapter(pair(), tmp_path / "both.safetensors")
+    model = pair()
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="'2' has no adapter in the file"):
+        lp.load_adapter(model, tmp_path / "one.safetensors", replace=True)
+    assert_unchanged(model, before)
+    with pytest.raises(ValueError, match="'2' has no adapter 'default' in the model"):
+        lp.load_adapter(one, tmp_path / "both.safetensors", replace=True)
+
+
+@pytest.mark.parametrize("how", ["cut short", "a shape at the last layer", "not finite"])
+def test_a_broken_source_changes_nothing(how: str, tmp_path: Path) -> None:
+    model, path = pair(), tmp_path / "a.safetensors"
+    lp.save_adapter(pair(3), path)
+    data = read_adapter(path)
+    last = data.layers["2"].tensors
+    if how == "cut short":
+        path.write_bytes(path.read_bytes()[:-8])
+    elif how == "not finite":
+        last["lora_B"] = last["lora_B"].clone().fill_(torch.nan)
+    else:
+        last["lora_B"] = torch.zeros(4, 3)
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="cannot be loaded; the model is unchanged"):
+        lp.load_adapter(model, path if how == "cut short" else data, replace=True)
+    assert_unchanged(model, before)
+
+
+def test_without_the_word_an_adapter_that_is_there_is_refused(tmp_path: Path) -> None:
+    lp.save_adapter(pair(), tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match="the model has an adapter 'default' already"):
+        lp.load_adapter(pair(), tmp_path / "a.safetensors")
+    with lp.merged(model := pair()), pytest.raises(ValueError, match="loading into an adapter needs unmerged weights"):
+        lp.load_adapter(model, tmp_path / "a.safetensors", replace=True)
+
+
+def test_an_optimizer_goes_on_and_modules_trained_in_full_follow(tmp_path: Path) -> None:
+    model = lp.inject_lora(lp.remove_lora(pair()), ["0"], r=4, train_also=["2"])
+    optimizer = lp.create_loraplus_optimizer(model, torch.optim.AdamW, lr=1e-2)
+    x = torch.randn(5, 6, dtype=torch.float64)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+
+    step()
+    best, outputs = copy.deepcopy(to_peft(model)), model(x).detach()
+    step()
+    assert not torch.equal(model(x), outputs)
+    lp.load_adapter(model, best, replace=True)
+    assert torch.equal(model(x), outputs)
+    lp.check_optimizer(optimizer, model)
+    step()
+    assert not torch.equal(model(x), outputs)
+
+
+def test_inside_of_inference_mode_per_sample_and_disabled_blocks() -> None:
+    source, model, x = pair(3), pair(4), torch.randn(2, 6, dtype=torch.float64)
+    lp.add_adapter(model, "b", like="default")
+    given = to_peft(source)
+    with torch.inference_mode(), lp.adapter_per_sample(model, ["default", "b"]):
+        model(x)
+        lp.load_adapter(model, given, replace=True)
+        torch.testing.assert_close(model(x)[0], source(x)[0], rtol=1e-12, atol=1e-12)
+    with lp.disabled(model):
+        lp.load_adapter(model, to_peft(pair(2)), adapter="b", replace=True)
+    lp.set_adapter(model, "b")
+    torch.testing.assert_close(model(x), pair(2)(x), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_swapping_ranks_makes_no_new_graph(dynamic: bool) -> None:
+    import torch._dynamo.testing
+
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounter()
+    model, x = pair(8).eval(), torch.randn(5, 6, dtype=torch.float64)
+    compiled = torch.compile(model, backend=counter, dynamic=dynamic)
+    with torch.no_grad():
+        compiled(x)
+        graphs = counter.frame_count
+        for r in range(1, 9):
+            source = pair(r, alpha=r + 2).eval()
+            lp.load_adapter(model, to_peft(source), replace=True)
+            torch.testing.assert_close(compiled(x), source(x), rtol=1e-12, atol=1e-12)
+        assert counter.frame_count == graphs
+    torch._dynamo.reset()
