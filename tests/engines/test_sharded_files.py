@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import lora_plus as lp
 from lora_plus.engines import run_file as trained_state
-from lora_plus.files import adapter_state_dict
+from lora_plus.files import adapter_state_dict, to_peft
 from lora_plus.files.formats import FORMATS
 from lora_plus.model import adapter_names
 from lora_plus.tensors.distributed import whole
@@ -340,3 +340,25 @@ def test_a_run_that_one_rank_cannot_write_or_read_fails_on_all(two_processes: Pr
         kinds = ["OSError", "FileNotFoundError", "Problems", "SafetensorError", ""]
         assert [kind for kind, _ in first.values()] == kinds
         assert "No space left on device" in first["full"][1] and "does not fit the model" in first["other"][1]
+
+
+def synced() -> list[str]:
+    """What is wrong with weights that go from a sharded trainer to a sampler, and into shards of a higher rank."""
+    wrong, data = [], batches(2, rank=torch.distributed.get_rank(), world=2)
+    trainer = by_fully_shard(lora_model(train_also=()))
+    train(trainer, optimizer_for(trainer), data)
+    sampler = lp.load_adapter(lora_model(r=6, alpha=3, train_also=()), to_peft(trainer), replace=True)
+    if (sampler.eval()(TOKENS) - trainer.eval()(TOKENS)).abs().max() > 1e-5:
+        wrong.append("the sampler's output")
+    sharded = by_fully_shard(lora_model(r=6, alpha=3, train_also=()))
+    parameters = list(sharded.parameters())
+    lp.load_adapter(sharded, to_peft(trainer), replace=True)
+    if [id(p) for p in sharded.parameters()] != [id(p) for p in parameters]:
+        wrong.append("other parameters")
+    if not equal(adapter_state_dict(sharded), adapter_state_dict(sampler)):
+        wrong.append("values in shards")
+    return wrong
+
+
+def test_weights_of_a_sharded_trainer_reach_a_sampler(two_processes: Processes) -> None:
+    assert two_processes(synced) == [[], []]
