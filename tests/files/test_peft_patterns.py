@@ -24,7 +24,7 @@ from lora_plus.files.peft.folder import CONFIG, WEIGHTS
 from lora_plus.files.peft.folder import read as read_folder
 from lora_plus.files.peft.pattern_keys import LONGEST, Patterns
 from lora_plus.files.target import ModelTarget, Target
-from lora_plus.model.tree import named_modules
+from lora_plus.model.tree import Tree
 
 NAMES = [
     "q", "xq", "a.q", "a.xq", "a.q.b", "layers.0.q", "layers.1.q", "layers.10.q", "model.layers.1.q", "qq", "q-1",
@@ -193,7 +193,7 @@ def test_entries_are_looked_up_and_not_searched(tmp_path: Path) -> None:
     def seconds(count: int, field: str) -> float:
         model = nn.ModuleDict({f"m{number}": nn.Linear(1, 1) for number in range(count)})
         config = {"peft_type": "LORA", field: [f"absent{number}.weight" for number in range(count)]}
-        target, problems = ModelTarget(named_modules(model, every_name=True)), list[str]()
+        target, problems = ModelTarget(Tree(model).names), list[str]()
         outline_of(target)
         readers_in(target)
         started = time.process_time()
