@@ -77,6 +77,25 @@ class TransposedExperts(nn.Module):
         return torch.einsum("eti,eio->to", F.silu(gate) * up, self.down_proj)
 
 
+class IndexedExperts(Experts):
+    """The same as `Experts`, one expert after the other."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = torch.stack([F.linear(x, each) for each in (self.gate_up_proj[0], self.gate_up_proj[1])]).chunk(
+            2, -1
+        )
+        h = F.silu(gate) * up
+        return sum(h[e] @ self.down_proj[e].T for e in range(2))
+
+
+class BatchedExperts(TransposedExperts):
+    """The same as `TransposedExperts`, all experts in one product."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = torch.bmm(x.expand(2, -1, -1), self.gate_up_proj).chunk(2, dim=-1)
+        return torch.bmm(self.down_proj.transpose(1, 2), (F.silu(gate) * up).mT).sum(0).T
+
+
 class MarkedExperts(TransposedExperts):
     """The same, and it says so."""
 
@@ -333,6 +352,8 @@ PARAMETER_CASES = [
                   _whole("weight", order="io")),
     ParameterCase("bilinear", lambda: nn.Bilinear(3, 4, 5), _pair(3, 4), ["part"], _whole("weight")),
     ParameterCase("experts", Experts, _one(3, 4), EXPERTS, _whole(*EXPERTS, order="eoi")),
+    ParameterCase("experts-indexed", IndexedExperts, _one(3, 4), EXPERTS, _whole(*EXPERTS, order="eoi")),
+    ParameterCase("experts-batched", BatchedExperts, _one(3, 4), EXPERTS, _whole(*EXPERTS, order="eio"), TRANSPOSED),
     ParameterCase("experts-one-dora", Experts, _one(3, 4), ["gate_up_proj"], _whole("gate_up_proj", order="eoi"), DORA),
     ParameterCase("experts-layouts", TransposedExperts, _one(3, 4), EXPERTS, _whole(*EXPERTS, order="eio"),
                   TRANSPOSED),

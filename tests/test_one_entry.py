@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lora_plus
@@ -17,11 +18,13 @@ from lora_plus.layers import LoRALayer, adapts
 from lora_plus.layers.kinds import KINDS
 from lora_plus.layers.quantized import STORES, Store
 from lora_plus.layers.weight import AdaptedWeight
+from lora_plus.model import dense_reads
 from lora_plus.model.storage import FINDERS, Storage
 from lora_plus.model.tree import Tree
 from lora_plus.tensors.init import INITS
 from lora_plus.tensors.matrix import add_delta
 from lora_plus.tensors.variant import SCALINGS, VARIANTS, AdapterSpec, HasFactors, HasWeight, LoRA, TensorSpec
+from lora_plus.tensors.weight_sum import OPERATIONS
 
 
 class Net(nn.Module):
@@ -214,3 +217,27 @@ def test_the_storage_of_an_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr("lora_plus.model.storage.FINDERS", {"torch": find, **FINDERS})
     live(tmp_path / "a.safetensors", lambda: Net(Layer), init="pissa")
+
+
+def test_an_operation_that_needs_no_dense_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Table(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rows = nn.Parameter(torch.randn(9, 4))
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return F.embedding(ids, self.rows)
+
+    def embedding(func: Any, args: Any, kwargs: Any) -> Tensor:
+        ids, weight = args[:2]
+        rows = func(ids, weight.base, *args[2:], **kwargs)
+        return rows + sum(scale * func(ids, left) @ right for left, right, scale in weight.terms)
+
+    model, ids = lora_plus.inject_lora(Table(), ["rows"], r=2, init="orthogonal"), torch.tensor([[0, 3], [8, 8]])
+    for adapter in model.lora_parameters.rows.lora_adapters.values():
+        nn.init.normal_(adapter.tensors()["lora_B"])
+    wanted = model(ids)
+    assert dense_reads(model, ids) == {"rows": ["torch.nn.functional.embedding"]}
+    monkeypatch.setitem(OPERATIONS, F.embedding, embedding)
+    assert dense_reads(model, ids) == {}
+    torch.testing.assert_close(model(ids), wanted)

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from lora_plus.tensors.weight_sum import Term, WeightSum, can_stand
+
 from .merge_state import Slot
 from .site import BaseParameters
 from .weight import AdaptedWeight
@@ -33,11 +35,38 @@ class LoRAParameter(AdaptedWeight):
         self.begin()
 
     def forward(self, weight: Tensor | None = None) -> Tensor:
-        """The weight to compute with; from another one than the parameter, if one is given."""
+        """The weight to compute with; from another one than the parameter, if one is given.
+
+        It is a `WeightSum` where it can be: products with it cost no matrix of the weight's size.
+        """
         base = self.weight if weight is None else weight
         if self.is_merged_now() or not self.computes():
             return base
+        terms = self.terms()
+        if terms is not None and can_stand(base):
+            return WeightSum.of(base, terms, self)
         return self.effective_weight(self.acting(), base).to(base.dtype)
+
+    def terms(self) -> list[Term] | None:
+        """The updates of the parameter as it is stored; None where the weight must be a plain tensor.
+
+        That is so where the parameter is no matrix, or the module is one of torch's that reads it in C++, or an adapter
+        does more than add to it; and where hooks run around this module's call, since engines gather the values by them
+        for the length of the call.
+        """
+        if self._forward_pre_hooks or self._forward_hooks or "forward" in self.__dict__:
+            return None
+        stored, viewed = (side.split() for side in self.layout.split(" -> "))
+        straight = stored == viewed
+        if self.of is not None or not (straight or [*viewed[:-2], viewed[-1], viewed[-2]] == stored):
+            return None
+        terms = []
+        for adapter in self.acting():
+            if not adapter.spec.only_adds:
+                return None
+            A, B = adapter.factors()
+            terms.append(Term(B, A, adapter.scale) if straight else Term(A.mT, B.mT, adapter.scale))
+        return terms
 
     def computes(self) -> bool:
         """Whether the weight to compute with is made from the parameter and adapters, and not the parameter itself."""

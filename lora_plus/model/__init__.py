@@ -9,6 +9,7 @@ from .adapters import disabled as disabled
 from .adapters import rename_adapter as rename_adapter
 from .adapters import set_adapter as set_adapter
 from .check import check_adapters as check_adapters
+from .dense_reads import dense_reads as dense_reads
 from .inject import inject_lora as inject_lora
 from .inject import remove_lora as remove_lora
 from .merge import merge_and_unload as merge_and_unload

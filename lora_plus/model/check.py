@@ -17,6 +17,7 @@ from lora_plus.layers.adapter import Adapter
 from lora_plus.layers.layer import LoRALayer
 from lora_plus.layers.weight import AdaptedWeight
 from lora_plus.tensors.variant import VARIANTS
+from lora_plus.tensors.weight_sum import WeightSum
 
 from .dry_run import copied, left_as_it_was
 from .state import Need, require
@@ -255,6 +256,8 @@ class _Watch(TorchDispatchMode):
         return noted
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if WeightSum in types:
+            return NotImplemented  # it makes the sum first, by operations that come here
         for tensor in _tensors((args, kwargs or {})):
             memory = _memory(tensor)
             if memory in self.factors:

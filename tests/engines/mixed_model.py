@@ -24,7 +24,7 @@ class Mixed(nn.Module):
 
         def forward(self, x: Tensor) -> Tensor:
             x = x + self.attention(x, x, x, need_weights=False)[0]
-            x = x + torch.einsum("b t i, e o i -> b t o", x, self.experts)
+            x = x + (x[:, None] @ self.experts.mT).sum(1)
             x = x + self.conv(x.mT).mT
             q, k, v = self.qkv(x).chunk(3, dim=-1)
             return x + torch.sigmoid(q) * k + v

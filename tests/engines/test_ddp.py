@@ -61,7 +61,7 @@ class Mixed(nn.Module):
         x = self.embedding(tokens)
         mask = torch.ones(LENGTH, LENGTH, dtype=torch.bool).triu(1)
         x = x + self.attention(x, x, x, need_weights=False, attn_mask=mask)[0]
-        return self.head(x + torch.einsum("eoi,bti->bto", self.experts, x).tanh())
+        return self.head(x + (x[:, None] @ self.experts.mT).sum(1).tanh())
 
 
 def mixed() -> nn.Module:

@@ -29,8 +29,10 @@ from torch.utils import _pytree as pytree
 
 import lora_plus
 from lora_plus.files import adapter_state_dict
+from lora_plus.layers.parameter_owner import parameter_holders
 from lora_plus.layers.weight import AdaptedWeight
-from lora_plus.model import parameter_places
+from lora_plus.model import dense_reads, parameter_places
+from lora_plus.tensors.weight_sum import WeightSum
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN"),
@@ -276,3 +278,75 @@ def test_a_user_s_own_module_that_reads_its_weight_is_one_entry(tmp_path: Path) 
             lora_plus.inject_lora(nn.Sequential(nn.ReLU()), ["0"])
     finally:
         del parameter_places.PARTS[Mixer]
+
+
+# ---- what reading gives ----------------------------------------------------------------------------------------------
+
+
+def test_only_a_plain_sum_that_python_code_reads_is_left_to_its_reader(case: ParameterCase) -> None:
+    model = case.adapted()
+    for owner in list(model.modules()):
+        for name, weight in parameter_holders(owner).items():
+            stands = weight.of is None and not case.dora
+            assert isinstance(getattr(owner, name), WeightSum) == stands
+            hook = weight.register_forward_pre_hook(lambda module, args: None)
+            assert not isinstance(getattr(owner, name), WeightSum)
+            hook.remove()
+            with lora_plus.disabled(model):
+                assert getattr(owner, name) is weight.weight
+            lora_plus.merge_lora(model.eval())
+            assert getattr(owner, name) is weight.weight
+            lora_plus.unmerge_lora(model)
+
+
+def test_two_adapters_and_those_of_blocks_are_terms_of_one_sum() -> None:
+    model = Around(nn.Linear(6, 6)).double()
+    lora_plus.inject_lora(model, ["part.weight"], r=2)
+    lora_plus.inject_lora(model, ["part.weight"], r=3, adapter="other", init="pissa")
+    lora_plus.set_adapter(randomise(model), {"default": 2.0, "other": 0.5})
+    x = torch.randn(4, 6, dtype=torch.float64)
+    assert len(model.part.weight.terms) == 2 and dense_reads(model, x) == {}
+    output = model(x)
+    assert_close([output], [lora_plus.merge_and_unload(model)(x)])
+
+
+def test_dense_reads_names_the_operations() -> None:
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up = nn.Parameter(torch.randn(2, 6, 4))
+            self.down = nn.Parameter(torch.randn(6, 4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.einsum("ti,eoi->to", x, self.up) @ self.down + self.up.sum()
+
+    model, x = randomise(lora_plus.inject_lora(Around(Mixed()), ["up", "down"], r=2)), torch.randn(3, 4)
+    assert dense_reads(model, x) == {"part.up": ["torch.functional.einsum"]}
+    assert model.training and all(parameter.grad is None for parameter in model.parameters())
+    with lora_plus.disabled(model), pytest.raises(ValueError, match="looking for dense weights needs enabled adapters"):
+        dense_reads(model, x)
+
+
+def test_the_check_sees_what_reads_a_weight_without_asking_it() -> None:
+    class Kernel(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+            ctx.save_for_backward(x, weight)
+            with torch._C.DisableTorchFunctionSubclass():  # as C++ code
+                return x @ weight
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+            x, weight = ctx.saved_tensors
+            return grad @ weight.T, x.T @ grad
+
+    class Fast(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.matrix = nn.Parameter(torch.randn(4, 3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return Kernel.apply(x, self.matrix)
+
+    model = lora_plus.inject_lora(Around(Fast()), ["matrix"], r=2)
+    assert lora_plus.check_adapters(model, torch.randn(5, 4)) == ["part.matrix"]

@@ -1,0 +1,44 @@
+"""Which weights adapted as parameters a model reads in a way that makes the dense W + s B A."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+
+from lora_plus.tensors.weight_sum import noting_sums
+
+from .dry_run import copied, left_as_it_was
+from .state import Need, require
+from .tree import unwrap
+
+
+def dense_reads(model: nn.Module, *inputs: Any, **keywords: Any) -> dict[str, list[str]]:
+    """Run the model on these inputs, and tell which weights were summed up, and for which operations.
+
+    Products with a stacked or shared weight that has adapters are computed from W, A and B. Other operations need the
+    matrix W + s B A, which costs as much time and memory as the weight is large.
+
+    The model is left as `check_adapters` leaves it.
+
+    Args:
+        model: the model with adapters, neither merged nor sharded; a compiled one is run as it is without compilation.
+        inputs, keywords: what to call the model with.
+
+    Returns:
+        Place -> the operations that needed the sum, in their order; only places where one did. Modules of torch's own
+        that read their weights in C++ (``nn.MultiheadAttention``, ``nn.LSTM``), and variants that rescale the weight,
+        always need it and are not listed.
+    """
+    model = unwrap(model)
+    state = require(model, "looking for dense weights", Need.UNSHARDED | Need.WHOLE | Need.CHANGEABLE)
+    names = {id(weight): name for name, _, weight in state.adapters()}
+    eagerly = torch.compiler.set_stance("force_eager") if hasattr(torch.compiler, "set_stance") else nullcontext()
+    with left_as_it_was(model), torch.no_grad(), eagerly, noting_sums() as found:
+        model(*copied(inputs, {}), **copied(keywords, {}))
+    reads: dict[str, list[str]] = {}
+    for source, operation in found:
+        reads.setdefault(names[id(source)], []).append(operation)
+    return {name: list(dict.fromkeys(operations)) for name, operations in reads.items()}
