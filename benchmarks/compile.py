@@ -138,7 +138,12 @@ def main() -> None:
     parser.add_argument("--time", action="store_true", help="time a compiled step of --model too")
     parser.add_argument("--r", type=int, default=8)
     options = parse(parser, tokens=(1, 128))
-    options.compile, options.optimizer, options.peers = True, False, ["frozen", "lora_plus", "peft", "naive"]
+    options.compile, options.optimizer, options.dora, options.peers = (
+        True,
+        False,
+        False,
+        ["frozen", "lora_plus", "peft", "naive"],
+    )
     report = Report(__doc__, options)
     torch._dynamo.config.recompile_limit = 64  # above it torch stops compiling, and counting would end
     names = ("frozen", "lora_plus", "peft")

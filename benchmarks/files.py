@@ -4,7 +4,7 @@ The floors are safetensors' own ``save_file``, and ``load_file`` with a copy of 
 may just map the file into memory. Loading is into a plain model, so it contains the injection; both libraries get a
 model whose base weights take up no memory, since neither looks at them. Elapsed time says what a user waits for, the
 disk included; CPU time what the library does. lora_plus waits until the disk has the file ("fsync"), which safetensors
-and PEFT do not; that is in the elapsed time.
+and PEFT do not; that is in the elapsed time. "Replace" and "hotswap" put new values into an adapter that the model has.
 
     python benchmarks/files.py
 """
@@ -28,7 +28,7 @@ from workloads import LLAMA_TARGETS
 
 import lora_plus
 from examples.demo.llama import Config, Llama
-from lora_plus.files import adapter_state_dict
+from lora_plus.files import adapter_state_dict, to_peft
 
 SHAPES = {
     "smollm2": Config(vocab=49152, width=576, hidden=1536, layers=30, heads=9, kv_heads=3),
@@ -67,6 +67,10 @@ def tasks(config: Config, r: int, folder: Path) -> tuple[dict[str, Task | Call],
     for name, path in (("lora_plus, load", native), ("lora_plus, load PEFT's", by_peft)):
         loaded[name] = loading(lora_plus.load_adapter, lora_plus.remove_lora, hollow(config), path)
     loaded["peft, load"] = loading(_load_in_peft, lambda model: model.unload(), hollow(config), by_peft)
+    held, swapped = lora_plus.load_adapter(hollow(config), by_peft), _load_in_peft(hollow(config), by_peft)
+    loaded["lora_plus, replace PEFT's"] = lambda: lora_plus.load_adapter(held, by_peft, replace=True)
+    loaded["lora_plus, replace from memory"] = lambda: lora_plus.load_adapter(held, to_peft(ours), replace=True)
+    loaded["peft, hotswap"] = lambda: _hotswap_in_peft(swapped, by_peft)
     return written | loaded, sum(parameter.nbytes for parameter in trainable(ours))
 
 
@@ -82,6 +86,12 @@ def _load_in_peft(model: Any, path: Path) -> Any:
     return peft.PeftModel.from_pretrained(model, str(path))
 
 
+def _hotswap_in_peft(model: Any, path: Path) -> None:
+    from peft.utils.hotswap import hotswap_adapter
+
+    hotswap_adapter(model, str(path), "default")
+
+
 def compare(config: Config, r: int, clock: str, options: argparse.Namespace) -> list[list[Cell]]:
     """A row for each way of saving and loading."""
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
@@ -89,7 +99,7 @@ def compare(config: Config, r: int, clock: str, options: argparse.Namespace) -> 
         seconds = interleaved(timed, options, clock=clock)
     rows: list[list[Cell]] = []
     for name, spread in seconds.items():
-        floor = seconds["safetensors, " + name.partition(", ")[2].partition(" ")[0]]  # of save or load
+        floor = seconds["safetensors, save" if "save" in name else "safetensors, load"]
         rows.append([name, count(size), spread, spread.rate(size, "B/s"), spread.over(floor)])
     return rows
 
