@@ -95,7 +95,8 @@ def snapshot(model: nn.Module) -> dict[str, Any]:
             name: (id(tensor), tensor.requires_grad, tensor.dtype, tensor.device, bits(tensor))
             for name, tensor in model.state_dict(keep_vars=True).items()
         },
-        "attributes": [sorted(module.__dict__) for module in model.modules()],
+        # containers of adapters make the tables that every module has when they are asked for
+        "attributes": [sorted(module.__dict__.keys() - vars(nn.Module()).keys()) for module in model.modules()],
         "hooks": [list(module._forward_pre_hooks) for module in model.modules()],
         "training": [module.training for module in model.modules()],
         "repr": repr(model),
