@@ -13,7 +13,6 @@ from cases import CASES, Case, explicit, randomise
 from torch import nn
 
 import lora_plus as lp
-from lora_plus.engines.peft import peft_roles
 from lora_plus.surgery import resize_adapter
 from lora_plus.tensors.init import INITS, PRINCIPAL, InitName
 from lora_plus.tensors.starts import milora, olora, pissa
@@ -78,6 +77,8 @@ def test_an_embedding_starts_with_A_zero_and_B_standard_normal() -> None:
 def test_the_rows_of_an_embedding_move_as_those_of_peft_do_at_the_default_rate(vocabulary: int) -> None:
     """Of themselves about 6e-4 in 100 steps, at every vocabulary, and only those that are looked up."""
     peft = pytest.importorskip("peft")
+    from lora_plus.engines.peft import peft_roles
+
     moved = []
     tokens = torch.arange(500)
     for theirs in (False, True):
