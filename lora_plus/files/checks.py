@@ -15,7 +15,7 @@ from lora_plus.layers.kinds import DTYPES, kinds_by_name
 from lora_plus.model.places import PLACE_FINDERS
 from lora_plus.model.selection import LAYOUTS
 from lora_plus.tensors import matrix as functional
-from lora_plus.tensors.variant import adapter_tensor_specs, needs_input, whole_only
+from lora_plus.tensors.variant import FACTORS, VARIANTS, needs_input, whole_only
 from lora_plus.text import join, parents
 
 from .saved_adapter import SavedAdapter, SavedLayer
@@ -83,18 +83,19 @@ def shape_problems(layer: SavedLayer) -> list[str]:
     *stack, out_features, in_features = functional.matrix_shape(base.layout, base.shape)
     if "rows" in base.facts:
         out_features = base.facts["rows"][1] - base.facts["rows"][0]
-    specs, matrix = adapter_tensor_specs(layer.spec.variant), (*stack, out_features, in_features)
-    expected = {part: specs[part].shape(matrix, layer.spec.r) for part in layer.tensors}
+    stated, matrix = (*FACTORS, *VARIANTS[layer.spec.variant].tensors), (*stack, out_features, in_features)
+    expected = {each.name: each.shape(matrix, layer.spec.r) for each in stated}
+    shapes = {part: tuple(tensor.shape) for part, tensor in layer.tensors.items()}
     return [
-        f"{part} has shape {tuple(tensor.shape)}, expected {expected[part]}"
-        for part, tensor in layer.tensors.items()
-        if tuple(tensor.shape) != expected[part]
+        f"{part} has shape {shapes.get(part)}, expected {expected.get(part)}"
+        for part in shapes | expected
+        if shapes.get(part) != expected.get(part)
     ]
 
 
 def is_finite(tensor: Tensor) -> bool:
     """Whether all values of a tensor are finite; other dtypes than those of weights are."""
-    if tensor.dtype not in DTYPES or math.isfinite(tensor.sum(dtype=torch.float32)):
+    if tensor.dtype not in DTYPES or math.isfinite(tensor.detach().sum(dtype=torch.float32)):
         return True
     return bool(torch.isfinite(tensor).all())  # a sum of finite numbers can be too large
 

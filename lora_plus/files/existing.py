@@ -8,13 +8,17 @@ from typing import Any
 
 from torch import Tensor
 
+from lora_plus.errors import Problems
 from lora_plus.layers.adapter import Adapter
 from lora_plus.model.places import Place, adapted_places
 from lora_plus.model.state import State
+from lora_plus.tensors.distributed import local
 from lora_plus.tensors.matrix import accumulation_dtype
-from lora_plus.tensors.variant import SUBTRACTED
+from lora_plus.tensors.variant import AdapterSpec
+from lora_plus.text import join
 
-from .saved_adapter import SavedAdapter, SavedLayer
+from .checks import is_finite
+from .saved_adapter import SavedAdapter
 
 
 @dataclass(frozen=True)
@@ -37,32 +41,33 @@ class Existing:
             if place.key not in left:
                 yield f"{name!r} has no adapter {self.name!r} in the model"
                 continue
-            file, ours = self._compared(data.layers[name], left.pop(place.key)[1])
+            layer, own = data.layers[name], left.pop(place.key)[1]
+            file, ours = self._settings(layer.spec, layer.tensors, own), self._settings(own.spec, own.tensors(), own)
             for field in ours | file:
                 if file.get(field) != ours.get(field):
                     yield f"{name!r}: {field} {file.get(field)!r} in the file, {ours.get(field)!r} in the model"
+            if any(held.is_meta for held in own.tensors().values()):
+                yield f"{name!r}: the model's adapter has no values (it is on the meta device)"
         yield from (f"{place.name!r} has no adapter in the file" for place, _ in left.values())
         trained = {path for path, _, _ in self.state.trained(self.name)}
         yield from (f"{path!r} is not trained in full in the file" for path in sorted(trained - data.trained.keys()))
         yield from (f"{path!r} is not trained in full in the model" for path in sorted(data.trained.keys() - trained))
 
-    def _compared(self, layer: SavedLayer, own: Adapter) -> tuple[dict[str, Any], dict[str, Any]]:
-        """What must be alike of a saved layer and the model's."""
-        both = (layer.spec, layer.tensors), (own.spec, own.tensors())
+    def _settings(self, spec: AdapterSpec, tensors: Mapping[str, Tensor], own: Adapter) -> dict[str, Any]:
+        """What must be alike of a saved layer and the model's ``own``, of one of the two."""
         if self.exact:
-            return tuple(  # type: ignore[return-value]
-                asdict(spec) | {f"{part}.dtype": tensor.dtype for part, tensor in tensors.items()}
-                for spec, tensors in both
-            )
-        return tuple(  # type: ignore[return-value]
-            {"variant": spec.variant, "tensors": sorted(tensors), "r": max(spec.r, own.spec.r)}
-            for spec, tensors in both
-        )
+            return asdict(spec) | {f"{part}.dtype": tensor.dtype for part, tensor in tensors.items()}
+        return {"variant": spec.variant, "tensors": sorted(tensors), "r": max(spec.r, own.spec.r)}
 
     def values(self, data: SavedAdapter, places: Mapping[str, Place]) -> list[tuple[Tensor, Tensor]]:
-        """Each tensor of it with its new values: of its rank and scale, so that the update is the saved one's."""
+        """Each tensor of it with its new values: of its rank, scale and dtype, so that the update is the saved one's.
+
+        Raises:
+            ValueError: if a value that is finite in the file is not in the model's dtype.
+        """
         there = self.by_place()
-        pairs: list[tuple[Tensor, Tensor]] = []
+        pairs, lost = list[tuple[Tensor, Tensor]](), list[str]()
+        own_memory = {_memory(held) for _, each in there.values() for held in each.tensors().values()}
         for name, layer in data.layers.items():
             own = there[places[name].key][1]
             factor = layer.spec.scale / own.spec.scale
@@ -71,7 +76,17 @@ class Existing:
                 if saved.shape != held.shape:
                     values = saved.new_zeros(held.shape)
                     values[tuple(map(slice, saved.shape))] = saved
-                if factor != 1 and part in ("lora_B", SUBTRACTED[1]):
+                if factor != 1 and part == "lora_B":
                     values = values.to(accumulation_dtype(values.dtype, held.dtype)) * factor
-                pairs.append((held, values))
+                rounded = values.to(held.dtype, copy=_memory(values) in own_memory)
+                if rounded is not saved and not is_finite(rounded):
+                    lost.append(f"{join(name, part)!r} has values that are not finite in {held.dtype} at this scale")
+                pairs.append((held, rounded))
+        if lost:
+            raise Problems("the adapter cannot be loaded; the model is unchanged", lost)
         return pairs
+
+
+def _memory(tensor: Tensor) -> int:
+    """Where the memory begins that a tensor lies in."""
+    return local(tensor).untyped_storage().data_ptr()

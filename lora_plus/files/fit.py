@@ -80,10 +80,8 @@ def _missing_modules(names: list[str], target: ModelTarget) -> list[str]:
 def _layer_problems(layer: SavedLayer, base: BaseLayer) -> list[str]:
     """How a layer's adapter differs from what this layer of the model needs."""
     if layer.base != base:
-        pairs = [
-            (field, getattr(layer.base, field), getattr(base, field)) for field in ("kind", "layout", "shape", "facts")
-        ]
-        return [f"{field} {file!r} in the file, {ours!r} in the model" for field, file, ours in pairs if file != ours]
+        pairs = [(key, getattr(layer.base, key), getattr(base, key)) for key in ("kind", "layout", "shape", "facts")]
+        return [f"{key} {file!r} in the file, {ours!r} in the model" for key, file, ours in pairs if file != ours]
     # True and 1.0 equal 1, and are no extents
     told = layer.base.facts or {*map(type, layer.base.shape)} != {int}
     wrong = base_problem(layer.base) if told else None
@@ -124,6 +122,6 @@ def _tensor_problem(tensor: Tensor, wanted: Tensor) -> str | None:
         return f"{tensor.dtype} in the file, {wanted.dtype} in the model"
     if wanted.is_meta:
         return "the model has no values for it yet (it is on the meta device); load the base model first"
-    if isinstance(wanted, nn.Parameter) and not is_finite(tensor):
+    if isinstance(wanted, nn.Parameter) and not is_finite(tensor.to(wanted.dtype)):
         return "values that are not finite"
     return None

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lora_plus.errors import Problems
 from lora_plus.layers.adapter import check_adapter_name
 from lora_plus.layers.freezing import set_requires_grad
+from lora_plus.model.dry_run import map_tensors
 from lora_plus.model.inject import attach, check_selection, gc_paused, make_active
 from lora_plus.model.places import Place
 from lora_plus.model.state import Need, State, require
@@ -49,7 +50,8 @@ def load_adapter(
     With ``replace=True`` an adapter of this name that the model has gets the values in place. Its parameters stay the
     same objects, so that optimizers, compiled graphs and engines stay valid, and so do its rank, its scale, its dropout
     and whether it is active and trainable. Its layers must be the file's. A lower rank is filled up with zeros, and
-    another scale is multiplied into B; a higher rank or another variant is refused.
+    another scale is multiplied into B; a higher rank, another variant and values that the model's dtype cannot hold
+    are refused.
 
     A model that is sharded by ``fully_shard`` or tensor parallelism must have an adapter of this name, with the file's
     layers and settings, from before it was sharded: it gets the file's values, as with ``replace=True``. Every rank
@@ -59,7 +61,7 @@ def load_adapter(
         model: a model with the layers that the adapter was made for; it is changed.
         source: a file or folder in any of the formats; which it is shows in the file. Of a folder that holds folders of
             several adapters, give one of these. Or an adapter in memory: what `read_adapter` gives, or the config and
-            the tensors of a PEFT folder, as `to_peft` gives them.
+            the tensors of a PEFT folder, as `to_peft` gives them; its values are copied.
         adapter: the name that it gets in this model.
         trainable: whether the adapter, and the modules trained with it, shall be trained further. Everything else is
             frozen in either case.
@@ -79,19 +81,18 @@ def load_adapter(
     state = State(model)
     storage = state.storage
     fillable = storage.fixed and not storage.flat
-    existing = Existing(state, adapter, exact=not replace) if fillable or replace else None
-    if existing is not None and any(state.adapters(adapter)):
+    there = (fillable or replace) and any(state.adapters(adapter))
+    existing = Existing(state, adapter, exact=not replace) if there else None
+    if existing is not None:
         require(state, "loading into an adapter", _FILLABLE if replace else Need.CHANGEABLE)
     else:
-        existing = None
         before = ", or inject one of its name and settings before, to be loaded into after"
         require(state, "loading an adapter", Need.GROWABLE, new=adapter, instead=before if fillable else "")
+    owned = isinstance(
+        source, (SavedAdapter, tuple)
+    )  # by somebody else, who may go on to write into it, as we may do ourselves
     with storage.outlined():
-        data, places, modules = storage.on_every_rank(
-            lambda: _fitted(
-                state, source if isinstance(source, (SavedAdapter, tuple)) else stated(source), names, existing
-            )
-        )
+        data, places, modules = storage.on_every_rank(lambda: _fitted(state, source, names, existing))
         if existing is not None:
             for tensor, values in existing.values(data, places):
                 fill(tensor, values)
@@ -100,24 +101,25 @@ def load_adapter(
                 make_active(state, (adapter,), trainable=trainable)
         else:
             placed = [(places[name], layer) for name, layer in data.layers.items()]
-            prepared = [(place, layer.spec, _at_home(layer.tensors, place.stored())) for place, layer in placed]
+            prepared = [(place, layer.spec, _at_home(layer.tensors, place.stored(), owned)) for place, layer in placed]
             attach(state, adapter, prepared, [modules[name] for name in data.trained], trainable=trainable)
-    for name, tensors in data.trained.items():
+    for name, tensors in (map_tensors(data.trained, Tensor.clone) if owned else data.trained).items():
         held = modules[name].state_dict(keep_vars=True)
         storage.write((tensor, tensors[part]) for part, tensor in held.items())
     return model
 
 
 def _fitted(
-    state: State, source: Path | InMemory, names: Names | None, existing: Existing | None
+    state: State, source: PathLike | InMemory, names: Names | None, existing: Existing | None
 ) -> tuple[SavedAdapter, dict[str, Place], dict[str, nn.Module]]:
     """What a source holds, where in the model each layer of it belongs, and the model's modules by their names.
 
     ``existing`` is the adapter of the model that gets the values, if any.
     """
+    given = source if isinstance(source, (SavedAdapter, tuple)) else stated(source)
     target = ModelTarget(state.names, Renaming(names))
     problems: list[str] = []
-    data = described(source, target, problems)
+    data = described(given, target, problems)
     if data.layers or data.trained:
         if target.rename.given and not data.resolved:
             data = renamed(data, target.rename, problems)
@@ -129,7 +131,7 @@ def _fitted(
     if existing is not None:
         problems += existing.differences(data, places)
     if problems:
-        what = f"adapter {str(source)!r}" if isinstance(source, Path) else "the adapter"
+        what = f"adapter {str(source)!r}" if isinstance(given, Path) else "the adapter"
         raise Problems(f"{what} cannot be loaded; the model is unchanged", problems)
     if existing is None:
         check_selection(state, list(places.values()), [target.found[id(target.modules[name])] for name in data.trained])
@@ -137,7 +139,7 @@ def _fitted(
     return data, places, target.modules
 
 
-def _at_home(tensors: Mapping[str, Tensor], weight: Tensor) -> dict[str, Tensor]:
-    """An adapter's tensors where the weight is, or on the CPU where it has no values yet."""
+def _at_home(tensors: Mapping[str, Tensor], weight: Tensor, copy: bool) -> dict[str, Tensor]:
+    """An adapter's tensors where the weight is, or on the CPU where it has no values yet; in memory of their own."""
     home = torch.device("cpu") if weight.is_meta else weight.device
-    return {part: tensor.to(home) for part, tensor in tensors.items()}
+    return {part: tensor.to(home, copy=copy) for part, tensor in tensors.items()}

@@ -68,8 +68,7 @@ def described(source: Path | InMemory, target: Target, problems: list[str]) -> S
 def _in_memory(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[str, Files]:
     """The config and the tensors of a folder as its files."""
     name, format = next((name, format) for name, format in FORMATS.items() if format.folder)
-    whole = Contents(dict(tensors), {})
-    return name, {file: dict(config) if file.endswith(".json") else whole for file in format.folder}
+    return name, {file: config if file.endswith(".json") else Contents(tensors, {}) for file in format.folder}
 
 
 def _file(path: Path, problems: list[str]) -> tuple[str, Files] | None:

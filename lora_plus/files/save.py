@@ -112,12 +112,10 @@ def _destination(path: PathLike, name: str | None, metadata: Mapping[str, str]) 
 _PICKLES = {".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth"}
 
 
-def _write(
-    adapter: SavedAdapter, path: Path, format: Format, target: Target, unwritten: str, broken: list[str]
-) -> None:
-    """Write an adapter, unless something is wrong with it; ``unwritten`` says that it was not, where it is broken."""
+def _write(adapter: SavedAdapter, path: Path, format: Format, target: Target, unsaved: str, broken: list[str]) -> None:
+    """Write an adapter, unless something is wrong with it; ``unsaved`` says that it was not, where it is broken."""
     if broken:
-        raise Problems(unwritten, broken)
+        raise Problems(unsaved, broken)
     problems: list[str] = []
     files = format.write(adapter, target, problems)
     only = f" but {', '.join(format.metadata)}" if format.metadata else ""

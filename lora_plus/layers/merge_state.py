@@ -111,9 +111,7 @@ class Merge:
 
 
 def _renamed(noted: dict[Key, Value], old: str, new: str) -> dict[Key, Value]:
-    return {
-        (label, container, new if name == old else name): value for (label, container, name), value in noted.items()
-    }
+    return {(label, container, new if name == old else name): each for (label, container, name), each in noted.items()}
 
 
 def versions(tensors: Tensors) -> dict[Key, int]:

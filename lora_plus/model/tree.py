@@ -81,9 +81,7 @@ class Tree:
 
 def named_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     """``(name, parameter)`` for all parameters but those of adapters, each under all of its names."""
-    return [
-        (join(name, key), parameter) for name, module in Tree(model).names for key, parameter in own_parameters(module)
-    ]
+    return [(join(name, key), held) for name, module in Tree(model).names for key, held in own_parameters(module)]
 
 
 def own_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -111,9 +109,7 @@ class Wrapper(NamedTuple):
 NOT_REDUCED = "would not reduce the gradients of new parameters"
 
 WRAPPERS: list[Wrapper] = [
-    Wrapper(
-        "torch.nn.parallel", "DistributedDataParallel", "module", lambda wrapper: wrapper.process_group, NOT_REDUCED
-    ),
+    Wrapper("torch.nn.parallel", "DistributedDataParallel", "module", lambda ddp: ddp.process_group, NOT_REDUCED),
     Wrapper("torch.nn.parallel", "DataParallel", "module"),
     Wrapper("torch._dynamo.eval_frame", "OptimizedModule", "_orig_mod"),
     Wrapper(

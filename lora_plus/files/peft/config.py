@@ -44,7 +44,7 @@ def checked_config(config: Any, problems: list[str], where: str = CONFIG) -> dic
 
     What is wrong is added to ``problems``.
     """
-    if not isinstance(config, dict):
+    if not isinstance(config, Mapping) or not all(isinstance(name, str) for name in config):
         problems.append(f"{where} must be a JSON object, got {type(config).__name__}")
         return None
     if config.get("peft_type") != "LORA":

@@ -9,8 +9,10 @@ latter while the module that has them is called.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lora_plus.errors import warn_user
@@ -18,6 +20,7 @@ from lora_plus.files.formats import FORMATS, Contents, Files, Format
 from lora_plus.files.outline import Outline, outline_named_by, outline_of, readers_in, ties_in
 from lora_plus.files.saved_adapter import SavedAdapter, alpha_under, most_common
 from lora_plus.files.target import Target
+from lora_plus.files.tensor_file import UnreadTensor
 from lora_plus.text import endings
 
 from .config import CONFIG, USER_FIELDS, checked_config
@@ -33,7 +36,7 @@ WEIGHTS = "adapter_model.safetensors"
 
 def read(files: Files, target: Target, problems: list[str]) -> SavedAdapter:
     """The adapter that a folder describes, under its own names."""
-    tensors, config = files[WEIGHTS].tensors, files[CONFIG]
+    tensors, config = _checked_tensors(files[WEIGHTS].tensors, problems), files[CONFIG]
     if target.rename.given:
         tensors, config = without_left_out(tensors, config, target.rename)
     checked = checked_config(config, problems)
@@ -55,6 +58,24 @@ def read(files: Files, target: Target, problems: list[str]) -> SavedAdapter:
         for name, other in (tied_to_others(ties_in(target), trained) if trained else ())
     ]
     return adapter
+
+
+def _checked_tensors(tensors: Any, problems: list[str]) -> Mapping[str, Tensor]:
+    """The dense tensors among these, which can be anything where they come from memory."""
+    if not isinstance(tensors, Mapping):
+        problems.append(f"the tensors must be a mapping from names to tensors, got {type(tensors).__name__}")
+        return {}
+    dense = {name: tensor for name, tensor in tensors.items() if isinstance(name, str) and _is_dense(tensor)}
+    others = [name for name in tensors if name not in dense]
+    problems += [f"{name!r} must be a dense tensor with values, got {type(tensors[name]).__name__}" for name in others]
+    return dense
+
+
+def _is_dense(tensor: Any) -> bool:
+    """Whether it is a tensor whose values are there and lie side by side; those in a file are not read for it."""
+    if isinstance(tensor, UnreadTensor):
+        return True
+    return isinstance(tensor, Tensor) and tensor.layout is torch.strided and not tensor.is_meta
 
 
 def write(adapter: SavedAdapter, target: Target, problems: list[str]) -> Files:
