@@ -66,8 +66,9 @@ def plot_sweep_curves(result: SweepResult, path: str | PathLike[str]) -> None:
     panel = figure.subplots()
     for n, row in enumerate(result.rows):
         note = f" ({row.stopped})" if row.stopped else ""
+        label = f"{row.candidate.name}{note}".replace("$", r"\$")  # which would begin a formula
         panel.plot(
-            range(1, len(row.losses) + 1), row.losses, label=f"{row.candidate.name}{note}", zorder=-n,
+            range(1, len(row.losses) + 1), row.losses, label=label, zorder=-n,
             linewidth=0.8 if n else 2.5, linestyle="--" if row.stopped else "-",
         )  # fmt: skip
     whole = [loss for row in result.rows if not row.stopped for loss in row.losses]

@@ -35,7 +35,7 @@ def warn_of_half_precision(
     ]
     if not held:
         return
-    moved = [(parameter, float(group["lr"])) for parameter, group in held if "betas" in group]
+    moved = [(parameter, float(group["lr"])) for parameter, group in held if "betas" in group and not parameter.is_meta]
     entries = sum(local(parameter).numel() for parameter, _ in moved)
     lost = sum(int(lost_entries(local(parameter.detach()), lr)) for parameter, lr in moved)
     share = f" (a step of Adam changes {1 - lost / entries:.0%} of the entries)" if entries else ""

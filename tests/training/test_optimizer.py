@@ -456,6 +456,13 @@ def test_the_entries_that_a_step_leaves_as_they_are_are_counted(dtype: torch.dty
     assert abs(int(lost_entries(tensor, step)) - int(unchanged)) <= 0.02 * len(tensor)
 
 
+def test_half_precision_without_values_is_named_too() -> None:
+    model = inject_lora(nn.Sequential(nn.Linear(4, 4)), ["0"], r=2, dtype=torch.bfloat16).to("meta")
+    optimizer = create_loraplus_optimizer(model, torch.optim.AdamW, lr=1e-3)
+    with pytest.warns(UserWarning, match="in bfloat16: small steps round away; cast"):
+        check_optimizer(optimizer, model)
+
+
 def test_adapters_in_half_precision_are_named_with_the_share_that_a_step_can_change() -> None:
     model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 4))
     inject_lora(model, ["0"], r=4)

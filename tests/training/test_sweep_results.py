@@ -236,3 +236,10 @@ def test_without_matplotlib_the_error_says_what_to_install(monkeypatch: pytest.M
     result = sweep(MLP.model(), MLP.targets, CANDIDATES, squares, MLP.batches(1), report=silent)
     with pytest.raises(ImportError, match="drawing needs matplotlib; run: pip install matplotlib"):
         plot_sweep(result, "map.png")
+
+
+def test_a_name_in_a_picture_is_no_formula(tmp_path: Any) -> None:
+    pytest.importorskip("matplotlib")
+    row = SweepRow(Candidate(lr=1e-3, name="$x_{$"), 1.0, (2.0, 1.0), "")
+    plot_sweep_curves(SweepResult([row]), tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").stat().st_size > 1000
