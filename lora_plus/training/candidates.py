@@ -32,6 +32,12 @@ class Candidate:
     name: str = ""
     """Of its adapter; empty for one that says what differs between the candidates, such as ``r8 lr1e-3 x4``."""
 
+    def __post_init__(self) -> None:
+        for setting in fields(self):
+            value = getattr(self, setting.name)
+            if hasattr(value, "item"):  # a number of NumPy or a tensor, which JSON does not have
+                object.__setattr__(self, setting.name, value.item())
+
 
 def grid(
     *,

@@ -243,3 +243,12 @@ def test_a_name_in_a_picture_is_no_formula(tmp_path: Any) -> None:
     row = SweepRow(Candidate(lr=1e-3, name="$x_{$"), 1.0, (2.0, 1.0), "")
     plot_sweep_curves(SweepResult([row]), tmp_path / "curves.png")
     assert (tmp_path / "curves.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("library", ["torch", "numpy"])
+def test_a_candidate_has_plain_numbers(library: str) -> None:
+    array = getattr(pytest.importorskip(library), {"torch": "tensor", "numpy": "array"}[library])
+    candidate = Candidate(lr=array([1.5])[0], r=array([4])[0])
+    assert (type(candidate.lr), type(candidate.r)) == (float, int)
+    assert [each.name for each in named([candidate])] == ["lr15e-1"]
+    assert '"lr": 1.5' in SweepResult([SweepRow(candidate, 1.0, (1.0,), "")]).to_json()
