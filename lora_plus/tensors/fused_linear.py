@@ -80,12 +80,14 @@ def _rows(tensor: Tensor) -> Tensor:
 
 def _recorded(x: Tensor, weight: Tensor, bias: Tensor | None, updates: Sequence[Update]) -> Tensor:
     """The output by operations that autograd records, if it is on."""
-    rows = _rows(x)
-    y = F.linear(rows, weight, bias)
+    y = F.linear(x, weight, bias)  # of x as it is: torch adds the bias in a product, or after it, by x's strides
     for u, A, B, scale in updates:
-        h = F.linear(rows if u is None else _rows(u), A.to(y.dtype))
-        y.addmm_(h, B.to(y.dtype).t(), alpha=scale)
-    return y if rows is x else y.view(*x.shape[:-1], y.shape[-1])
+        h = F.linear(x if u is None else u, A.to(y.dtype))
+        if y.ndim == 2:
+            y.addmm_(h, B.to(y.dtype).t(), alpha=scale)
+        else:  # a view of y that was changed in place would cost more
+            y = torch.add(y, F.linear(h, B.to(y.dtype)), alpha=scale)
+    return y
 
 
 def _compute(
