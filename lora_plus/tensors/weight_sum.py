@@ -48,7 +48,7 @@ class WeightSum(Tensor):
     source: object
     """What was read: `noting_sums` tells it."""
     made: dict[bool, Tensor]
-    """The sum, if it was made: by whether gradients were recorded."""
+    """The sum, if it was made: by whether it has its graph."""
 
     @staticmethod
     def of(base: Tensor, terms: Sequence[Term], source: object) -> WeightSum:
@@ -62,16 +62,21 @@ class WeightSum(Tensor):
         """The sum with its last two dimensions swapped."""
         return WeightSum.of(self.base.mT, [Term(b.mT, a.mT, s) for a, b, s in self.terms], self.source)
 
-    def dense(self, operation: Callable[..., Any]) -> Tensor:
-        """The sum as a plain tensor: computed in float32 or better, rounded to the base's dtype."""
+    def dense(self, operation: Callable[..., Any], *, recorded: bool = True) -> Tensor:
+        """The sum as a plain tensor: computed in float32 or better, rounded to the base's dtype.
+
+        It has its graph, also where none is recorded now, so that one tensor serves all, and is what is changed in
+        place; not so ``recorded``, where autograd is passed by.
+        """
         if torch.compiler.is_compiling():
             return self._summed_up()
-        recording = torch.is_grad_enabled()
-        if recording not in self.made:
+        made = self.made.get(True, self.made.get(recorded))
+        if made is None:
             if (found := _FOUND.get()) is not None:
                 found.append((self.source, resolve_name(operation) or str(operation)))
-            self.made[recording] = self._summed_up()
-        return self.made[recording]
+            with torch.inference_mode(False), torch.set_grad_enabled(recorded):
+                made = self.made[recorded] = self._summed_up()
+        return made
 
     def _summed_up(self) -> Tensor:
         total = self.base
@@ -85,7 +90,8 @@ class WeightSum(Tensor):
         if func in _QUESTIONS:
             return super().__torch_function__(func, types, args, kwargs)
         compute = OPERATIONS.get(getattr(func, "_qualified_op_name", func)) if _runs_as_written() else None
-        if compute is not None and not any(type(arg) is cls and torch.is_grad_enabled() in arg.made for arg in args):
+        given = [arg for arg in args if type(arg) is cls]
+        if compute is not None and given and not any(True in each.made for each in given):
             result = compute(func, args, kwargs)
             if result is not NotImplemented:
                 return result
@@ -96,7 +102,7 @@ class WeightSum(Tensor):
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         # from C++ code, which knows nothing of the above; autograd has recorded the operation on this tensor
         with torch.no_grad():
-            args, kwargs = _plain(func, args, kwargs or {})
+            args, kwargs = _plain(func, args, kwargs or {}, recorded=False)
         return func(*args, **kwargs)
 
 
@@ -131,9 +137,13 @@ def noting_sums() -> Iterator[list[tuple[object, str]]]:
         _FOUND.reset(token)
 
 
-def _plain(func: Any, args: Any, kwargs: Any) -> Any:
+def _plain(func: Any, args: Any, kwargs: Any, *, recorded: bool = True) -> Any:
     """The arguments with sums in the place of what stands for them."""
-    return tree_map(lambda leaf: leaf.dense(func) if type(leaf) is WeightSum else leaf, (args, kwargs))
+
+    def plain(leaf: Any) -> Any:
+        return leaf.dense(func, recorded=recorded) if type(leaf) is WeightSum else leaf
+
+    return tree_map(plain, (args, kwargs))
 
 
 class _Standing(torch.autograd.Function):
@@ -205,11 +215,11 @@ def _permute(func: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _cut(func: Any, args: Any, kwargs: Any) -> Any:
-    weight, size, *dims = args
-    if len(dims) > 1 or kwargs.keys() - {"dim"}:
+    if not 2 <= len(args) <= 3 or kwargs.keys() - {"dim"}:
         return NotImplemented
+    weight, size, *dims = args
+    bases = func(weight.base, size, *dims, **kwargs)
     axis = (*dims, kwargs.get("dim", 0))[0] % weight.ndim - weight.ndim
-    bases = func(weight.base, size, axis)
     cuts = []
     for left, right, scale in weight.terms:
         lefts = [left] * len(bases) if axis == -1 else func(left, size, axis)
@@ -223,6 +233,8 @@ def _convert(func: Any, args: Any, kwargs: Any) -> Any:
     base = func(weight.base, *rest, **kwargs)
     if base is weight.base:
         return weight
+    if not base.is_floating_point():  # the sum is what is rounded to whole numbers
+        return NotImplemented
     terms = [Term(a.to(base.device), b.to(base.device), s) for a, b, s in weight.terms]
     return WeightSum.of(base, terms, weight.source)
 

@@ -75,6 +75,9 @@ DENSE: dict[str, Operation] = {
     "cat": lambda w, x: torch.cat([w, w[..., :2]], dim=-1),
     "square": lambda w, x: w.mT @ w,
     "other-axes": lambda w, x: w.movedim(0, -1),
+    "chunk-by-name": lambda w, x: w.chunk(chunks=2),
+    "torch.chunk-by-name": lambda w, x: torch.chunk(input=w, chunks=2, dim=-1),
+    "torch.transpose-by-name": lambda w, x: torch.transpose(input=w, dim0=-2, dim1=-1),
     "in-place": lambda w, x: w.mul_(2) + w,
     "in-place-first": lambda w, x: [w.mul_(2), w @ x(5, 2)],
 }
@@ -327,6 +330,32 @@ def test_a_sum_made_without_gradients_is_not_used_where_they_are_recorded() -> N
     with torch.no_grad():
         assert not (weight + 1).requires_grad
     assert (weight + 1).requires_grad
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_what_changes_it_in_place_is_seen_in_every_mode(mode: Any) -> None:
+    tensors = Tensors((ROWS, COLUMNS))
+
+    def results(weight: Tensor, first: Any, then: Any) -> list[Tensor]:
+        with first():
+            weight.mul_(2)
+        with then():
+            output = F.linear(tensors.other(4, COLUMNS), weight)
+        return [output, *(torch.autograd.grad(output.sum(), tensors.factors) if then is nullcontext else ())]
+
+    for order in ((mode, nullcontext), (nullcontext, mode)):
+        outputs = [results(make(), *order) for make in (tensors.standing, tensors.dense)]
+        torch.testing.assert_close(*outputs, rtol=1e-12, atol=1e-12)
+
+
+def test_whole_numbers_are_those_of_the_sum() -> None:
+    tensors = Tensors((ROWS, COLUMNS))
+    assert torch.equal(tensors.standing().to(torch.int64), tensors.dense().to(torch.int64))
+
+
+def test_a_dimension_that_is_not_there_is_refused() -> None:
+    with pytest.raises(IndexError, match="out of range"):
+        Tensors((ROWS, COLUMNS)).standing().chunk(2, 5)
 
 
 def test_a_sum_that_code_without_questions_got_is_not_used_where_gradients_are_recorded() -> None:
