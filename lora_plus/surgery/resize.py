@@ -104,8 +104,13 @@ def _tied(spec: AdapterSpec) -> str | None:
 
 
 def _grown(layer: SavedLayer, fit: Factors, r: int, generator: torch.Generator | None) -> SavedLayer:
-    """The layer with these factors, filled up to rank r with an update of zero."""
+    """The layer with these factors, filled up to rank r with an update of zero.
+
+    Directions that are zero in A and in B, as an update of zero gives them, would never be learnt; they start anew.
+    """
     own, (A, B, _) = layer.tensors, fit
+    used = (A.any(dim=-1) | B.any(dim=-2)).reshape(-1, A.shape[-2]).any(dim=0)
+    A, B = A[..., used, :], B[..., used]
     missing = r - A.shape[-2]  # also where the rank falls, but not below the full one
     if missing:
         weight = A.new_empty(1).expand(*A.shape[:-2], B.shape[-2], A.shape[-1])  # of which only the shape counts

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from typing import Any
 
@@ -131,3 +132,16 @@ def test_what_cannot_be_resized_is_refused_and_changes_nothing(
         resize_adapter(model, **arguments)
     assert {name: id(tensor) for name, tensor in model.state_dict(keep_vars=True).items()} == ids
     assert model[0].lora_adapters["b"].spec == spec and repr(model) == text
+
+
+@pytest.mark.parametrize("variant", ["lora", "lora_fa", "dora"])
+@pytest.mark.parametrize("layer", [nn.Linear(10, 6), nn.Embedding(10, 6)], ids=["linear", "embedding"])
+def test_an_adapter_that_has_learnt_nothing_can_still_learn_at_a_lower_rank(layer: nn.Module, variant: Any) -> None:
+    model = lora_plus.inject_lora(nn.Sequential(copy.deepcopy(layer)), [type(layer)], r=4, variant=variant)
+    x = torch.arange(10) if isinstance(layer, nn.Embedding) else torch.randn(3, 10)
+    before = model(x)
+    resize_adapter(model, r=2)
+    assert torch.equal(model(x), before)
+    model(x).square().sum().backward()
+    factors = [*model[0].lora_A.parameters(), *model[0].lora_B.parameters()]  # type: ignore[operator]
+    assert any(factor.grad is not None and factor.grad.any() for factor in factors)
