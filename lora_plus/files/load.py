@@ -88,9 +88,8 @@ def load_adapter(
     else:
         before = ", or inject one of its name and settings before, to be loaded into after"
         require(state, "loading an adapter", Need.GROWABLE, new=adapter, instead=before if fillable else "")
-    owned = isinstance(
-        source, (SavedAdapter, tuple)
-    )  # by somebody else, who may go on to write into it, as we may do ourselves
+    # by somebody else, who may go on to write into it, as we may do ourselves
+    owned = isinstance(source, (SavedAdapter, tuple))
     with storage.outlined():
         data, places, modules = storage.on_every_rank(lambda: _fitted(state, source, names, existing))
         if existing is not None:
