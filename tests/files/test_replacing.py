@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -185,3 +186,19 @@ def test_swapping_ranks_makes_no_new_graph(dynamic: bool) -> None:
             torch.testing.assert_close(compiled(x), source(x), rtol=1e-12, atol=1e-12)
         assert counter.frame_count == graphs
     torch._dynamo.reset()
+
+
+def test_a_thousand_swaps_leave_nothing_behind() -> None:
+    sources, model, x = [to_peft(pair(r)) for r in (3, 4)], pair(4), torch.randn(2, 6, dtype=torch.float64)
+
+    def alive() -> int:
+        gc.collect()
+        return sum(isinstance(each, Tensor) for each in gc.get_objects())
+
+    lp.load_adapter(model, sources[0], replace=True)
+    before = alive()
+    for n in range(1000):
+        lp.load_adapter(model, sources[n % 2], replace=True)
+    assert alive() <= before  # of other tests some may go meanwhile
+    fresh = lp.load_adapter(lp.remove_lora(pair()), sources[1])
+    torch.testing.assert_close(model(x), fresh(x), rtol=1e-12, atol=1e-12)
