@@ -26,7 +26,7 @@ def tables(row: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Tables:
     return json.loads((folder / f"{row}.json").read_text())["tables"]
 
 
-QUICK = {"experts", "optimizer"}
+QUICK = {"experts"}
 PAIRS = (("lora_plus", "peft"), ("lora_plus, DoRA", "peft, DoRA"))
 
 
@@ -110,6 +110,7 @@ def test_a_row_that_crashes_costs_only_what_it_had_not_measured(
     assert json.loads((tmp_path / "gpu.json").read_text())["rows"].keys() == gpu_rows.ROWS.keys()
 
 
+@pytest.mark.slow
 def test_what_has_no_time_left_is_not_begun_and_the_rest_is_published(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

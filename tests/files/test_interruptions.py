@@ -52,6 +52,7 @@ def assert_never_a_mixture(entries: list[dict[str, Any]]) -> None:
         assert entry["state"] in ("old", "new") or refused, entry
 
 
+@pytest.mark.slow
 @needs_posix
 def test_a_kill_before_any_step_leaves_old_or_new_files_and_the_next_run_clears_up(tmp_path: Path) -> None:
     found = kills(str(tmp_path))

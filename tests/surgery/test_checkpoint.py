@@ -192,6 +192,7 @@ def test_a_float64_adapter_is_merged_in_float64(tmp_path: Path) -> None:
     torch.testing.assert_close(load_file(tmp_path / "out.safetensors")["0.weight"], exact, rtol=0, atol=1e-15)
 
 
+@pytest.mark.slow
 @pytest.mark.peers
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # PEFT asks for it
 @pytest.mark.parametrize("dora", [False, True])
@@ -1100,6 +1101,7 @@ for base, out in (("base", "out"), ("base.safetensors", "out.safetensors")):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="kills with SIGKILL")
 def test_a_killed_run_leaves_no_result_and_the_next_one_clears_up(files: Path) -> None:
     before = contents(files)
@@ -1130,7 +1132,7 @@ print(peak() - before)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("convert", ["keep", "convert"])
+@pytest.mark.parametrize("convert", ["keep", pytest.param("convert", marks=pytest.mark.slow)])
 def test_memory_is_a_few_megabytes(convert: str, tmp_path: Path) -> None:
     """However large a weight is: here 64 MB, of which an allocator's habits are less than half."""
     for base, rows in (("small", 2**10), ("base", 2**14)):
