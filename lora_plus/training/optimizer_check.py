@@ -76,7 +76,7 @@ def check_optimizer(
     if findings:
         raise Problems("training would not do what the optimizer is set up for", findings)
     training.beside.warn()
-    warn_of_half_precision(training.groups, training.names, (tensor.key for tensor in training.tensors), stacklevel=2)
+    warn_of_half_precision(training.groups, training.names, (tensor.key for tensor in training.tensors))
 
 
 def _check_kind(optimizer: Any) -> None:

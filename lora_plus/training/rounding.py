@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lora_plus.errors import warn_user
 from lora_plus.tensors.distributed import local
 from lora_plus.text import some
 
 
 def warn_of_half_precision(
-    groups: Sequence[Mapping[str, Any]], names: Mapping[int, str], adapters: Iterable[int], *, stacklevel: int
+    groups: Sequence[Mapping[str, Any]], names: Mapping[int, str], adapters: Iterable[int]
 ) -> None:
     """Warn of trainable adapters in float16 or bfloat16, and of how many of their entries a step cannot change.
 
@@ -40,10 +40,9 @@ def warn_of_half_precision(
     lost = sum(int(lost_entries(local(parameter.detach()), lr)) for parameter, lr in moved)
     share = f" (a step of Adam changes {1 - lost / entries:.0%} of the entries)" if entries else ""
     dtypes = " and ".join(sorted({str(parameter.dtype).removeprefix("torch.") for parameter, _ in held}))
-    warnings.warn(
+    warn_user(
         f"{some([names.get(id(parameter), '?') for parameter, _ in held])} in {dtypes}: small steps round away{share}; "
-        "cast the model first and inject then, for new adapters are float32",
-        stacklevel=stacklevel + 1,
+        "cast the model first and inject then, for new adapters are float32"
     )
 
 

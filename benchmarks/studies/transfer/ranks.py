@@ -289,6 +289,8 @@ def main() -> None:
             if not options.page:
                 do(name, subject, points, seeds, plan.centre, path)
             lines += section(name, subject, read(path), points, plan.centre)
+        if left := [name for name in SUBJECTS if name not in options.subjects]:
+            lines.append(f"Not in this page: {', '.join(left)}.\n")
         page = "\n".join(lines)
         if options.short:
             print(page)
