@@ -192,6 +192,23 @@ def test_a_run_learns_repeats_and_leaves_the_start_as_it_was(setting: Setting, m
     assert [step for step, _ in done[0].curve] == [2, 4, 6, 8] and done[0].curve[-1][1] == done[0].validation.loss
 
 
+def test_a_method_says_how_its_optimizer_is_built_and_at_which_rate_the_head_learns() -> None:
+    task = linear_task()
+    made: list[nn.Module] = []
+
+    def sgd(model: nn.Module, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        made.append(model)
+        return torch.optim.SGD(groups)
+
+    for head_rate, wanted in ((None, 0.1), (0.5, 0.5)):
+        method = methods.Method(lr_ratio=4, head_rate=head_rate, optimizer=sgd)
+        model = training.adapted(task, SETTINGS["linear"], method, 0)
+        optimizer = method.optimizer_of(model, 0.1)
+        rates = {group["name"]: group["lr"] for group in optimizer.param_groups}
+        assert isinstance(optimizer, torch.optim.SGD) and made[-1] is model
+        assert rates == pytest.approx({"lora_A": 0.05, "lora_B": 0.2, "other": wanted, "other_no_decay": wanted})
+
+
 @pytest.mark.peers
 @pytest.mark.parametrize("name", SETTINGS)
 @pytest.mark.parametrize("method", peft_check.CHECKED)

@@ -8,10 +8,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from methods import METHODS
 from tasks import Setting, Task
 from torch import nn
-from training import ALPHA, RANK, adapted, optimizer_of, train
+from training import ALPHA, RANK, adapted, train
 
 from lora_plus import LoRALinear
 from lora_plus.layers import LoRAConv2d
@@ -62,13 +61,13 @@ def through_peft(model: nn.Module, ours: nn.Module, variant: str) -> tuple[nn.Mo
 
 def compared(name: str, task: Task, setting: Setting, method: str, rate: float, seed: int) -> Check:
     """Train the task with our layers and with PEFT's."""
-    chosen = METHODS[method]
+    chosen = setting.methods[method]
     ours = adapted(task, setting, chosen, seed)
     theirs, parameters = through_peft(task.model(), ours, chosen.variant)
     root = chosen.lr_ratio**0.5
     groups = zip(parameters, (rate / root, rate * root, rate), strict=True)
     optimizers = {
-        ours: optimizer_of(ours, chosen, rate),
+        ours: chosen.optimizer_of(ours, rate),
         theirs: torch.optim.AdamW([{"params": p, "lr": lr} for p, lr in groups], weight_decay=0.0),
     }
     losses = [[loss for _, loss in train(model, made, task, setting, seed)] for model, made in optimizers.items()]

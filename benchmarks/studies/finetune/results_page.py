@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from methods import METHODS, PLAIN, PROBE
+from methods import PLAIN, PROBE
 from peft_check import Check
 from records import REPORT, SWEEP, Record, mean_losses
 from tasks import Setting
@@ -119,7 +119,7 @@ class Results:
 
     def reported(self) -> list[str]:
         """The methods with test figures, in the order of the table."""
-        return [method for method in METHODS if self.of(REPORT, method)]
+        return [method for method in self.setting.methods if self.of(REPORT, method)]
 
     def paired(self, method: str, figure: Callable[[Record, Record], float]) -> list[float]:
         """A figure of each run of the method and LoRA's run with the same seed."""
@@ -191,7 +191,9 @@ class Results:
         columns = ("method", "rate", "test loss", "difference", "accuracy", "steps", "time")
         lines += ["", *table(columns, [self.row(method) for method in self.reported()]), *self.verdict()]
         lines += ["Mean validation loss of the sweep, by rate:", ""]
-        return lines + table(("method", *map(power, self.rates())), [self.swept(method) for method in METHODS])
+        return lines + table(
+            ("method", *map(power, self.rates())), [self.swept(method) for method in self.setting.methods]
+        )
 
 
 def _test(record: Record) -> tuple[float, float]:

@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from methods import METHODS, PROBE
+from methods import PROBE
 from peft_check import CHECKED, compared, read_checks, write_checks
 from records import REPORT, SWEEP, Record, Run, append, machine, mean_losses, read
 from results_page import page
@@ -65,9 +65,9 @@ def planned(name: str, setting: Setting, plan: Plan, path: Path) -> Iterator[Run
 
     for seed in plan.sweep:
         for rate in setting.rates:
-            for method in METHODS:
+            for method in setting.methods:
                 yield from runs(SWEEP, method, rate, [seed])
-    for method in METHODS:
+    for method in setting.methods:
         rates = set(setting.rates)  # not all recorded ones, so that an interrupted extension is completed
         for _ in range(plan.extra):
             means = mean_losses(read(path), name, method)
@@ -78,7 +78,7 @@ def planned(name: str, setting: Setting, plan: Plan, path: Path) -> Iterator[Run
             yield from runs(SWEEP, method, further, plan.sweep)
     yield Run(REPORT, name, PROBE, 0.0, 0, 0, setting.batch)
     for seed in plan.report:
-        for method in METHODS:
+        for method in setting.methods:
             yield from runs(REPORT, method, chosen_rate(read(path), name, method), [seed])
 
 
@@ -88,7 +88,7 @@ def perform(task: Task, setting: Setting, wanted: Run) -> Record:
     if wanted.method == PROBE:
         outcome = Outcome(score(task.start, task.validation), score(task.start, task.test), [], 0.0)
     else:
-        method, whole = METHODS[wanted.method], wanted.stage == REPORT
+        method, whole = setting.methods[wanted.method], wanted.stage == REPORT
         outcome = run(task, setting, method, wanted.rate, wanted.seed, whole=whole)
     return Record(wanted, outcome, time.process_time() - start, machine())
 
@@ -111,7 +111,7 @@ def sweep(name: str, setting: Setting, plan: Plan, path: Path) -> None:
             print(f"{wanted}: validation loss {record.outcome.validation.loss:.4f}, {record.seconds:.0f} s", flush=True)
     checked = {(check.task, check.method) for check in read_checks(beside(path))}
     for method in CHECKED:
-        if (name, method) not in checked:
+        if method in setting.methods and (name, method) not in checked:
             task = task or setting.load(*setting.sizes)
             rate = chosen_rate(read(path), name, method)
             check = compared(name, task, setting, method, rate, plan.report[0])

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import sources
 import torch
 import torch.nn.functional as F
+from methods import METHODS, Method
 from minilm import Upper
 from probe import fit_head
 from torch import Tensor, nn
@@ -70,7 +71,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Setting:
-    """How a task is trained; the same for all methods."""
+    """How a task is trained, the same for all methods, and by which methods."""
 
     load: Callable[[int, int, int], Task]
     """From the numbers of training, validation and test examples."""
@@ -84,6 +85,8 @@ class Setting:
     """What the task is, for the page."""
     steps: int = 40
     batch: int = 16
+    methods: Mapping[str, Method] = field(default_factory=lambda: METHODS)
+    """What is compared, by name; the others are compared with `PLAIN`, which is among them."""
 
 
 def divided(inputs: tuple[Tensor, ...], labels: Tensor, validation: int, test: int) -> tuple[Split, Split, Split]:

@@ -84,13 +84,6 @@ def adapted(task: Task, setting: Setting, method: Method, seed: int) -> nn.Modul
     return model
 
 
-def optimizer_of(model: nn.Module, method: Method, rate: float) -> torch.optim.Optimizer:
-    """AdamW without decay; ``rate`` is the geometric mean of A's and B's, and that of all else that is trained."""
-    return lora_plus.create_loraplus_optimizer(
-        model, torch.optim.AdamW, lr=rate, lr_ratio=method.lr_ratio, lr_mode="geometric", weight_decay=0.0
-    )
-
-
 def train(
     model: nn.Module, optimizer: torch.optim.Optimizer, task: Task, setting: Setting, seed: int
 ) -> Iterator[tuple[int, float]]:
@@ -121,7 +114,7 @@ def run(task: Task, setting: Setting, method: Method, rate: float, seed: int, *,
         whole: whether to take the validation curve and the test score too, as the report needs.
     """
     model = adapted(task, setting, method, seed)
-    optimizer = optimizer_of(model, method, rate)
+    optimizer = method.optimizer_of(model, rate)
     every = max(1, setting.steps // CHECKS)
     curve, seconds = [], 0.0
     start = time.process_time()
