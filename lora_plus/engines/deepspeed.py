@@ -45,7 +45,11 @@ def initialize(
     Args:
         model: a model with adapters.
         config: DeepSpeed's configuration, or the name of its JSON file.
-        lr, lr_ratio, lr_mode, weight_decay, embedding_lr: as in `loraplus_param_groups`.
+        lr: as in `loraplus_param_groups`.
+        lr_ratio: as in `loraplus_param_groups`.
+        lr_mode: as in `loraplus_param_groups`.
+        weight_decay: as in `loraplus_param_groups`.
+        embedding_lr: as in `loraplus_param_groups`.
         optimizer_cls: as in `create_loraplus_optimizer`; None for the optimizer of the configuration's section.
         kwargs: passed on to ``deepspeed.initialize``, such as ``training_data``, or ``lr_scheduler`` as a function of
             the optimizer.

@@ -24,7 +24,7 @@ def peft_roles(model: nn.Module) -> Iterator[tuple[str, str, nn.Parameter]]:
     and ``target_parameters`` alike, wrapped (DDP, compiled) or not. The bias of a ``lora_bias`` adapter has the role
     ``"B_bias"``. What PEFT trains in full (``modules_to_save``, trainable tokens) has no role.
 
-    Example:
+    Examples:
         >>> groups = loraplus_param_groups(model, lr=1e-4, lr_ratio=4, roles=peft_roles(model))
     """
     for module in model.modules():

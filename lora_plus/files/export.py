@@ -155,7 +155,10 @@ def to_peft(
     sharded every rank must call this, and each gets the whole tensors.
 
     Args:
-        model, adapter, dtype, base_model: as in `export_adapter`; ``"peft"`` keeps each tensor's dtype.
+        model: as in `export_adapter`.
+        adapter: as in `export_adapter`.
+        dtype: as in `export_adapter`; ``"peft"`` keeps each tensor's dtype.
+        base_model: as in `export_adapter`.
         for_: the program that reads them.
 
     Returns:

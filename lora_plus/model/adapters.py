@@ -97,7 +97,7 @@ def add_adapter(
     It has no modules trained in full (``train_also``). It has the other one's alpha, and with it a ratio that
     `fold_lr_ratio` has moved there.
 
-    Example:
+    Examples:
         >>> from lora_plus import inject_lora
         >>> from lora_plus.model import adapter_names
         >>> model = inject_lora(nn.Sequential(nn.Linear(8, 8)), ["0"], r=4, adapter="math")
@@ -108,8 +108,13 @@ def add_adapter(
         model: a model with adapters; it is changed.
         adapter: the name of the new one.
         like: the name of the one that it is to be like.
-        r, alpha, dropout, scaling, variant: as in `inject_lora`, on all layers; None for those of each layer.
-        init, generator: as in `inject_lora`.
+        r: as in `inject_lora`, on all layers; None for those of each layer.
+        alpha: as in `inject_lora`, on all layers; None for those of each layer.
+        dropout: as in `inject_lora`, on all layers; None for those of each layer.
+        scaling: as in `inject_lora`, on all layers; None for those of each layer.
+        variant: as in `inject_lora`, on all layers; None for those of each layer.
+        init: as in `inject_lora`.
+        generator: as in `inject_lora`.
         dtype: of A and B; None for that of the other's.
 
     Returns:

@@ -39,7 +39,8 @@ def check_adapters(model: nn.Module, *inputs: Any, **keywords: Any) -> list[str]
 
     Args:
         model: the model with adapters, not merged and not sharded; a compiled one is run as it is without compilation.
-        inputs, keywords: what to call the model with. They should reach all parts of it.
+        *inputs: what to call the model with. They should reach all parts of it.
+        **keywords: its keyword arguments.
 
     Returns:
         The names of the places whose adapters were proved live.

@@ -25,7 +25,8 @@ def dense_reads(model: nn.Module, *inputs: Any, **keywords: Any) -> dict[str, li
 
     Args:
         model: the model with adapters, neither merged nor sharded; a compiled one is run as it is without compilation.
-        inputs, keywords: what to call the model with.
+        *inputs: what to call the model with.
+        **keywords: its keyword arguments.
 
     Returns:
         Place -> the operations that needed the sum, in their order; only places where one did. Modules of torch's own

@@ -75,7 +75,7 @@ def inject_lora(
     B = 0, as the default init leaves it, the model computes what it computed before. No thread may run the model while
     another one changes it.
 
-    Example:
+    Examples:
         >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
         >>> _ = inject_lora(model, ["0"], r=2, train_also=["2"])
         >>> sorted(name for name, p in model.named_parameters() if p.requires_grad)

@@ -113,7 +113,8 @@ def merge_and_unload(model: M, *, adapters: Sequence[str] | None = None, dequant
     Modules trained in full keep their trained values. ``requires_grad`` is as it was before the first injection.
 
     Args:
-        model, adapters: as in `merge_lora`.
+        model: as in `merge_lora`.
+        adapters: as in `merge_lora`.
         dequantize: turn adapted layers with a quantized weight into plain ``nn.Linear`` layers. Their weight has the
             dtype that it had before it was quantized, where the package remembers that.
 

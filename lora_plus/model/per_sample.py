@@ -39,7 +39,7 @@ def adapter_per_sample(model: M, adapters: Sequence[str | None]) -> Iterator[M]:
     In activation checkpointing layers are computed again in the backward pass, so that has to be inside the block.
     What engines write through ``.data`` counts from the next forward with gradients or the next block on.
 
-    Example:
+    Examples:
         >>> from lora_plus import inject_lora
         >>> model = nn.Sequential(nn.Linear(4, 4))
         >>> for name in ("a", "b"):

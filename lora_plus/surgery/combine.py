@@ -99,7 +99,11 @@ def combine_saved(
 
     Args:
         adapters: the adapters by what an error calls them, such as their paths.
-        weights, method, r, density, generator: as in `combine_adapters`.
+        weights: as in `combine_adapters`.
+        method: as in `combine_adapters`.
+        r: as in `combine_adapters`.
+        density: as in `combine_adapters`.
+        generator: as in `combine_adapters`.
 
     Returns:
         The new adapter, with the metadata that is the same in all, and the report.

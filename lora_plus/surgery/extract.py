@@ -51,7 +51,10 @@ def extract_adapter(
         targets: which layers, as in `inject_lora`.
         r: the largest rank that a layer gets: less where its weight has less.
         adapter: the name of the new adapter.
-        exclude, rank_pattern, fused, layouts: as in `inject_lora`.
+        exclude: as in `inject_lora`.
+        rank_pattern: as in `inject_lora`.
+        fused: as in `inject_lora`.
+        layouts: as in `inject_lora`.
         trainable: whether it shall be trained.
 
     Returns:

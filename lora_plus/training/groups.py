@@ -153,8 +153,15 @@ def create_loraplus_optimizer(
     """An optimizer over the groups of `loraplus_param_groups`.
 
     Args:
-        model, lr, lr_ratio, lr_mode, weight_decay, embedding_lr, adapter, roles, decayed: as in
-            `loraplus_param_groups`.
+        model: as in `loraplus_param_groups`.
+        lr: as in `loraplus_param_groups`.
+        lr_ratio: as in `loraplus_param_groups`.
+        lr_mode: as in `loraplus_param_groups`.
+        weight_decay: as in `loraplus_param_groups`.
+        embedding_lr: as in `loraplus_param_groups`.
+        adapter: as in `loraplus_param_groups`.
+        roles: as in `loraplus_param_groups`.
+        decayed: as in `loraplus_param_groups`.
         optimizer_cls: the optimizer's class, or any function ``(groups, lr=..., **kwargs)`` that makes one.
         kwargs: passed on, e.g. ``betas`` or ``fused``.
 

@@ -26,7 +26,8 @@ def split_loraplus_groups(
         groups: dicts with ``"params"`` and ``"lr"``, as for a torch optimizer; they are not changed. Their other
             entries are passed on to the parts.
         model: the model that the parameters belong to.
-        lr_ratio, lr_mode: as in `loraplus_param_groups`.
+        lr_ratio: as in `loraplus_param_groups`.
+        lr_mode: as in `loraplus_param_groups`.
 
     Raises:
         ValueError: if a group has no ``"lr"``, or no group holds a B matrix of the model.

@@ -56,7 +56,10 @@ def sweep(
         4
 
     Args:
-        model, targets, candidates, loss: as in `Sweep`.
+        model: as in `Sweep`.
+        targets: as in `Sweep`.
+        candidates: as in `Sweep`.
+        loss: as in `Sweep`.
         batches: the batches to train on, one a step.
         validation: batches to rank the candidates by, at every halving and at the end; None for the training losses.
         halving: ``{step: fraction}``: after this step only the best fraction of those that are left is trained on
@@ -131,7 +134,9 @@ class Sweep:
         loss: ``(model, batch) -> (samples,)``: the loss of each sample, which must depend on that sample alone. For a
             mean over tokens, multiply each sample's sum by the number of samples over that of tokens in the batch.
         optimizer: an optimizer's class, or a function ``(groups, lr=...)``, such as a ``functools.partial`` of one.
-        lr_mode, weight_decay, embedding_lr: as in `loraplus_param_groups`.
+        lr_mode: as in `loraplus_param_groups`.
+        weight_decay: as in `loraplus_param_groups`.
+        embedding_lr: as in `loraplus_param_groups`.
         schedule: ``step -> factor`` of all rates, from step 0, as in ``LambdaLR``.
         max_norm: what each candidate's gradient is clipped to.
         together: how many candidates are computed at once; None for all. Fewer take less memory for activations.

@@ -44,8 +44,9 @@ def reset_lora_parameters(
     Args:
         model: a model with adapters; wrapped, sharded or not.
         adapter: the adapter's name.
-        init, generator: as in `inject_lora`. An init that takes a start out of the update again (``"pissa"``) needs an
+        init: as in `inject_lora`. An init that takes a start out of the update again (``"pissa"``) needs an
             adapter that was injected with such a one.
+        generator: as in `inject_lora`.
 
     Raises:
         KeyError: if the model holds no adapter of this name.

@@ -58,10 +58,11 @@ def transfer_lr(lr: float, tuned: Mapping[str, Any], wanted: Mapping[str, Any]) 
 
     Args:
         lr: the rate that was tuned, as it was passed with ``tuned``.
-        tuned, wanted: settings by the names of `inject_lora` and `loraplus_param_groups`: ``r``, ``alpha``,
-            ``scaling``, ``init``, ``variant``, ``lr_ratio``, ``lr_mode``, and ``method``, ``"lora"`` or ``"full"`` for
-            full fine-tuning. What is left out is at `inject_lora`'s default, and ``lr_ratio`` 1. ``init`` can also be
-            ``"gradient"``, for `init_from_gradients`.
+        tuned: the settings that it was tuned with, by the names of `inject_lora` and `loraplus_param_groups`: ``r``,
+            ``alpha``, ``scaling``, ``init``, ``variant``, ``lr_ratio``, ``lr_mode``, and ``method``, ``"lora"`` or
+            ``"full"`` for full fine-tuning. What is left out is at `inject_lora`'s default, and ``lr_ratio`` 1.
+            ``init`` can also be ``"gradient"``, for `init_from_gradients`.
+        wanted: the settings to carry the rate to, by the same names.
 
     Raises:
         ValueError: if a value is out of range, or if no factor is known: between variants, between other starts, and

@@ -57,7 +57,8 @@ def extract_checkpoint(
         exclude: names or globs of layers that get none.
         kinds: the kind of layer by name or glob, such as ``{"c_attn": "TransposedLinear"}``; weights of more than two
             dimensions, such as those of convolutions without groups, count only where it is stated.
-        format, metadata: as in `save_adapter`.
+        format: as in `save_adapter`.
+        metadata: as in `save_adapter`.
         progress: called with the number of tensors that have been looked at, and of all, after each of them.
 
     Returns:
