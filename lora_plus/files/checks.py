@@ -68,11 +68,11 @@ def value_problems(layers: Mapping[str, SavedLayer]) -> dict[str, list[str]]:
     """By layer, what is wrong with the values of these layers' adapters, which are read in one go."""
     read_all(layer.tensors for layer in layers.values())
     tensors = {join(name, part): tensor for name, layer in layers.items() for part, tensor in layer.tensors.items()}
-    told = not_finite(tensors) | {
+    told = {
         name: f"{name!r} is {tensor.dtype}, expected one of {DTYPES}"
         for name, tensor in tensors.items()
         if tensor.dtype not in DTYPES
-    }
+    } | not_finite(tensors)
     lines = {name: [told.get(join(name, part)) for part in layer.tensors] for name, layer in layers.items() if told}
     return {name: wrong for name, own in lines.items() if (wrong := [line for line in own if line is not None])}
 
@@ -85,7 +85,7 @@ def shape_problems(layer: SavedLayer) -> list[str]:
         out_features = base.facts["rows"][1] - base.facts["rows"][0]
     stated, matrix = (*FACTORS, *VARIANTS[layer.spec.variant].tensors), (*stack, out_features, in_features)
     expected = {each.name: each.shape(matrix, layer.spec.r) for each in stated}
-    shapes = {part: tuple(tensor.shape) for part, tensor in layer.tensors.items()}
+    shapes = {part: tuple(getattr(tensor, "shape", ())) for part, tensor in layer.tensors.items()}
     return [
         f"{part} has shape {shapes.get(part)}, expected {expected.get(part)}"
         for part in shapes | expected
@@ -101,22 +101,25 @@ def is_finite(tensor: Tensor) -> bool:
 
 
 def not_finite(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """A line for each of these tensors that has values that are not finite; small ones are asked many at a time."""
+    """A line for each of these tensors that has values that are not finite, or none; small ones are asked together."""
+    told = {name: why for name, tensor in tensors.items() if (why := without_values(tensor))}
     alike: dict[Any, list[str]] = {}
-    for name, tensor in tensors.items():
+    for name, tensor in [(name, tensor) for name, tensor in tensors.items() if name not in told]:
         alike.setdefault((tensor.shape, tensor.dtype, tensor.device), []).append(name)
-    doubtful: set[str] = set()
     for (shape, *_), names in alike.items():
         step = 1 + _STACKED // max(1, shape.numel())
         for start in range(0, len(names), step):
             group = names[start : start + step]
             if len(group) == 1 or not is_finite(torch.stack([tensors[name] for name in group])):
-                doubtful.update(group)
-    return {
-        name: f"{name!r} has values that are not finite"
-        for name, tensor in tensors.items()
-        if name in doubtful and not is_finite(tensor)
-    }
+                told |= {name: "has values that are not finite" for name in group if not is_finite(tensors[name])}
+    return {name: f"{name!r} {told[name]}" for name in tensors if name in told}
+
+
+def without_values(tensor: Any) -> str | None:
+    """Why something is no tensor whose values are there and lie side by side; None if it is one."""
+    if isinstance(tensor, Tensor) and tensor.layout is torch.strided:
+        return "has no values (it is on the meta device); load them first" if tensor.is_meta else None
+    return f"must be a dense tensor, got {getattr(tensor, 'layout', type(tensor).__name__)}"
 
 
 _STACKED = 2**16

@@ -14,7 +14,7 @@ from lora_plus.model.places import Place, find_places, overlaps
 from lora_plus.model.selection import LAYOUTS
 from lora_plus.text import join, near_misses
 
-from .checks import base_problem, is_finite, shape_problems, unlike_dropout, value_problems
+from .checks import base_problem, is_finite, shape_problems, unlike_dropout, value_problems, without_values
 from .saved_adapter import SavedAdapter, SavedLayer
 from .target import ModelTarget
 
@@ -108,7 +108,9 @@ def trained_problems(data: SavedAdapter, target: ModelTarget, places: Mapping[st
         wanted: dict[str, Any] = module.state_dict(keep_vars=True)
         problems += [f"{join(name, part)!r} is missing" for part in wanted if part not in tensors]
         for part, tensor in tensors.items():
-            reason = _tensor_problem(tensor, wanted[part]) if part in wanted else f"{name!r} has no such tensor"
+            reason = without_values(tensor) or (
+                _tensor_problem(tensor, wanted[part]) if part in wanted else f"{name!r} has no such tensor"
+            )
             if reason is not None:
                 problems.append(f"{join(name, part)!r}: {reason}")
     return problems

@@ -178,4 +178,8 @@ def _checked(init: Init, matrix: Tensor, r: int, generator: torch.Generator | No
         )
     if not all(t.is_floating_point() and bool(t.isfinite().all()) for t in (A, B)):
         raise ValueError(f"init {init!r} returned values that are not finite floating-point numbers")
+    if not A.any() and not B.any():
+        raise ValueError(
+            f"init {init!r} returned A = 0 and B = 0, which no gradient moves; return one that is not zero"
+        )
     return A, B

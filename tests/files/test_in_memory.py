@@ -12,7 +12,7 @@ from cases import randomise
 from torch import Tensor, nn
 
 import lora_plus as lp
-from lora_plus.files import to_peft
+from lora_plus.files import to_peft, write_adapter
 from lora_plus.files.save import describe
 from lora_plus.files.saved_adapter import SavedAdapter
 from lora_plus.model.state import State
@@ -111,8 +111,8 @@ BROKEN: dict[str, tuple[Broken, str]] = {
     "a list": (lambda config, tensors: (config, [*tensors.values()]), "must be a mapping from names to tensors"),
     "arrays": (lambda config, tensors: (config, {k: v.numpy() for k, v in tensors.items()}), "got ndarray"),
     "sparse": (lambda config, tensors: (config, {k: v.to_sparse() for k, v in tensors.items()}), "dense tensor"),
-    "meta": (lambda config, tensors: (config, {k: v.to("meta") for k, v in tensors.items()}), "with values"),
-    "a number as a name": (lambda config, tensors: (config, {**tensors, 3: torch.ones(1)}), "3 must be a dense"),
+    "meta": (lambda config, tensors: (config, {k: v.to("meta") for k, v in tensors.items()}), "has no values"),
+    "a number as a name": (lambda config, tensors: (config, {**tensors, 3: torch.ones(1)}), "3 is no name"),
     "swapped": (lambda config, tensors: (tensors, config), "must be a dense tensor"),
 }
 
@@ -137,3 +137,44 @@ def test_plain_data_has_just_the_tensors_of_its_variant(edit: Callable[[dict[str
     with pytest.raises(ValueError, match=r"'b': (lora_B has shape None, expected \(4, 2\)|more has shape \(2,\))"):
         lp.load_adapter(model, saved)
     assert not any("lora_" in name for name, _ in model.named_parameters())
+
+
+NO_VALUES: dict[str, tuple[Callable[[Tensor], Any], str]] = {
+    "an array": (lambda tensor: tensor.detach().numpy(), "must be a dense tensor, got ndarray"),
+    "sparse": (lambda tensor: tensor.detach().to_sparse(), r"must be a dense tensor, got torch\.sparse_coo"),
+    "on meta": (lambda tensor: tensor.to("meta"), r"has no values \(it is on the meta device\); load them first"),
+}
+
+
+def test_plain_data_that_is_a_list_is_refused() -> None:
+    saved = describe(State(adapted()), "default")
+    saved.layers["a"].tensors["lora_B"] = saved.layers["a"].tensors["lora_B"].tolist()  # type: ignore[assignment]
+    with pytest.raises(ValueError, match=r"'a': lora_B has shape \(\), expected \(4, 2\)"):
+        lp.load_adapter(plain(), saved)
+
+
+@pytest.mark.parametrize("part", ["a.lora_B", "c.weight"])
+@pytest.mark.parametrize(("change", "message"), NO_VALUES.values(), ids=NO_VALUES)
+def test_plain_data_that_is_no_dense_tensor_is_refused_by_name(
+    change: Callable[[Tensor], Any], message: str, part: str, tmp_path: Path
+) -> None:
+    saved, model = describe(State(adapted()), "default"), plain()
+    owner, _, name = part.partition(".")
+    held = saved.layers[owner].tensors if owner in saved.layers else saved.trained[owner]
+    held[name] = change(held[name])
+    before = values(model)
+    with pytest.raises(ValueError, match=f"'{part}':? {message}"):
+        lp.load_adapter(model, saved)
+    assert values(model).keys() == before.keys()
+    with pytest.raises(ValueError, match=f"'{part}' {message}"):
+        write_adapter(saved, tmp_path / "a.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_adapter_without_values_is_not_saved(tmp_path: Path) -> None:
+    model = adapted().to("meta")
+    line = r"'a\.lora_A' has no values \(it is on the meta device\); load them first"
+    for taken in (lambda: lp.save_adapter(model, tmp_path / "a"), lambda: to_peft(model)):
+        with pytest.raises(ValueError, match=line):
+            taken()
+    assert not list(tmp_path.iterdir())

@@ -144,6 +144,25 @@ def test_an_adapter_that_mixes_the_channels_of_groups_is_refused(tmp_path: Path)
     )
 
 
+@pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd layer with groups > 1")
+@pytest.mark.parametrize("groups", [1, 2])
+def test_pefts_dora_of_a_grouped_convolution_has_the_norm_of_another_weight(groups: int) -> None:
+    """Which is why it is refused: only without groups PEFT computes m / |W + s B A| (W + s B A) x."""
+    model = made_by_peft(
+        Holder(nn.Conv2d(4, 6, 3, groups=groups)).double(), target_modules=["layer"], r=4, use_dora=True
+    )
+    _unmix(model.double(), groups)
+    layer = model.base_model.model.layer
+    A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight.flatten(1)
+    own = A.unflatten(0, (groups, -1)).unflatten(2, (groups, -1)).diagonal(dim1=0, dim2=2).movedim(-1, 0)
+    delta = torch.cat([b @ a.flatten(1) for a, b in zip(own, B.chunk(groups), strict=True)]).view_as(layer.weight)
+    V, m = layer.weight + layer.scaling["default"] * delta, layer.lora_magnitude_vector["default"].weight
+    W = V * (m.flatten() / V.flatten(1).norm(dim=1)).view(-1, 1, 1, 1)
+    x = torch.randn(2, 4, 5, 5, dtype=torch.float64)
+    same = torch.allclose(model(x), nn.functional.conv2d(x, W, layer.bias, groups=groups), rtol=1e-10, atol=1e-10)
+    assert same == (groups == 1)
+
+
 @pytest.mark.parametrize("name", sorted(PEFT_DIFFERS))
 def test_each_exception_to_the_table_is_a_case(name: str) -> None:
     assert name in {case.name for case in CASES}

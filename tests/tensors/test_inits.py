@@ -117,6 +117,18 @@ def test_a_frozen_A_of_zeros_is_refused() -> None:
     assert type(model[0]) is nn.Linear
 
 
+def test_an_init_function_that_returns_zeros_for_both_is_refused() -> None:
+    """The gradient of each is a product with the other, so neither would ever move."""
+
+    def zeros(weight: torch.Tensor, r: int, generator: object) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.zeros(r, weight.shape[1]), torch.zeros(weight.shape[0], r)
+
+    model = nn.Sequential(nn.Linear(4, 4))
+    with pytest.raises(ValueError, match="returned A = 0 and B = 0, which no gradient moves"):
+        lp.inject_lora(model, ["0"], init=zeros)
+    assert type(model[0]) is nn.Linear
+
+
 @pytest.mark.parametrize("init", ["pisa", None, 3, ["pissa"]])
 def test_an_unknown_init_names_those_that_there_are(init: object) -> None:
     with pytest.raises(ValueError, match=r"unknown init .*choose one of \['gaussian', .*'pissa'\] or pass a function"):

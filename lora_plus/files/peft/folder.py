@@ -12,15 +12,14 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lora_plus.errors import warn_user
+from lora_plus.files.checks import without_values
 from lora_plus.files.formats import FORMATS, Contents, Files, Format
 from lora_plus.files.outline import Outline, outline_named_by, outline_of, readers_in, ties_in
 from lora_plus.files.saved_adapter import SavedAdapter, alpha_under, most_common
 from lora_plus.files.target import Target
-from lora_plus.files.tensor_file import UnreadTensor
 from lora_plus.text import endings
 
 from .config import CONFIG, USER_FIELDS, checked_config
@@ -65,17 +64,12 @@ def _checked_tensors(tensors: Any, problems: list[str]) -> Mapping[str, Tensor]:
     if not isinstance(tensors, Mapping):
         problems.append(f"the tensors must be a mapping from names to tensors, got {type(tensors).__name__}")
         return {}
-    dense = {name: tensor for name, tensor in tensors.items() if isinstance(name, str) and _is_dense(tensor)}
-    others = [name for name in tensors if name not in dense]
-    problems += [f"{name!r} must be a dense tensor with values, got {type(tensors[name]).__name__}" for name in others]
-    return dense
-
-
-def _is_dense(tensor: Any) -> bool:
-    """Whether it is a tensor whose values are there and lie side by side; those in a file are not read for it."""
-    if isinstance(tensor, UnreadTensor):
-        return True
-    return isinstance(tensor, Tensor) and tensor.layout is torch.strided and not tensor.is_meta
+    told = {
+        name: without_values(tensor) or ("" if isinstance(name, str) else "is no name")
+        for name, tensor in tensors.items()
+    }
+    problems += [f"{name!r} {why}" for name, why in told.items() if why]
+    return {name: tensor for name, tensor in tensors.items() if not told[name]}
 
 
 def write(adapter: SavedAdapter, target: Target, problems: list[str]) -> Files:
