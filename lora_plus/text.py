@@ -36,12 +36,12 @@ def join(path: str, name: str) -> str:
 
 
 def near_misses(wanted: Any, names: Iterable[str]) -> str:
-    """`` (did you mean 'a' or 'b'?)`` with the names closest to a mistyped one, or nothing."""
+    """`` (did you mean 'a' or 'b'?)`` with the names closest to a mistyped one, whatever their case, or nothing."""
     if not isinstance(wanted, str):
         return ""
-    tails = {name if "." in wanted else name.rpartition(".")[2] for name in names} - {""}
-    close = difflib.get_close_matches(wanted, sorted(tails), n=3)
-    return f" (did you mean {' or '.join(map(repr, close))}?)" if close else ""
+    tails = {tail.casefold(): tail for name in names if (tail := name if "." in wanted else name.rpartition(".")[2])}
+    close = [repr(tails[each]) for each in difflib.get_close_matches(wanted.casefold(), sorted(tails), n=3)]
+    return f" (did you mean {' or '.join(close)}?)" if close else ""
 
 
 def some(names: Sequence[str], shown: int = 3) -> str:

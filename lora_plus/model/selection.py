@@ -16,13 +16,14 @@ from lora_plus.layers.adapter import check_adapter_name
 from lora_plus.layers.kinds import KINDS, lora_class, weight_of
 from lora_plus.tensors.matrix import matrix_shape
 from lora_plus.tensors.variant import AdapterSpec
-from lora_plus.text import join, near_misses
+from lora_plus.text import join, near_misses, some
 
 from .patterns import NameIndex, Pattern, as_patterns, matcher, shown
 from .places import PLACE_FINDERS, NamedModule, Place, Rows, find_modules, find_places, overlaps
 from .tree import Named
 
 ALL_LINEAR = "all-linear"
+_EXPRESSION = re.compile(r"[\\^$()|+]")
 
 LAYOUTS = ("o i -> o i", "i o -> o i", "e o i -> e o i", "e i o -> e o i")
 """How a bare parameter can be stored: (out, in) or (in, out), alone or as a stack of experts."""
@@ -132,8 +133,11 @@ class Selection:
         if hits and not supported:
             named = [f"{place.name or 'the model itself'} ({reason})" for place, reason in reasons[:4]]
             more = f" and {len(hits) - 4} more" if len(hits) > 4 else ""
+            inside = tuple(f"{place.name}." for place in hits if place.name)
+            within = isinstance(pattern, str) and any(place.name.startswith(inside) for place in self._places.things)
+            hint = f"name what is in it: {pattern + '.*'!r}" if within else _supported()
             self._problems.append(
-                f"target {shown(pattern)} matches nothing that can be adapted: {', '.join(named)}{more}; {_supported()}"
+                f"target {shown(pattern)} matches nothing that can be adapted: {', '.join(named)}{more}; {hint}"
             )
         elif hits and not kept:
             self._problems.append(f"target {shown(pattern)} matches only layers that exclude takes out")
@@ -202,7 +206,14 @@ class Selection:
 
     def _nothing(self, setting: str, pattern: Pattern, what: str, named: NameIndex[Any]) -> list[Any]:
         """No hits, which is a problem."""
-        hint = near_misses(pattern, named.names())
+        names = named.names()
+        words = [ALL_LINEAR] if setting == "target" and "." not in shown(pattern) else []
+        hint = near_misses(pattern, names + words)
+        if isinstance(pattern, str) and _EXPRESSION.search(pattern):
+            hint = "; for a regular expression pass re.compile(...)"
+        elif not hint:
+            last = sorted({tail for name in names if (tail := name.rpartition(".")[2]) and not tail.isdigit()})
+            hint = f"; there is {some(last, 5)}" if last else ""
         self._problems.append(f"{setting} {shown(pattern)} matches no {what}{hint}{self._hidden()}")
         return []
 

@@ -73,7 +73,8 @@ ROWS = "variant 'dora' rescales whole weights and cannot act on some rows of one
          ["fused 'linear': 'linear' has 12 rows, but the blocks {'q': 4, 'k': 4} have 8",
           "target 'linear.q' matches no module or parameter "
           "(did you mean 'linear' or 'linear.weight'?)"]),
-        (["stack"], {"layouts": {"matrix": "i o -> o i"}}, ["layouts 'matrix' matches no adapted layer"]),
+        (["stack"], {"layouts": {"matrix": "i o -> o i"}},
+         ["layouts 'matrix' matches no adapted layer; there is 'stack'"]),
         (["attention.q"], {"train_also": ["attention"]},
          ["'attention.q' is both a target and trained in full by train_also; add it to exclude"]),
     ],

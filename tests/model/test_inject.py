@@ -140,6 +140,12 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
      "supported are Conv1d, Conv2d, Conv3d, ConvTranspose1d, ConvTranspose2d, ConvTranspose3d, Embedding, Linear, "
      "GPT-2's Conv1D, the weights of MultiheadAttention, RNNBase, RNNCellBase, EmbeddingBag, Bilinear, and "
      "parameters of two or three dimensions"),
+    ({"targets": ["LM_HAED"]}, ValueError, "matches no module or parameter (did you mean 'lm_head'?)"),
+    ({"targets": ["all_linear"]}, ValueError, "matches no module or parameter (did you mean 'all-linear'?)"),
+    ({"targets": ["linear"]}, ValueError, "matches no module or parameter (did you mean 'all-linear'?)"),
+    ({"targets": [r".*\.(q|v)"]}, ValueError, "or parameter; for a regular expression pass re.compile(...)"),
+    ({"targets": ["mlp"]}, ValueError, "blocks.1.mlp (Sequential); name what is in it: 'mlp.*'"),
+    ({"targets": ["wxyz"]}, ValueError, "or parameter; there is 'blocks', 'embed', 'lm_head', 'mlp', 'norm' and 3 more"),
     ({"targets": []}, ValueError, "no target"),
     ({"targets": ["q"], "exclude": ["q"]}, ValueError, "target 'q' matches only layers that exclude takes out"),
     ({"targets": ["q"], "exclude": ["nope"]}, ValueError, "exclude 'nope' matches no module"),
@@ -150,8 +156,9 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"targets": ["q"], "train_also": ["mlp.1"]}, ValueError, "train_also: 'blocks.0.mlp.1' (GELU) has no parameter"),
     ({"targets": ["q"], "rank_pattern": {"v": 2}}, ValueError, "rank_pattern 'v' matches no adapted layer"),
     ({"targets": ["q"], "rank_pattern": {"v": 2, "k": 3}, "alpha_pattern": {"w": 2}}, ValueError,
-     "rank_pattern 'v' matches no adapted layer\n  rank_pattern 'k' matches no adapted layer\n"
-     "  alpha_pattern 'w' matches no adapted layer"),
+     "rank_pattern 'v' matches no adapted layer; there is 'q'\n"
+     "  rank_pattern 'k' matches no adapted layer; there is 'q'\n"
+     "  alpha_pattern 'w' matches no adapted layer; there is 'q'"),
     ({"targets": ["q"], "rank_pattern": {"0.q": 2, "q": 3}}, ValueError,
      "rank_pattern: '0.q' and 'q' both match 'blocks.0.q'"),
     ({"targets": ["q"], "alpha_pattern": {"0.q": 2, "blocks.*": 2}}, ValueError, "alpha_pattern: '0.q' and 'blocks.*'"),
