@@ -145,7 +145,7 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"targets": ["linear"]}, ValueError, "matches no module or parameter (did you mean 'all-linear'?)"),
     ({"targets": [r".*\.(q|v)"]}, ValueError, "or parameter; for a regular expression pass re.compile(...)"),
     ({"targets": ["mlp"]}, ValueError, "blocks.1.mlp (Sequential); name what is in it: 'mlp.*'"),
-    ({"targets": ["wxyz"]}, ValueError, "or parameter; there is 'blocks', 'embed', 'lm_head', 'mlp', 'norm' and 3 more"),
+    ({"targets": ["wxyz"]}, ValueError, "parameter; there is 'blocks', 'embed', 'lm_head', 'mlp', 'norm' and 3 more"),
     ({"targets": []}, ValueError, "no target"),
     ({"targets": ["q"], "exclude": ["q"]}, ValueError, "target 'q' matches only layers that exclude takes out"),
     ({"targets": ["q"], "exclude": ["nope"]}, ValueError, "exclude 'nope' matches no module"),
