@@ -19,3 +19,10 @@ def run_blocks(page: Path, *, with_packages: bool) -> None:
     for package, block in _BLOCK.findall(page.read_text()):
         if with_packages or not package:
             exec(compile(block, page.name, "exec"), names)
+
+
+def block_under(page: Path, heading: str) -> str:
+    """The first block under a heading of a page."""
+    found = _BLOCK.search(page.read_text().split(f"\n## {heading}\n")[1])
+    assert found is not None
+    return found[2]
