@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,7 +16,10 @@ from lora_plus.text import join, near_misses
 
 from .checks import base_problem, is_finite, shape_problems, unlike_dropout, value_problems, without_values
 from .saved_adapter import SavedAdapter, SavedLayer
-from .target import ModelTarget
+from .target import ModelTarget, Target
+
+FITTERS: list[Callable[[SavedAdapter, Target, list[str]], SavedAdapter]] = []
+"""What gives an adapter the form that its target has; each adds what is wrong to the list."""
 
 
 def choose_places(data: SavedAdapter, target: ModelTarget, problems: list[str]) -> dict[str, Place]:

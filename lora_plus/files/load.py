@@ -19,7 +19,7 @@ from lora_plus.model.state import Need, State, require
 from lora_plus.tensors.distributed import fill
 
 from .existing import Existing
-from .fit import choose_places, trained_problems
+from .fit import FITTERS, choose_places, trained_problems
 from .paths import PathLike, stated
 from .read import InMemory, described
 from .rename import Names, Renaming, renamed
@@ -123,6 +123,8 @@ def _fitted(
         if target.rename.given and not data.resolved:
             data = renamed(data, target.rename, problems)
         problems += target.rename.unused()
+    for fitted in FITTERS:
+        data = fitted(data, target, problems)
     places = choose_places(data, target, problems)
     problems += trained_problems(data, target, places) if data.trained else ()
     if not problems and not data.layers:

@@ -69,10 +69,7 @@ def renamed(adapter: SavedAdapter, rename: Renaming, problems: list[str]) -> Sav
     origins: dict[str, str] = {}
     for old in [*adapter.layers, *adapter.trained]:
         new = rename(old)
-        if new is None:
-            continue
-        first = origins.setdefault(new, old)
-        if first != old:
+        if new is not None and (first := origins.setdefault(new, old)) != old:
             problems.append(f"{first!r} and {old!r} of the file are both called {new!r} by names")
     return SavedAdapter(
         {new: replace(adapter.layers[old], base=_moved(adapter.layers[old].base, rename))

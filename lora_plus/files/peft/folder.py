@@ -28,6 +28,7 @@ from .names import PREFIX, moved, wrappers
 from .reader import DOUBLED, Reader
 from .renaming import FolderTarget, in_file_names, without_left_out
 from .shapes import implied_target
+from .stacked import with_stacks
 from .tensors import attention_to_peft, join_rows, layer_to_peft, parameter_to_peft
 
 WEIGHTS = "adapter_model.safetensors"
@@ -48,6 +49,7 @@ def read(files: Files, target: Target, problems: list[str]) -> SavedAdapter:
         known = in_file_names(target, outline, tensors)
     else:
         known = FolderTarget(outline, target.base, target.repeats, readers_in(target))
+    known = with_stacks(known, tensors) if checked.get("target_parameters") else known
     if problems:
         return SavedAdapter({}, {})
     adapter = Reader(checked, known, problems).read(tensors)

@@ -9,6 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from lora_plus.files.checks import base_problem, is_finite, settings_problem, shape_problems, value_problems
+from lora_plus.files.fit import FITTERS
 from lora_plus.files.peft.shapes import usual_base
 from lora_plus.files.read import described
 from lora_plus.files.rename import Names, Renaming
@@ -78,7 +79,8 @@ class CheckpointTarget(Target):
         return self.modules.keys()
 
     def base(self, name: str) -> BaseLayer | None:
-        return usual_base(self.checkpoint.tensors[f"{name}.weight"].shape)
+        stored = self.checkpoint.tensors.get(f"{name}.weight")
+        return None if stored is None else usual_base(stored.shape)
 
     def repeats(self, name: str, tensor: Tensor) -> bool | None:
         new = self.rename(name) or ""
@@ -106,6 +108,8 @@ class Plan:
         """Enter an adapter, multiplied by a factor; ``where`` comes before its problems."""
         problems: list[str] = []
         data = described(path, self.target, problems)
+        for fitted in () if self.target.rename.given else FITTERS:
+            data = fitted(data, self.target, problems)
         rename = str if data.resolved else self.target.rename
         tensors = {name: rename(layer.base.weight_name(name)) for name, layer in data.layers.items()}
         if not problems and not any(tensors.values()):
