@@ -29,14 +29,18 @@ def say(line: object, *, err: bool = False) -> None:
     typer.echo(printable(line), err=err)
 
 
-def complain(kind: str, message: object) -> None:
-    """Print an error or a warning, which may have several lines, on stderr."""
-    for line in f"{kind}: {message}".split("\n"):
-        say(line, err=True)
+def complain(as_json: bool, kind: str, message: object) -> None:
+    """Print an error or a warning on stderr: as text, which may have several lines, or as a line of JSON."""
+    if not as_json:
+        for line in f"{kind}: {message}".split("\n"):
+            say(line, err=True)
+        return
+    problems = getattr(message, "problems", None)
+    typer.echo(_json({kind: str(message), **({} if problems is None else {"problems": problems})}), err=True)
 
 
 def reported(command: Callable[..., None]) -> Callable[..., None]:
-    """The command with errors and warnings as one text each on stderr.
+    """The command with errors and warnings as one text each on stderr, or with ``--json`` as one line of JSON each.
 
     After an error the exit status is 1, after Ctrl-C 130. An error that a file or an argument should not be able to
     cause says that it is a defect of this program; its status is 70.
@@ -45,11 +49,12 @@ def reported(command: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
         told: set[str] = set()
+        say_so = functools.partial(complain, bool(kwargs.get("as_json")))
 
         def tell(message: Warning | str, *_: Any, **__: Any) -> None:
             if str(message) not in told:
                 told.add(str(message))
-                complain("warning", message)
+                say_so("warning", message)
 
         with warnings.catch_warnings():
             warnings.simplefilter("always")
@@ -62,16 +67,16 @@ def reported(command: Callable[..., None]) -> Callable[..., None]:
             except KeyboardInterrupt:
                 raise typer.Exit(130) from None
             except (OSError, ValueError, MemoryError) as error:
-                complain("error", "there is not enough memory" if isinstance(error, MemoryError) else error)
+                say_so("error", "there is not enough memory" if isinstance(error, MemoryError) else error)
                 raise typer.Exit(1) from error
             except Exception as error:
                 first, *_ = str(error).split("\n")  # torch adds its own stack
-                complain("error", f"unexpected {type(error).__name__}: {first}")
+                say_so("error", f"unexpected {type(error).__name__}: {first}")
                 if os.environ.get(TRACEBACK):
-                    complain("where", traceback.format_exc().rstrip())
+                    say_so("where", traceback.format_exc().rstrip())
                 else:
                     advice = f"with {TRACEBACK}=1 in the environment it shows where"
-                    say(f"this is a defect of lora-plus; {advice}", err=True)
+                    say_so("note", f"this is a defect of lora-plus; {advice}")
                 raise typer.Exit(70) from error
 
     return run
@@ -80,11 +85,15 @@ def reported(command: Callable[..., None]) -> Callable[..., None]:
 def emit(as_json: bool, data: Mapping[str, Any], *lines: str) -> None:
     """Print the data as JSON, or these lines for a reader."""
     if as_json:
-        text = json.dumps(_plain(data), indent=2, allow_nan=False)
-        typer.echo(text.replace("\x7f", "\\u007f"))  # the one control character that JSON allows in a text
+        typer.echo(_json(data, indent=2))
         return
     for line in lines:
         say(line)
+
+
+def _json(data: Mapping[str, Any], **options: Any) -> str:
+    text = json.dumps(_plain(data), allow_nan=False, **options)
+    return text.replace("\x7f", "\\u007f")  # the one control character that JSON allows in a text
 
 
 def _plain(value: Any) -> Any:

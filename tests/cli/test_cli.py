@@ -196,6 +196,16 @@ def test_diff_of_one_adapter_in_two_formats_is_none(a: Path, tmp_path: Path) -> 
     assert "no difference" in output("diff", a, tmp_path / "peft")
 
 
+def test_an_error_is_a_line_of_json_where_that_is_asked_for(a: Path, tmp_path: Path) -> None:
+    (tmp_path / "plain.safetensors").write_bytes(b"")
+    for given in (("inspect", tmp_path / "plain.safetensors"), ("convert", a, a), ("inspect", tmp_path / "none")):
+        told = json.loads(failed(*given, "--json"))
+        text = failed(*given).rstrip()
+        assert f"error: {told['error']}" == text
+        assert all(line in text for line in told.get("problems", []))
+    assert json.loads(failed("inspect", tmp_path / "plain.safetensors", "--json"))["problems"] != []
+
+
 def test_an_infinite_difference_is_a_text_in_json(a: Path, tmp_path: Path) -> None:
     save_adapter(lora_plus.inject_lora(small(), ["layers.*"], r=2), tmp_path / "zero.safetensors")
     found = as_json("diff", tmp_path / "zero.safetensors", a)

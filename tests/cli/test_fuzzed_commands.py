@@ -12,8 +12,10 @@ pytest's temporary folder.
 
 from __future__ import annotations
 
+import json
 import os
 import random
+import re
 import shutil
 import signal
 import tempfile
@@ -124,10 +126,13 @@ class Case:
         if result.exit_code == 1:
             assert after == before, "a failed call left something behind"
             if self.command != "verify" or not result.stdout:
-                assert result.stdout == "" and result.stderr.count("error: ") >= 1, text
+                assert result.stdout == "" and re.search(r'^(error|{"error"): ', result.stderr, re.M), text
+                told = re.sub(
+                    r"^{.*", lambda line: printable(json.loads(line[0]).get("error", "")), result.stderr, flags=re.M
+                )
                 paths = (*self.used, self.out)
                 names = {printable(name) for path in paths for name in (path.name, path.stem.replace(".", "-"))}
-                assert any(name in result.stderr for name in {*names, _FORMAT}), f"no file is named: {text}"
+                assert any(name in told for name in {*names, _FORMAT}), f"no file is named: {text}"
             return "refused"
         ours = {str(self.out.relative_to(self.folder))}
         assert {name: raw for name, raw in after.items() if name.split("/")[0] not in ours} == inputs

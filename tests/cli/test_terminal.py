@@ -260,7 +260,7 @@ def test_a_defect_says_that_it_is_one(failing: Callable[[BaseException], Any], m
     assert (result.exit_code, result.stdout) == (70, "")
     assert result.stderr.split("\n") == [
         r"error: unexpected TypeError: \x1b[2J",
-        "this is a defect of lora-plus; with LORA_PLUS_TRACEBACK=1 in the environment it shows where",
+        "note: this is a defect of lora-plus; with LORA_PLUS_TRACEBACK=1 in the environment it shows where",
         "",
     ]
     monkeypatch.setenv("LORA_PLUS_TRACEBACK", "1")
