@@ -89,3 +89,7 @@ def test_the_readme_names_only_files_and_functions_that_exist() -> None:
         assert (ROOT / link).exists(), link
     for name in re.findall(r"\blp\.([a-z_]+)", text):
         assert hasattr(lora_plus, name), name
+
+
+def test_the_citation_is_of_this_version() -> None:
+    assert f"\nversion: {lora_plus.__version__}\n" in (ROOT / "CITATION.cff").read_text()

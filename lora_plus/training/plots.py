@@ -113,5 +113,5 @@ def _figure(width: float, height: float) -> Any:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise ImportError("drawing needs matplotlib; run: pip install matplotlib") from None
+        raise ImportError("drawing needs matplotlib; run: pip install 'lora-plus[plot]'") from None
     return Figure(figsize=(width, height), layout="constrained")
