@@ -234,7 +234,7 @@ def test_halved_candidates_are_behind_the_others_and_hatched(tmp_path: Any, monk
 def test_without_matplotlib_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     result = sweep(MLP.model(), MLP.targets, CANDIDATES, squares, MLP.batches(1), report=silent)
-    with pytest.raises(ImportError, match="drawing needs matplotlib; run: pip install matplotlib"):
+    with pytest.raises(ImportError, match=r"drawing needs matplotlib; run: pip install 'lora-plus\[plot\]'"):
         plot_sweep(result, "map.png")
 
 
