@@ -48,7 +48,7 @@ BLOCKS = ("block_sparse_moe", "mlp")
 STACK = "e o i -> e o i"
 """How the parameters of these families are stored. Others may have the rows of gate and up in turns."""
 
-_SINGLE = re.compile(r"(.*\bexperts)\.(0|[1-9]\d{0,5})\.(\w+)")
+SINGLE = re.compile(r"(.*\bexperts)\.(0|[1-9]\d{0,5})\.(\w+)")
 _STACKED = re.compile(r"(.*\bexperts)\.([a-z]\w*)")
 _ROUTER = re.compile(r"(.*\bgate)(\.weight)?")
 
@@ -68,7 +68,7 @@ def fit_experts(data: SavedAdapter, target: Target, problems: list[str]) -> Save
     layers = dict[str, SavedLayer]()
     stacks = dict[tuple[str, tuple[str, ...]], dict[tuple[int, str], SavedLayer]]()
     for name, layer in data.layers.items():
-        single, stacked, router = (each.fullmatch(name) for each in (_SINGLE, _STACKED, _ROUTER))
+        single, stacked, router = (each.fullmatch(name) for each in (SINGLE, _STACKED, _ROUTER))
         if single is not None and name not in names and layer.base.kind in ("", "Linear"):
             found = _stack_of(single[1], single[3], target)
             if found is not None:

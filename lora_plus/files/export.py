@@ -1,15 +1,15 @@
 """Write an adapter for programs that read PEFT's format in part: what each of them takes, as read in their sources.
 
 vLLM: ``lora/lora_model.py`` at 0306474, ``lora/layers/vocab_parallel_embedding.py`` at 0332189, ``lora/peft_helper.py``
-of its latest documentation and ``config/lora.py`` of 0.14's. llama.cpp: ``convert_lora_to_gguf.py`` at 0b03ada and
-``src/llama-adapter.h`` at 215841f. Both have one rank and one alpha for a whole folder, and pass over the patterns of
-a config in silence, so what they are given is a `portable` adapter.
+of its latest documentation and ``config/lora.py`` of 0.14's; for experts see `vllm_experts`. llama.cpp:
+``convert_lora_to_gguf.py`` at 0b03ada and ``src/llama-adapter.h`` at 215841f. Both have one rank and one alpha for a
+whole folder, and pass over the patterns of a config in silence, so what they are given is a `portable` adapter.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -32,6 +32,7 @@ from .portable import portable, rank
 from .save import describe, values_not_finite, write_files
 from .saved_adapter import SavedAdapter
 from .target import ModelTarget
+from .vllm_experts import Experts, vllm_experts
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,8 @@ class Program:
     """Whether one of two layers with the same weight can have an adapter of its own."""
     whole: bool = False
     """Whether it reads all of PEFT's format, so that it need not get one rank and one scale."""
+    experts: Callable[[SavedAdapter, ModelTarget], Experts] = lambda adapter, target: Experts(adapter, set(), [])
+    """The adapter with its experts as it takes them; by default as they are."""
 
 
 PROGRAMS = {
@@ -63,6 +66,7 @@ PROGRAMS = {
         plain=True,
         ranks=(1, 8, 16, 32, 64, 128, 256, 320, 512),
         options="--enable-lora --max-lora-rank {rank}",
+        experts=vllm_experts,
     ),
     # it transposes A and B together with the weight of a TransposedLinear, but PEFT's are those of (out, in) already
     "llama.cpp": Program("llama.cpp", kinds=("Linear", "Embedding"), plain=True, needs_base=True, unties=False),
@@ -101,8 +105,9 @@ def export_adapter(
     and adapters of rows of one weight become one of the whole weight. The updates are the same; dropout is not kept.
 
     - ``"peft"``: whatever PEFT's format can express, DoRA and modules trained in full too.
-    - ``"vllm"``: plain LoRA on linear layers, and on embeddings where vLLM's class of the model serves them. Ranks up
-      to 512; the report says which ``--max-lora-rank`` the server needs.
+    - ``"vllm"``: plain LoRA on linear layers, on embeddings where vLLM's class of the model serves them, and on experts
+      and routers of transformers' models, by the names that vLLM has for them. Experts without an adapter get zeros.
+      Ranks up to 512; the report says which ``--max-lora-rank`` the server needs.
     - ``"llama.cpp"``: plain LoRA on linear layers and the token embedding, for ``convert_lora_to_gguf.py``, which asks
       for the ``base_model``. A layer whose weight is tied to another layer's cannot be expressed there.
 
@@ -130,10 +135,11 @@ def export_adapter(
     check_saved(state, adapter, f"adapter {adapter!r} was not exported")
     real = Path(os.path.realpath(stated(path)))
     whole = describe(state, adapter, {} if base_model is None else {"base_model_name_or_path": base_model})
-    data = portable(whole, dtype)
     failure = f"adapter {adapter!r} was not exported for {program.name}; merge_and_unload gives a plain model instead"
+    experts = program.experts(whole, ModelTarget(state.names))
+    data = portable(experts.adapter, dtype)
     if not is_spare_replica(model):
-        state.storage.on_one_rank(lambda: write_files(real, _files(state, program, whole, data, failure)))
+        state.storage.on_one_rank(lambda: write_files(real, _files(state, program, whole, data, experts, failure)))
     r = rank(data)
     largest = next((each for each in program.ranks if each >= r), r)
     return ExportReport(r, program.options.format(rank=largest))
@@ -176,8 +182,9 @@ def to_peft(
     failure = f"adapter {adapter!r} was not taken for {program.name}"
     check_saved(state, adapter, failure)
     whole = describe(state, adapter, {} if base_model is None else {"base_model_name_or_path": base_model})
-    data = whole if program.whole else portable(whole, dtype)
-    files = _files(state, program, whole, data, failure)
+    experts = program.experts(whole, ModelTarget(state.names))
+    data = whole if program.whole else portable(experts.adapter, dtype)
+    files = _files(state, program, whole, data, experts, failure)
     return files[CONFIG], dict(files[WEIGHTS].tensors)
 
 
@@ -190,12 +197,15 @@ def _program(name: str, dtype: torch.dtype | None) -> Program:
     return PROGRAMS[name]
 
 
-def _files(state: State, program: Program, whole: SavedAdapter, data: SavedAdapter, failure: str) -> Files:
+def _files(
+    state: State, program: Program, whole: SavedAdapter, data: SavedAdapter, experts: Experts, failure: str
+) -> Files:
     """The files of an adapter for a program, from the adapter as it is and as the program gets it."""
     problems = values_not_finite(whole, state)
     if not problems and data is not whole:
         problems += [f"{line} with its scale in B; choose a wider dtype" for line in values_not_finite(data, state)]
-    problems += _not_taken(program, data, {} if program.unties else _tied(state, data))
+    problems += experts.problems
+    problems += _not_taken(program, data, {} if program.unties else _tied(state, data), experts.stacks)
     broken = len(problems)
     files = FORMATS["peft"].write(data, ModelTarget(state.names), problems)
     if problems:
@@ -221,13 +231,15 @@ def _tied(state: State, data: SavedAdapter) -> dict[str, str]:
     return {path: others[0] for path, others in alike.items() if others}
 
 
-def _not_taken(program: Program, adapter: SavedAdapter, tied: Mapping[str, str]) -> Iterator[str]:
+def _not_taken(
+    program: Program, adapter: SavedAdapter, tied: Mapping[str, str], stacks: Collection[str]
+) -> Iterator[str]:
     """Why a program does not take a portable adapter, beyond what PEFT's format cannot express.
 
-    ``tied`` has another name of a layer's weight by the layer's name.
+    ``tied`` has another name of a layer's weight by the layer's name; ``stacks`` are the stacked experts.
     """
     for name, layer in adapter.layers.items():
-        if program.kinds and layer.base.kind not in program.kinds:
+        if program.kinds and name not in stacks and layer.base.kind not in program.kinds:
             yield f"{name!r}: {program.name} takes adapters of {', '.join(program.kinds)}, not of {layer.base.kind}"
         if not program.unties and name in tied:
             yield f"{name!r}: its weight is also {tied[name]!r}, and {program.name} has one tensor for both"

@@ -11,9 +11,11 @@ import torch
 from cases import randomise
 from peft_support import peft, transformers
 from torch import Tensor, nn
+from vllm_support import read_by_vllm, served_in_stacks, served_one_by_one
 
 import lora_plus as lp
 from lora_plus.files.experts import BLOCKS, FAMILIES
+from lora_plus.files.vllm_experts import ONE_BY_ONE
 
 pytestmark = [pytest.mark.peers, pytest.mark.slow]
 
@@ -30,6 +32,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         **LATENT,
     },
 }  # fmt: skip
+GPT_OSS: dict[str, Any] = {"num_local_experts": 4, "head_dim": 8}
 LABELS = {"Mixtral": ("w1", "w3", "w2")}
 IDS = torch.arange(14).reshape(2, 7) * 5 % 31 + 1
 
@@ -62,7 +65,7 @@ class SingleExperts(nn.ModuleList):
 
 
 def new(family: str) -> nn.Module:
-    config = getattr(transformers, f"{family}Config")(**{**SIZES, **CONFIGS[family]})
+    config = getattr(transformers, f"{family}Config")(**{**SIZES, **CONFIGS.get(family, GPT_OSS)})
     torch.manual_seed(0)
     model = getattr(transformers, f"{family}ForCausalLM")(config).double().eval()
     model.set_experts_implementation("eager")
@@ -155,18 +158,46 @@ def test_what_peft_trained_on_stacks(family: str, tmp_path: Path) -> None:
     same(lp.load_adapter(new(family), tmp_path), theirs)
 
 
-def test_the_table_is_that_of_transformers() -> None:
+@of_all_families
+def test_vllm_gets_experts_one_by_one(family: str) -> None:
+    model = randomise(lp.inject_lora(new(family), ["o_proj", *STACKED], r=2, alpha=3))
+    config, tensors = lp.files.to_peft(model, for_="vllm")
+    labels = LABELS.get(family, ("gate_proj", "up_proj", "down_proj"))
+    served = served_one_by_one(old(family), read_by_vllm(tensors, config), labels)
+    same(served, model)
+
+
+def test_vllm_gets_the_stacks_of_gpt_oss() -> None:
+    model = randomise(lp.inject_lora(new("GptOss"), ["o_proj", *STACKED], r=2, alpha=3))
+    config, tensors = lp.files.to_peft(model, for_="vllm")
+    assert "base_model.model.model.layers.0.mlp.experts.base_layer.lora_A.weight" in tensors
+    same(served_in_stacks(new("GptOss"), read_by_vllm(tensors, config)), model)
+
+
+def stacks_of(converters: list[Any]) -> set[tuple[str, tuple[str, ...]]]:
+    """The stacked parameters that transformers makes, with the names of the layers of an expert whose rows each has."""
     loading = pytest.importorskip("transformers.core_model_loading")
+    found = set()
+    for each in converters:
+        merges = any(isinstance(step, loading.MergeModulelist) for step in getattr(each, "operations", ()))
+        if merges and len(each.target_patterns) == 1:
+            labels = tuple(source.removesuffix(".weight").rpartition(".")[2] for source in sources(each))
+            found.add((each.target_patterns[0].rpartition(".")[2], labels))
+    return found
+
+
+def test_the_table_is_that_of_transformers() -> None:
     mapping = pytest.importorskip("transformers.conversion_mapping")._build_checkpoint_conversion_mapping()
-    found, blocks = set(), set()
-    for converters in mapping.values():
-        for each in converters:
-            sources = [each.source_patterns] if isinstance(each.source_patterns, str) else each.source_patterns
-            merges = any(isinstance(step, loading.MergeModulelist) for step in getattr(each, "operations", ()))
-            if merges and len(each.target_patterns) == 1:
-                labels = tuple(source.removesuffix(".weight").rpartition(".")[2] for source in sources)
-                found.add((each.target_patterns[0].rpartition(".")[2], labels))
-            if sources == [".block_sparse_moe."]:
-                blocks.add((sources[0].strip("."), each.target_patterns[0].strip(".")))
+    found = set().union(*(stacks_of(converters) for converters in mapping.values()))
     assert found == {(stacked, labels) for family in FAMILIES for stacked, labels in family.items()}
-    assert blocks == {BLOCKS}
+    blocks = {
+        each.target_patterns[0] for own in mapping.values() for each in own if ".block_sparse_moe." in sources(each)
+    }
+    assert {block.strip(".") for block in blocks} == {BLOCKS[1]} and BLOCKS[0] == "block_sparse_moe"
+    for kind, (family, block) in ONE_BY_ONE.items():
+        assert stacks_of(mapping[kind]) == set(family.items()), kind
+        assert any(".block_sparse_moe." in sources(each) for each in mapping[kind]) == bool(block), kind
+
+
+def sources(converter: Any) -> list[str]:
+    return [converter.source_patterns] if isinstance(converter.source_patterns, str) else converter.source_patterns

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +16,7 @@ import torch.nn.functional as F
 from cases import randomise
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from vllm_support import read_by_vllm, served_in_stacks, served_one_by_one
 
 import lora_plus as lp
 from lora_plus.files import SavedAdapter, adapter_state_dict, read_adapter
@@ -339,3 +342,63 @@ def test_variants_of_experts_that_differ_are_refused() -> None:
     other = described(adapted(old("qwen"), ["experts.1.up_proj"], variant="lora_fa"))
     with pytest.raises(ValueError, match="its experts have different variants, and one adapter of all has one"):
         lp.load_adapter(new("qwen"), SavedAdapter({**one, **other}, {}))
+
+
+# ---- vLLM ------------------------------------------------------------------------------------------------------------
+
+
+def typed(model: nn.Module, kind: str) -> nn.Module:
+    model.config = SimpleNamespace(model_type=kind)  # type: ignore[assignment]
+    return model
+
+
+ALONE = {"all": STACKED, "gate and up": [STACKED[2]], "down": [STACKED[3]], "one layer": ["layers.1.*.experts.*"]}
+
+
+@pytest.mark.parametrize("targets", ALONE)
+@pytest.mark.parametrize(("family", "kind"), [("mixtral", "mixtral"), ("qwen", "qwen3_moe")])
+def test_vllm_gets_experts_one_by_one(family: str, kind: str, targets: str) -> None:
+    model = typed(adapted(new(family), ALONE[targets], rank_pattern={ALONE[targets][0]: 3}), kind)
+    config, tensors = lp.files.to_peft(model, for_="vllm")
+    pairs = read_by_vllm(tensors, config)
+    assert {len(A) for A, _ in pairs.values()} == {config["r"]} == {3}
+    assert not config["target_parameters"] and (config["rank_pattern"], config["alpha_pattern"]) == ({}, {})
+    same(served_one_by_one(old(family), pairs, OLD[family][1]), model)
+
+
+@pytest.mark.parametrize("targets", ["all", "gate and up", "down"])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_vllm_gets_stacks_where_it_has_stacks(targets: str, transposed: bool, tmp_path: Path) -> None:
+    def base() -> nn.Module:
+        model = new("qwen")
+        for layer in model.layers:  # type: ignore[union-attr]
+            experts = layer.mlp.experts  # type: ignore[union-attr]
+            experts.is_transposed = transposed
+            for name, parameter in [*experts.named_parameters()] if transposed else ():
+                setattr(experts, name, nn.Parameter(parameter.detach().mT.contiguous()))
+            if transposed:
+                experts.forward = functools.partial(transposed_forward, experts)
+        return model
+
+    def transposed_forward(experts: Any, x: Tensor, mix: Tensor) -> Tensor:
+        plain = SimpleNamespace(gate_up_proj=experts.gate_up_proj.mT, down_proj=experts.down_proj.mT)
+        return Stacked.forward(plain, x, mix)  # type: ignore[arg-type]
+
+    model = typed(adapted(base(), ALONE[targets]), "gpt_oss")
+    report = lp.export_adapter(model, tmp_path, for_="vllm")
+    assert report.options == "--enable-lora --max-lora-rank 8"
+    pairs = read_by_vllm(load_file(tmp_path / "adapter_model.safetensors"), {"lora_alpha": 1, "r": 1})
+    same(served_in_stacks(base(), pairs), model)
+
+
+def test_vllm_gets_the_experts_of_a_model_that_has_them_one_by_one() -> None:
+    model = adapted(old("mixtral"), ["experts.1.w1", "layers.0.*.experts.0.w2", "gate"])
+    config, tensors = lp.files.to_peft(model, for_="vllm")
+    same(served_one_by_one(old("mixtral"), read_by_vllm(tensors, config), MIXTRAL), model)
+
+
+def test_experts_whose_names_vllm_has_for_itself_are_refused() -> None:
+    model = typed(adapted(new("qwen"), STACKED[1:3]), "mine")
+    with pytest.raises(ValueError, match="vLLM's names for the experts of model type 'mine' are not known") as error:
+        lp.files.to_peft(model, for_="vllm")
+    assert "'layers.0.mlp.gate.weight': vLLM takes adapters of Linear" in str(error.value)
