@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 import shutil
 import subprocess
+from collections import OrderedDict
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,10 +16,12 @@ import efficientnet
 import methods
 import minilm
 import peft_check
+import plane_page
 import probe
 import pytest
 import records
 import results_page
+import smollm
 import sources
 import sweep
 import tasks
@@ -27,7 +31,10 @@ import training
 from tasks import Setting, Split, Task
 from torch import nn
 
+from examples.demo import llama, smollm2
 from examples.demo.assets import AssetError
+from examples.demo.phonemes import IGNORED
+from lora_plus import lora_summary
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 
@@ -45,7 +52,7 @@ def tiny(body: nn.Module, *shape: int) -> Task:
 
 def linear_task(*sizes: int) -> Task:
     torch.manual_seed(0)
-    return tiny(nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 8)), 6)
+    return tiny(nn.Sequential(OrderedDict(q=nn.Linear(6, 12), bent=nn.Tanh(), v=nn.Linear(12, 8))), 6)
 
 
 def pointwise_task(*sizes: int) -> Task:
@@ -54,9 +61,19 @@ def pointwise_task(*sizes: int) -> Task:
     return tiny(nn.Sequential(*layers, nn.Flatten()), 4, 2, 2)
 
 
+def setting(load: Any, targets: Any, rates: tuple[float, ...], **more: Any) -> Setting:
+    return Setting(load, (48, 16, 32), targets, rates, "Tiny.", steps=8, batch=8, **more)
+
+
 SETTINGS = {
-    "linear": Setting(linear_task, (48, 16, 32), ["0", "2"], (2**-8, 2**-7, 2**-6), "Tiny.", steps=8, batch=8),
-    "pointwise": Setting(pointwise_task, (48, 16, 32), tasks.pointwise, (2**-8, 2**-7), "Tiny.", steps=8, batch=8),
+    "linear": setting(
+        linear_task,
+        ["q", "v"],
+        (2**-8, 2**-7, 2**-6),
+        plane=((2**-9, 2**-8, 2**-7), (2**-8, 2**-7, 2**-6)),
+        methods=methods.only(methods.PLAIN, "LoRA+ x4", "DoRA", methods.FULL, "q and v, as many"),
+    ),
+    "pointwise": setting(pointwise_task, tasks.pointwise, (2**-8, 2**-7)),
 }
 PLAN = sweep.Plan(sweep=(0, 1), report=(5, 6), extra=1)
 
@@ -178,8 +195,15 @@ def test_each_pass_sees_each_example_once() -> None:
     assert all(len(set(one)) == 9 for one in passes) and len({tuple(one) for one in passes}) == 4
 
 
-@pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTINGS)
-@pytest.mark.parametrize("method", methods.METHODS.values(), ids=methods.METHODS)
+ALL = methods.METHODS | methods.BELOW_ONE | methods.SIZES | methods.PLACES
+
+
+@pytest.mark.parametrize(
+    ("setting", "method"),
+    [(SETTINGS["linear"], method) for method in ALL.values()]
+    + [(SETTINGS["pointwise"], method) for method in methods.METHODS.values()],
+    ids=[f"linear-{name}" for name in ALL] + [f"pointwise-{name}" for name in methods.METHODS],
+)
 def test_a_run_learns_repeats_and_leaves_the_start_as_it_was(setting: Setting, method: methods.Method) -> None:
     task = setting.load(*setting.sizes)
     before = {key: tensor.clone() for key, tensor in task.start.state_dict().items()}
@@ -190,6 +214,106 @@ def test_a_run_learns_repeats_and_leaves_the_start_as_it_was(setting: Setting, m
     start = training.score(training.adapted(task, setting, method, 3), task.train).loss
     assert start == pytest.approx(training.score(task.start, task.train).loss, abs=1e-12)
     assert [step for step, _ in done[0].curve] == [2, 4, 6, 8] and done[0].curve[-1][1] == done[0].validation.loss
+
+
+def trained(model: nn.Module) -> set[str]:
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def test_full_fine_tuning_trains_all_weights_of_the_body_and_the_modules_beside_it() -> None:
+    task = linear_task()
+    for also, wanted in ((("head",), {"body", "head"}), ((), {"body"})):
+        model = training.adapted(task, replace(SETTINGS["linear"], also=also), ALL[methods.FULL], 0)
+        names = {name for name, _ in task.start.named_parameters() if name.split(".")[0] in wanted}
+        assert trained(model) == names
+        (group,) = ALL[methods.FULL].optimizer_of(model, 0.1).param_groups
+        assert len(group["params"]) == len(names) and group["lr"] == 0.1
+
+
+@pytest.mark.parametrize(("targets", "own"), [(("q", "v"), 38), (("q",), 18)])
+def test_a_rule_for_the_rank_counts_parameters(targets: tuple[str, ...], own: int) -> None:
+    # q is (12, 6), v (8, 12): 18 and 20 parameters for each rank, 168 weights
+    task, method = linear_task(), methods.Method(targets=targets)
+    assert training.sizes(task, SETTINGS["linear"], method) == (168, 38, own)
+    for rule, wanted in ((methods.as_large_as(9), 9 * 38), (methods.share(0.5), 84)):
+        model = training.adapted(task, SETTINGS["linear"], replace(method, rank=rule), 0)
+        held = sum(row.parameters for row in lora_summary(model).rows)
+        assert abs(held - wanted) <= own / 2
+
+
+@pytest.mark.parametrize("rule", methods.RULES, ids=lambda rule: rule.words)
+def test_both_sides_of_a_rule_are_compared_in_some_task(rule: methods.Rule) -> None:
+    assert any({rule.followed, rule.otherwise} <= set(each.methods) for each in tasks.TASKS.values())
+
+
+def test_on_the_plane_a_and_b_have_their_rates_and_the_head_one_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[dict[str, float]] = []
+
+    def noted(model: nn.Module, groups: methods.Groups) -> torch.optim.Optimizer:
+        seen.append({group["name"]: group["lr"] for group in groups})
+        return methods.adamw(model, groups)
+
+    plane = setting(linear_task, ["q", "v"], (), methods={methods.PLAIN: methods.Method(optimizer=noted)})
+    wanted = records.Run(records.PLANE, "linear", methods.PLAIN, 2**-9, 0, 8, 8, 2**-4)
+    sweep.perform(linear_task(), plane, wanted)
+    head = {"other": tasks.HEAD_RATE, "other_no_decay": tasks.HEAD_RATE}
+    assert seen == [pytest.approx({"lora_A": 2**-9, "lora_B": 2**-4, **head})]
+
+
+def test_the_ridge_of_a_plane_is_the_best_cell_of_each_ratio() -> None:
+    # a valley along log2 A + log2 B = -20 that rises by 0.01 for each octave of the ratio away from 2^4
+    exponents = range(-15, -6)
+    losses = {
+        (2.0**a, 2.0**b): 1 + 0.1 * (a + b + 20) ** 2 + 0.01 * abs(b - a - 4) for a in exponents for b in exponents
+    }
+    plane = plane_page.Plane(losses)
+    assert plane.best == (2**-12, 2**-8)
+    ridge = plane.ridge()
+    assert list(ridge) == list(range(-5, 6))  # of 6 there are cells, and the best is at an end
+    for ratio, (loss, mean) in ridge.items():
+        off = 0.0 if ratio % 2 == 0 else 0.1
+        assert loss == pytest.approx(1 + off + 0.01 * abs(ratio - 4))
+        assert abs(math.log2(mean) + 10) <= 0.5
+    assert "at 2^-12 and 2^-8" in plane.words() and "equal rates costs 0.0400 more" in plane.words()
+    assert "cost 0.4000 and 0.4000 more" in plane.words()
+    assert "**1.0000**" in "\n".join(plane.table())
+
+
+def test_greedy_decoding_writes_an_answer_where_every_token_is_right_after_the_right_ones() -> None:
+    torch.manual_seed(0)
+    model = llama.Llama(llama.TINY).double().eval()
+    tokens = torch.randint(0, 260, (40, 9))
+    with torch.no_grad():
+        written = smollm2.generate(model, tokens[:, :5].tolist(), new_tokens=3, end=0)
+        assert all(len(answer) == 3 for answer in written)
+        tokens[::2, 5:8] = torch.tensor(written)[::2]  # every second answer is the model's own
+    labels = torch.full((40, 9), IGNORED)
+    labels[:, 4:7] = tokens[:, 5:8]
+    for below in range(3):
+        x = smollm.lower(model, tokens, below)
+        upper = tasks.Classifier(smollm.Upper(model, below), smollm.head_for(model, torch.arange(260)))
+        torch.testing.assert_close(upper(x), model(tokens), rtol=0, atol=1e-12)
+        score = training.score(upper, Split((x,), labels))
+        assert score.accuracy == sum(a == b for a, b in zip(written, tokens[:, 5:8].tolist(), strict=True)) / 40
+        wanted = F.cross_entropy(model(tokens)[:, 4:7].flatten(0, 1), tokens[:, 5:8].flatten())
+        assert score.loss == pytest.approx(wanted.item())
+
+
+def test_a_rule_of_thumb_is_judged_seed_by_seed(runs: Path) -> None:
+    found = records.read(runs)
+    results = [
+        results_page.Results(name, SETTINGS[name], [r for r in found if r.run.task == name]) for name in SETTINGS
+    ]
+    rule = methods.Rule("train all", methods.FULL, "q and v, as many")
+    evidence = results_page.Evidence.of(rule, results)
+    assert list(evidence.gains) == ["linear"]  # the other task has neither method
+    losses = {
+        (r.run.method, r.run.seed): r.outcome.test.loss for r in found if r.run.task == "linear" and r.outcome.test
+    }
+    wanted = [losses[rule.followed, seed] - losses[rule.otherwise, seed] for seed in PLAN.report]
+    assert evidence.gains["linear"].values == pytest.approx(wanted)
+    row = "\n".join(results_page.rule_lines([evidence]))
+    assert results_page.Estimate(wanted).text("+") in row
 
 
 def test_a_method_says_how_its_optimizer_is_built_and_at_which_rate_the_head_learns() -> None:
@@ -236,10 +360,11 @@ def test_a_sweep_does_each_run_once_and_goes_on_where_it_stopped(runs: Path, tmp
 def test_the_best_rate_is_inside_the_grid_or_the_grid_is_extended(runs: Path) -> None:
     found = records.read(runs)
     for name, setting in SETTINGS.items():
-        for method in methods.METHODS:
+        for method, chosen in setting.methods.items():
             means = records.mean_losses(found, name, method)
-            extended = set(means) - set(setting.rates)
-            first = {rate: means[rate] for rate in setting.rates}
+            grid = [rate * 2**chosen.octaves for rate in setting.rates]
+            extended = set(means) - set(grid)
+            first = {rate: means[rate] for rate in grid}
             assert extended == ({sweep.beyond(first)} - {None})
             reported = [r.run for r in found if (r.run.stage, r.run.task, r.run.method) == ("report", name, method)]
             assert {run.rate for run in reported} == {min(means, key=means.__getitem__)}
@@ -284,7 +409,7 @@ def test_the_page_states_what_was_measured(runs: Path) -> None:
                 for record in found
                 if (record.run.stage, record.run.task, record.run.method) == ("report", name, method)
             ]
-            for method in methods.METHODS
+            for method in SETTINGS[name].methods
         }
         for method, losses in scores.items():
             assert f"{sum(losses) / 2:.4f} ± {abs(losses[0] - losses[1]) / 2:.4f}" in text
@@ -296,6 +421,8 @@ def test_the_published_page_is_that_of_its_runs() -> None:
     runs = RESULTS / "finetune.jsonl"
     written = results_page.page(tasks.TASKS, records.read(runs), peft_check.read_checks(sweep.beside(runs)))
     assert runs.with_suffix(".md").read_text(encoding="utf-8") == written
+    linked = re.findall(r"\]\((.*?\.svg)\)", written)
+    assert linked and all((RESULTS / each).is_file() for each in linked)
 
 
 @pytest.mark.slow

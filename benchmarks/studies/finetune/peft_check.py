@@ -8,9 +8,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from methods import RANK, SCALE
 from tasks import Setting, Task
 from torch import nn
-from training import ALPHA, RANK, adapted, train
+from training import adapted, train
 
 from lora_plus import LoRALinear
 from lora_plus.layers import LoRAConv2d
@@ -42,7 +43,11 @@ def through_peft(model: nn.Module, ours: nn.Module, variant: str) -> tuple[nn.Mo
 
     layers = {name: m for name, m in ours.named_modules() if isinstance(m, (LoRALinear, LoRAConv2d))}
     config = peft.LoraConfig(
-        r=RANK, lora_alpha=int(ALPHA), target_modules=list(layers), modules_to_save=["head"], use_dora=variant == "dora"
+        r=RANK,
+        lora_alpha=int(SCALE * RANK),
+        target_modules=list(layers),
+        modules_to_save=["head"],
+        use_dora=variant == "dora",
     )
     made: nn.Module = peft.get_peft_model(model, config).eval()
     factors: list[list[nn.Parameter]] = [[], []]

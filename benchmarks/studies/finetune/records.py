@@ -17,7 +17,7 @@ from training import Outcome, Score
 sys.path.append(str(Path(__file__).parents[2]))  # where the other benchmarks are
 from report import processor
 
-SWEEP, REPORT = "sweep", "report"
+SWEEP, PLANE, REPORT = "sweep", "plane", "report"
 
 
 @dataclass(frozen=True)
@@ -25,13 +25,16 @@ class Run:
     """What is run: the key of a record."""
 
     stage: str
-    """`SWEEP`, where rates are chosen, or `REPORT`, with seeds that the choice has not seen."""
+    """`SWEEP`, where rates are chosen, `PLANE`, where A and B have any two rates, or `REPORT`, with fresh seeds."""
     task: str
     method: str
     rate: float
+    """On the plane that of A."""
     seed: int
     steps: int
     batch: int
+    rate_B: float | None = None
+    """On the plane that of B."""
 
 
 @dataclass(frozen=True)

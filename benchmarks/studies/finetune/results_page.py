@@ -7,30 +7,37 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from methods import PLAIN, PROBE
+from methods import PLAIN, PROBE, RANK, RATIO, RULES, SCALE, Rule
 from peft_check import Check
-from records import REPORT, SWEEP, Record, mean_losses
-from tasks import Setting
-from training import ALPHA, GRADIENT_BATCHES, RANK
+from plane_page import PICTURE, Plane
+from records import PLANE, REPORT, SWEEP, Record, mean_losses
+from tasks import HEAD_RATE, Setting
+from training import GRADIENT_BATCHES
 
+FOLDER = "finetune"
+"""Of the pictures, beside the page."""
+CAPTION = "Validation loss above the least of the task, by both rates. Line: equal rates, plain LoRA; star: the least"
 T95 = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26}
 """Student's t by degrees of freedom: a difference above so many standard errors comes by chance once in twenty."""
 HEAD = """\
-# Fine-tuning pretrained models: LoRA, LoRA+, DoRA and an init from gradients
+# Fine-tuning pretrained models: LoRA, LoRA+, and rules of thumb
+
+{headline}
 
 `python benchmarks/studies/finetune/sweep.py` (`make finetune`) does the runs, keeps each in `finetune.jsonl`, and
 writes this page from them. Models and data come from package registries and are checked by their SHA-256.
 
 {total} runs, {minutes:.0f} CPU minutes, on one thread each; {machines}.
 
-All methods have r = {rank}, alpha = {alpha:g}, AdamW without decay, no dropout, rates that fall linearly to zero, and
-the same batches for the same seed. They start from the linear probe: a head that was fitted to the frozen features
-first (its penalty chosen on validation examples), and that is trained along.
+Where nothing else is said, r = {rank} and alpha = {alpha:g}. All methods have AdamW without decay, no dropout, rates
+that fall linearly to zero, and the same batches for the same seed. Classifiers start from the linear probe: a head that
+was fitted to the frozen features first (its penalty chosen on validation examples), and that is trained along.
 
 The rate of a method is the geometric mean of A's and B's rate; head and magnitudes learn at it. It is chosen by the
-mean validation loss over the seeds of the sweep, on the same grid for every method; where the best rate is at an end of
-the grid, further ones are tried there. The figures are on test examples, with fresh seeds. The gradient init looks at
-{batches} more batches; it is paired with LoRA by its batches, not by its A.
+mean validation loss over the seeds of the sweep, on grids of the same number of rates for every method, which lie lower
+for full fine-tuning and rank 64; where the best rate is at an end of the grid, further ones are tried there. The
+figures are on test examples, with fresh seeds. The gradient init looks at {batches} more batches; it is paired with
+LoRA by its batches, not by its A. Methods of another rank are paired by their batches too.
 """
 LEGEND = """\
 Mean ± standard error over seeds. "Difference" is that of the test loss to LoRA's with the same seed, below zero where
@@ -41,12 +48,12 @@ what was tried: a better one may lie outside.
 CAVEATS = """\
 ## What may be said, and what not
 
-- {judged} comparisons with LoRA were made, each at the 95 % level of Student's t and without a correction for their
+- {judged} comparisons were made, each at the 95 % level of Student's t and without a correction for their
   number: about one in twenty separates by chance.
 - The spread is that of A's start and the batches. Training, validation and test examples are the same for all seeds, so
   it says nothing about other examples, and a difference says nothing about other tasks.
 - The runs are short ({steps} steps), the models small, and only their upper part is adapted. Nothing here speaks about
-  long runs, large models or generation.
+  long runs or large models.
 - The grid has steps of a factor of two and the sweep has {sweeps} seeds: a method can be off its best rate by as much
   as the differences shown. A method that the table ranks above LoRA and the sweep below it has not been shown to be
   better, whatever its t.
@@ -121,16 +128,16 @@ class Results:
         """The methods with test figures, in the order of the table."""
         return [method for method in self.setting.methods if self.of(REPORT, method)]
 
-    def paired(self, method: str, figure: Callable[[Record, Record], float]) -> list[float]:
-        """A figure of each run of the method and LoRA's run with the same seed."""
-        plain = {record.run.seed: record for record in self.of(REPORT, PLAIN)}
+    def paired(self, method: str, figure: Callable[[Record, Record], float], against: str = PLAIN) -> list[float]:
+        """A figure of each run of the method and the other method's run with the same seed."""
+        others = {record.run.seed: record for record in self.of(REPORT, against)}
         return [
-            figure(record, plain[record.run.seed]) for record in self.of(REPORT, method) if record.run.seed in plain
+            figure(record, others[record.run.seed]) for record in self.of(REPORT, method) if record.run.seed in others
         ]
 
-    def difference(self, method: str) -> Estimate:
-        """Test loss less LoRA's."""
-        return Estimate(self.paired(method, lambda record, plain: _test(record)[0] - _test(plain)[0]))
+    def difference(self, method: str, against: str = PLAIN) -> Estimate:
+        """Test loss less the other method's."""
+        return Estimate(self.paired(method, lambda record, other: _test(record)[0] - _test(other)[0], against))
 
     def curve(self, method: str) -> list[tuple[int, float]]:
         """The validation loss on the way, the mean over seeds."""
@@ -187,18 +194,76 @@ class Results:
             f"{sum(record.seconds for record in self.records) / 60:.0f} CPU minutes.",
             "",
         ]
-        lines += [f"The linear probe alone: test loss {loss:.4f}, accuracy {accuracy:.3f}." for loss, accuracy in probe]
+        lines += [f"Before training: test loss {loss:.4f}, accuracy {accuracy:.3f}." for loss, accuracy in probe]
         columns = ("method", "rate", "test loss", "difference", "accuracy", "steps", "time")
         lines += ["", *table(columns, [self.row(method) for method in self.reported()]), *self.verdict()]
         lines += ["Mean validation loss of the sweep, by rate:", ""]
-        return lines + table(
-            ("method", *map(power, self.rates())), [self.swept(method) for method in self.setting.methods]
-        )
+        swept = [method for method in self.setting.methods if self.of(SWEEP, method)]
+        lines += table(("method", *map(power, self.rates())), [self.swept(method) for method in swept])
+        plane = Plane.of(self.records)
+        return lines + (plane.lines(self.setting.steps, power(HEAD_RATE), self.seeds(PLANE)) if plane.losses else [])
 
 
 def _test(record: Record) -> tuple[float, float]:
     assert record.outcome.test is not None
     return record.outcome.test.loss, record.outcome.test.accuracy
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What following a rule of thumb changes, in each task that has both methods."""
+
+    rule: Rule
+    gains: Mapping[str, Estimate]
+    """By task: test loss of the method that follows the rule less that of the other one, seed by seed."""
+
+    @classmethod
+    def of(cls, rule: Rule, results: Sequence[Results]) -> Evidence:
+        """From all results."""
+        found = {result.name: result.difference(rule.followed, rule.otherwise) for result in results}
+        return cls(rule, {name: gain for name, gain in found.items() if gain.values})
+
+    def counts(self) -> str:
+        """In how many tasks the rule helps, harms, or cannot be told from the other method."""
+        apart = [gain.mean for gain in self.gains.values() if gain.separated]
+        better = sum(mean < 0 for mean in apart)
+        return f"better in {better}, worse in {len(apart) - better}, not told apart in {len(self.gains) - len(apart)}"
+
+    def range(self) -> str:
+        """Of the mean differences over tasks."""
+        means = [gain.mean for gain in self.gains.values()]
+        return f"{min(means):+.3f} to {max(means):+.3f}, median {statistics.median(means):+.3f}"
+
+    def row(self, tasks: Sequence[str]) -> list[str]:
+        """A line of the table."""
+        cells = {
+            name: f"**{gain.text('+')}**" if gain.separated else gain.text("+") for name, gain in self.gains.items()
+        }
+        return [self.rule.words, *(cells.get(task, "") for task in tasks)]
+
+
+def rule_lines(evidence: Sequence[Evidence]) -> list[str]:
+    """The section on rules of thumb."""
+    tasks = list(dict.fromkeys(task for each in evidence for task in each.gains))
+    return [
+        "## Rules of thumb",
+        "",
+        "What following a rule changes in the test loss, in nats, against not following it, each side at its own tuned "
+        "rate: mean ± standard error over paired seeds. Below zero the rule helps. In **bold** what separates from "
+        "zero at the 95 % level of Student's t.",
+        "",
+        *table(("rule", *tasks), [each.row(tasks) for each in evidence]),
+    ]
+
+
+def headline(evidence: Sequence[Evidence]) -> str:
+    """The sentence that a reader may quote: what the ratio gains over tuned LoRA."""
+    parts = [
+        f"{each.rule.followed} changes the test loss of {each.rule.otherwise} by {each.range()} nats ({each.counts()})"
+        for each in evidence
+        if each.rule.words.startswith(RATIO)
+    ]
+    return f"**With the rate of each method tuned on equal grids, {'; '.join(parts)}.**"
 
 
 def check_lines(checks: Sequence[Check]) -> list[str]:
@@ -225,20 +290,29 @@ def page(settings: Mapping[str, Setting], records: Sequence[Record], checks: Seq
         Results(name, setting, [record for record in records if record.run.task == name])
         for name, setting in settings.items()
     ]
+    results = [result for result in results if result.reported()]
+    evidence = [each for each in (Evidence.of(rule, results) for rule in RULES) if each.gains]
+    planes = {result.name: Plane.of(result.records) for result in results}
     head = HEAD.format(
+        headline=headline(evidence),
         total=len(records),
         minutes=sum(record.seconds for record in records) / 60,
         machines="; ".join(sorted({", ".join(map(" ".join, record.machine.items())) for record in records})),
         rank=RANK,
-        alpha=ALPHA,
+        alpha=SCALE * RANK,
         batches=GRADIENT_BATCHES,
     )
+    judged = {(result.name, frozenset((method, PLAIN))) for result in results for method in result.reported()}
+    judged |= {(name, frozenset((each.rule.followed, each.rule.otherwise))) for each in evidence for name in each.gains}
     caveats = CAVEATS.format(
-        judged=sum(len(result.reported()) - 1 for result in results if result.reported()),
-        steps=" or ".join(sorted({str(setting.steps) for setting in settings.values()})),
+        judged=sum(len(pair) == 2 for _, pair in judged),
+        steps=" or ".join(map(str, sorted({result.setting.steps for result in results}))),
         sweeps=" or ".join(sorted({str(len({r.run.seed for r in records if r.run.stage == SWEEP}))})),
     )
-    lines = [head, LEGEND]
+    lines = [head, *rule_lines(evidence)]
+    if any(plane.losses for plane in planes.values()):
+        lines += [f"![{CAPTION}]({FOLDER}/{PICTURE}.svg)", "", f"*{CAPTION}*", ""]
+    lines += [LEGEND]
     for result in results:
         lines += result.lines()
     return "\n".join([*lines, *check_lines(checks), caveats, ""])

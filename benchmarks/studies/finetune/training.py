@@ -9,18 +9,18 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from methods import Method
+from methods import Method, Sizes
 from tasks import Setting, Split, Task
 from torch import Tensor, nn
 
 import lora_plus
+from examples.demo.phonemes import IGNORED
 from lora_plus.training import init_from_gradients
 
-RANK, ALPHA = 8, 16.0
 GRADIENT_BATCHES = 4
 """Batches that an init from gradients looks at, besides those it trains on."""
-CHECKS = 4
-"""How often the validation loss is taken during a run that asks for its curve."""
+CHECKS, STEPS_APART = 4, 20
+"""How often the validation loss is taken at least during a run that asks for its curve, and after how many steps."""
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,13 @@ class Score:
     """On held-out examples."""
 
     loss: float
-    """Mean cross-entropy in nats."""
+    """Mean cross-entropy in nats, of an answer of several tokens per token."""
     accuracy: float
+    """Share of examples that are answered right, with every token of the answer.
+
+    Greedy decoding writes an answer if and only if each of its tokens is the likeliest after those before it, so that
+    one pass over the right answers tells what decoding token by token would give.
+    """
 
 
 @dataclass(frozen=True)
@@ -49,8 +54,9 @@ def score(model: nn.Module, split: Split, size: int = 64) -> Score:
     """Loss and accuracy; a loss that is not finite counts as infinite."""
     parts = [split.at(slice(n, n + size)) for n in range(0, len(split.labels), size)]
     logits = torch.cat([model(*part.inputs) for part in parts])
-    loss = F.cross_entropy(logits, split.labels).item()
-    accuracy = (logits.argmax(-1) == split.labels).float().mean().item()
+    loss = cross_entropy(logits, split.labels).item()
+    right = (logits.argmax(-1) == split.labels) | (split.labels == IGNORED)
+    accuracy = right.reshape(len(right), -1).all(1).float().mean().item()
     return Score(loss if math.isfinite(loss) else math.inf, accuracy)
 
 
@@ -62,20 +68,44 @@ def batches(split: Split, size: int, generator: torch.Generator) -> Iterator[Spl
             yield split.at(order[start : start + size])
 
 
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """The mean over all labels that are counted: logits ``(..., classes)``, labels ``(...)``."""
+    return F.cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORED)
+
+
 def loss_of(model: nn.Module, batch: Split) -> Tensor:
     """Mean cross-entropy of a batch."""
-    return F.cross_entropy(model(*batch.inputs), batch.labels)
+    return cross_entropy(model(*batch.inputs), batch.labels)
+
+
+def sizes(task: Task, setting: Setting, method: Method) -> Sizes:
+    """What the rank of a method can depend on."""
+    counted = []
+    for targets in (setting.targets, method.targets or setting.targets):
+        model = lora_plus.inject_lora(task.model(), targets, r=1)
+        rows = lora_plus.lora_summary(model).rows
+        weights = sum(model.get_parameter(f"{row.name}.weight").numel() for row in rows)
+        counted.append((weights, sum(row.parameters for row in rows)))
+    (weights, of_all), (_, own) = counted
+    return Sizes(weights, of_all, own)
 
 
 def adapted(task: Task, setting: Setting, method: Method, seed: int) -> nn.Module:
-    """The task's model with fresh adapters and a head that is trained too, by this method."""
-    model = lora_plus.inject_lora(
-        task.model(),
-        setting.targets,
-        r=RANK,
-        alpha=ALPHA,
+    """The task's model, of which what this method trains can be trained; adapters are fresh."""
+    model = task.model()
+    if method.in_full:
+        model.requires_grad_(False)
+        for module in (model.body, *map(model.get_submodule, setting.also)):
+            module.requires_grad_(True)
+        return model
+    rank = method.rank if isinstance(method.rank, int) else method.rank(sizes(task, setting, method))
+    lora_plus.inject_lora(
+        model,
+        method.targets or setting.targets,
+        r=rank,
+        alpha=method.scale * rank,
         variant=method.variant,
-        train_also=["head"],
+        train_also=list(setting.also),
         generator=torch.Generator().manual_seed(seed),
     )
     if method.from_gradients:
@@ -115,7 +145,7 @@ def run(task: Task, setting: Setting, method: Method, rate: float, seed: int, *,
     """
     model = adapted(task, setting, method, seed)
     optimizer = method.optimizer_of(model, rate)
-    every = max(1, setting.steps // CHECKS)
+    every = max(1, min(setting.steps // CHECKS, STEPS_APART))
     curve, seconds = [], 0.0
     start = time.process_time()
     for step, _ in train(model, optimizer, task, setting, seed):

@@ -86,7 +86,7 @@ def markdown(section: Section, folder: str) -> str:
     return "\n".join(lines)
 
 
-def _style() -> AbstractContextManager[None]:
+def style() -> AbstractContextManager[None]:
     """Small files with text as text, and the same bytes at each run."""
     import matplotlib
 
@@ -103,7 +103,7 @@ def save_pictures(section: Section, folder: Path) -> None:
     """Draw the section's pictures into ``folder`` as SVG."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, picture in section.pictures.items():
-        with _style():
+        with style():
             picture.draw().savefig(folder / f"{name}.svg", metadata={"Date": None})
 
 
