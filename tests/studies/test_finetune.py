@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 import re
 import shutil
@@ -258,6 +259,13 @@ def test_on_the_plane_a_and_b_have_their_rates_and_the_head_one_of_its_own(monke
     sweep.perform(linear_task(), plane, wanted)
     head = {"other": tasks.HEAD_RATE, "other_no_decay": tasks.HEAD_RATE}
     assert seen == [pytest.approx({"lora_A": 2**-9, "lora_B": 2**-4, **head})]
+
+
+def test_the_plane_is_lora_s_and_is_left_out_with_it(tmp_path: Path) -> None:
+    for names, stage in (((methods.PLAIN, methods.FULL), records.PLANE), ((methods.FULL,), records.SWEEP)):
+        given = replace(SETTINGS["linear"], methods=methods.only(*names))
+        first = itertools.islice(sweep.planned("linear", given, PLAN, tmp_path / "none"), 6)
+        assert [run.stage for run in first] == [stage] * 6
 
 
 def test_the_ridge_of_a_plane_is_the_best_cell_of_each_ratio() -> None:

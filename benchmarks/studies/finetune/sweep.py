@@ -76,7 +76,7 @@ def planned(name: str, setting: Setting, plan: Plan, path: Path) -> Iterator[Run
     def runs(stage: str, method: str, rate: float, seeds: Iterable[int]) -> Iterator[Run]:
         return (Run(stage, name, method, rate, seed, setting.steps, setting.batch) for seed in seeds)
 
-    for seed, rate_A, rate_B in itertools.product(plan.plane, *setting.plane):
+    for seed, rate_A, rate_B in itertools.product(plan.plane if PLAIN in setting.methods else (), *setting.plane):
         yield Run(PLANE, name, PLAIN, rate_A, seed, setting.steps, setting.batch, rate_B)
     for seed in plan.sweep:
         for rate in setting.rates:
@@ -163,7 +163,7 @@ def short(setting: Setting) -> Setting:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
-    parser.add_argument("--methods", nargs="+", metavar="METHOD", help="only these of each task's methods")
+    parser.add_argument("--methods", nargs="+", metavar="METHOD", help="only these methods; the plane is LoRA's")
     parser.add_argument("--runs", type=Path, default=RESULTS / "finetune.jsonl", help="the file of all runs")
     parser.add_argument("--page", action="store_true", help="write the page from the runs that are there")
     parser.add_argument("--short", action="store_true", help="few examples, steps, rates and seeds; prints the page")
