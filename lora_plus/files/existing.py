@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from torch import Tensor
@@ -56,7 +56,8 @@ class Existing:
     def _settings(self, spec: AdapterSpec, tensors: Mapping[str, Tensor], own: Adapter) -> dict[str, Any]:
         """What must be alike of a saved layer and the model's ``own``, of one of the two."""
         if self.exact:
-            return asdict(spec) | {f"{part}.dtype": tensor.dtype for part, tensor in tensors.items()}
+            settings = {each.name: getattr(spec, each.name) for each in fields(spec) if each.compare}
+            return settings | {f"{part}.dtype": tensor.dtype for part, tensor in tensors.items()}
         return {"variant": spec.variant, "tensors": sorted(tensors), "r": max(spec.r, own.spec.r)}
 
     def values(self, data: SavedAdapter, places: Mapping[str, Place]) -> list[tuple[Tensor, Tensor]]:

@@ -12,8 +12,12 @@ class Calls(threading.local):
     """The calls that run in this thread. Other threads and copies of a module do not see them."""
 
     # a subclass of threading.local, since torch.compile follows that, and no ContextVar
-    innermost: tuple[nn.Module, dict[Any, Any], Any] | None = None
+    innermost: tuple[nn.Module, dict[Any, Any], Any] | None
     """The module called last, what its call has noted, and the same of the call around it."""
+
+    def __init__(self) -> None:
+        # in each thread before its first call: torch.compile guards on the attributes that there are
+        self.innermost = None
 
     def begin(self, module: nn.Module) -> Any:
         """Enter a call of the module; what is returned must be given to `end`."""
@@ -28,8 +32,6 @@ class Calls(threading.local):
     def noted(self, module: nn.Module) -> dict[Any, Any] | None:
         """What the innermost call of this module has noted; None if none runs in this thread."""
         call: Any = self.innermost
-        while call is not None:
-            if call[0] is module:
-                return call[1]  # type: ignore[no-any-return]
+        while call is not None and call[0] is not module:
             call = call[2]
-        return None
+        return None if call is None else call[1]

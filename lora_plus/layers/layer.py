@@ -215,7 +215,7 @@ class LoRALayer(AssignedForward, AdaptedWeight):
     def dropout_of(self, spec: AdapterSpec) -> float:
         """The probability that is in force now."""
         # without dropout the mode is not asked for, so that a compiled layer serves both
-        return spec.dropout if spec.dropout and self.training else 0.0
+        return spec.dropout if spec.drops and self.training else 0.0
 
     def per_channel(self, values: Tensor) -> Tensor:
         """A value for each output channel ``(out,)``, shaped to broadcast over the layer's output."""

@@ -53,8 +53,7 @@ class LoRALinear(_LoRALinearMap, nn.Linear):
             if weight is not None and can_fuse(x, weight, bias):
                 updates = []
                 for adapter in self.lora_active:
-                    dropout = adapter.spec.dropout if self.training else 0.0
-                    u = F.dropout(x, dropout) if dropout else None
+                    u = F.dropout(x, adapter.spec.dropout) if adapter.spec.drops and self.training else None
                     updates.append((u, *adapter.factors(), adapter.scale))
                 return fused_linear(x, weight, bias, updates)
         return super().adapted_forward(*args, **kwargs)

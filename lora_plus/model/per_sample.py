@@ -147,6 +147,7 @@ class SampleAdapters:
         self.adapters = {name: weight.adapter_named(name).unweighted() for name in grouping.adapters}
         specs = [adapter.spec for adapter in self.adapters.values()]
         self.dropouts = {spec.dropout for spec in specs}
+        self.drops = any(self.dropouts)
         self.only_sums = all(only_adds(variant) for variant in {spec.variant for spec in specs})
         self._stacked: _Stacked | None = None
 
@@ -171,7 +172,7 @@ class SampleAdapters:
                 "them with set_adapter, one batch after another"
             )
         # without dropout the mode is not asked for, so that a compiled layer serves both
-        dropouts = self.dropouts if any(self.dropouts) and layer.training else {0.0}
+        dropouts = self.dropouts if self.drops and layer.training else {0.0}
         if not layer.linear_low_rank or not self.only_sums or len(dropouts) > 1:
             found = [
                 layer.adapted(x.index_select(0, own), y.index_select(0, own), self._of(name)) for name, own in groups

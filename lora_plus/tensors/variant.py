@@ -215,6 +215,8 @@ class AdapterSpec:
     """The factor of B A that follows from alpha, r and the scaling rule."""
     only_adds: bool = field(init=False, compare=False, repr=False)
     """`only_adds` of its variant."""
+    drops: bool = field(init=False, compare=False, repr=False)
+    """Whether there is dropout: a compiler that holds numbers for variable would trace a test of that number twice."""
 
     def __post_init__(self) -> None:
         check_count("r", self.r)
@@ -226,8 +228,7 @@ class AdapterSpec:
         scale = SCALINGS[self.scaling](self.alpha, self.r)
         if not abs(scale) <= torch.finfo(torch.float32).max:
             raise ValueError(f"alpha {self.alpha} and r {self.r} give a scale of {scale:g}, which float32 cannot hold")
-        object.__setattr__(self, "scale", scale)
-        object.__setattr__(self, "only_adds", only_adds(self.variant))
+        vars(self).update(scale=scale, only_adds=only_adds(self.variant), drops=bool(self.dropout))
 
     def at_rank(self, r: int) -> AdapterSpec:
         """The settings that give an adapter of another rank the same scale."""

@@ -169,22 +169,31 @@ def test_inside_of_inference_mode_per_sample_and_disabled_blocks() -> None:
     torch.testing.assert_close(model(x), pair(2)(x), rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_swapping_ranks_makes_no_new_graph(dynamic: bool) -> None:
+def scale(model: nn.Module) -> float:
+    return model[0].lora_adapters["default"].scale
+
+
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("dynamic", [None, True, False])
+@pytest.mark.parametrize("gradients", [False, True])
+def test_swapping_ranks_makes_no_new_graph(gradients: bool, dynamic: bool | None, backend: str) -> None:
     import torch._dynamo.testing
 
     torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounter()
-    model, x = pair(8).eval(), torch.randn(5, 6, dtype=torch.float64)
-    compiled = torch.compile(model, backend=counter, dynamic=dynamic)
-    with torch.no_grad():
-        compiled(x)
-        graphs = counter.frame_count
-        for r in range(1, 9):
-            source = pair(r, alpha=r + 2).eval()
-            lp.load_adapter(model, to_peft(source), replace=True)
-            torch.testing.assert_close(compiled(x), source(x), rtol=1e-12, atol=1e-12)
-        assert counter.frame_count == graphs
+    counter = torch._dynamo.testing.CompileCounterWithBackend(backend)
+    model, x = pair(8), torch.randn(5, 6, dtype=torch.float64)
+    compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=dynamic)
+    for r in range(1, 9):
+        source = pair(r, alpha=r + 2)
+        lp.load_adapter(model, to_peft(source), replace=True)
+        with torch.set_grad_enabled(gradients):
+            y, wanted = compiled(x), source(x)
+        torch.testing.assert_close(y, wanted, rtol=1e-12, atol=1e-12)
+        if gradients:
+            steps = ((y, model[0].lora_B["default"]), (wanted, source[0].lora_B["default"]))
+            grads = [torch.autograd.grad(each.square().sum(), B)[0][:, :r] for each, B in steps]
+            torch.testing.assert_close(grads[0] / scale(model), grads[1] / scale(source), rtol=1e-12, atol=1e-12)
+        assert counter.frame_count == 1
     torch._dynamo.reset()
 
 
