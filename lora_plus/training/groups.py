@@ -115,7 +115,7 @@ def loraplus_param_groups(
     state = State(model)  # from here on parameters are the ones that are trained, and not gathered copies
     role_of = _roles(state, adapter, roles)
     unsaved(state).check("the groups were not made")
-    own = None if adapter is None else _trained_with(state, adapter) | role_of.keys()
+    own = None if adapter is None else trained_with(state, adapter) | role_of.keys()
     names = group_names()
     rule = None if decayed is None else {id(parameter) for parameter in decayed}
     members: dict[tuple[str, bool], list[nn.Parameter]] = {key: [] for key in names}
@@ -216,7 +216,7 @@ def known_roles(given: Roles) -> Roles:
         yield adapter, role, parameter
 
 
-def _trained_with(state: State, adapter: str) -> set[int]:
+def trained_with(state: State, adapter: str) -> set[int]:
     """The ids of the parameters of the modules that are trained in full with an adapter."""
     return {id(parameter) for _, module, _ in state.trained(adapter) for parameter in module.parameters()}
 

@@ -18,7 +18,7 @@ from lora_plus.model.unsaved import Unsaved, unsaved
 from lora_plus.text import some
 
 from .engine_checks import ENGINE_CHECKS
-from .groups import LR_RATIO, Roles, group_names, kinds_of_roles, known_roles
+from .groups import LR_RATIO, Roles, group_names, kinds_of_roles, known_roles, trained_with
 from .rounding import warn_of_half_precision
 from .schedule import TOLERANCE
 
@@ -28,6 +28,7 @@ def check_optimizer(
     model: nn.Module,
     *,
     lr_ratio: float | None = None,
+    adapter: str | None = None,
     roles: Roles = (),
 ) -> None:
     """Raise where training with this optimizer would silently do something else than LoRA+ on this model.
@@ -58,9 +59,12 @@ def check_optimizer(
         model: the model as it is trained: wrapped in DDP, sharded, compiled or plain.
         lr_ratio: the ratio that the rates of A and B must have, whatever the groups note; 1 for plain LoRA. With None
             groups that note no ratio may have any rates.
+        adapter: the only one that this optimizer trains, with the modules that are trained in full with it, as in
+            `loraplus_param_groups`; what others train is then in no group of it. None for all.
         roles: of adapters that are not this library's, as in `loraplus_param_groups`.
 
     Raises:
+        KeyError: if there is no such adapter.
         ValueError: with all findings, and for each what to do.
         TypeError: if an optimizer is not a torch optimizer, so that its groups cannot be compared with the model.
     """
@@ -69,7 +73,7 @@ def check_optimizer(
         _check_kind(each)
     if lr_ratio is not None:
         check_number("lr_ratio", lr_ratio, tensor=True)
-    training = _Training.of(model, [group for each in optimizers for group in each.param_groups], lr_ratio, roles)
+    training = _Training.of(model, optimizers, lr_ratio, adapter, roles)
     findings = [finding for check in _CHECKS for finding in check(training)]
     for add in ENGINE_CHECKS:
         findings = add(model, findings)
@@ -103,13 +107,19 @@ class _Training:
     """What is to be trained, and in which groups it is. Parameters go by their ids."""
 
     groups: list[Mapping[str, Any]]
-    lr_ratio: float | None
+    ratios: list[set[float]]
+    """By group, what its optimizer notes as ratios of rates, or the one that is asked for."""
     labels: list[str]
     """What messages call the groups."""
     position: dict[int, int]
     """The position of its group for each parameter that is in one, the last of them."""
     names: dict[int, str]
     trainable: set[int]
+    """Those that these groups are to train."""
+    adapter: str | None
+    """The only adapter that they are to train."""
+    others: set[int]
+    """What is trainable beside it; nothing where all adapters are trained."""
     adapters: list[tuple[str, Adapter, AdaptedWeight]]
     tensors: list[_Tensor]
     """The adapters' tensors; those of a place from A to B."""
@@ -117,21 +127,40 @@ class _Training:
     """What is trainable beside them."""
 
     @classmethod
-    def of(cls, model: nn.Module, groups: list[Mapping[str, Any]], lr_ratio: float | None, roles: Roles) -> _Training:
+    def of(
+        cls,
+        model: nn.Module,
+        optimizers: Sequence[torch.optim.Optimizer],
+        lr_ratio: float | None,
+        adapter: str | None,
+        roles: Roles,
+    ) -> _Training:
         state = State(model)
-        adapters = list(state.adapters())
-        own = [_Tensor(each.name, role, id(held)) for _, each, _ in adapters for role, held in each.parameters()]
-        others = [_Tensor(adapter, role, id(parameter)) for adapter, role, parameter in known_roles(roles)]
+        groups: list[Mapping[str, Any]] = [group for each in optimizers for group in each.param_groups]
+        noted = [{group[LR_RATIO] for group in each.param_groups if LR_RATIO in group} for each in optimizers]
+        if lr_ratio is not None:
+            noted = [{lr_ratio} for _ in optimizers]
+        given = [_Tensor(name, role, id(parameter)) for name, role, parameter in known_roles(roles)]
+        ours = [
+            _Tensor(each.name, role, id(held)) for _, each, _ in state.adapters() for role, held in each.parameters()
+        ]
+        tensors = [tensor for tensor in ours + given if adapter in (None, tensor.adapter)]
+        if adapter is not None and not tensors:
+            raise KeyError(f"the model has no adapter {adapter!r}")
+        trainable = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
+        own = trainable if adapter is None else trained_with(state, adapter) | {tensor.key for tensor in tensors}
         return cls(
             groups,
-            lr_ratio,
+            ratios=[ratios for ratios, each in zip(noted, optimizers, strict=True) for _ in each.param_groups],
             labels=[f"group {group.get('name', position)!r}" for position, group in enumerate(groups)],
             position={id(p): position for position, group in enumerate(groups) for p in group["params"]},
             names={id(parameter): name for name, parameter in model.named_parameters()},
-            trainable={id(parameter) for parameter in model.parameters() if parameter.requires_grad},
-            adapters=adapters,
-            tensors=own + others,
-            beside=unsaved(state, {tensor.key for tensor in others}),
+            trainable=trainable & own,
+            adapter=adapter,
+            others=trainable - own,
+            adapters=[found for found in state.adapters() if adapter in (None, found[1].name)],
+            tensors=tensors,
+            beside=unsaved(state, {tensor.key for tensor in given}),
         )
 
 
@@ -163,11 +192,21 @@ def _twice(training: _Training) -> Iterator[str]:
         yield f"{some(names)} would be trained twice a step: leave each parameter in one group of one optimizer"
 
 
+def _foreign(training: _Training) -> Iterator[str]:
+    names = [training.names[key] for key in training.position if key in training.others]
+    if names:
+        yield (
+            f"{some(names)} would be trained too, which adapter {training.adapter!r} does not have: build the "
+            f"optimizer with create_loraplus_optimizer(model, ..., adapter={training.adapter!r})"
+        )
+
+
 def _untrained(training: _Training) -> Iterator[str]:
     if not training.tensors:
         yield "the model has no LoRA adapter: call inject_lora(model, ...) before building the optimizer"
     elif not training.trainable & {tensor.key for tensor in training.tensors}:
-        yield "every adapter of the model is frozen: choose one with set_adapter(model, name, trainable=True)"
+        which = "every adapter of the model" if training.adapter is None else f"the adapter {training.adapter!r}"
+        yield f"{which} is frozen: choose what is trained with set_adapter(model, name, trainable=True)"
 
 
 _IDLE: dict[str, tuple[Callable[[AdaptedWeight, str], bool], str]] = {
@@ -203,7 +242,7 @@ def _misnamed(training: _Training) -> Iterator[str]:
     of_group = {name: kind for (kind, _), name in group_names().items()}
     for group in training.groups:
         named = of_group.get(str(group.get("name")))
-        own = [id(p) for p in group["params"] if id(p) in training.names]
+        own = [id(p) for p in group["params"] if id(p) in training.names.keys() - training.others]
         strange = [training.names[key] for key in own if named not in (None, kinds.get(key, "other"))]
         if strange:
             yield (
@@ -213,8 +252,6 @@ def _misnamed(training: _Training) -> Iterator[str]:
 
 
 def _off_ratio(training: _Training) -> Iterator[str]:
-    noted = {group[LR_RATIO] for group in training.groups if LR_RATIO in group}
-    wanted = {training.lr_ratio} if training.lr_ratio is not None else noted - {1.0} or noted
     pairs: dict[tuple[int, int], list[str]] = defaultdict(list)
     position_A: dict[str, int | None] = {}
     for adapter, role, key in training.tensors:
@@ -223,8 +260,10 @@ def _off_ratio(training: _Training) -> Iterator[str]:
             position_A[adapter] = position
         elif role == "B" and position is not None and (partner := position_A.get(adapter)) is not None:
             pairs[partner, position].append(training.names[key])
-    expected = " or ".join(f"{value:.4g}" for value in sorted(wanted))
     for (of_A, of_B), names in pairs.items():
+        noted = training.ratios[of_A] | training.ratios[of_B]
+        wanted = noted - {1.0} or noted  # groups of A note 1
+        expected = " or ".join(f"{value:.4g}" for value in sorted(wanted))
         rate_A, rate_B = (float(training.groups[position]["lr"]) for position in (of_A, of_B))
         if wanted and all(abs(rate_B - each * rate_A) > TOLERANCE * max(rate_B, each * rate_A) for each in wanted):
             found = f"{rate_B / rate_A:.4g}" if rate_A else "infinite"
@@ -235,4 +274,4 @@ def _off_ratio(training: _Training) -> Iterator[str]:
             )
 
 
-_CHECKS = (_stale, _left_out, _twice, _untrained, _idle, _unfit, _misnamed, _off_ratio)
+_CHECKS = (_stale, _left_out, _twice, _foreign, _untrained, _idle, _unfit, _misnamed, _off_ratio)

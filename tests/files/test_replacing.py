@@ -173,6 +173,7 @@ def scale(model: nn.Module) -> float:
     return model[0].lora_adapters["default"].scale
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method`:DeprecationWarning")  # in importing Inductor
 @pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("dynamic", [None, True, False])
 @pytest.mark.parametrize("gradients", [False, True])
