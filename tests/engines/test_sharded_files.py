@@ -14,6 +14,7 @@ from engine_model import batches, lora_model, optimizer_for, train
 from processes import Processes
 from sharded_models import DISTRIBUTED, FULLY_SHARDED, SHARDED, TOKENS, by_fsdp1, by_fully_shard
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 
 import lora_plus as lp
@@ -362,3 +363,38 @@ def synced() -> list[str]:
 
 def test_weights_of_a_sharded_trainer_reach_a_sampler(two_processes: Processes) -> None:
     assert two_processes(synced) == [[], []]
+
+
+def synced_over_groups() -> list[str]:
+    """What is wrong with weights that ranks 0 and 1 train in shards and ranks 2 and 3 sample with, in shards too."""
+    rank, wrong = torch.distributed.get_rank(), list[str]()
+    meshes = [DeviceMesh("cpu", [0, 1]), DeviceMesh("cpu", [2, 3])]  # every rank makes both
+    settings: dict[str, Any] = {} if rank < 2 else {"r": 6, "alpha": 3}
+    model = by_fully_shard(lora_model(train_also=(), **settings), mesh=meshes[rank // 2])
+    plain = lora_model(train_also=(), **settings).eval()
+    optimizer = optimizer_for(model) if rank < 2 else None
+    before = lora_model(train_also=()).eval()(TOKENS)
+    for data in batches(3, size=8, rank=rank % 2, world=2):
+        if optimizer is not None:
+            train(model.train(), optimizer, [data])
+        sent = [to_peft(model) if rank < 2 else None]
+        torch.distributed.broadcast_object_list(sent, src=0)
+        if rank >= 2:
+            lp.load_adapter(model, sent[0], replace=True)
+            lp.load_adapter(plain, sent[0], replace=True)
+        outputs: list[Any] = [None] * 4
+        own = model.eval()(TOKENS).detach()  # all ranks of a group take part
+        torch.distributed.all_gather_object(outputs, plain(TOKENS).detach() if rank == 3 else own)
+        wrong += [f"rank {n}" for n in range(1, 4) if (outputs[n] - outputs[0]).abs().max() > 1e-5]
+        if (outputs[0] - before).abs().max() < 1e-3:
+            wrong.append("nothing was learnt")
+        before = outputs[0]
+    return wrong
+
+
+def test_weights_of_a_sharded_trainer_reach_sharded_and_plain_samplers_on_other_ranks() -> None:
+    processes = Processes(4)
+    try:
+        assert processes(synced_over_groups) == [[], [], [], []]
+    finally:
+        processes.close()
