@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Callable, Iterable
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, NoReturn, TypeVar
 from weakref import WeakValueDictionary
 
 import torch
@@ -62,6 +62,10 @@ class SwappedModule(nn.Module):
         if name == "qconfig":
             warn_of_quantization(self.base_class)
         super().__setattr__(name, value)
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        """What torch.jit.script asks each module for; it reads no forward that takes any arguments."""
+        raise ValueError(f"torch.jit.script cannot read a {type(self).__name__}; call merge_and_unload(model) first")
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         check_not_fused(self.base_class)

@@ -41,7 +41,7 @@ class _LoRAConv(LoRALayer):
         spatial = len(self.kernel_size)
         if dropout:
             x = F.dropout(x, dropout)
-        h = self.to_rank(x, A.reshape(len(A), -1, *self.kernel_size), y) * scale  # (..., groups * r, ...)
+        h = self.to_rank(x, A.reshape(A.shape[0], -1, *self.kernel_size), y) * scale  # (..., groups * r, ...)
         return _POINTWISE[spatial](h, B.reshape(*B.shape, *[1] * spatial), groups=self.groups)
 
     def to_rank(self, x: Tensor, A: Tensor, y: Tensor) -> Tensor:
@@ -76,7 +76,7 @@ class _LoRAConvTranspose(_LoRAConv):
         return _TRANSPOSED[spatial](x, kernel, None, self.stride, self.padding, extra, self.groups, self.dilation)
 
     def per_channel(self, values: Tensor) -> Tensor:
-        return super().per_channel(values if len(values) == self.out_channels else values.repeat(self.groups))
+        return super().per_channel(values if values.shape[0] == self.out_channels else values.repeat(self.groups))
 
 
 _POINTWISE: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}

@@ -8,6 +8,7 @@ batches into nested tensors, which only that kernel can read.
 from __future__ import annotations
 
 import inspect
+import traceback
 import warnings
 from collections.abc import Iterable
 from typing import Any
@@ -47,20 +48,15 @@ def check_not_fused(layer_class: type[nn.Module]) -> None:
 
     Nothing but the caller tells such a copy from any other.
     """
-    frame = inspect.currentframe()
-    while frame is not None:
+    for frame, _ in traceback.walk_stack(inspect.currentframe()):
         if frame.f_globals.get("__name__") == "torch.nn.utils.fusion":
             raise ValueError(
                 f"a batch norm cannot be folded into a {layer_class.__name__} with adapters, which would stay as they "
                 "are; call merge_and_unload(model) first"
             )
-        frame = frame.f_back
 
 
 def warn_of_quantization(layer_class: type[nn.Module]) -> None:
     """Say that torch.ao.quantization, which goes by the exact class, passes a layer by."""
-    warnings.warn(
-        f"torch.ao.quantization leaves every {layer_class.__name__} with adapters as it is; call "
-        "merge_and_unload(model) first to have it quantized",
-        stacklevel=3,
-    )
+    what = f"torch.ao.quantization leaves every {layer_class.__name__} with adapters as it is"
+    warnings.warn(f"{what}; call merge_and_unload(model) first to have it quantized", stacklevel=3)

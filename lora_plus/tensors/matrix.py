@@ -97,7 +97,7 @@ def rank_first_update(x: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
     """
     hidden = torch.mm(A, x.reshape(-1, x.shape[-1]).t())  # (r, in), (in, rows) -> (r, rows)
     update = torch.mm(hidden.t(), (B * scale).t().contiguous())  # (rows, r), (r, out) -> (rows, out)
-    return update.view(*x.shape[:-1], len(B))
+    return update.view(*x.shape[:-1], B.shape[0])
 
 
 def row_norm(matrix: Tensor) -> Tensor:
@@ -112,7 +112,7 @@ def sum_row_norm(weight: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
     (``benchmarks/results/2026-11-22.md``: up to three times as fast as making the sum, in float32).
     """
     # a compiler would unroll the blocks, and taking rows of a weight whose rows are on several ranks would gather it
-    if torch.compiler.is_compiling() or type(weight) is not Tensor:
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(weight) is not Tensor:
         return row_norm(add_delta(weight, A, B, scale))
     columns = math.prod(weight.shape) // weight.shape[-2]
     rows = max(_LEAST_ROWS, block_elements(weight.device) // columns)

@@ -1,4 +1,4 @@
-"""The documentation's pages on engines run as they stand, with the packages that their blocks need."""
+"""Pages whose blocks need packages, as those on engines, run as they stand with these."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ TOGETHER = [page for page in PAGES if PROCESSES in needed_packages(page)]
     "ignore:.*does not have many workers:UserWarning",
     "ignore:.*LeafSpec:FutureWarning",
     "ignore:.*is_gradient_checkpointing:FutureWarning",
+    "ignore:.torch.jit.* is deprecated",
 )
 @pytest.mark.parametrize("page", ALONE, ids=lambda page: page.stem)
 def test_the_code_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
