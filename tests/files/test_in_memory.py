@@ -178,3 +178,25 @@ def test_an_adapter_without_values_is_not_saved(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=line):
             taken()
     assert not list(tmp_path.iterdir())
+
+
+UNLIKE_PEFT = {"lora_fa": {"variant": "lora_fa"}, "pissa": {"init": "pissa"}, "olora": {"init": "olora"}}
+
+
+@pytest.mark.parametrize("settings", UNLIKE_PEFT.values(), ids=UNLIKE_PEFT)
+def test_what_peft_holds_in_another_way_does_not_come_back_in_place(settings: dict[str, Any]) -> None:
+    model = adapted(**settings)
+    before = values(model)
+    with pytest.raises(ValueError, match="cannot be loaded; the model is unchanged"):
+        lp.load_adapter(model, to_peft(model), replace=True)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize(("alpha", "same"), [(16, True), (8, False)])
+def test_a_state_dict_has_no_scale_and_what_is_taken_in_peft_s_format_has(alpha: float, same: bool) -> None:
+    model, other, x = adapted(), adapted(alpha=alpha), torch.randn(3, 4)
+    randomise(model, seed=1)
+    lp.load_adapter(other, to_peft(model), replace=True)
+    torch.testing.assert_close(other["a"](x), model["a"](x))
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(other["a"](x), model["a"](x)) is same
