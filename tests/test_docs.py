@@ -29,3 +29,18 @@ def test_the_code_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest
 def test_the_reference_has_every_public_name_once() -> None:
     named = re.findall(r"^::: lora_plus\.(\w+)$", (DOCS / "reference.md").read_text(), re.MULTILINE)
     assert sorted(named) == sorted(name for name in lora_plus.__all__ if name != "__version__")
+
+
+WIDTH = 88
+"""Characters that a line of code has at most on a page: a longer one is cut off at the right."""
+
+
+@pytest.mark.parametrize("page", [*DOCS.glob("*.md")], ids=lambda page: page.stem)
+def test_code_fits_its_column(page: Path) -> None:
+    code = re.findall(r"^```py(?:thon)?\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
+    assert [line for block in code for line in block.splitlines() if len(line) > WIDTH] == []
+
+
+def test_the_menu_has_every_page() -> None:
+    menu = re.findall(r": ([\w-]+\.md)$", (DOCS.parent / "mkdocs.yml").read_text(), re.MULTILINE)
+    assert sorted(menu) == sorted(page.name for page in DOCS.glob("*.md"))
