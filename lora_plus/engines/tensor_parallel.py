@@ -109,6 +109,10 @@ class _MatrixCut(ParallelStyle):
                 f"{subject} whose adapters have dropout on a {mesh.device_type} mesh, where each rank would drop other "
                 "entries of the same input; inject with dropout=0"
             )
+        if not all(VARIANTS[adapter.spec.variant].factors for adapter in adapters):
+            raise ValueError(
+                f"{subject} with rows of tokens (train_rows), which would have to be cut as it is; leave it"
+            )
         rescaled = any(VARIANTS[adapter.spec.variant].rescales for adapter in adapters)
         reused = rescaled or getattr(module, "max_norm", None) is not None
         if self.cut == _IN and not kind.linear_low_rank and reused:

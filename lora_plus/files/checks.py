@@ -15,7 +15,7 @@ from lora_plus.layers.kinds import DTYPES, kinds_by_name
 from lora_plus.model.places import PLACE_FINDERS
 from lora_plus.model.selection import LAYOUTS
 from lora_plus.tensors import matrix as functional
-from lora_plus.tensors.variant import FACTORS, VARIANTS, needs_input, whole_only
+from lora_plus.tensors.variant import needs_input, saved_tensors, whole_only
 from lora_plus.text import join, parents
 
 from .saved_adapter import SavedAdapter, SavedLayer
@@ -34,7 +34,7 @@ def base_problem(base: BaseLayer) -> str | None:
     if math.prod(base.shape) >= 2**59:  # elements have at most 16 bytes
         return f"its weight has shape {base.shape}, which no tensor can have"
     for fact, value in base.facts.items():
-        if not _FACTS[fact](base, value):
+        if not FACTS[fact](base, value):
             return f"{fact} is {value!r}, which {base.kind} of shape {base.shape} cannot have"
     *stack, out_features, _ = functional.matrix_shape(base.layout, base.shape)
     if "rows" in base.facts and stack:
@@ -46,7 +46,7 @@ def base_problem(base: BaseLayer) -> str | None:
     return None
 
 
-_FACTS: dict[str, Callable[[BaseLayer, Any], bool]] = {
+FACTS: dict[str, Callable[[BaseLayer, Any], bool]] = {
     "groups": lambda base, groups: (
         base.kind.startswith("Conv") and type(groups) is int and groups > 0 and base.shape[0] % groups == 0
     ),
@@ -83,8 +83,8 @@ def shape_problems(layer: SavedLayer) -> list[str]:
     *stack, out_features, in_features = functional.matrix_shape(base.layout, base.shape)
     if "rows" in base.facts:
         out_features = base.facts["rows"][1] - base.facts["rows"][0]
-    stated, matrix = (*FACTORS, *VARIANTS[layer.spec.variant].tensors), (*stack, out_features, in_features)
-    expected = {each.name: each.shape(matrix, layer.spec.r) for each in stated}
+    matrix = (*stack, out_features, in_features)
+    expected = {each.name: each.shape(matrix, layer.spec.r) for each in saved_tensors(layer.spec.variant)}
     shapes = {part: tuple(getattr(tensor, "shape", ())) for part, tensor in layer.tensors.items()}
     return [
         f"{part} has shape {shapes.get(part)}, expected {expected.get(part)}"
@@ -130,7 +130,16 @@ def settings_problem(layer: SavedLayer) -> str | None:
     """What such an adapter cannot do where it is; None if it can."""
     base, spec = layer.base, layer.spec
     why = needs_input(spec.dropout) if base.kind == PARAMETER else None
-    return why or (None if base.rows is None else whole_only(spec.variant))
+    return why or (None if base.rows is None else whole_only(spec.variant)) or unlike_base(layer)
+
+
+def unlike_base(layer: SavedLayer) -> str | None:
+    """Why its settings and what is said of its base do not go together; None if they do."""
+    return next(filter(None, (check(layer) for check in SETTINGS_CHECKS)), None)
+
+
+SETTINGS_CHECKS: list[Callable[[SavedLayer], str | None]] = []
+"""What `unlike_base` asks; others enter theirs."""
 
 
 def unlike_dropout(*rows: tuple[str, float]) -> Iterator[str]:

@@ -32,6 +32,7 @@ from .portable import portable, rank
 from .save import describe, values_not_finite, write_files
 from .saved_adapter import SavedAdapter
 from .target import ModelTarget
+from .token_rows import is_rows, row_layers
 from .vllm_experts import Experts, vllm_experts
 
 
@@ -244,7 +245,9 @@ def _not_taken(
         if not program.unties and name in tied:
             yield f"{name!r}: its weight is also {tied[name]!r}, and {program.name} has one tensor for both"
     if program.plain:
-        variants = sorted({layer.spec.variant for layer in adapter.layers.values()} - {"lora"})
+        rows = row_layers(adapter)
+        yield from (f"{name!r}: {program.name} takes no rows of tokens; merge_and_unload has them" for name in rows)
+        variants = sorted({layer.spec.variant for layer in adapter.layers.values() if not is_rows(layer)} - {"lora"})
         yield from (f"{program.name} has no {variant}, which layers of the adapter are" for variant in variants)
         yield from (f"train_also {path!r}: {program.name} takes no modules trained in full" for path in adapter.trained)
     r = rank(adapter)

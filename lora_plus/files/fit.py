@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
 from lora_plus.layers.base_layer import PARAMETER, BaseLayer
 from lora_plus.layers.kinds import DTYPES
-from lora_plus.model.places import Place, find_places, overlaps
-from lora_plus.model.selection import LAYOUTS
+from lora_plus.model.places import PLACE_FINDERS, Place, find_places, overlaps
 from lora_plus.text import join, near_misses
 
-from .checks import base_problem, is_finite, shape_problems, unlike_dropout, value_problems, without_values
+from .checks import base_problem, is_finite, shape_problems, unlike_base, unlike_dropout, value_problems, without_values
 from .saved_adapter import SavedAdapter, SavedLayer
 from .target import ModelTarget, Target
 
@@ -30,7 +29,7 @@ def choose_places(data: SavedAdapter, target: ModelTarget, problems: list[str]) 
     lines: dict[str, list[str]] = {}
     fitting, missing, unlike = dict[str, SavedLayer](), list[str](), list[str]()
     for name, layer in data.layers.items():
-        place = _place(name, layer.base, target)
+        place = _place(name, layer.base, target, data.layers)
         if place is None:
             missing.append(name)
             continue
@@ -59,7 +58,7 @@ def choose_places(data: SavedAdapter, target: ModelTarget, problems: list[str]) 
     return chosen
 
 
-def _place(name: str, base: BaseLayer, target: ModelTarget) -> Place | None:
+def _place(name: str, base: BaseLayer, target: ModelTarget, layers: Collection[str]) -> Place | None:
     """Where in the model a layer of the file belongs."""
     rows = base.facts.get("rows")
     owner_name = base.facts.get("parameter", "").rpartition(".")[0]
@@ -68,10 +67,7 @@ def _place(name: str, base: BaseLayer, target: ModelTarget) -> Place | None:
         label = name.removeprefix(owner_name).removeprefix(".")
         entry = target.found[id(target.modules[owner_name])]
         return find_places({0: entry}, {0: {label: (rows[0], rows[1])}})[-1]
-    place = target.place(name)
-    if place is not None and base.kind == PARAMETER and base.layout in LAYOUTS:
-        return place.stored_as(base.layout)
-    return place
+    return (place := target.place(name)) and PLACE_FINDERS[-1].told(place, base, target, layers)
 
 
 def _missing_modules(names: list[str], target: ModelTarget) -> list[str]:
@@ -87,7 +83,7 @@ def _layer_problems(layer: SavedLayer, base: BaseLayer) -> list[str]:
         return [f"{key} {file!r} in the file, {ours!r} in the model" for key, file, ours in pairs if file != ours]
     # True and 1.0 equal 1, and are no extents
     told = layer.base.facts or {*map(type, layer.base.shape)} != {int}
-    wrong = base_problem(layer.base) if told else None
+    wrong = (base_problem(layer.base) if told else None) or unlike_base(layer)
     return shape_problems(layer) if wrong is None else [wrong]
 
 

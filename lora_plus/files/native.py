@@ -27,7 +27,7 @@ from typing import Any
 from torch import Tensor
 
 from lora_plus.layers.base_layer import BaseLayer
-from lora_plus.tensors.variant import FACTORS, VARIANTS, AdapterSpec
+from lora_plus.tensors.variant import AdapterSpec, saved_tensors
 from lora_plus.text import join, parents
 from lora_plus.version import __version__
 
@@ -38,7 +38,7 @@ from .target import Target
 
 KEY = "lora_plus"
 VERSION = 1
-FACTS = ("groups", "max_norm", "parameter", "rows", "of")
+FACTS = ("groups", "max_norm", "parameter", "rows", "of", "ids", "tied")
 _ENTRIES = {"kind", "layout", "shape", *FACTS, *SETTINGS}
 
 
@@ -149,7 +149,7 @@ def _layer(
         spec = checked_spec(f"layer {path!r}", settings, problems)
     if spec is None:
         return None
-    names = {tensor.name: join(path, tensor.name) for tensor in (*FACTORS, *VARIANTS[spec.variant].tensors)}
+    names = {tensor.name: join(path, tensor.name) for tensor in saved_tensors(spec.variant)}
     found = {part: left.pop(name) for part, name in names.items() if name in left}
     if len(found) < len(names):
         problems += [f"tensor {name!r} is missing" for part, name in names.items() if part not in found]

@@ -13,6 +13,7 @@ from lora_plus.tensors.variant import only_adds
 
 from .peft.tensors import join_rows, rescaled
 from .saved_adapter import SavedAdapter, SavedLayer
+from .token_rows import is_rows, row_layers
 
 
 def portable(adapter: SavedAdapter, dtype: torch.dtype | None = None) -> SavedAdapter:
@@ -31,6 +32,8 @@ def portable(adapter: SavedAdapter, dtype: torch.dtype | None = None) -> SavedAd
     blocks: dict[str, list[SavedLayer]] = {}
     for name, each in adapter.layers.items():
         spec = each.spec
+        if is_rows(each):
+            continue
         # how it was trained makes no difference to readers
         variant = "lora" if only_adds(spec.variant) else spec.variant
         at_one = replace(spec, alpha=spec.r, scaling="standard", variant=variant, dropout=0.0)
@@ -44,17 +47,18 @@ def portable(adapter: SavedAdapter, dtype: torch.dtype | None = None) -> SavedAd
         facts = {**whole.base.facts, "rows": [0, len(whole.tensors["lora_B"])]}
         layers[weight] = replace(whole, base=replace(whole.base, facts=facts))
     groups = {name: layer.base.facts.get("groups", 1) for name, layer in layers.items()}
-    largest = max(layer.spec.r * groups[name] for name, layer in layers.items())
+    largest = max((layer.spec.r * groups[name] for name, layer in layers.items()), default=1)
     step = math.lcm(*groups.values())
     r = math.ceil(largest / step) * step
     padded = {name: _padded(layer, r // groups[name], dtype) for name, layer in layers.items()}
+    padded |= {name: adapter.layers[name] for name in row_layers(adapter)}
     return SavedAdapter(padded, adapter.trained, adapter.metadata)
 
 
 def rank(adapter: SavedAdapter) -> int:
     """The one rank, as PEFT counts it, of a portable adapter."""
-    layer = next(iter(adapter.layers.values()))
-    return layer.spec.r * layer.base.facts.get("groups", 1)
+    layer = next((layer for layer in adapter.layers.values() if not is_rows(layer)), None)
+    return 1 if layer is None else layer.spec.r * layer.base.facts.get("groups", 1)
 
 
 def _padded(layer: SavedLayer, r: int, dtype: torch.dtype | None) -> SavedLayer:

@@ -80,8 +80,11 @@ def renamed(adapter: SavedAdapter, rename: Renaming, problems: list[str]) -> Sav
 
 
 def _moved(base: BaseLayer, rename: Renaming) -> BaseLayer:
-    """The base under its new name, where it says the name of a parameter."""
-    if "parameter" not in base.facts:
-        return base
-    owner, _, parameter = base.facts["parameter"].rpartition(".")
-    return replace(base, facts={**base.facts, "parameter": join(rename(owner) or "", parameter)})
+    """The base under its new name, where it says the name of a parameter, or of tied layers."""
+    facts = {**base.facts}
+    if "parameter" in facts:
+        owner, _, parameter = facts["parameter"].rpartition(".")
+        facts["parameter"] = join(rename(owner) or "", parameter)
+    if isinstance(facts.get("tied"), dict):
+        facts["tied"] = {rename(name): kind for name, kind in facts["tied"].items()}
+    return replace(base, facts=facts)

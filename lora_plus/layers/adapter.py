@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -87,6 +87,8 @@ class Adapter:
     """By container, what its tensor is to the optimizer, where that is not what the variant states."""
     strength: float = 1.0
     """The factor that its scale has while it is active."""
+    held: ClassVar[bool] = True
+    """Whether its tensors are its own; an adapter that follows another one computes with those of that."""
 
     @property
     def scale(self) -> float:

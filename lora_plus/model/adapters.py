@@ -129,7 +129,11 @@ def add_adapter(
     given = {"r": r, "alpha": alpha, "dropout": dropout, "scaling": scaling, "variant": variant}
     changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     chosen = [
-        (place, replace(other.spec, **changes), replace(start, dtype=dtype or other.tensors()["lora_A"].dtype))
+        (
+            place,
+            replace(other.spec, **changes) if VARIANTS[other.spec.variant].factors else other.spec,
+            replace(start, dtype=dtype or next(iter(other.tensors().values())).dtype),
+        )
         for place, other in adapted_places(state.modules, like)
     ]
     misfits = [f"{place.name!r}: {why}" for place, spec, _ in chosen if (why := place.misfits(spec)) is not None]

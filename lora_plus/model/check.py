@@ -53,7 +53,7 @@ def check_adapters(model: nn.Module, *inputs: Any, **keywords: Any) -> list[str]
     state = require(model, "checking adapters", Need.UNSHARDED | Need.WHOLE | Need.CHANGEABLE)
     probes = []
     for name, adapter, weight in state.adapters():
-        if adapter.name in weight.active_names():  # memory on the meta device is no one's
+        if adapter.name in weight.active_names() and adapter.held:  # memory on the meta device is no one's
             own = isinstance(weight, LoRALayer) and owners[id(weight.weight)] == 1 and not weight.weight.is_meta
             probes.append(_Probe(name, adapter, weight, own))
     _check_checkable(probes)
@@ -224,7 +224,7 @@ class _Watch(TorchDispatchMode):
     def __init__(self, probes: list[_Probe], seen: _Seen) -> None:
         super().__init__()
         self.seen = seen
-        self.factors = {_memory(probe.tensors["lora_A"]): probe for probe in probes}
+        self.factors = {_memory(next(iter(probe.tensors.values()))): probe for probe in probes}
         self.weights: dict[int, list[_Probe]] = {}
         for probe in probes:
             if probe.own_weight:

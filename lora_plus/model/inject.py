@@ -63,6 +63,7 @@ def inject_lora(
     init: InitName | Init = "kaiming",
     variant: VariantName = "lora",
     train_also: Pattern | Sequence[Pattern] = (),
+    train_rows: Mapping[Any, Sequence[int]] | None = None,
     fused: Mapping[Any, Sequence[str] | Mapping[str, int]] | None = None,
     layouts: Mapping[Any, str] | None = None,
     adapter: str = "default",
@@ -100,6 +101,8 @@ def inject_lora(
             ``(weight, r, generator) -> (A, B)``.
         variant: ``"lora"``, ``"lora_fa"`` (A frozen at its start; plain LoRA in files of other formats) or ``"dora"``.
         train_also: patterns of modules to train in full and save with the adapter, such as a new head.
+        train_rows: ``{pattern: ids}``: rows of embeddings and heads to train and save with the adapter, such as those
+            of new tokens, ``{"embed_tokens": [32000, 32001]}``. A tied head has them, too. ``targets`` can be empty.
         fused: ``{"c_attn": ["q", "k", "v"]}`` for layers that compute several projections together, or
             ``{"qkv": {"q": 64, "k": 16, "v": 16}}`` with the rows of each. They are then targets ``c_attn.q``, ...,
             with factors of their own; ``c_attn`` stands for all of them.
@@ -123,7 +126,7 @@ def inject_lora(
     with state.storage.outlined():
         selection = Selection(
             state.names, spec, targets, exclude=exclude, train_also=train_also, rank_pattern=rank_pattern,
-            alpha_pattern=alpha_pattern, fused=fused, layouts=layouts,
+            alpha_pattern=alpha_pattern, fused=fused, layouts=layouts, train_rows=train_rows,
         )  # fmt: skip
         check_selection(state, [place for place, _ in selection.places], selection.train_also)
         prepared = [(place, own, place.new_tensors(state.storage, own, start)) for place, own in selection.places]

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,6 @@ from lora_plus.text import counted, join, median_and_worst, printable
 from .dry_run import left_as_it_was
 from .inject import gc_paused, make_plain
 from .state import Need, State, require
-from .storage import Storage
 from .train_also import unmark_trained
 from .tree import adapted_weights, own_parameters, owner_path
 
@@ -163,12 +162,13 @@ def _merge(state: State, adapters: Sequence[str] | None, *, dequantize: bool = F
     """Merge a model: nothing is changed before all weights are computed and checked."""
     merges: list[tuple[str, AdaptedWeight, Merge]] = []
     chosen = [(path, weight, _wanted(weight, adapters)) for path, weight in state.weights]
-    ties = _ties(state, [(path, weight) for path, weight, wanted in chosen if wanted])
-    problems = []
+    ties = _ties(state, [each for each in chosen if each[2]])
+    results, problems = dict[Any, Merge | str](), []
     for path, weight, wanted in chosen:
-        made: Merge | str = Merge()  # where nothing is merged, what else there is has no effect, and no keys
-        if wanted or weight.lora_merge is not None:
-            made = _refusal(weight, ties.get(path, []), dequantize) or _merged_state(state.storage, weight, wanted)
+        key = _key(weight, wanted)
+        if (wanted or weight.lora_merge is not None) and key not in results:
+            results[key] = _refusal(weight, ties.get(path, []), dequantize) or _merged_state(state, weight, wanted)
+        made = results.get(key, Merge())  # where nothing is merged, what else there is has no effect, and no keys
         if isinstance(made, str):
             problems.append(f"{path!r}: {made}")
         else:
@@ -190,11 +190,11 @@ def _merge(state: State, adapters: Sequence[str] | None, *, dequantize: bool = F
     return report
 
 
-def _merged_state(storage: Storage, weight: AdaptedWeight, adapters: Sequence[ActiveAdapter]) -> Merge | str:
+def _merged_state(state: State, weight: AdaptedWeight, adapters: Sequence[ActiveAdapter]) -> Merge | str:
     """The merged state of a weight, or why it cannot be merged. Every rank must call it if the weight is a DTensor."""
     names = tuple(adapter.name for adapter in adapters)
     own, tensors = weight.weight, weight.noted_tensors(names)
-    with storage.exposed(weight):
+    with state.storage.exposed(weight):
         base, dtype = weight.dense_weight()
         try:
             bound, lost = merged_weight(base, weight.layout, summands(adapters), dtype)
@@ -206,7 +206,7 @@ def _merged_state(storage: Storage, weight: AdaptedWeight, adapters: Sequence[Ac
             return differs
     copies = {key: tensor.clone() for key, tensor in tensors.items()}
     merge = Merge(adapters=names, copies=copies, versions=versions(tensors), lost=lost, own=own, bound=bound)
-    return storage.bound(merge, tensors)
+    return state.storage.bound(merge, tensors)
 
 
 def _refusal(weight: AdaptedWeight, others: list[str], dequantize: bool) -> str | None:
@@ -263,10 +263,20 @@ def _unlike(layer: LoRALayer, adapters: Sequence[ActiveAdapter], bound: Tensor) 
     return None
 
 
-def _ties(state: State, merged: Sequence[tuple[str, AdaptedWeight]]) -> dict[str, list[str]]:
-    """Which of these weights have other names outside their layer."""
-    names: dict[int, list[str]] = {id(weight.weight): [] for _, weight in merged}
-    inside: dict[int, list[str]] = {id(weight): [] for _, weight in merged}
+def _key(weight: AdaptedWeight, adapters: Sequence[ActiveAdapter]) -> Any:
+    """The same for weights that become one merged weight: tied ones, with adapters of which one follows the other.
+
+    Not for shards, which are written into: that would happen once for each of the weights.
+    """
+    tensors = weight.noted_tensors([adapter.name for adapter in adapters]).values()
+    return (id(weight if is_dtensor(weight.weight) else weight.weight), *map(id, tensors))
+
+
+def _ties(state: State, merged: Sequence[tuple[str, AdaptedWeight, Any]]) -> dict[str, list[str]]:
+    """Which of these weights have other names outside of the layers that get the same merged weight."""
+    names: dict[int, list[str]] = {id(weight.weight): [] for _, weight, _ in merged}
+    alike: dict[Any, list[str]] = {}
+    inside = {id(weight): alike.setdefault(_key(weight, adapters), []) for _, weight, adapters in merged}
     for path, module in state.names:
         for name, parameter in own_parameters(module):
             if id(parameter) in names:
@@ -274,5 +284,5 @@ def _ties(state: State, merged: Sequence[tuple[str, AdaptedWeight]]) -> dict[str
         if id(module) in inside and isinstance(module, AdaptedWeight):
             inside[id(module)].append(join(owner_path(path, module), module.weight_name))
     # a weight that is computed is another tensor each time
-    found = ((path, {*names.get(id(weight.weight), ())}.difference(inside[id(weight)])) for path, weight in merged)
+    found = ((path, {*names.get(id(weight.weight), ())}.difference(inside[id(weight)])) for path, weight, _ in merged)
     return {path: sorted(others) for path, others in found if others}

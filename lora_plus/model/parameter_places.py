@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lora_plus.layers.adapter import Adapter
 from lora_plus.layers.base_layer import PARAMETER, BaseLayer
 from lora_plus.layers.kinds import DTYPES, why_no_numbers
 from lora_plus.layers.layer import LoRALayer
@@ -21,6 +23,7 @@ from lora_plus.layers.parameter_owner import (
     raw_parameters,
 )
 from lora_plus.layers.site import AdapterSite, RowBlock
+from lora_plus.layers.token_rows import TokenRows
 from lora_plus.layers.weight import AdaptedWeight
 from lora_plus.tensors.distributed import whole, without_values
 from lora_plus.tensors.init import Lookup
@@ -35,11 +38,15 @@ from .places import (
     LayerPlace,
     Layouts,
     NamedModule,
+    Owners,
     Place,
     Rows,
     described,
     rows_overlap,
 )
+from .selection import LAYOUTS
+from .token_rows import TokenRowsPlace, ids_of, selected_rows
+from .tree import Named
 
 # ---- modules whose own code reads their weights ----------------------------------------------------------------------
 
@@ -185,6 +192,7 @@ class ParameterPlace(Place):
         return BaseLayer(PARAMETER, self.part.layout, tuple(self.stored().shape), facts)
 
     def stored_as(self, layout: str) -> ParameterPlace:
+        """The same place with the layout that a file states, which a user may have stated for a parameter."""
         part = replace(self.part, layout=layout)
         return ParameterPlace(self.owner, self.owner_name, self.names, part, self.aliases, self.around, self.of)
 
@@ -291,14 +299,27 @@ class _Finder(Finder):
                 places.append(ParameterPlace(each.module, each.name, names, part))
         return places
 
-    def adapted(self, site: AdapterSite, weight: AdaptedWeight, owner: nn.Module, owner_name: str) -> Place:
-        place: Place = LayerPlace(owner, [owner_name])
+    def rows(self, named: Named, wanted: Any, *selected: Any) -> list[tuple[Any, AdapterSpec]]:
+        return selected_rows(named, wanted, *selected)
+
+    def told(self, place: Place, base: BaseLayer, target: Any, layers: Collection[str]) -> Place:
+        if isinstance(place, ParameterPlace) and base.kind == PARAMETER and base.layout in LAYOUTS:
+            return place.stored_as(base.layout)
+        if "ids" in base.facts:
+            return TokenRowsPlace(place.owner, place.names, ids_of(base), target.named, layers)
+        return place
+
+    def adapted(self, site: AdapterSite, weight: AdaptedWeight, adapter: Adapter, owners: Owners, name: str) -> Place:
+        owner = owners[name]
+        place: Place = LayerPlace(owner, [name])
+        if isinstance(adapter, TokenRows):
+            return TokenRowsPlace(owner, [name], adapter.ids, list(owners.items()))
         if isinstance(weight, LoRAParameter):
             part = Part(weight.weight_name, weight.lora_label, layout=weight.layout)
-            place = ParameterPlace(owner, owner_name, [join(owner_name, part.label)], part, of=weight.of)
+            place = ParameterPlace(owner, name, [join(name, part.label)], part, of=weight.of)
         if not isinstance(site, RowBlock):
             return place
-        return RowsPlace(place, site.rows, site.lora_label, [join(owner_name, site.lora_label)])
+        return RowsPlace(place, site.rows, site.lora_label, [join(name, site.lora_label)])
 
 
 def _blocks(each: NamedModule, rows: Mapping[str, Rows]) -> list[Place]:

@@ -204,8 +204,7 @@ class SampleAdapters:
         if torch.is_grad_enabled():
             self._stacked = None  # an engine may write what is trained into the same memory without a trace
             return self._gathered(dtype)
-        containers = [each for site in layer.adapter_sites() for each in site.tensor_containers().values()]
-        held = [tensor for each in containers for tensor in each._parameters.values() if tensor is not None]
+        held = list(layer.noted_tensors(list(self.adapters)).values())
         state = [(id(tensor), 0 if tensor.is_inference() else tensor._version) for tensor in held]
         stacked = self._stacked  # another thread may exchange it meanwhile
         if stacked is None or stacked.state != state or stacked.factors[0].dtype != dtype:
@@ -230,7 +229,7 @@ class _Stacked(NamedTuple):
     """Factors that are kept, and what they were made of."""
 
     state: list[tuple[int, int]]
-    held: list[nn.Parameter]
+    held: list[Tensor]
     factors: tuple[Tensor, Tensor, Tensor]
 
 

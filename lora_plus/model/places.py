@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -132,10 +132,6 @@ class Place(ABC):
     def base(self) -> BaseLayer:
         """What a file says of the weight."""
 
-    def stored_as(self, layout: str) -> Place:
-        """The same place with the layout that a file states, which a user may have stated for a parameter."""
-        return self
-
 
 class LayerPlace(Place):
     """A layer that is called, which no kind need adapt."""
@@ -204,6 +200,9 @@ Fused = Mapping[int, Mapping[str, Rows]]
 """By the identity of a linear layer, its blocks of rows by their names."""
 
 
+Owners = Mapping[str, nn.Module]
+
+
 class Finder:
     """Finds the places of a model that are no layers. This one knows of none."""
 
@@ -219,9 +218,17 @@ class Finder:
         """The parameters of these modules, each as a place of its own, whoever reads it."""
         return []
 
-    def adapted(self, site: AdapterSite, weight: AdaptedWeight, owner: nn.Module, owner_name: str) -> Place:
-        """The place of a site of adapters on a weight of the module ``owner``."""
-        return LayerPlace(weight, [owner_name])
+    def rows(self, named: Named, wanted: Any, *selected: Any) -> list[tuple[Any, AdapterSpec]]:
+        """The places of ``train_rows``, which is ``wanted``, with their settings, beside what is ``selected``."""
+        return []
+
+    def adapted(self, site: AdapterSite, weight: AdaptedWeight, adapter: Adapter, owners: Owners, name: str) -> Place:
+        """The place of an adapter on a site of a weight; the module of this name among ``owners`` has the weight."""
+        return LayerPlace(weight, [name])
+
+    def told(self, place: Place, base: BaseLayer, target: Any, layers: Collection[str]) -> Place:
+        """The same place as a file tells of it, which has adapters on these layers of what it is loaded into."""
+        return place
 
 
 PLACE_FINDERS = [Finder()]
@@ -257,10 +264,9 @@ def adapted_places(named: Named, name: str | None = None) -> Iterator[tuple[Plac
     """The adapters in modules that a walk met, all or those of a name, with their places."""
     modules = dict(named)
     for owner_name, weight, site in sites_in(named):
-        adapters = [each for each in site.lora_adapters.values() if name is None or each.name == name]
-        if adapters:
-            place = PLACE_FINDERS[-1].adapted(site, weight, modules[owner_name], owner_name)
-            yield from ((place, adapter) for adapter in adapters)
+        for adapter in site.lora_adapters.values():
+            if adapter.held and name in (None, adapter.name):
+                yield PLACE_FINDERS[-1].adapted(site, weight, adapter, modules, owner_name), adapter
 
 
 def overlaps(places: Iterable[Place]) -> list[str]:

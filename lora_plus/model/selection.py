@@ -54,9 +54,10 @@ class Selection:
         alpha_pattern: Mapping[Any, float] | None = None,
         fused: Mapping[Any, Sequence[str] | Mapping[str, int]] | None = None,
         layouts: Mapping[Any, str] | None = None,
+        train_rows: Mapping[Any, Sequence[int]] | None = None,
     ) -> None:
         wanted = as_patterns(targets)
-        if not wanted:
+        if not wanted and not train_rows:
             raise ValueError('no target given; name layers, or pass "all-linear"')
         ranks = _by_pattern("rank_pattern", rank_pattern, lambda r: replace(spec, r=r))
         alphas = _by_pattern("alpha_pattern", alpha_pattern, lambda alpha: replace(spec, alpha=alpha))
@@ -69,6 +70,8 @@ class Selection:
         trained = (each for pattern in as_patterns(train_also) for each in self._modules_of("train_also", pattern))
         self.train_also = list({id(each.module): each for each in trained}.values())
         self._inside_trained = {id(module) for each in self.train_also for module in each.module.modules()}
+        rows = PLACE_FINDERS[-1].rows(named, train_rows, self._modules_of, self._inside_trained, self._problems)
+        self._inside_trained |= {id(layer) for place, _ in rows for _, layer in place.readers}
         self._excluded = {place.key for pattern in as_patterns(exclude) for place in self._matching("exclude", pattern)}
         chosen: set[Any] = set()
         for pattern in wanted:
@@ -80,7 +83,7 @@ class Selection:
         self._problems += overlaps(places)
         for place in places:
             if id(place.owner) in self._inside_trained:
-                what = "is both a target and trained in full by train_also; add it to exclude"
+                what = "is both a target and trained by train_also or train_rows; add it to exclude"
                 self._problems.append(f"{place.name!r} {what}")
             if (reason := place.misfits(spec)) is not None:
                 self._problems.append(f"{place.name!r}: {reason}")
@@ -94,7 +97,7 @@ class Selection:
         spec_of = functools.cache(lambda r, alpha: replace(spec, r=r, alpha=alpha))  # one for all that have the same
         self.places = [
             (place, spec_of(r_of.get(place.key, spec.r), alpha_of.get(place.key, spec.alpha))) for place in places
-        ]
+        ] + rows
 
     @functools.cached_property
     def _parameters(self) -> NameIndex[Place]:
@@ -135,7 +138,7 @@ class Selection:
             more = f" and {len(hits) - 4} more" if len(hits) > 4 else ""
             inside = tuple(f"{place.name}." for place in hits if place.name)
             within = isinstance(pattern, str) and any(place.name.startswith(inside) for place in self._places.things)
-            hint = f"name what is in it: {pattern + '.*'!r}" if within else _supported()
+            hint = f"name what is in it: {f'{pattern}.*'!r}" if within else _supported()
             self._problems.append(
                 f"target {shown(pattern)} matches nothing that can be adapted: {', '.join(named)}{more}; {hint}"
             )

@@ -66,9 +66,11 @@ def lora_summary(model: nn.Module) -> Summary:
     for path, adapter, weight in state.adapters():
         what = weight.base_class.__name__ if isinstance(weight, LoRALayer) else "parameter"
         shapes = {container: shape(tensor) for container, tensor in adapter.tensors().items()}
-        size, spec = sum(math.prod(each) for each in shapes.values()), adapter.spec
-        merge, full_rank = weight.lora_merge, min(shapes["lora_B"][-2], shapes["lora_A"][-1])
+        size, spec = sum(math.prod(each) for each in shapes.values()) * adapter.held, adapter.spec
+        merge, full_rank = weight.lora_merge, shapes.get("lora_A", (math.inf,))[-1]
+        full_rank = min(full_rank, shapes.get("lora_B", (math.inf, math.inf))[-2])
         notes = {
+            "has those of a layer with the same weight": not adapter.held,
             f"variant {spec.variant}": spec.variant != "lora",
             f"r exceeds the weight's full rank {full_rank}": spec.r > full_rank,
             "inactive": adapter.name not in weight.active_names(),

@@ -13,6 +13,7 @@ from lora_plus.errors import check_count, check_number
 from lora_plus.files.checks import row_problems
 from lora_plus.files.save import describe
 from lora_plus.files.saved_adapter import SavedAdapter, SavedLayer
+from lora_plus.files.token_rows import is_rows
 from lora_plus.layers.adapter import check_adapter_name
 from lora_plus.layers.base_layer import BaseLayer
 from lora_plus.model.inject import attach
@@ -160,7 +161,9 @@ def _no_summands(layers: Mapping[str, SavedLayer]) -> Iterator[str]:
             continue
         variant = layer.spec.variant
         kind = f": {name!r} is of the variant {variant!r}"
-        if VARIANTS[variant].rescales:
+        if is_rows(layer):
+            yield f": {name!r} has rows of tokens there, and values have no sum as updates have"
+        elif VARIANTS[variant].rescales:
             yield f"{kind}, which rescales the weight: that is no update that could be added"
         elif not only_adds(variant):
             yield f"{kind}, which is more than a product of A and B"

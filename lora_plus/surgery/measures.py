@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from lora_plus.files.saved_adapter import SavedAdapter, SavedLayer, settings_of
+from lora_plus.files.token_rows import is_rows
 from lora_plus.tensors.low_rank import singular_values
+from lora_plus.tensors.token_rows import ROWS
 from lora_plus.text import join
 
 
@@ -51,7 +53,7 @@ def measure(name: str, layer: SavedLayer) -> LayerMeasures:
         layer.base.shape,
         **settings_of(layer.spec),
         scale=layer.spec.scale,
-        dtype=str(layer.tensors["lora_A"].dtype).removeprefix("torch."),
+        dtype=str(next(iter(layer.tensors.values())).dtype).removeprefix("torch."),
         norm=float(total.sum().sqrt()),
         largest_share=float(shares.amax(-1).mean()) if len(shares) else None,
         effective_rank=float(ranks.mean()) if len(shares) else None,
@@ -121,13 +123,15 @@ def _layer_difference(name: str, a: SavedLayer, b: SavedLayer) -> LayerDifferenc
 
 
 def _scaled(layer: SavedLayer) -> tuple[Tensor, Tensor]:
+    if is_rows(layer):  # the base that they are compared with is not known
+        return layer.tensors[ROWS].double(), torch.eye(layer.spec.r, dtype=torch.float64)
     A, B = layer.factors()
     return A.double(), layer.spec.scale * B.double()
 
 
 def _besides(layer: SavedLayer) -> Tensor | None:
     """The tensors besides A and B, one after the other; None if there are none."""
-    others = [layer.tensors[name].flatten() for name in sorted(layer.tensors.keys() - {"lora_A", "lora_B"})]
+    others = [layer.tensors[name].flatten() for name in sorted(layer.tensors.keys() - {"lora_A", "lora_B", ROWS})]
     return torch.cat(others) if others else None
 
 

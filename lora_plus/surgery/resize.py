@@ -11,6 +11,7 @@ from torch import nn
 from lora_plus.errors import check_count
 from lora_plus.files.save import describe
 from lora_plus.files.saved_adapter import SavedAdapter, SavedLayer
+from lora_plus.files.token_rows import is_rows
 from lora_plus.model.places import adapted_places
 from lora_plus.model.state import Need, require
 from lora_plus.tensors.init import Lookup, Start
@@ -81,6 +82,9 @@ def resize_saved(
 def _resize(draft: Draft, adapter: SavedAdapter, r: int, generator: torch.Generator | None) -> None:
     """Draft the adapter at the new rank."""
     for name, layer in sorted(adapter.layers.items()):
+        if is_rows(layer):
+            draft.layers[name], draft.errors[name] = layer, 0.0
+            continue
         A, B = layer.factors()
         if (why := unusable(A, B) or _tied(layer.spec)) is not None:
             draft.problems.append(f"{name!r} {why}")

@@ -81,6 +81,8 @@ class HasFactors(Protocol):
 class Variant(Protocol):
     """What a variant states; all matrices in the matrix view, float32 or better."""
 
+    factors: tuple[TensorSpec, ...]
+    """A and B; empty where these are made of the other tensors."""
     tensors: tuple[TensorSpec, ...]
     """The tensors that it has besides A and B."""
     rescales: bool
@@ -109,6 +111,7 @@ class Variant(Protocol):
 class LoRA:
     """``W + s B A`` (Hu et al. 2021, arXiv:2106.09685, eq. 3)."""
 
+    factors: tuple[TensorSpec, ...] = FACTORS
     tensors: tuple[TensorSpec, ...] = ()
     rescales = False
     frozen: tuple[str, ...] = ()
@@ -129,12 +132,11 @@ class LoRAFA(LoRA):
     frozen: tuple[str, ...] = ("lora_A",)
 
 
-class DoRA:
+class DoRA(LoRA):
     """``m (W + s B A) / ||W + s B A||``, norm by row and detached (Liu et al. 2024, arXiv:2402.09353, eq. 5 and 11)."""
 
     tensors: tuple[TensorSpec, ...] = (TensorSpec("lora_magnitude", ("out",), "magnitude", "magnitude", decays=False),)
     rescales = True
-    frozen: tuple[str, ...] = ()
 
     def extra(self, weight: Tensor, A: Tensor, B: Tensor, scale: float) -> dict[str, Tensor]:
         if weight.is_meta:
@@ -182,14 +184,19 @@ def whole_only(variant: str) -> str | None:
     """Why a variant cannot act on some rows of a weight; None if it can."""
     if VARIANTS[variant].rescales:
         return f"variant {variant!r} rescales whole weights and cannot act on some rows of one"
-    if not only_adds(variant):
+    if not only_adds(variant) or not VARIANTS[variant].factors:
         return f"variant {variant!r} is no plain sum and cannot act on some rows of a weight"
     return None
 
 
+def saved_tensors(variant: str) -> tuple[TensorSpec, ...]:
+    """The tensors that an adapter of a variant has in a file."""
+    return *VARIANTS[variant].factors, *VARIANTS[variant].tensors
+
+
 def adapter_tensor_specs(variant: str) -> dict[str, TensorSpec]:
     """The tensors that an adapter of a variant can have, by their names."""
-    return {tensor.name: tensor for tensor in (*FACTORS, *VARIANTS[variant].tensors, *_TAKEN_OUT)}
+    return {tensor.name: tensor for tensor in (*saved_tensors(variant), *_TAKEN_OUT)}
 
 
 def known_tensors() -> dict[str, TensorSpec]:
@@ -224,7 +231,8 @@ class AdapterSpec:
         check_number("dropout", self.dropout, "in [0, 1)")
         for setting, name, table in (("scaling", self.scaling, SCALINGS), ("variant", self.variant, VARIANTS)):
             if name not in table:
-                raise ValueError(f"unknown {setting} {name!r}; choose one of {sorted(table)}")
+                known = sorted(each for each in table if table is SCALINGS or VARIANTS[each].factors)
+                raise ValueError(f"unknown {setting} {name!r}; choose one of {known}")
         scale = SCALINGS[self.scaling](self.alpha, self.r)
         if not abs(scale) <= torch.finfo(torch.float32).max:
             raise ValueError(f"alpha {self.alpha} and r {self.r} give a scale of {scale:g}, which float32 cannot hold")

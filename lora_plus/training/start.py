@@ -107,7 +107,7 @@ def init_from_gradients(
         )
     model = unwrap(model)
     state = require(model, "starting an adapter from gradients", Need.WHOLE | Need.CHANGEABLE, adapters=[adapter])
-    placed = list(adapted_places(state.modules, adapter))
+    placed = [(place, each) for place, each in adapted_places(state.modules, adapter) if "lora_A" in each.tensors()]
     failure = f"adapter {adapter!r} cannot start from gradients; it is unchanged"
     _check(failure, placed, _unsuitable)
     weights = {id(place.stored()): place.stored() for place, _ in placed}

@@ -76,7 +76,7 @@ ROWS = "variant 'dora' rescales whole weights and cannot act on some rows of one
         (["stack"], {"layouts": {"matrix": "i o -> o i"}},
          ["layouts 'matrix' matches no adapted layer; there is 'stack'"]),
         (["attention.q"], {"train_also": ["attention"]},
-         ["'attention.q' is both a target and trained in full by train_also; add it to exclude"]),
+         ["'attention.q' is both a target and trained by train_also or train_rows; add it to exclude"]),
     ],
 )  # fmt: skip
 def test_a_refusal_names_the_place_and_changes_nothing(targets: Any, settings: Any, lines: list[str]) -> None:

@@ -65,7 +65,7 @@ MIXED_UP: dict[str, tuple[Callable[[], Any], str]] = {
                      f"{WHO}inject_lora: 'lora_alpha' (did you mean alpha?), 'rank' (did you mean r?), "
                      "'use_dora' (did you mean variant=\"dora\"?)"),
     "a slip": (lambda: lp.inject_lora(Net(), ["body.0"], train_all=["head"]),
-               f"{WHO}inject_lora: 'train_all' (did you mean 'train_also'?)"),
+               f"{WHO}inject_lora: 'train_all' (did you mean 'train_also' or 'train_rows'?)"),
     "no such word": (lambda: lp.inject_lora(Net(), ["body.0"], zzz=1), f"{WHO}inject_lora: 'zzz'"),
     "a word of the optimizer": (lambda: lp.inject_lora(Net(), ["body.0"], loraplus_lr_ratio=4),
                                 f"{WHO}inject_lora: 'loraplus_lr_ratio'"),

@@ -152,7 +152,7 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"targets": ["q"], "train_also": ["lm_haed"]}, ValueError,
      "train_also 'lm_haed' matches no module (did you mean 'lm_head'?)"),
     ({"targets": ["q"], "train_also": ["blocks.0"]}, ValueError,
-     "'blocks.0.q' is both a target and trained in full by train_also; add it to exclude"),
+     "'blocks.0.q' is both a target and trained by train_also or train_rows; add it to exclude"),
     ({"targets": ["q"], "train_also": ["mlp.1"]}, ValueError, "train_also: 'blocks.0.mlp.1' (GELU) has no parameter"),
     ({"targets": ["q"], "rank_pattern": {"v": 2}}, ValueError, "rank_pattern 'v' matches no adapted layer"),
     ({"targets": ["q"], "rank_pattern": {"v": 2, "k": 3}, "alpha_pattern": {"w": 2}}, ValueError,

@@ -345,6 +345,7 @@ def test_folding_a_ratio_in_does_not_change_what_is_computed(init: str, variant:
 
 
 def test_signatures_name_the_entries_of_the_tables() -> None:
-    tables = {InitName: (*INITS, *PRINCIPAL), Scaling: SCALINGS, VariantName: VARIANTS}
+    chosen = [name for name, variant in VARIANTS.items() if variant.factors]  # the others are made by train_rows
+    tables = {InitName: (*INITS, *PRINCIPAL), Scaling: SCALINGS, VariantName: chosen}
     for names, table in tables.items():
         assert get_args(names) == tuple(table)
