@@ -19,10 +19,10 @@ class Calls(threading.local):
         # in each thread before its first call: torch.compile guards on the attributes that there are
         self.innermost = None
 
-    def begin(self, module: nn.Module) -> Any:
-        """Enter a call of the module; what is returned must be given to `end`."""
+    def begin(self, module: nn.Module, noted: dict[Any, Any] | None = None) -> Any:
+        """Enter a call of the module, which begins with these notes; what is returned must be given to `end`."""
         outer = self.innermost
-        self.innermost = (module, {}, outer)
+        self.innermost = (module, noted or {}, outer)
         return outer
 
     def end(self, outer: Any) -> None:

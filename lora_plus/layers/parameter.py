@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from lora_plus.tensors import weight_operations as weight_operations  # makes entries
 from lora_plus.tensors.weight_sum import Term, WeightSum, can_stand
 
 from .merge_state import Slot

@@ -75,7 +75,7 @@ class LoRAOwner(SwappedModule):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         # code that reads a weight many times, once for each expert say, gets the same tensor for the length of a call
-        outer = READING.begin(self)
+        outer = READING.begin(self, {_keeper: _keeper()})
         try:
             return super().__call__(*args, **kwargs)
         finally:
@@ -200,7 +200,9 @@ def _effective(name: str) -> property:
         holder: Any = owner._modules[HOLDERS]._modules[name]  # type: ignore[union-attr]
         # torch.func.functional_call and fully_shard put what shall be computed with where the parameter was
         base, known = owner._parameters.get(name), READING.noted(owner)
-        if known is None:
+        if (
+            known is None or known[_keeper] != _keeper()
+        ):  # a checkpoint that began since computes again without the call
             return holder(base)  # type: ignore[no-any-return]
         state = (name, id(base), torch.is_grad_enabled(), holder.acting())
         if state not in known:
@@ -208,6 +210,16 @@ def _effective(name: str) -> property:
         return known[state]
 
     return property(read, doc=f"The parameter {name!r} with its adapters in it.")
+
+
+def _keeper() -> Any:
+    """The hooks that get what autograd keeps for backward here, such as those of a checkpoint; None for none."""
+    return None if torch.compiler.is_compiling() else _TOP_HOOKS(False)
+
+
+_TOP_HOOKS: Callable[[bool], Any] = getattr(
+    torch._C._autograd, "_top_saved_tensors_default_hooks", lambda ignore_tracing: None
+)
 
 
 _STATED = (name for name in dir(LoRAOwner) if not name.startswith("__"))

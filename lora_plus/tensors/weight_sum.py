@@ -17,9 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.overrides import resolve_name
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
-from .fused_linear import Update, can_fuse, fused_linear
 from .matrix import accumulation_dtype, add_delta
 
 _PLAIN = (Tensor, nn.Parameter)
@@ -39,8 +38,8 @@ class WeightSum(Tensor):
     """``base + sum_i scale_i * left_i @ right_i``, a matrix or a stack of them ``(..., rows, columns)``.
 
     It has the shape, strides, dtype and device of ``base``, and no memory. `OPERATIONS` has what is computed from base
-    and terms. All else, also what C++ code does with it, gets the sum, which is made once and is used for everything
-    from then on.
+    and terms. All else, also what C++ code does with it, gets the sum, which is made once. Where somebody may have
+    changed that, it is used for everything from then on.
     """
 
     base: Tensor
@@ -49,32 +48,46 @@ class WeightSum(Tensor):
     """What was read: `noting_sums` tells it."""
     made: dict[bool, Tensor]
     """The sum, if it was made: by whether it has its graph."""
+    given: bool
+    """Whether somebody has the sum itself, or a view of it, and may change it."""
+    viewed: tuple[WeightSum, Callable[[Tensor], Tensor]] | None
+    """What it is a view of, and how."""
 
     @staticmethod
-    def of(base: Tensor, terms: Sequence[Term], source: object) -> WeightSum:
+    def of(base: Tensor, terms: Sequence[Term], source: object, viewed: Any = None) -> WeightSum:
         """The sum of a matrix, or a stack of them, and terms of the same shape; the source is what was read."""
         factors = [factor for term in terms for factor in (term.left, term.right)]
         made = _Standing.apply([term.scale for term in terms], base, *factors)
         made.base, made.terms, made.source, made.made = base, tuple(terms), source, {}
+        made.given, made.viewed = False, viewed
         return made  # type: ignore[no-any-return]
 
     def swapped(self) -> WeightSum:
         """The sum with its last two dimensions swapped."""
-        return WeightSum.of(self.base.mT, [Term(b.mT, a.mT, s) for a, b, s in self.terms], self.source)
+        terms = [Term(b.mT, a.mT, s) for a, b, s in self.terms]
+        return WeightSum.of(self.base.mT, terms, self.source, (self, lambda whole: whole.mT))
 
-    def dense(self, operation: Callable[..., Any], *, recorded: bool = True) -> Tensor:
+    def is_given(self) -> bool:
+        """Whether somebody may have changed the sum, or that of which it is a view."""
+        return self.given or (self.viewed is not None and self.viewed[0].is_given())
+
+    def dense(self, operation: Callable[..., Any], *, recorded: bool = True, changed: bool = False) -> Tensor:
         """The sum as a plain tensor: computed in float32 or better, rounded to the base's dtype.
 
-        It has its graph, also where none is recorded now, so that one tensor serves all, and is what is changed in
-        place; not so ``recorded``, where autograd is passed by.
+        It has its graph, also where none is recorded now, so that one tensor serves all; not so ``recorded``, where
+        autograd is passed by. One that is to be changed in place is a view of the sum of which it stands for a view.
         """
         if torch.compiler.is_compiling():
             return self._summed_up()
+        if self.viewed is not None and (changed or self.viewed[0].is_given()):
+            whole, take = self.viewed
+            whole.given = True
+            return take(whole.dense(operation, recorded=recorded, changed=changed))
         made = self.made.get(True, self.made.get(recorded))
         if made is None:
             if (found := _FOUND.get()) is not None:
                 found.append((self.source, resolve_name(operation) or str(operation)))
-            with torch.inference_mode(False), torch.set_grad_enabled(recorded):
+            with torch.inference_mode(False), torch.set_grad_enabled(recorded), _kept_here():
                 made = self.made[recorded] = self._summed_up()
         return made
 
@@ -91,18 +104,25 @@ class WeightSum(Tensor):
             return super().__torch_function__(func, types, args, kwargs)
         compute = OPERATIONS.get(getattr(func, "_qualified_op_name", func)) if _runs_as_written() else None
         given = [arg for arg in args if type(arg) is cls]
-        if compute is not None and given and not any(True in each.made for each in given):
+        if compute is not None and given and not any(each.is_given() for each in given):
             result = compute(func, args, kwargs)
             if result is not NotImplemented:
                 return result
-        args, kwargs = _plain(func, args, kwargs)
-        return func(*args, **kwargs)
+        if torch.compiler.is_compiling():
+            args, kwargs = tree_map(lambda leaf: leaf.dense(func) if type(leaf) is cls else leaf, (args, kwargs))
+            return func(*args, **kwargs)
+        sums: list[tuple[WeightSum, Tensor]] = []
+        args, kwargs = _plain(func, args, kwargs, sums)
+        result = func(*args, **kwargs)
+        for standing, dense in sums:
+            standing.given = standing.given or not _is_apart(result, dense)
+        return result
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         # from C++ code, which knows nothing of the above; autograd has recorded the operation on this tensor
         with torch.no_grad():
-            args, kwargs = _plain(func, args, kwargs or {}, recorded=False)
+            args, kwargs = _plain(func, args, kwargs or {}, [], recorded=False)
         return func(*args, **kwargs)
 
 
@@ -137,13 +157,53 @@ def noting_sums() -> Iterator[list[tuple[object, str]]]:
         _FOUND.reset(token)
 
 
-def _plain(func: Any, args: Any, kwargs: Any, *, recorded: bool = True) -> Any:
-    """The arguments with sums in the place of what stands for them."""
+def _plain(func: Any, args: Any, kwargs: Any, sums: list[Any], *, recorded: bool = True) -> Any:
+    """The arguments with sums in the place of what stands for them; both are added to ``sums``."""
+    name = getattr(func, "__name__", "")
+    in_place = name in _IN_PLACE or (name.endswith("_") and not name.endswith("__")) or kwargs.get("inplace")
+    changed = args[0] if in_place and args else kwargs.get("out")
 
     def plain(leaf: Any) -> Any:
-        return leaf.dense(func, recorded=recorded) if type(leaf) is WeightSum else leaf
+        if type(leaf) is not WeightSum:
+            return leaf
+        sums.append((leaf, leaf.dense(func, recorded=recorded, changed=leaf is changed)))
+        return sums[-1][1]
 
     return tree_map(plain, (args, kwargs))
+
+
+_IN_PLACE = {f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow")} | {"__setitem__"}
+
+
+def _is_apart(result: Any, dense: Tensor) -> bool:
+    """Whether all that an operation gave are tensors in memory of their own, through which none writes to the sum."""
+    leaves = tree_leaves(result)
+    if not (_runs_as_written() and all(type(leaf) in _PLAIN and leaf.layout is torch.strided for leaf in leaves)):
+        return False
+    return dense.untyped_storage().data_ptr() not in {leaf.untyped_storage().data_ptr() for leaf in leaves}
+
+
+@contextmanager
+def _kept_here() -> Iterator[None]:
+    """Inside, autograd keeps tensors for backward itself.
+
+    A checkpoint around would count them, and count others when it computes again and finds the sum made.
+    """
+    if not torch._C._autograd._saved_tensors_hooks_is_enabled():  # type: ignore[attr-defined]
+        yield
+        return
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: (tensor, tensor._version), _unchanged):
+        yield
+
+
+def _unchanged(kept: tuple[Tensor, int]) -> Tensor:
+    tensor, version = kept
+    if tensor._version != version:
+        raise RuntimeError(
+            f"a factor {tuple(tensor.shape)} of an adapter was modified in place after its weight was read; run the "
+            "forward pass again before backward"
+        )
+    return tensor
 
 
 class _Standing(torch.autograd.Function):
@@ -167,177 +227,22 @@ class _Standing(torch.autograd.Function):
         return tuple(grads)
 
 
-# ---- what is known ---------------------------------------------------------------------------------------------------
-
-
-def _index(func: Any, args: Any, kwargs: Any) -> Any:
-    weight, index = args
-    index = index if isinstance(index, tuple) else (index,)
-    at = next((place for place, each in enumerate(index) if each is Ellipsis), len(index))
-    given = (*index[:at], *index[at + 1 :])
-    index = (*given[:at], *[slice(None)] * (weight.ndim - len(given)), *given[at:])
-    *stack, rows, columns = index if len(index) == weight.ndim else [None, None]
-    if not (isinstance(rows, slice) and isinstance(columns, slice) and all(map(_picks_matrices, stack))):
-        return NotImplemented
-    of_left, of_right = (*stack, rows), (*stack, slice(None), columns)
-    terms = [Term(left[of_left], right[of_right], scale) for left, right, scale in weight.terms]
-    return WeightSum.of(weight.base[index], terms, weight.source)
-
-
-def _picks_matrices(index: Any) -> bool:
-    """Whether indexing a stack with it gives one of its matrices, or a stack of them."""
-    if isinstance(index, Tensor):
-        masks = index.dtype in (torch.bool, torch.uint8)
-        return type(index) is Tensor and (index.ndim == 1 or (index.ndim == 0 and not masks))
-    return isinstance(index, slice) or type(index) is int
-
-
-def _swap_last(func: Any, args: Any, kwargs: Any) -> Any:
-    return args[0].swapped()
-
-
-def _reverse(func: Any, args: Any, kwargs: Any) -> Any:
-    return args[0].swapped() if args[0].ndim == 2 else NotImplemented
-
-
-def _transpose(func: Any, args: Any, kwargs: Any) -> Any:
-    weight, *dims = args
-    swaps = {dim % weight.ndim for dim in dims} == {weight.ndim - 2, weight.ndim - 1}
-    return weight.swapped() if swaps and not kwargs else NotImplemented
-
-
-def _permute(func: Any, args: Any, kwargs: Any) -> Any:
-    weight, *dims = args
-    dims = dims[0] if len(dims) == 1 else dims
-    last = weight.ndim - 1
-    swaps = [dim % weight.ndim for dim in dims] == [*range(last - 1), last, last - 1]
-    return weight.swapped() if swaps and not kwargs else NotImplemented
-
-
-def _cut(func: Any, args: Any, kwargs: Any) -> Any:
-    if not 2 <= len(args) <= 3 or kwargs.keys() - {"dim"}:
-        return NotImplemented
-    weight, size, *dims = args
-    bases = func(weight.base, size, *dims, **kwargs)
-    axis = (*dims, kwargs.get("dim", 0))[0] % weight.ndim - weight.ndim
-    cuts = []
-    for left, right, scale in weight.terms:
-        lefts = [left] * len(bases) if axis == -1 else func(left, size, axis)
-        rights = [right] * len(bases) if axis == -2 else func(right, size, axis)
-        cuts.append([Term(*each, scale) for each in zip(lefts, rights, strict=True)])
-    return tuple(WeightSum.of(base, terms, weight.source) for base, *terms in zip(bases, *cuts, strict=True))
-
-
-def _convert(func: Any, args: Any, kwargs: Any) -> Any:
-    weight, *rest = args
-    base = func(weight.base, *rest, **kwargs)
-    if base is weight.base:
-        return weight
-    if not base.is_floating_point():  # the sum is what is rounded to whole numbers
-        return NotImplemented
-    terms = [Term(a.to(base.device), b.to(base.device), s) for a, b, s in weight.terms]
-    return WeightSum.of(base, terms, weight.source)
-
-
-def _linear(func: Any, args: Any, kwargs: Any) -> Any:
-    if len(args) < 2 or kwargs.keys() - {"bias"} or type(args[1]) is not WeightSum:
-        return NotImplemented
-    x, weight, *bias = args
-    return _fused(x, weight, *bias, **kwargs)
-
-
-def _fused(x: Any, weight: WeightSum, bias: Any = None) -> Any:
-    """``x W^T + bias`` for one matrix W ``(out, in)``."""
-    if weight.ndim != 2 or type(bias) is WeightSum or not can_fuse(x, weight.base, bias):
-        return NotImplemented
-    updates: list[Update] = [(None, right, left, scale) for left, right, scale in weight.terms]
-    return fused_linear(x, weight.base, bias, updates)
-
-
-def _product(func: Any, args: Any, kwargs: Any) -> Any:
-    if kwargs or len(args) != 2:
-        return NotImplemented
-    return _add_product(lambda x, weight: func(x, weight), *args, fuses=True)
-
-
-def _reversed_product(func: Any, args: Any, kwargs: Any) -> Any:
-    return _product(torch.matmul, args[::-1], kwargs)
-
-
-def _sum_of_product(func: Any, args: Any, kwargs: Any) -> Any:
-    if len(args) != 3 or kwargs.keys() - {"beta", "alpha"} or type(args[0]) is WeightSum:
-        return NotImplemented
-    return _add_product(lambda x, weight: func(args[0], x, weight, **kwargs), *args[1:], alpha=kwargs.get("alpha", 1))
-
-
-def _add_product(
-    product: Callable[[Any, Any], Tensor], first: Any, second: Any, *, alpha: float = 1, fuses: bool = False
-) -> Any:
-    """A product of two, of which one is a sum: with its base, and the updates added to that."""
-    other, weight = (first, second) if type(second) is WeightSum else (second, first)
-    if type(other) not in _PLAIN or (other.ndim == 1 and weight.ndim == 3):
-        return NotImplemented
-    if fuses and weight is second and (y := _fused(other, weight.swapped())) is not NotImplemented:
-        return y
-    y = product(other, weight.base) if weight is second else product(weight.base, other)
-    for left, right, scale in weight.terms:
-        left, right = left.to(other.dtype), right.to(other.dtype)
-        if weight is second:
-            update = torch.matmul(torch.matmul(other, left) * (scale * alpha), right)
-        else:
-            update = torch.matmul(left, torch.matmul(right, other) * (scale * alpha))
-        y = y + update
-    return y
-
-
-def _grouped(func: Any, args: Any, kwargs: Any) -> Any:
-    if len(args) == 3 and not kwargs:
-        args, kwargs = args[:2], {"offs": args[2]}
-    options = {name: value for name, value in kwargs.items() if value is not None}
-    if len(args) != 2 or options.keys() != {"offs"} or type(args[1]) is not WeightSum:
-        return NotImplemented
-    x, weight = args
-    if type(x) not in _PLAIN or x.ndim != 2 or weight.ndim != 3:
-        return NotImplemented
-    y = func(x, weight.base, **options)
-    for left, right, scale in weight.terms:
-        # the kernels want rows of whole 16 bytes
-        more = -left.shape[-1] % (16 // x.element_size())
-        left, right = F.pad(left.to(x.dtype), (0, more)), F.pad(right.to(x.dtype), (0, 0, 0, more))
-        y = y + func(func(x, left, **options) * scale, right, **options)
-    return y
-
-
-def _functions(*names: str) -> list[Callable[..., Any]]:
+def functions(*names: str) -> list[Callable[..., Any]]:
     """What torch calls so, as a function, as a method and as a property; a version of torch need not have all."""
     found = [(place, getattr(place, name)) for place in (Tensor, torch, F) for name in names if hasattr(place, name)]
     functions: list[Callable[..., Any]] = [each for _, each in found if inspect.isroutine(each)]
     return functions + [each.__get__ for place, each in found if place is Tensor and inspect.isgetsetdescriptor(each)]
 
 
-OPERATIONS: dict[Any, Callable[[Any, Any, Any], Any]] = {
-    **dict.fromkeys(_functions("__getitem__"), _index),
-    **dict.fromkeys(_functions("mT"), _swap_last),
-    **dict.fromkeys(_functions("T", "t"), _reverse),
-    **dict.fromkeys(_functions("transpose"), _transpose),
-    **dict.fromkeys(_functions("permute"), _permute),
-    **dict.fromkeys(_functions("chunk", "split"), _cut),
-    **dict.fromkeys(_functions("to", "float", "double", "half", "bfloat16", "contiguous"), _convert),
-    **dict.fromkeys(_functions("linear"), _linear),
-    **dict.fromkeys(_functions("matmul", "__matmul__", "mm", "bmm"), _product),
-    **dict.fromkeys(_functions("__rmatmul__"), _reversed_product),
-    **dict.fromkeys(_functions("addmm", "baddbmm"), _sum_of_product),
-    **dict.fromkeys(_functions("grouped_mm", "_grouped_mm"), _grouped),
-    "transformers::grouped_mm_fallback": _grouped,
-}
+OPERATIONS: dict[Any, Callable[[Any, Any, Any], Any]] = {}
 """Function of torch, or name of an operator -> how it is computed from base and terms.
 
 An entry takes the function, its positional and its keyword arguments, among which is a `WeightSum`; it returns
-``NotImplemented`` where it does not know this use of the function.
+``NotImplemented`` where it does not know this use of the function. `weight_operations` makes those of torch.
 """
 
 _QUESTIONS = frozenset(
-    _functions(
+    functions(
         *("shape", "dtype", "device", "ndim", "layout", "itemsize", "nbytes", "requires_grad", "grad_fn", "is_leaf"),
         *("is_cuda", "is_cpu", "is_meta", "is_sparse", "is_quantized", "is_nested", "is_mkldnn", "is_xpu", "is_mps"),
         *("size", "dim", "ndimension", "numel", "nelement", "stride", "element_size", "is_contiguous", "get_device"),

@@ -13,6 +13,7 @@ import torch
 from cases import randomise
 from parameter_cases import PARAMETER_CASES, Inputs, ParameterCase, assert_close, loss, same_bits
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import lora_plus
 from lora_plus.files import adapter_state_dict
@@ -323,3 +324,43 @@ def test_a_merged_recurrent_layer_moves_with_its_model(layer: type[nn.RNNBase], 
         assert list(copied.state_dict()) == list(plain.state_dict())
         assert all(torch.equal(tensor, plain.state_dict()[name]) for name, tensor in copied.state_dict().items())
         assert same_bits(copied["rnn"](x)[0], plain["rnn"](x)[0])
+
+
+# ---- activation checkpoints ------------------------------------------------------------------------------------------
+
+Inside = Callable[..., Tensor]
+
+
+class Rereading(nn.Module):
+    """Reads its weight around and inside of what is computed again in backward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(4, 4, dtype=torch.float64))
+
+    def forward(self, x: Tensor, read: Callable[[Rereading, Inside, Tensor], Tensor], inside: Inside) -> Tensor:
+        return read(self, inside, x)
+
+
+READS: dict[str, Callable[[Rereading, Inside, Tensor], Tensor]] = {
+    "in two checkpoints": lambda m, inside, x: inside(lambda x: x @ m.w.tanh(), x) + inside(lambda x: x @ m.w.sin(), x),
+    "twice in one": lambda m, inside, x: inside(lambda x: x @ m.w.tanh() + (x @ m.w.mT).sin(), x),
+    "before and inside": lambda m, inside, x: x @ m.w + inside(lambda x: x @ m.w.mT, x),
+    "inside and after": lambda m, inside, x: inside(lambda x: (x @ m.w.mT).sin(), x) + x @ m.w.tanh(),
+    "once for all": lambda m, inside, x: (lambda w: inside(lambda x: x @ w.tanh(), x) + x @ w)(m.w),
+}
+
+
+@pytest.mark.parametrize("variant", ["lora", "dora"])
+@pytest.mark.parametrize("read", READS)
+def test_weights_are_read_around_and_inside_of_checkpoints(read: str, variant: str) -> None:
+    torch.manual_seed(0)
+    model = randomise(lora_plus.inject_lora(Rereading(), ["w"], r=2, variant=variant))
+    x = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    wanted = [x, *(parameter for parameter in model.parameters() if parameter.requires_grad)]
+
+    def gradients(inside: Inside) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(model(x, READS[read], inside).sum(), wanted)
+
+    again = gradients(lambda run, x: checkpoint(run, x, use_reentrant=False))
+    torch.testing.assert_close(again, gradients(lambda run, x: run(x)), rtol=1e-12, atol=1e-12)

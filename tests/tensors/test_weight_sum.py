@@ -376,6 +376,89 @@ def test_checkpointing_computes_it_again() -> None:
         torch.testing.assert_close(again, plain, rtol=0, atol=0)
 
 
+AROUND: dict[str, Callable[[Any, Tensor, Tensor], Tensor]] = {
+    "made inside": lambda inside, w, x: inside(lambda x: F.linear(x, w * 1.0).sin(), x),
+    "made inside, used outside": lambda inside, w, x: inside(lambda x: F.linear(x, w.tanh()).sin(), x) + (w + 1).sum(),
+    "made outside": lambda inside, w, x: (w + 1).sum() + inside(lambda x: F.linear(x, w.tanh()).sin(), x),
+    "made outside after": lambda inside, w, x: inside(lambda x: F.linear(x, w).sin(), x) + (w + 1).sum(),
+    "twice": lambda inside, w, x: inside(lambda x: F.linear(x, w.tanh()), x) + inside(lambda x: F.linear(x, w + 1), x),
+    "a part": lambda inside, w, x: inside(lambda x: F.linear(x, w.tanh()), x) + inside(lambda x: x @ w.mT.tanh(), x),
+}
+
+
+@pytest.mark.parametrize("name", AROUND)
+def test_a_checkpoint_inside_of_which_the_sum_is_made(name: str) -> None:
+    tensors = Tensors((ROWS, COLUMNS))
+    x = tensors.other(4, COLUMNS).requires_grad_()
+
+    def gradients(inside: Any, weight: Tensor) -> Any:
+        return torch.autograd.grad(AROUND[name](inside, weight, x).sum(), [*tensors.factors, x])
+
+    again = gradients(lambda run, x: checkpoint(run, x, use_reentrant=False), tensors.standing())
+    torch.testing.assert_close(again, gradients(lambda run, x: run(x), tensors.dense()), rtol=1e-12, atol=1e-12)
+
+
+def test_a_factor_that_changes_before_backward_is_an_error() -> None:
+    tensors = Tensors((ROWS, COLUMNS))
+    output = (tensors.standing() + 1).sum()
+    with torch.no_grad():
+        tensors.factors[0].mul_(2)
+    with pytest.raises(RuntimeError, match=r"a factor \(6, 2\) of an adapter was modified in place"):
+        output.backward()
+
+
+VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
+    "one": lambda w: w[1], "rows": lambda w: w[1:], "of a view": lambda w: w[1:].mT[0], "mT": lambda w: w.mT,
+    "transpose": lambda w: w.transpose(-1, 1), "permute": lambda w: w.permute(0, 2, 1),
+    "chunk": lambda w: w.chunk(2)[0], "split": lambda w: w.split([2, 3], -1)[0],
+    "same dtype": lambda w: w[1].to(w.dtype).contiguous(),
+}  # fmt: skip
+CHANGES: dict[str, Callable[[Tensor], Any]] = {
+    "mul_": lambda v: v.mul_(2), "zero_": torch.zero_, "setitem": lambda v: v.__setitem__(0, 3.0),
+    "imul": lambda v: v.__imul__(2), "copy_": lambda v: v.copy_(torch.ones_like(v.detach())),
+    "inplace": lambda v: F.relu(v, inplace=True), "init": torch.nn.init.ones_,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("view", "change"), [*((v, "mul_") for v in VIEWS), *(("of a view", c) for c in CHANGES)])
+def test_what_changes_a_view_in_place_changes_the_weight_and_its_other_views(view: str, change: str) -> None:
+    tensors = Tensors((STACK, ROWS, COLUMNS))
+
+    def results(weight: Tensor) -> list[Tensor]:
+        with torch.no_grad():
+            before, part, others = weight[1] + 1, VIEWS[view](weight), [each(weight) for each in VIEWS.values()]
+            CHANGES[change](part)
+            after = [each + 0 for each in (weight, part, *others)]
+            return [before, *after, weight[1] @ torch.ones(COLUMNS).double(), *(each @ each.mT for each in others)]
+
+    torch.testing.assert_close(results(tensors.standing()), results(tensors.dense().detach()), rtol=1e-12, atol=1e-12)
+
+
+def test_the_gradient_of_what_was_changed_through_a_view() -> None:
+    tensors = Tensors((STACK, ROWS, COLUMNS))
+
+    def gradients(weight: Tensor) -> Any:
+        weight[1].mul_(3)
+        return torch.autograd.grad((weight[0] @ weight[1].mT).square().sum(), tensors.factors)
+
+    torch.testing.assert_close(gradients(tensors.standing()), gradients(tensors.dense()), rtol=1e-12, atol=1e-12)
+
+
+def test_an_out_that_is_a_view_changes_the_weight() -> None:
+    for weight in (Tensors((STACK, ROWS, COLUMNS)).standing(), Tensors((STACK, ROWS, COLUMNS)).dense()):
+        with torch.no_grad():
+            torch.mul(torch.ones(ROWS, COLUMNS).double(), 2, out=weight[1])
+        assert (weight[1] + 0).eq(2).all()
+
+
+def test_what_somebody_may_have_changed_is_computed_from_the_sum() -> None:
+    weight = Tensors((ROWS, COLUMNS)).standing()
+    _ = weight + 1
+    assert isinstance(weight.mT, WeightSum)
+    weight.data.zero_()
+    assert not F.linear(torch.ones(COLUMNS).double(), weight).any() and not (weight.mT + 0).any()
+
+
 def test_transforms_and_compilers_get_the_plain_sum(monkeypatch: pytest.MonkeyPatch) -> None:
     base = torch.randn(2, 2)
     assert can_stand(base)
