@@ -82,7 +82,7 @@ class Existing:
                 rounded = values.to(held.dtype, copy=_memory(values) in own_memory)
                 if rounded is not saved and not is_finite(rounded):
                     lost.append(f"{join(name, part)!r} has values that are not finite in {held.dtype} at this scale")
-                pairs.append((held, rounded))
+                pairs.append((held, rounded.to(held.device)))  # which fails, if at all, before a value is written
         if lost:
             raise Problems("the adapter cannot be loaded; the model is unchanged", lost)
         return pairs

@@ -201,11 +201,12 @@ class SampleAdapters:
         """
         if torch.compiler.is_compiling():
             return self._gathered(dtype)
-        if torch.is_grad_enabled():
-            self._stacked = None  # an engine may write what is trained into the same memory without a trace
-            return self._gathered(dtype)
         held = list(layer.noted_tensors(list(self.adapters)).values())
-        state = [(id(tensor), 0 if tensor.is_inference() else tensor._version) for tensor in held]
+        if torch.is_grad_enabled() or any(tensor.is_inference() for tensor in held):
+            # an engine may write what is trained into the same memory without a trace; inference tensors count nothing
+            self._stacked = None
+            return self._gathered(dtype)
+        state = [(id(tensor), tensor._version) for tensor in held]
         stacked = self._stacked  # another thread may exchange it meanwhile
         if stacked is None or stacked.state != state or stacked.factors[0].dtype != dtype:
             stacked = self._stacked = _Stacked(state, held, self._gathered(dtype))

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import copy
+import errno
 import gc
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from cases import Case, randomise
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import lora_plus as lp
 from lora_plus.files import read_adapter, to_peft
+from lora_plus.files.tensor_file import TensorFile
 
 
 def snapshot(model: nn.Module) -> dict[str, Tensor]:
@@ -108,21 +113,76 @@ def test_other_places_are_refused_by_name(tmp_path: Path) -> None:
         lp.load_adapter(one, tmp_path / "both.safetensors", replace=True)
 
 
-@pytest.mark.parametrize("how", ["cut short", "a shape at the last layer", "not finite"])
-def test_a_broken_source_changes_nothing(how: str, tmp_path: Path) -> None:
-    model, path = pair(), tmp_path / "a.safetensors"
+BROKEN: dict[str, Callable[[Tensor], Tensor]] = {
+    "another shape": lambda B: B.new_zeros(4, 3),
+    "not finite": lambda B: B.index_fill(1, torch.tensor([2]), torch.nan),
+    "not finite in the model's dtype": lambda B: B * 1e5,
+}
+"""What becomes of the last tensor of a source."""
+
+
+@pytest.mark.parametrize("on_disk", [True, False])
+@pytest.mark.parametrize("broken", BROKEN.values(), ids=BROKEN)
+def test_a_broken_source_changes_nothing(broken: Callable[[Tensor], Tensor], on_disk: bool, tmp_path: Path) -> None:
+    model, path = pair().half(), tmp_path / "a.safetensors"
     lp.save_adapter(pair(3), path)
     data = read_adapter(path)
-    last = data.layers["2"].tensors
-    if how == "cut short":
-        path.write_bytes(path.read_bytes()[:-8])
-    elif how == "not finite":
-        last["lora_B"] = last["lora_B"].clone().fill_(torch.nan)
+    if on_disk:
+        tensors, metadata = load_file(path), safe_open(path, "pt").metadata()
+        save_file(tensors | {"2.lora_B": broken(tensors["2.lora_B"])}, path, metadata)
     else:
-        last["lora_B"] = torch.zeros(4, 3)
+        last = data.layers["2"].tensors
+        last["lora_B"] = broken(last["lora_B"])
     before = snapshot(model)
-    with pytest.raises(ValueError, match="cannot be loaded; the model is unchanged"):
-        lp.load_adapter(model, path if how == "cut short" else data, replace=True)
+    with pytest.raises(ValueError, match="cannot be loaded; the model is unchanged:\n  '2"):
+        lp.load_adapter(model, path if on_disk else data, replace=True)
+    assert_unchanged(model, before)
+
+
+def test_a_file_that_is_cut_short_changes_nothing(tmp_path: Path) -> None:
+    model, path = pair(), tmp_path / "a.safetensors"
+    lp.save_adapter(pair(3), path)
+    before, whole = snapshot(model), path.read_bytes()
+    for length in (len(whole) - 8, len(whole) // 2, 4, 0):
+        path.write_bytes(whole[:length])
+        with pytest.raises(ValueError, match="cannot be loaded; the model is unchanged"):
+            lp.load_adapter(model, path, replace=True)
+        assert_unchanged(model, before)
+
+
+class Immovable(Tensor):
+    """A tensor that fits on no device."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.to and any(isinstance(each, torch.device) for each in args):
+            raise MemoryError("no memory left on the device")
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def test_a_device_without_memory_changes_nothing() -> None:
+    model, (config, tensors) = pair(), to_peft(pair(4, alpha=3))
+    before = snapshot(model)
+    for name, tensor in tensors.items():
+        given = config, {**tensors, name: tensor.as_subclass(Immovable)}
+        with pytest.raises(MemoryError):
+            lp.load_adapter(model, given, replace=True)
+        assert_unchanged(model, before)
+
+
+@pytest.mark.parametrize("folder", [False, True])
+def test_a_disk_that_fails_changes_nothing(folder: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, path = pair(), tmp_path / ("folder" if folder else "a.safetensors")
+    lp.save_adapter(pair(3), path)
+    before, read_many = snapshot(model), TensorFile.read_many
+
+    def failing(file: TensorFile, names: list[str]) -> list[Tensor]:
+        read_many(file, names[:-1])
+        raise OSError(errno.EIO, "Input/output error", str(path))
+
+    monkeypatch.setattr(TensorFile, "read_many", failing)
+    with pytest.raises(OSError, match="Input/output error"):
+        lp.load_adapter(model, path, replace=True)
     assert_unchanged(model, before)
 
 
@@ -171,6 +231,17 @@ def test_inside_of_inference_mode_per_sample_and_disabled_blocks() -> None:
 
 def scale(model: nn.Module) -> float:
     return model[0].lora_adapters["default"].scale
+
+
+def test_tensors_that_count_no_changes_are_never_stale() -> None:
+    x = torch.randn(2, 6, dtype=torch.float64)
+    with torch.inference_mode():
+        model = copy.deepcopy(lp.add_adapter(pair(4), "b", like="default"))
+        assert model[0].lora_A["default"].is_inference()
+        with lp.adapter_per_sample(model, ["default", "b"]):
+            for r in (3, 2):
+                lp.load_adapter(model, to_peft(pair(r)), replace=True)
+                torch.testing.assert_close(model(x)[0], pair(r)(x)[0], rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method`:DeprecationWarning")  # in importing Inductor
