@@ -48,27 +48,26 @@ class LoRALinear(_LoRALinearMap, nn.Linear):
         return None
 
     def adapted_forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        if len(args) == 1 and not kwargs and self._only_sums():
+        if len(args) == 1 and not kwargs and (adapters := self._summed(args[0])):
             x, weight, bias = args[0], self._parameters["weight"], self._parameters["bias"]
             if weight is not None and can_fuse(x, weight, bias):
                 updates = []
-                for adapter in self.lora_active:
+                for adapter in adapters:
                     u = F.dropout(x, adapter.spec.dropout) if adapter.spec.drops and self.training else None
                     updates.append((u, *adapter.factors(), adapter.scale))
                 return fused_linear(x, weight, bias, updates)
         return super().adapted_forward(*args, **kwargs)
 
-    def _only_sums(self) -> bool:
-        """Whether the layer computes ``W x + b`` with parameters that it holds, and active adapters add to that."""
-        if self.lora_base_forward is not None or self.base_class.forward is not _LINEAR_FORWARD:
-            return False
-        if self.lora_disabled or self.lora_override is not None or not self.lora_active:
-            return False
-        for adapter in self.lora_active:
+    def _summed(self, x: Tensor) -> tuple[Any, ...]:
+        """The adapters of all samples, where the layer computes ``W x + b`` and they add to that; none otherwise."""
+        if self.lora_disabled or self.lora_base_forward is not None or self.base_class.forward is not _LINEAR_FORWARD:
+            return ()
+        adapters = self.lora_active if self.lora_override is None else self.lora_override.shared(x)
+        for adapter in adapters:
             if not adapter.spec.only_adds:
-                return False
+                return ()
         held = self._parameters
-        return "weight" in held and "bias" in held
+        return adapters if "weight" in held and "bias" in held else ()
 
 
 PLAIN_CONV1D = [("transformers.pytorch_utils", "Conv1D")]

@@ -28,6 +28,7 @@ class Override(Protocol):
     """What adds to a layer's output for the length of a block, in the place of its active adapters."""
 
     def output(self, layer: Any, x: Tensor, y: Tensor) -> Tensor: ...  # for its input x and the base's output y
+    def shared(self, x: Tensor) -> tuple[ActiveAdapter, ...]: ...  # those of all samples alike; none if they differ
 
 
 class AdaptedWeight(AdapterSite):

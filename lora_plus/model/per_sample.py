@@ -2,7 +2,8 @@
 
 Linear layers take two batched products: the factors of the adapters are stacked, the sample's own are gathered from
 the stack (``benchmarks/results/2026-11-22.md`` has other ways). All other layers, and variants that are not sums,
-compute the samples of one adapter after those of another.
+compute the samples of one adapter after those of another. Where all samples have the same adapter, a layer computes
+what it does with that one active.
 """
 
 from __future__ import annotations
@@ -190,8 +191,13 @@ class SampleAdapters:
         update = torch.bmm(h, B).reshape(*x.shape[:-1], B.shape[-1]).to(y.dtype)  # scale_i B_i A_i x_i of each part
         return y + update if rows is None else y.index_add(0, rows, update)
 
-    def _of(self, name: str | None) -> list[ActiveAdapter]:
-        return [] if name is None else [self.adapters[name]]
+    def shared(self, x: Tensor) -> tuple[ActiveAdapter, ...]:
+        """The adapter of all samples, if they have the same one and x is the batch."""
+        (name, _), *others = self.grouping.groups
+        return () if others or x.ndim < 2 or x.shape[0] != self.grouping.size else self._of(name)
+
+    def _of(self, name: str | None) -> tuple[ActiveAdapter, ...]:
+        return () if name is None else (self.adapters[name],)
 
     def _factors(self, layer: LoRALayer, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         """A ``(parts, r, in)``, B ``(parts, r, out)`` and the scales of the parts, which are samples or adapters.
@@ -201,10 +207,11 @@ class SampleAdapters:
         """
         if torch.compiler.is_compiling():
             return self._gathered(dtype)
+        if torch.is_grad_enabled():
+            self._stacked = None  # an engine may write what is trained into the same memory without a trace
+            return self._gathered(dtype)
         held = list(layer.noted_tensors(list(self.adapters)).values())
-        if torch.is_grad_enabled() or any(tensor.is_inference() for tensor in held):
-            # an engine may write what is trained into the same memory without a trace; inference tensors count nothing
-            self._stacked = None
+        if any(tensor.is_inference() for tensor in held):  # which count no changes
             return self._gathered(dtype)
         state = [(id(tensor), tensor._version) for tensor in held]
         stacked = self._stacked  # another thread may exchange it meanwhile

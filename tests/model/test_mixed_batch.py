@@ -389,3 +389,24 @@ def test_samples_are_grouped_once_for_each_set_of_adapters(layers: int, monkeypa
     with adapter_per_sample(model, ["a", "b", None]):
         assert grouped == [("a", "b"), ("a",)]
         model(torch.randn(3, 3))
+
+
+@pytest.mark.parametrize("width", [8, 192])  # for the larger one a layer's autograd function pays
+def test_a_batch_of_one_adapter_is_computed_as_with_that_one_active(width: int) -> None:
+    model = mixed(nn.Sequential(nn.Linear(width, width), nn.Linear(width, width)), "all-linear", dropout=0.5)
+    x = torch.randn(4, 180, width, requires_grad=True)
+
+    def run() -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        y = model(x)
+        return [y, *torch.autograd.grad(y.square().sum(), [x, *model[0].lora_A.parameters()], allow_unused=True)]
+
+    for mode in (True, False):
+        model.train(mode)
+        with adapter_per_sample(model, ["c"] * 4):
+            ours = run()
+        set_adapter(model, "c")
+        for one, other in zip(ours, run(), strict=True):
+            assert one is other is None or torch.equal(one, other)
+        with adapter_per_sample(model, ["c"] * 3), pytest.raises(ValueError, match="has names for 3 samples"):
+            model(x)
