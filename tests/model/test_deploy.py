@@ -21,6 +21,7 @@ from lora_plus import inject_lora, merge_and_unload, merge_lora, unmerge_lora
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.torch.jit.* is (deprecated|not supported)"),
     pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:The tensor attributes .*_flat_weights"),  # of any recurrent layer of torch's
 ]
 
 
