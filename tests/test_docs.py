@@ -11,6 +11,7 @@ import torch
 from doc_blocks import run_blocks
 
 import lora_plus
+import lora_plus.model  # what enters itself in tables does so before the entries of a page are taken out again
 from lora_plus.tensors.variant import VARIANTS
 
 DOCS = Path(__file__).parent.parent / "docs"
