@@ -118,7 +118,7 @@ def test_a_stack_of_adapters_computes_what_each_does(case: Case) -> None:
 
 def values_of(model: nn.Module) -> dict[str, Tensor]:
     """The adapter's values, as the page on deploying takes them."""
-    return {key: tensor for key, tensor in model.state_dict().items() if ".lora_" in key}
+    return {key: tensor for key, tensor in model.state_dict().items() if "lora_" in key}
 
 
 def in_onnx_runtime(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
@@ -182,3 +182,30 @@ def test_a_compiled_library_takes_another_adapter(tmp_path: Path) -> None:
     other = randomise(copy.deepcopy(model), seed=11)
     served.load_constants(values_of(other), check_full_update=False)
     close(served(more), other(more), 1e-5)
+
+
+@pytest.mark.slow
+def test_a_language_model_is_exported(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = transformers.LlamaConfig(vocab_size=64, num_key_value_heads=2, use_cache=False, **sizes)
+    model = randomise(inject_lora(transformers.LlamaForCausalLM(config), "all-linear", r=4)).eval()
+    ids = torch.randint(64, (2, 7))
+    wanted = model(ids).logits
+    close(torch.export.export(model, (ids,)).module()(ids).logits, wanted, 1e-4)
+    (logits,) = in_onnx_runtime(model, (ids,), {})
+    close(logits, wanted, 1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*Enum subclass", "ignore:.torch.jit.script_method")
+def test_quantizing_a_model_with_adapters_leaves_these_as_they_are() -> None:
+    quantization = pytest.importorskip("torchao.quantization")
+    model = randomise(inject_lora(nn.Sequential(nn.Linear(32, 16)), ["0"], r=4)).eval()
+    plain, x = nn.Sequential(nn.Linear(32, 16)), torch.randn(3, 32)
+    plain.load_state_dict({key: tensor for key, tensor in model.state_dict().items() if "lora_" not in key})
+    A, B = (tensor["default"].detach() for tensor in (model[0].lora_A, model[0].lora_B))
+    for each in plain, model:
+        quantization.quantize_(each, quantization.Int8WeightOnlyConfig())
+    close(model(x), plain(x) + 4 * x @ A.T @ B.T, 1e-5)
+    assert (type(model[0].lora_A["default"]), type(model[0].weight)) == (nn.Parameter, type(plain[0].weight))
