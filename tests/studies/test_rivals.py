@@ -220,7 +220,7 @@ def test_all_else_is_trained_by_adamw_and_schedules_hold_for_the_rules() -> None
 
 
 PLAN = Plan(sweep=(0, 1), report=(5, 6, 7), extra=2)
-BEST = {"LoRA": -9.7, "LoRA+, ratio 4": -10.2, "Riemannian, d = 0.01": -14.0, "LoRA-Muon, β = 0.8": -8.0}
+BEST = {"LoRA": -9.4, "LoRA+, ratio 4": -10.2, "Riemannian, d = 0.01": -14.0, "LoRA-Muon, β = 0.9": -8.0}
 
 
 def parabola(counted: list[Run]) -> compare_rivals.Perform:
@@ -248,7 +248,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Run]]:
 def test_each_method_has_as_many_trials() -> None:
     for task in ("glosses", "digits"):
         trials = {len(rival.settings) * len(rival.rates[task]) for rival in compare_rivals.RIVALS.values()}
-        assert trials == {15}
+        assert trials == {10}
     names = [name for rival in compare_rivals.RIVALS.values() for name in rival.settings]
     assert len(set(names)) == len(names)
 
@@ -257,9 +257,9 @@ def test_the_best_pair_is_reported_each_run_is_done_once_and_an_end_is_extended(
     path, counted = runs
     assert len(set(counted)) == len(counted) == len(read(path))
     reported = {run.method: math.log2(run.rate) for run in counted if run.stage == REPORT}
-    wanted = {"LoRA": -29 / 3, "LoRA+, ratio 4": -10, "Riemannian, d = 0.01": -14, "LoRA-Muon, β = 0.8": -8}
+    wanted = {"LoRA": -9.5, "LoRA+, ratio 4": -10, "Riemannian, d = 0.01": -14, "LoRA-Muon, β = 0.9": -8}
     # of the last method nothing is better than the rest, which is all the same: the first is taken
-    assert reported == pytest.approx(wanted | {"LoRA-RITE, β2 = 0.9": reported["LoRA-RITE, β2 = 0.9"]})
+    assert reported == pytest.approx(wanted | {"LoRA-RITE, β2 = 0.99": reported["LoRA-RITE, β2 = 0.99"]})
     rates = sorted({math.log2(run.rate) for run in counted if run.method == "Riemannian, d = 0.01"})
     assert rates == [-14, -13, -12, -11, -10, -9, -8]  # two more than the grid, as the plan allows
 
@@ -267,7 +267,7 @@ def test_the_best_pair_is_reported_each_run_is_done_once_and_an_end_is_extended(
 def test_the_head_of_a_rule_with_another_unit_learns_at_tuned_loras_rate(runs: tuple[Path, list[Run]]) -> None:
     records = read(runs[0])
     of_method = {record.run.method: compare_rivals.method_of(records, record.run) for record in records}
-    assert of_method["LoRA-Muon, β = 0.8"].head_rate == pytest.approx(2 ** (-29 / 3))
+    assert of_method["LoRA-Muon, β = 0.9"].head_rate == pytest.approx(2 ** (-9.5))
     assert of_method["Riemannian, d = 0.01"].head_rate is None
     assert of_method["LoRA+, ratio 4"].lr_ratio == 4
 
@@ -278,10 +278,10 @@ def test_the_page_of_the_rivals_states_what_was_measured(runs: tuple[Path, list[
     for record in read(runs[0]):
         if record.outcome.test is not None:
             losses.setdefault(record.run.method, []).append(record.outcome.test.loss)
-    mean = sum(losses["LoRA-Muon, β = 0.8"]) / 3
-    apart = [a - b for a, b in zip(losses["LoRA-Muon, β = 0.8"], losses["LoRA"], strict=True)]
+    mean = sum(losses["LoRA-Muon, β = 0.9"]) / 3
+    apart = [a - b for a, b in zip(losses["LoRA-Muon, β = 0.9"], losses["LoRA"], strict=True)]
     error = statistics.stdev(apart) / 3**0.5
-    assert f"| LoRA-Muon, β = 0.8 | 2^-8 | {mean:.4f} ±" in text
+    assert f"| LoRA-Muon, β = 0.9 | 2^-8 | {mean:.4f} ±" in text
     assert f"| **{sum(apart) / 3:+.4f} ± {error:.4f}** |" in text
     assert "| *2^-14* |" in text  # at an end of what was tried
     others = ", ".join(f"{name} on glosses" for name in compare_rivals.RIVALS if name != "LoRA")

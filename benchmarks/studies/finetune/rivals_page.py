@@ -37,10 +37,10 @@ page. {total} runs, {minutes:.0f} CPU minutes, on one thread each; {machines}. M
 [the comparison of methods](finetune.md): r = {rank}, alpha = {alpha:g}, no decay, {steps} steps, rates that fall
 linearly to zero, a head that is trained along.
 
-**Equal search.** Each method has 15 trials with each seed of the search, and more where its best rate is at an end:
-LoRA 15 rates, a third of an octave apart, the others 5 rates, an octave apart, with each of 3 settings. The pair with
-the least mean validation loss is scored on test examples, with fresh seeds. The head learns at the method's rate, by
-AdamW; for LoRA-RITE and LoRA-Muon, whose rates have another unit, at that of tuned LoRA.
+**Equal search.** Each method has 10 trials with each seed of the search, and more where its best rate is at an end:
+LoRA 10 rates, half an octave apart, the others 5 rates, an octave apart, with each of 2 settings. The pair with the
+least mean validation loss is scored on test examples, with fresh seeds. The head learns at the method's rate, by AdamW;
+for LoRA-RITE and LoRA-Muon, whose rates have another unit, at that of tuned LoRA.
 """
 LEGEND = """\
 Mean ± standard error over seeds. *To LoRA* and *to LoRA+*: the paired difference of the test loss, below zero where the
