@@ -14,6 +14,10 @@ from .groups import rates
 DRAWN_A = ("kaiming", "gaussian", "orthogonal")
 """The starts with a random A and B = 0, which the rule for r and scale is derived for."""
 
+DRAWN_B = ("kaiming_B",)
+"""The start with a random B and A = 0. With Adam ``alpha * k`` is there the same run as A's rate times k, so that alpha
+can change with the ratio. What is derived for B = 0 does not hold until B has moved by more than its start."""
+
 BEST_OVER_LORA: dict[Any, float] = {
     "kaiming": 1.0,
     "pissa": 1 / 10,
@@ -44,10 +48,11 @@ def transfer_lr(lr: float, tuned: Mapping[str, Any], wanted: Mapping[str, Any]) 
     With Adam, the best rate keeps ``g * sqrt(r * s)``: g is the geometric mean of the rates of A and B, s the scale
     that multiplies B A. It is exact for the ratio, its mode and alpha (under Adam ``alpha * k`` is a ratio of k), and
     follows arXiv:2602.06204 (muA) for r: no change with ``alpha / r``, ``r ** -1/4`` with ``alpha / sqrt(r)``,
-    ``r ** -1/2`` at a fixed scale. Between starts, and from or to full fine-tuning, it multiplies by published factors
-    that are **empirical**: PiSSA 1/10, MiLoRA 1/3.2, OLoRA and the start from gradients 1/18.2 of LoRA's best rate
-    (arXiv:2602.04998, one family of models); LoRA with alpha 32 ten times full fine-tuning's ("LoRA Without Regret",
-    Thinking Machines 2025; another user found three times).
+    ``r ** -1/2`` at a fixed scale. With ``init="kaiming_B"`` it is exact where alpha and the ratio change by the same
+    factor. Between starts, and from or to full fine-tuning, it multiplies by published factors that are **empirical**:
+    PiSSA 1/10, MiLoRA 1/3.2, OLoRA and the start from gradients 1/18.2 of LoRA's best rate (arXiv:2602.04998, one
+    family of models); LoRA with alpha 32 ten times full fine-tuning's ("LoRA Without Regret", Thinking Machines 2025;
+    another user found three times).
 
     Examples:
         >>> plus = {"lr_ratio": 4, "lr_mode": "A"}
@@ -66,13 +71,14 @@ def transfer_lr(lr: float, tuned: Mapping[str, Any], wanted: Mapping[str, Any]) 
 
     Raises:
         ValueError: if a value is out of range, or if no factor is known: between variants, between other starts, and
-            for another r or scale between starts whose A is not random or whose B is not zero.
+            for another r or scale between starts whose A is not random or whose B is not zero, but for the case above.
         TypeError: if a setting is unknown, or its value of another type.
     """
     check_number("lr", lr, tensor=True)
     before, after = _settings("tuned", tuned), _settings("wanted", wanted)
+    factor = _kept(before) / _kept(after)
     _check_known(before, after)
-    return float(lr) * (_kept(before) / _kept(after))
+    return float(lr) * factor
 
 
 def _settings(which: str, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -101,9 +107,15 @@ def _check_known(before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
             f"no factor is known between the inits {sorted(map(str, inits))}, only between {sorted(BEST_OVER_LORA)}; "
             "tune the rate again"
         )
-    moved = before["r"] * before["scale"] != after["r"] * after["scale"]
-    if moved and not inits & set(DRAWN_A):
+    moved = any(before[key] != after[key] for key in ("r", "scale"))
+    if moved and not inits & set(DRAWN_A) and not _is_the_same_run(before, after):
         raise ValueError(f"no rule for another r or scale is known with init {before['init']!r}; tune the rate again")
+
+
+def _is_the_same_run(before: Mapping[str, Any], after: Mapping[str, Any]) -> bool:
+    """Whether A starts at zero, and the ratio moves with the scale."""
+    turned = math.isclose(after["lr_ratio"] * before["scale"], before["lr_ratio"] * after["scale"])
+    return turned and before["init"] in DRAWN_B and before["r"] == after["r"]
 
 
 def _kept(settings: Mapping[str, Any]) -> float:

@@ -36,6 +36,8 @@ Settings = Mapping[str, Any]
         ({"init": "gradient"}, {"init": "kaiming", "alpha": 64}, 18.2 / 2),
         ({"init": "gaussian"}, {"init": "gaussian", "alpha": 64}, 1 / 2),
         ({"variant": "dora"}, {"variant": "dora", "lr_ratio": 4}, 1 / 2),
+        ({"init": "kaiming_B"}, {"init": "kaiming_B", "alpha": 64, "lr_ratio": 4}, 1 / 4),
+        ({"init": "kaiming_B"}, {"init": "kaiming_B", "alpha": 64, "lr_ratio": 4, "lr_mode": "B"}, 1.0),
         ({"method": "full"}, {"alpha": 32}, 10.0),
         ({"method": "full"}, {"alpha": 32, "r": 64}, 10.0),
         ({"method": "full"}, {"alpha": 8, "lr_ratio": 4}, 10.0),
@@ -61,7 +63,7 @@ def test_the_geometric_mean_stays_at_the_tuned_rate(mode: Any, ratio: float) -> 
 def net(settings: Settings, width: int = 12, rank: int = 3) -> nn.Sequential:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 3)).double()
-    keywords = {"r": rank, **{key: settings[key] for key in ("r", "alpha", "scaling") if key in settings}}
+    keywords = {"r": rank, **{key: settings[key] for key in ("r", "alpha", "scaling", "init") if key in settings}}
     return inject_lora(model, ["0"], generator=torch.Generator().manual_seed(1), **keywords)
 
 
@@ -71,11 +73,23 @@ def optimizer_of(model: nn.Module, lr: float, settings: Settings) -> torch.optim
 
 
 @pytest.mark.parametrize("mode", ["A", "geometric", "B"])
-def test_alpha_times_k_at_its_rate_trains_as_a_ratio_of_k_at_its_own(mode: str) -> None:
+@pytest.mark.parametrize(
+    ("tuned", "same"),
+    [
+        ({"r": 3}, {"r": 3, "alpha": 64}),
+        # where it is A that starts at zero, a ratio of k is alpha / k, and both can change at once
+        ({"r": 3, "init": "kaiming_B", "alpha": 4}, {"r": 3, "init": "kaiming_B", "alpha": 4}),
+    ],
+    ids=["B = 0", "A = 0"],
+)
+def test_alpha_times_k_at_its_rate_trains_as_a_ratio_of_k_at_its_own(
+    tuned: Settings, same: Settings, mode: str
+) -> None:
+    wanted_too = {**tuned, "alpha": 16, "lr_ratio": 4, "lr_mode": mode}
     outputs = []
-    for wanted in ({"r": 3, "alpha": 64}, {"r": 3, "lr_ratio": 4, "lr_mode": mode}):
+    for wanted in (same, wanted_too):
         model = net(wanted)
-        optimizer = optimizer_of(model, transfer_lr(1e-2, {"r": 3}, wanted), wanted)
+        optimizer = optimizer_of(model, transfer_lr(1e-2, tuned, wanted), wanted)
         x = torch.randn(8, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
         for _ in range(30):
             optimizer.zero_grad()
@@ -132,7 +146,10 @@ def exponent(ranks: tuple[int, ...], values: list[float]) -> float:
         ({"variant": "lora_fa"}, {"variant": "lora_fa"}, "variant 'lora_fa' freezes it"),
         ({}, {"init": "kaiming_B"}, r"no factor is known between the inits \['kaiming', 'kaiming_B'\]"),
         ({"init": "pissa"}, {"init": "pissa", "r": 4, "alpha": 16, "scaling": "rslora"}, "with init 'pissa'"),
+        ({"init": "pissa"}, {"init": "pissa", "r": 16}, "no rule for another r or scale"),
         ({"init": "kaiming_B"}, {"init": "kaiming_B", "alpha": 8}, "no rule for another r or scale"),
+        ({"init": "kaiming_B"}, {"init": "kaiming_B", "alpha": 8, "lr_ratio": 4}, "no rule for another r or scale"),
+        ({"init": "kaiming_B"}, {"init": "kaiming_B", "r": 4, "lr_ratio": 4}, "no rule for another r or scale"),
         ({"method": "full", "r": 8}, {}, "full fine-tuning has no r; leave that out of tuned"),
         ({"method": "adalora"}, {}, "unknown method 'adalora' in tuned; choose 'lora' or 'full'"),
         ({"method": "full"}, {"init": "gaussian"}, r"no factor is known between the inits \['gaussian', 'kaiming'\]"),
