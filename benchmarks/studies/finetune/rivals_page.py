@@ -8,10 +8,10 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from methods import RANK, SCALE
 from records import REPORT, SWEEP, Record, mean_losses
 from results_page import Estimate, table
 from tasks import Setting
-from training import ALPHA, RANK
 
 FLAT = 0.01
 """A rate is as good as the best one where the loss is above its by at most this part."""
@@ -212,7 +212,7 @@ def page(
         minutes=sum(record.seconds for record in records) / 60,
         machines="; ".join(sorted({", ".join(map(" ".join, record.machine.items())) for record in records})),
         rank=RANK,
-        alpha=ALPHA,
+        alpha=SCALE * RANK,
         steps=" or ".join(sorted({str(settings[task].steps) for task in tried})),
     )
     caveats = CAVEATS.format(judged=sum(1 for outcomes in found for _ in outcomes.differences()), sweeps=len(searched))
