@@ -106,6 +106,15 @@ def test_values_of_another_adapter_go_into_a_program(case: Case) -> None:
     assert torch.equal(model(x), wanted) and not torch.equal(other(x), wanted)
 
 
+@pytest.mark.slow
+def test_a_program_that_was_not_saved_shares_its_tensors_with_the_model() -> None:
+    (case,) = (each for each in CASES if each.name == "linear")
+    model, x = case.adapted().eval(), case.input()
+    other = randomise(copy.deepcopy(model), seed=11)
+    torch.export.export(model, (x,)).module().load_state_dict(values_of(other), strict=False)
+    assert torch.equal(model(x), other(x))
+
+
 def test_a_stack_of_adapters_computes_what_each_does(case: Case) -> None:
     model, x = case.adapted().eval(), case.input()
     others = [randomise(copy.deepcopy(model), seed=seed) for seed in (11, 12)]
