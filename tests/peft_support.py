@@ -54,6 +54,8 @@ PEFT_WARNS_OF_ITS_OWN_FILES = (
     # the setting is one for the whole file, and PEFT changes it on the way where a model has both nn.Linear and Conv1D
     "fan_in_fan_out is set to True but the target module is `torch.nn.Linear`. Setting fan_in_fan_out to False.",
     "fan_in_fan_out is set to False but the target module is `Conv1D`. Setting fan_in_fan_out to True.",
+    # PEFT asks models of transformers for it
+    "`is_gradient_checkpointing` is deprecated",
 )
 
 

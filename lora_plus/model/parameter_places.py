@@ -45,7 +45,7 @@ from .places import (
     rows_overlap,
 )
 from .selection import LAYOUTS
-from .token_rows import TokenRowsPlace, ids_of, selected_rows
+from .token_rows import TokenRowsPlace, selected_rows, told_rows
 from .tree import Named
 
 # ---- modules whose own code reads their weights ----------------------------------------------------------------------
@@ -305,18 +305,15 @@ class _Finder(Finder):
     def told(self, place: Place, base: BaseLayer, target: Any, layers: Collection[str]) -> Place:
         if isinstance(place, ParameterPlace) and base.kind == PARAMETER and base.layout in LAYOUTS:
             return place.stored_as(base.layout)
-        if "ids" in base.facts:
-            return TokenRowsPlace(place.owner, place.names, ids_of(base), target.named, layers)
-        return place
+        return told_rows(place, base, target, layers) if "ids" in base.facts else place
 
     def adapted(self, site: AdapterSite, weight: AdaptedWeight, adapter: Adapter, owners: Owners, name: str) -> Place:
-        owner = owners[name]
-        place: Place = LayerPlace(owner, [name])
+        place: Place = LayerPlace(owners[name], [name])
         if isinstance(adapter, TokenRows):
-            return TokenRowsPlace(owner, [name], adapter.ids, list(owners.items()))
+            return TokenRowsPlace(owners[name], [name], adapter.ids, list(owners.items()))
         if isinstance(weight, LoRAParameter):
             part = Part(weight.weight_name, weight.lora_label, layout=weight.layout)
-            place = ParameterPlace(owner, name, [join(name, part.label)], part, of=weight.of)
+            place = ParameterPlace(owners[name], name, [join(name, part.label)], part, of=weight.of)
         if not isinstance(site, RowBlock):
             return place
         return RowsPlace(place, site.rows, site.lora_label, [join(name, site.lora_label)])

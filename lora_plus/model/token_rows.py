@@ -19,7 +19,7 @@ from lora_plus.tensors.token_rows import ROWS, VARIANT_OF
 from lora_plus.tensors.variant import AdapterSpec
 
 from .patterns import shown
-from .places import LayerPlace, NamedModule
+from .places import LayerPlace, NamedModule, Place
 from .storage import Storage
 from .tree import Named, own_parameters
 
@@ -28,11 +28,18 @@ class TokenRowsPlace(LayerPlace):
     """Rows of a layer's weight ``(n, dim)``, by their ids, also for the other layers that have this weight."""
 
     def __init__(
-        self, layer: nn.Module, names: Sequence[str], ids: Sequence[int], named: Named, taken: Collection[str] = ()
+        self,
+        layer: nn.Module,
+        names: Sequence[str],
+        ids: Sequence[int],
+        named: Named,
+        taken: Collection[str] = (),
+        any_tie: bool = False,
     ) -> None:
         super().__init__(layer, names)
         self.ids, self.named_modules = tuple(ids), named
-        self.taken = taken  # the names of what else has adapters in a file
+        # the names of what else has adapters in a file; whether it leaves to the model which layers share the rows
+        self.taken, self.any_tie = taken, any_tie
         self.key = (id(layer), *self.ids)
 
     @property
@@ -89,7 +96,8 @@ class TokenRowsPlace(LayerPlace):
 
     def base(self) -> BaseLayer:
         base, tied = super().base(), {name: _kind(module).kind_name() for name, module in self.readers[1:]}
-        facts: dict[str, Any] = {"ids": list(self.ids)} | ({"tied": tied} if tied else {})
+        facts: dict[str, Any] = {"ids": list(self.ids)}
+        facts |= {"tied": {}} if self.any_tie else {"tied": tied} if tied else {}
         return BaseLayer(base.kind, base.layout, base.shape, base.facts | facts)
 
 
@@ -110,10 +118,12 @@ class _Readers:
             each.activate((name,))
 
 
-def ids_of(base: BaseLayer) -> Sequence[int]:
-    """The ids that a file states; none where it states no such thing."""
+def told_rows(place: Place, base: BaseLayer, target: Any, layers: Collection[str]) -> TokenRowsPlace:
+    """The place of rows as a file tells of it, which has adapters on these layers of the target, a model."""
     ids = base.facts["ids"]
-    return ids if isinstance(ids, list) and {*map(type, ids)} == {int} else ()
+    stated = ids if isinstance(ids, list) and {*map(type, ids)} == {int} else ()  # a file can say anything
+    any_tie = base.facts.get("tied") == {}
+    return TokenRowsPlace(place.owner, place.names, stated, target.named, layers, any_tie)
 
 
 def _weights(module: nn.Module) -> list[Tensor]:

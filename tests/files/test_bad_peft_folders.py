@@ -180,9 +180,12 @@ PEFT_CORRUPTIONS: dict[str, tuple[PeftEdit, list[str]]] = {
         for name, value in {
             "use_qalora": True, "use_bdlora": {"a": 1}, "kasa_config": {"a": 1}, "arrow_config": {"a": 1},
             "alora_invocation_tokens": [1], "layer_replication": [[0, 2]], "lora_bias": True,
-            "trainable_token_indices": [1], "megatron_config": {"a": 1}, "monteclora_config": {"a": 1},
+            "megatron_config": {"a": 1}, "monteclora_config": {"a": 1},
         }.items()
     },
+    "ids without rows": (
+        set_config(trainable_token_indices=[1]), ["trainable_token_indices [1] has no tensor in the file"]
+    ),
     "wrong shape": (
         weights(put(f"{BASE}proj.lora_A.weight", torch.ones(3, 7))),
         ["'proj': lora_A has shape (3, 7), expected (3, 6)"],

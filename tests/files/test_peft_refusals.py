@@ -134,10 +134,6 @@ REFUSALS: dict[str, Refusal] = {
     "olora": Refusal([converting("olora")], {"init_lora_weights": "olora"}),
     "bias all": Refusal([f"adapter_config.json: bias is 'all', {BIAS}"], {"bias": "all"}),
     "bias lora_only": Refusal([f"adapter_config.json: bias is 'lora_only', {BIAS}"], {"bias": "lora_only"}),
-    "trainable tokens": Refusal(
-        [f"adapter_config.json: trainable_token_indices is {{'embed': [1, 2]}}, {NOT_PLAIN}"],
-        {"trainable_token_indices": {"embed": [1, 2]}},
-    ),
     "bdlora": Refusal(
         [
             "adapter_config.json: use_bdlora is {'match_strict': True, 'nblocks': 2, 'target_modules_bd_a': ['q'], "

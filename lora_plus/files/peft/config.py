@@ -11,6 +11,7 @@ from lora_plus.errors import shortened, warn_user
 from lora_plus.text import printable
 
 from .pattern_keys import Patterns
+from .token_rows import FIELD, wrong_indices
 
 CONFIG = "adapter_config.json"
 
@@ -22,13 +23,13 @@ _HARMLESS = {
     "inference_mode", "layers_pattern", "layers_to_transform", "loftq_config", "lora_dropout", "lora_ga_config",
     "megatron_core", "modules_to_save", "peft_type", "peft_version", "qalora_group_size", "r", "lora_alpha",
     "rank_pattern", "alpha_pattern", "runtime_config", "target_modules", "target_parameters", "use_dora", "use_rslora",
-    "velora_config", "bias", "init_lora_weights", *USER_FIELDS,
+    "velora_config", "bias", "init_lora_weights", FIELD, *USER_FIELDS,
 }  # fmt: skip
 """Fields that are read here, or that do not change what the saved tensors mean."""
 
 _OTHER_METHODS = {
     "alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "lora_bias", "megatron_config",
-    "monteclora_config", "trainable_token_indices", "use_bdlora", "use_qalora",
+    "monteclora_config", "use_bdlora", "use_qalora",
 }  # fmt: skip
 """Fields of other methods, which must be empty."""
 
@@ -75,6 +76,8 @@ def checked_config(config: Any, problems: list[str], where: str = CONFIG) -> dic
         names = config.get(field) or []
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             problems.append(f"{where}: {field} must be a list of names, got {names!r}")
+    if (why := wrong_indices(config.get(FIELD))) is not None:
+        problems.append(f"{where}: {why}")
     init = config.get("init_lora_weights", True)
     if isinstance(init, str) and init.startswith(_BASE_CHANGING):
         problems.append(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -20,6 +21,7 @@ from lora_plus.files.formats import FORMATS, Contents, Files, Format
 from lora_plus.files.outline import Outline, outline_named_by, outline_of, readers_in, ties_in
 from lora_plus.files.saved_adapter import SavedAdapter, alpha_under, most_common
 from lora_plus.files.target import Target
+from lora_plus.files.token_rows import is_rows
 from lora_plus.text import endings
 
 from .config import CONFIG, USER_FIELDS, checked_config
@@ -30,6 +32,7 @@ from .renaming import FolderTarget, in_file_names, without_left_out
 from .shapes import implied_target
 from .stacked import with_stacks
 from .tensors import attention_to_peft, join_rows, layer_to_peft, parameter_to_peft
+from .token_rows import FIELD, is_rows_key, rows_from_peft, rows_problems, rows_to_peft
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -43,16 +46,20 @@ def read(files: Files, target: Target, problems: list[str]) -> SavedAdapter:
     if checked is None:
         return SavedAdapter({}, {})
     outline = outline_of(target)
+    rows = {key: tensor for key, tensor in tensors.items() if is_rows_key(key)}
+    others = {key: tensor for key, tensor in tensors.items() if key not in rows}
     if outline is None:
-        known = implied_target(target, tensors, checked, problems)
+        known = implied_target(target, others, checked, problems)
     elif target.rename.given:
         known = in_file_names(target, outline, tensors)
     else:
         known = FolderTarget(outline, target.base, target.repeats, readers_in(target))
-    known = with_stacks(known, tensors) if checked.get("target_parameters") else known
+    known = with_stacks(known, others) if checked.get("target_parameters") else known
     if problems:
         return SavedAdapter({}, {})
-    adapter = Reader(checked, known, problems).read(tensors)
+    adapter = Reader(checked, known, problems).read(others)
+    if rows or checked.get(FIELD):
+        adapter.layers |= rows_from_peft(rows, checked, known, target, problems)
     trained = [target.rename(path) or "" for path in adapter.trained]
     problems += [
         f"{name!r} is trained in full and tied to {other!r}, which PEFT unties; untie them in the model first"
@@ -78,7 +85,11 @@ def write(adapter: SavedAdapter, target: Target, problems: list[str]) -> Files:
     """The files of a folder."""
     ties = ties_in(target) if adapter.trained else []
     outline = outline_of(target) or outline_named_by(adapter)
-    tensors, config = contents(adapter, outline, problems, ties)
+    problems += rows_problems(adapter, outline, target)
+    named, indices = ({}, {}) if problems else rows_to_peft(adapter)
+    plain = replace(adapter, layers={name: layer for name, layer in adapter.layers.items() if not is_rows(layer)})
+    tensors, config = contents(plain, outline, problems, ties) if plain.layers else ({}, {})
+    tensors, config = {**tensors, **named}, {**config, **indices}
     return {WEIGHTS: Contents(tensors, {"format": "pt"}), CONFIG: config}
 
 

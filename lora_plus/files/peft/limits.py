@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from lora_plus.files.outline import Outline
 from lora_plus.files.saved_adapter import SavedAdapter, SavedLayer
 from lora_plus.layers.base_layer import PARAMETER, BaseLayer
-from lora_plus.tensors.variant import VARIANTS, only_adds
+from lora_plus.tensors.variant import only_adds
 from lora_plus.text import endings, parents
 
 from .config import fan_in_fan_out
@@ -93,7 +93,7 @@ def format_problems(adapter: SavedAdapter, found: Units, outline: Outline, ties:
 def layer_problems(base: BaseLayer, variant: str) -> Iterator[str]:
     """Why PEFT has no adapter that computes the same on such a layer."""
     dora = variant == "dora"
-    if not (dora or only_adds(variant)) or not VARIANTS[variant].factors:
+    if not (dora or only_adds(variant)):
         yield f"PEFT has no variant {variant!r}; save a .safetensors file, or merge it"
     if "max_norm" in base.facts:
         yield "PEFT adds the update of an embedding after applying max_norm, this library before"
