@@ -28,6 +28,7 @@ from .outline import outline_named_by
 from .pairs import Dialect, Pair, assemble, find_pairs, format_problems
 from .saved_adapter import SavedAdapter, alpha_under, most_common
 from .target import Target
+from .token_rows import is_rows
 
 DIALECT = Dialect(
     "kohya",
@@ -106,6 +107,8 @@ def write(adapter: SavedAdapter, target: Target, problems: list[str]) -> Files:
         alike = [repr(other) for other in spelled.get(name.replace(".", "_"), []) if other != name]
         if alike:
             problems.append(f"{name!r} is spelled like {' and '.join(alike)} with underscores for dots")
+        if is_rows(layer):  # said above
+            continue
         child = next((child for child in prefixes if not child or name.startswith(f"{child}.")), None)
         if child is None:
             problems.append(f"{name!r} is in none of {sorted(prefixes)}, and only these have prefixes")

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lora_plus.tensors.token_rows import ROWS, moved_rows, row_factors
@@ -27,7 +28,8 @@ class TokenRows(Adapter):
 
     def factors(self) -> tuple[Tensor, Tensor]:
         weight, rows = self.layer.own_weight(), self.modules[ROWS]._parameters[self.name]
-        return row_factors(self.spec.variant, moved_rows(rows, weight, self.ids), self.ids, len(weight))
+        own = weight.index_select(0, torch.tensor(self.ids, device=weight.device))
+        return row_factors(self.spec.variant, moved_rows(rows, own), self.ids, len(weight))
 
 
 @dataclass(eq=False)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .matrix import accumulation_dtype
 from .variant import VARIANTS, LoRA, TensorSpec
 
 ROWS = "lora_rows"
@@ -47,7 +48,7 @@ def row_factors(variant: str, moved: Tensor, ids: Sequence[int], n: int) -> tupl
     return (moved, chosen.mT) if variant == "rows" else (chosen, moved.mT)
 
 
-def moved_rows(rows: Tensor, weight: Tensor, ids: Sequence[int]) -> Tensor:
-    """How far rows ``(k, dim)`` are from those of the stored weight ``(n, dim)``, in the wider of both dtypes."""
-    own = weight.detach().index_select(0, torch.tensor(ids, device=weight.device))
-    return rows - own.to(rows.device, torch.promote_types(rows.dtype, own.dtype))
+def moved_rows(rows: Tensor, own: Tensor) -> Tensor:
+    """How far rows are from the weight's own, in float32 or better."""
+    wide = accumulation_dtype(rows.dtype, own.dtype)
+    return rows.to(wide) - own.detach().to(rows.device, wide)

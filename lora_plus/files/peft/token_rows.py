@@ -54,7 +54,7 @@ def rows_from_peft(
         name = key.removeprefix(PREFIX).removesuffix(_END)
         given = indices if isinstance(indices, list) else [v for end, v in indices.items() if name.endswith(end)]
         ids = indices if isinstance(indices, list) else given[0] if given else []
-        base = known.base(name)
+        base = known.base(name) or _stored(target.rename(name), target)
         if not ids or any(other != ids for other in (() if isinstance(indices, list) else given)):
             problems.append(f"tensor {key!r}: {FIELD} gives no ids of {name!r}, or several lists")
         elif base is None or base.layout not in VARIANT_OF:
@@ -73,6 +73,11 @@ def rows_from_peft(
     for name in layers:
         problems += [f"{name!r}: {why}" for why in unlike_peft(target.rename(name), layers[name].base, target)]
     return layers
+
+
+def _stored(name: str | None, target: Target) -> BaseLayer | None:
+    """What a checkpoint says of a layer that only has rows."""
+    return target.base(name) if name is not None and name in (target.names() or ()) else None
 
 
 def unlike_peft(name: str | None, base: BaseLayer, target: Target) -> Iterator[str]:

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lora_plus.errors import Problems
 from lora_plus.files.atomic import flush, publish, workspace
 from lora_plus.files.json_text import parsed, read_text
 from lora_plus.files.paths import irregular
-from lora_plus.files.tensor_file import StoredTensor, TensorFile
+from lora_plus.files.tensor_file import DTYPES, StoredTensor, TensorFile, fill
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 _INDEX_ENDING = ".safetensors.index.json"
@@ -103,6 +104,17 @@ class Checkpoint:
     def read(self, name: str) -> Tensor:
         """A tensor, in memory of its own."""
         return next(file for file in self.files.values() if name in file.tensors).read(name)
+
+    def rows(self, name: str, ids: Sequence[int]) -> Tensor:
+        """These rows of a matrix ``(n, dim)``, which is not read as a whole."""
+        file = next(file for file in self.files.values() if name in file.tensors)
+        entry = file.tensors[name]
+        rows = torch.empty(len(ids), *entry.shape[1:], dtype=DTYPES[entry.dtype])
+        step = entry.size // entry.shape[0]
+        with file.opened() as opened:
+            for row, each in zip(rows, ids, strict=True):
+                fill(row, opened, entry.start + each * step)
+        return rows
 
     def check(self) -> None:
         """Raise if a file is not as it was when its header was read, as `TensorFile.check`."""

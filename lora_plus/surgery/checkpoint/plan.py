@@ -17,11 +17,13 @@ from lora_plus.files.saved_adapter import SavedLayer
 from lora_plus.files.target import Target
 from lora_plus.files.tensor_file import DTYPES as STORED
 from lora_plus.files.tensor_file import StoredTensor, equal_in_dtype, read, read_all
+from lora_plus.files.token_rows import is_rows
 from lora_plus.layers.base_layer import BaseLayer
 from lora_plus.layers.kinds import DTYPES
 from lora_plus.model.places import rows_overlap
 from lora_plus.tensors.matrix import joined_rows, matrix_shape
 from lora_plus.tensors.merged_weight import Summand
+from lora_plus.tensors.token_rows import ROWS, moved_rows, row_factors
 from lora_plus.tensors.variant import VARIANTS
 from lora_plus.text import join, near_misses
 
@@ -62,10 +64,20 @@ def planned(checkpoint: Checkpoint, paths: Sequence[Path], factors: Sequence[flo
     for index, (path, factor) in enumerate(zip(paths, factors, strict=True)):
         plan.add(f"adapter {str(path)!r}: " if len(paths) > 1 else "", str(index), path, factor)
     plan.check()
-    for change in () if plan.problems else plan.changes.values():
+    for name, change in () if plan.problems else plan.changes.items():
         read_all(layer.tensors for layers in change.updates.values() for layer in layers)
         change.replacement = read(change.replacement)
+        for layers in change.updates.values():
+            layers[:] = [with_factors(each, checkpoint, name) if is_rows(each) else each for each in layers]
     return plan
+
+
+def with_factors(layer: SavedLayer, checkpoint: Checkpoint, name: str) -> SavedLayer:
+    """Rows of tokens with A and B of what they add to those of this tensor of the checkpoint."""
+    ids = layer.base.facts["ids"]
+    moved = moved_rows(layer.tensors[ROWS], checkpoint.rows(name, ids))
+    A, B = row_factors(layer.spec.variant, moved, ids, layer.base.shape[0])
+    return replace(layer, tensors={**layer.tensors, "lora_A": A, "lora_B": B})
 
 
 class CheckpointTarget(Target):
