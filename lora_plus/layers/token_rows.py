@@ -25,6 +25,8 @@ class TokenRows(Adapter):
     ids: Sequence[int] = ()
     layer: Any = field(default=None, repr=False)
     """The layer whose weight it is."""
+    gain: float = 1.0
+    """The factor by which the layer's own forward multiplies the rows that it looks up."""
 
     def factors(self) -> tuple[Tensor, Tensor]:
         weight, rows = self.layer.own_weight(), self.modules[ROWS]._parameters[self.name]

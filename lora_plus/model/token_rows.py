@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lora_plus.errors import shortened
@@ -18,6 +19,7 @@ from lora_plus.tensors.matrix import accumulation_dtype
 from lora_plus.tensors.token_rows import ROWS, VARIANT_OF
 from lora_plus.tensors.variant import AdapterSpec
 
+from .dry_run import left_as_it_was
 from .patterns import shown
 from .places import LayerPlace, NamedModule, Place
 from .storage import Storage
@@ -110,11 +112,12 @@ class _Readers:
     def add_adapter(self, name: str, spec: AdapterSpec, tensors: dict[str, Tensor], *, trainable: bool = True) -> None:
         first, *others = self.layers
         first.add_adapter(name, spec, tensors, trainable=trainable)
-        first.lora_adapters[name] = TokenRows(name, spec, first._modules, first.roles, ids=self.ids, layer=first)
+        gain = gain_of(first) or 1.0
+        first.lora_adapters[name] = TokenRows(name, spec, first._modules, first.roles, 1.0, self.ids, first, gain)
         for each in others:
             own = AdapterSpec(r=spec.r, alpha=spec.alpha, variant=VARIANT_OF[each.layout])
-            mirror = MirroredRows(name, own, {}, each.roles, ids=self.ids, layer=each, source=first)
-            each.lora_adapters[name] = mirror
+            gain = gain_of(each) or 1.0
+            each.lora_adapters[name] = MirroredRows(name, own, {}, each.roles, 1.0, self.ids, each, gain, first)
             each.activate((name,))
 
 
@@ -143,8 +146,34 @@ def _unfit(module: nn.Module) -> str | None:
     kind, what = _kind(module), type(module).__name__
     if kind is None or kind.layout not in VARIANT_OF or kind.stored_quantized:
         return f"{what}, where an nn.Embedding or nn.Linear that is not quantized was expected"
-    adopted = module if isinstance(module, LoRALayer) else kind.class_for(type(module))
-    return f"{what} with a forward of its own, which need not give its rows" if adopted.overrides() else None
+    return (
+        None if gain_of(module) is not None else f"{what} with a forward of its own that does not just scale its rows"
+    )
+
+
+def gain_of(layer: nn.Module) -> float | None:
+    """The factor by which a layer's forward multiplies what its class of torch computes; None if it does otherwise.
+
+    That is 1 but for embeddings with a forward of their own, such as Gemma's, of which some rows are looked up.
+    """
+    kind = _kind(layer)
+    adapted = layer if isinstance(layer, LoRALayer) else None
+    if not (kind.class_for(type(layer)) if adapted is None else adapted).overrides():
+        return 1.0
+    (weight,) = _weights(layer)[:1]
+    if kind.lookup(layer) is None or weight.is_meta:
+        return None
+    ids = torch.arange(min(64, len(weight)), device=weight.device)
+    with torch.no_grad(), left_as_it_was(layer):
+        layer.eval()
+        try:
+            found = type(layer).forward(layer, ids) if adapted is None else adapted.base_forward(ids)
+        except Exception:
+            return None
+        rows = weight[ids]
+        ratio = ((found.double() * rows.double()).sum() / rows.double().square().sum()).to(rows.dtype)
+        step = torch.finfo(rows.dtype).eps * ratio
+        return next((float(f) for f in (ratio, ratio + step, ratio - step) if torch.equal(rows * f, found)), None)
 
 
 # ---- what a user selects ---------------------------------------------------------------------------------------------

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .matrix import accumulation_dtype
-from .variant import VARIANTS, LoRA, TensorSpec
+from .variant import VARIANTS, HasWeight, LoRA, TensorSpec
 
 ROWS = "lora_rows"
 """The container of the rows ``(k, dim)``."""
@@ -33,6 +34,9 @@ class LookupRows(Rows):
     """The same of a weight that is looked up: an embedding's. Its rows are the columns of the matrix view."""
 
     tensors: tuple[TensorSpec, ...] = (TensorSpec(ROWS, ("r", "out"), "rows", "rows", decays=False),)
+
+    def join(self, layer: HasWeight, adapter: Any, x: Tensor, y: Tensor, update: Tensor) -> Tensor:
+        return y + (update if adapter.gain == 1 else adapter.gain * update).to(y.dtype)
 
 
 VARIANTS |= {"rows": Rows(), "lookup_rows": LookupRows()}

@@ -45,6 +45,15 @@ def llama(tied: bool) -> nn.Module:
     return transformers.LlamaForCausalLM(config).eval()
 
 
+def gemma() -> nn.Module:
+    config = transformers.Gemma3TextConfig(
+        vocab_size=9, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=4, pad_token_id=1,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return transformers.Gemma3ForCausalLM(config).eval()
+
+
 CASES: dict[str, tuple[Callable[[], nn.Module], Any]] = {
     "a tied head": (lambda: llama(True), {"embed_tokens": IDS}),
     "a tied head, the ids alone": (lambda: llama(True), IDS),
@@ -52,6 +61,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Any]] = {
     "an untied head": (lambda: llama(False), {"embed_tokens": IDS}),
     "both, untied": (lambda: llama(False), {"embed_tokens": IDS, "lm_head": [0, 4]}),
     "the head alone": (lambda: llama(False), {"lm_head": IDS}),
+    "an embedding that scales its rows": (gemma, {"embed_tokens": IDS}),
     "no model of transformers": (Plain, {"embed_tokens": IDS}),
     "no model of transformers, the ids alone": (Plain, IDS),
 }

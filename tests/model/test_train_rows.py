@@ -487,8 +487,46 @@ def test_what_is_wrong_is_said_and_changes_nothing(case: str) -> None:
 
 
 class Scaled(nn.Embedding):
+    """As Gemma's."""
+
     def forward(self, tokens: Tensor) -> Tensor:
-        return 2 * super().forward(tokens)
+        return super().forward(tokens) * torch.tensor(6.7).to(self.weight.dtype)
+
+
+class Shifted(nn.Embedding):
+    def forward(self, tokens: Tensor) -> Tensor:
+        return super().forward(tokens) + 1
+
+
+class Softened(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).tanh()
+
+
+@pytest.mark.parametrize("dtype", [F64, torch.float32, torch.bfloat16])
+def test_an_embedding_that_scales_its_rows(dtype: torch.dtype, tmp_path: Path) -> None:
+    def make() -> Any:
+        model = Language(dtype=dtype)
+        embed = Scaled(9, 4, dtype=dtype)
+        embed.weight = model.head.weight
+        model.embed = embed
+        return model
+
+    model = make()
+    before = model(TOKENS)
+    inject_lora(model, ["mid"], r=2, train_rows={"embed": IDS})
+    assert torch.equal(model(TOKENS), before)
+    moved(model)
+    weight = model.embed.weight.detach().clone()
+    weight[IDS] = model.embed.lora_rows["default"].detach().to(dtype)
+    tolerance = {F64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 5e-2}[dtype]
+    expected = F.embedding(TOKENS, weight) * torch.tensor(6.7).to(dtype)
+    torch.testing.assert_close(model.embed(TOKENS), expected, rtol=tolerance, atol=tolerance)
+    save_adapter(model, tmp_path / "a.safetensors")
+    assert torch.equal(load_adapter(make(), tmp_path / "a.safetensors")(TOKENS), model(TOKENS))
+    plain = lora_plus.merge_and_unload(copy.deepcopy(model))
+    torch.testing.assert_close(plain.embed.weight, weight, rtol=tolerance, atol=tolerance)
+    assert plain.embed.weight is plain.head.weight and type(plain.embed) is Scaled
 
 
 class Reader(nn.Module):
@@ -501,8 +539,9 @@ class Reader(nn.Module):
 
 
 def test_layers_and_readers_that_cannot_have_rows() -> None:
-    with pytest.raises(ValueError, match="'0' is Scaled with a forward of its own, which need not give its rows"):
-        inject_lora(nn.Sequential(Scaled(9, 4)), [], train_rows={"0": [1]})
+    for layer in (Shifted(9, 4), Softened(4, 9)):
+        with pytest.raises(ValueError, match="with a forward of its own that does not just scale its rows"):
+            inject_lora(nn.Sequential(layer), [], train_rows={"0": [1]})
     with pytest.raises(ValueError, match=r"'embed' is tied to '', Reader, where an nn.Embedding or nn.Linear"):
         inject_lora(Reader(), [], train_rows={"embed": [1]})
     with pytest.raises(ValueError, match=r"'0' is Conv1d, where"):
