@@ -4,6 +4,7 @@ from . import native as native
 
 from .peft import folder as folder  # isort: skip
 from . import experts as experts  # isort: skip
+from . import read_layers as read_layers  # isort: skip
 from . import kohya as kohya  # isort: skip
 from . import token_rows as token_rows  # isort: skip
 from . import diffusers as diffusers  # isort: skip

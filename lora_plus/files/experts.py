@@ -17,14 +17,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora_plus.errors import warn_user
 from lora_plus.layers.base_layer import PARAMETER, BaseLayer
 from lora_plus.tensors.matrix import accumulation_dtype
 from lora_plus.tensors.variant import VARIANTS
-from lora_plus.text import parents, some
+from lora_plus.text import parents
 
 from .checks import base_problem, shape_problems, value_problems
 from .fit import FITTERS
+from .read_layers import without_dropout
 from .rename import Renaming, renamed
 from .saved_adapter import SavedAdapter, SavedLayer, most_common
 from .target import Target
@@ -89,12 +89,7 @@ def fit_experts(data: SavedAdapter, target: Target, problems: list[str]) -> Save
         assert base is not None
         whole = stack(base, labels, group, problems)
         layers |= {} if whole is None else {name: whole}
-    dropped = [name for name, layer in layers.items() if layer.spec.dropout and layer.base.kind == PARAMETER]
-    for name in dropped:
-        layers[name] = replace(layers[name], spec=replace(layers[name].spec, dropout=0.0))
-    if dropped and not problems:
-        warn_user(f"a parameter has no dropout, so that of {some(dropped)} is left out")
-    return replace(data, layers=layers)
+    return replace(data, layers=without_dropout(layers, data.layers, problems))
 
 
 FITTERS.append(fit_experts)

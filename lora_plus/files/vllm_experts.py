@@ -19,6 +19,7 @@ from lora_plus.tensors.variant import FACTORS, AdapterSpec
 from lora_plus.text import some
 
 from .experts import BLOCKS, FAMILIES, SINGLE, STACKED, Family, cut
+from .read_layers import as_layers
 from .saved_adapter import SavedAdapter, SavedLayer
 from .target import ModelTarget
 
@@ -56,7 +57,8 @@ class Experts(NamedTuple):
 
 
 def vllm_experts(adapter: SavedAdapter, target: ModelTarget) -> Experts:
-    """The adapter with its experts, and their routers, as vLLM takes them."""
+    """The adapter with its experts, and their routers, as vLLM takes them, and layers that are called there."""
+    adapter = as_layers(adapter, target)
     layers, stacks, problems = dict(adapter.layers), set[str](), list[str]()
     blocks = {name.rpartition(".")[0] for name, layer in layers.items() if _is_stack(name, layer)}
     kind = getattr(getattr(target.modules.get(""), "config", None), "model_type", None)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 from lora_plus.layers.adapter import Adapter
 from lora_plus.layers.base_layer import PARAMETER, BaseLayer
-from lora_plus.layers.kinds import DTYPES, why_no_numbers
+from lora_plus.layers.kinds import DTYPES, lora_class, why_no_numbers
 from lora_plus.layers.layer import LoRALayer
 from lora_plus.layers.parameter import LoRAParameter
 from lora_plus.layers.parameter_owner import (
@@ -31,6 +32,7 @@ from lora_plus.tensors.matrix import matrix_shape, to_matrix
 from lora_plus.tensors.variant import AdapterSpec, needs_input, whole_only
 from lora_plus.text import join
 
+from .parts import PARTS, Part, reader_of
 from .places import (
     PLACE_FINDERS,
     Finder,
@@ -47,71 +49,6 @@ from .places import (
 from .selection import LAYOUTS
 from .token_rows import TokenRowsPlace, selected_rows, told_rows
 from .tree import Named
-
-# ---- modules whose own code reads their weights ----------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Part:
-    """A parameter of a module, or some rows of one."""
-
-    parameter: str
-    label: str
-    """Its name inside the submodule that owns the parameter; empty where it is that submodule's one."""
-    child: str = ""
-    """The submodule that owns the parameter; empty for the module itself."""
-    rows: tuple[int, int] | None = None
-    layout: str = "o i -> o i"
-    aliases: tuple[str, ...] = ()
-    """Further names inside the module, which several parts can share; so can the parameter's and the module's own."""
-    linear: bool = False
-    """Whether it is a linear map of activations, as ``"all-linear"`` takes them."""
-    refusal: str | None = None
-    """Why it cannot have adapters, as a noun phrase, where the module's settings say so."""
-
-
-PARTS: dict[type[nn.Module], Callable[[nn.Module], list[Part]]] = {}
-"""Module class -> the parts of such a module; a subclass is served by the nearest entry."""
-
-
-def _attention(module: nn.Module) -> list[Part]:
-    assert isinstance(module, nn.MultiheadAttention)
-    width = module.embed_dim
-    out = Part("weight", "", "out_proj", aliases=("out",), linear=True)
-    parts = []
-    for index, name in enumerate("qkv"):
-        packed = module._qkv_same_embed_dim
-        rows = (index * width, (index + 1) * width) if packed else None
-        parameter = "in_proj_weight" if packed else f"{name}_proj_weight"
-        parts.append(Part(parameter, name, rows=rows, aliases=("in_proj",), linear=True))
-    return [*parts, out]
-
-
-def _recurrent(module: nn.Module) -> list[Part]:
-    names = module._flat_weights_names if isinstance(module, nn.RNNBase) else ("weight_ih", "weight_hh")
-    return [Part(name, name) for name in names if name.startswith("weight")]
-
-
-def _bag(module: nn.Module) -> list[Part]:
-    assert isinstance(module, nn.EmbeddingBag)
-    refusal = "EmbeddingBag with max_norm, which rescales rows of its weight in place" if module.max_norm else None
-    if module.sparse:
-        refusal = "EmbeddingBag with sparse gradients"
-    return [Part("weight", "weight", layout="n d -> d n", refusal=refusal)]
-
-
-def _bilinear(module: nn.Module) -> list[Part]:
-    return [Part("weight", "weight", layout="o i j -> o (i j)")]
-
-
-PARTS |= {
-    nn.MultiheadAttention: _attention,
-    nn.RNNBase: _recurrent,
-    nn.RNNCellBase: _recurrent,
-    nn.EmbeddingBag: _bag,
-    nn.Bilinear: _bilinear,
-}
-
 
 # ---- places ----------------------------------------------------------------------------------------------------------
 
@@ -271,15 +208,18 @@ class _Finder(Finder):
     """Finds the parts of modules that read their weights themselves, and blocks of rows of fused layers."""
 
     def readers(self) -> list[str]:
-        return [module.__name__ for module in PARTS]
+        return [module.__name__ for module in PARTS if isinstance(module, type)]
 
     def instead(self, found: Mapping[int, NamedModule], fused: Fused) -> dict[int, list[Place]]:
         kinds = {type(each.module) for each in found.values()}
-        readers = {kind: next((parent for parent in kind.__mro__ if parent in PARTS), None) for kind in kinds}
+        readers = {kind: reader_of(kind) for kind in kinds}
         places = {key: _blocks(found[key], rows) for key, rows in fused.items()}
         for key, each in found.items():
-            if (reader := readers[type(each.module)]) is not None and (parts := _parts(each, reader)):
+            if (reader := readers[type(each.module)]) is not None and (parts := _parts(each, *reader)):
                 places.setdefault(key, []).extend(parts)
+            elif isinstance(each.module, ParametrizationList):
+                places[key] = [ParameterPlace(each.module, each.name, each.names, _COMPUTED)]
+                places |= {id(child): [] for child in each.module if lora_class(child) is None}
         return places
 
     def parameters(self, found: Mapping[int, NamedModule], layouts: Layouts = lambda name, owner: None) -> list[Place]:
@@ -328,10 +268,18 @@ def _blocks(each: NamedModule, rows: Mapping[str, Rows]) -> list[Place]:
     ]
 
 
-def _parts(each: NamedModule, reader: type[nn.Module]) -> list[Place]:
+_COMPUTED = Part(
+    "",
+    "",
+    refusal="a parameter that a parametrization computes; call torch.nn.utils.parametrize.remove_parametrizations",
+)
+"""What stands for a parametrized parameter under the name of its parametrizations."""
+
+
+def _parts(each: NamedModule, reader: str | None, parts: Callable[[nn.Module], list[Part]]) -> list[Place]:
     """The places of a module that reads its weights itself."""
     places: list[Place] = []
-    for part in PARTS[reader](each.module):
+    for part in parts(each.module):
         owner = each.module._modules.get(part.child) if part.child else each.module
         if owner is None:
             continue
@@ -340,7 +288,7 @@ def _parts(each: NamedModule, reader: type[nn.Module]) -> list[Place]:
         aliases = [join(name, alias) for name in each.names for alias in inner]
         own = part if part.rows is None else replace(part, label=part.parameter)
         owner_name = join(each.name, part.child)
-        place = ParameterPlace(owner, owner_name, names, own, aliases, each.module, reader.__name__)
+        place = ParameterPlace(owner, owner_name, names, own, aliases, each.module, reader)
         places.append(
             place if part.rows is None else RowsPlace(place, part.rows, part.label, names, aliases, each.module)
         )

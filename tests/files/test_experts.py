@@ -251,7 +251,7 @@ def test_dropout_that_a_parameter_cannot_have_is_left_out_with_a_warning(tmp_pat
     model = adapted(old("qwen"), ["q_proj", *QWEN], dropout=0.1)
     lp.save_adapter(model, tmp_path / "folder")
     with pytest.warns(
-        UserWarning, match=r"no dropout, so that of 'layers\.0\.mlp\.experts\.down_proj', .* is left out"
+        UserWarning, match=r"there is no dropout, so that of 'layers\.0\.mlp\.experts\.down_proj', .* is left out"
     ):
         loaded = lp.load_adapter(new("qwen"), tmp_path / "folder")
     same(loaded, model.eval())

@@ -183,7 +183,7 @@ MODELS = [
           ("all-linear", "experts.gate_up_proj", "experts.down_proj", "gate.weight")),
     Model("gpt-oss-transposed-experts", transformers("GptOssForCausalLM", head_dim=8, **MOE), TEXT,
           ("all-linear", "experts.gate_up_proj", "experts.down_proj")),
-    Model("mamba", MAMBA, TEXT, ("all-linear", "conv1d"), unread=("dt_proj", "conv1d")),
+    Model("mamba", MAMBA, TEXT, ("all-linear", "conv1d")),
     Model("mamba-weights", MAMBA, TEXT, ("in_proj", "x_proj", "out_proj", "dt_proj.weight")),
     Model("deberta", DEBERTA, TEXT, ("all-linear", "rel_embeddings"), unread=("rel_embeddings",)),
     Model("deberta-weights", DEBERTA, TEXT, ("all-linear", "rel_embeddings.weight")),
