@@ -59,7 +59,7 @@ _ROUTER = re.compile(r"(.*\bgate)(\.weight)?")
 def fit_experts(data: SavedAdapter, target: Target, problems: list[str]) -> SavedAdapter:
     """The adapter with its experts, and their router, in the form that the target has them in; the rest as it is."""
     there = target.names()
-    if there is None or not any(re.search(r"\b(experts|gate)\b", name) for name in data.layers):
+    if there is None or re.search(r"\b(experts|gate)\b", "\n".join(data.layers)) is None:
         return data
     names = {path for name in there for path in (name, *parents(name))}
     here = functools.partial(in_its_block, names=names)
@@ -158,6 +158,11 @@ def stack(
     lines += [f"{name!r} has {count} experts, and there is an adapter of {max(members)[0]}"] * (
         max(members)[0] >= count
     )
+    ranks = [each.spec.r for each in members.values()]
+    full = max(ranks) * count * len({label for _, label in members})
+    if max(ranks) > min(rows, width) and sum(ranks) < full:
+        # a small file would take the memory of all experts
+        lines.append(f"{name!r}: rank {max(ranks)} of a few experts is above that of their matrices; resize it first")
     if any(each.spec.variant != variant for each in members.values()):
         lines.append(f"{name!r}: its experts have different variants, and one adapter of all has one")
     if extra and (any(each.axes != ("out",) for each in extra) or len(members) < count * len(labels)):

@@ -302,6 +302,10 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], list[str], dict[str, Any], Cal
         lambda: old("qwen"), ["down_proj"], {}, lambda: narrower(new("qwen")),
         f"{AT}.0.down_proj': lora_A has shape (2, 6), expected (2, 5)",
     ),
+    "a rank that would be filled up on all": (
+        lambda: old("qwen"), ["experts.0.up_proj"], {"r": 5}, lambda: new("qwen"),
+        f"{AT}.gate_up_proj': rank 5 of a few experts is above that of their matrices; resize it first",
+    ),
     "dora of some": (
         lambda: old("qwen"), ["gate_proj"], {"variant": "dora"}, lambda: new("qwen"),
         f"{AT}.gate_up_proj': variant 'dora' needs an adapter on each of 3 experts to be stacked",
@@ -325,6 +329,12 @@ def test_what_does_not_fit_is_refused(case: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=re.escape(line)):
         lp.load_adapter(model, tmp_path / "a.safetensors")
     assert {name: id(tensor) for name, tensor in model.named_parameters()} == before
+
+
+def test_a_high_rank_of_all_experts_is_taken(tmp_path: Path) -> None:
+    model = adapted(old("qwen"), ["down_proj", "up_proj"], r=9)
+    lp.save_adapter(model, tmp_path / "a.safetensors")
+    same(lp.load_adapter(new("qwen"), tmp_path / "a.safetensors"), model)
 
 
 def test_values_that_are_not_finite_are_refused_by_their_own_names(tmp_path: Path) -> None:
