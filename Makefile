@@ -44,6 +44,7 @@ bench: $(VENV)/.bench  ## a short run of every benchmark, under ten minutes; BEN
 	$(BIN)/python benchmarks/tree.py $(BENCH_ARGS)
 	$(BIN)/python benchmarks/mixed_batch.py $(BENCH_ARGS)
 	$(BIN)/python benchmarks/tenants.py $(BENCH_ARGS)
+	$(BIN)/python benchmarks/experts.py $(BENCH_ARGS)
 	$(BIN)/python benchmarks/import_time.py $(BENCH_ARGS)
 
 paper: $(VENV)/.bench  ## the LoRA+ paper's experiments on toys, under ten minutes; writes benchmarks/results/paper.md
