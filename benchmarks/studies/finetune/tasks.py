@@ -209,7 +209,7 @@ PHONEMES = Setting(
     f"the share of held-out words whose phonemes greedy decoding writes without a mistake.",
     batch=8,
     also=(),
-    plane=(octaves(-11, -7), octaves(-9, -5)),
+    plane=(octaves(-11, -6), octaves(-9, -4)),
     methods=only(
         PLAIN, "LoRA+ x4", "LoRA+ x16", "ratio 1/4", FULL, "alpha = r", "q and v, as many", "rank 64", "rank 64 x4"
     ),
@@ -219,8 +219,8 @@ TASKS: dict[str, Setting] = {
     "glosses": GLOSSES,
     "digits": DIGITS,
     "phonemes": PHONEMES,
-    "phonemes, 160 steps": replace(
-        PHONEMES, steps=160, plane=NO_PLANE, methods=only(PLAIN, "LoRA+ x4", "LoRA+ x16", "ratio 1/4", FULL)
+    "phonemes, 120 steps": replace(
+        PHONEMES, steps=120, plane=NO_PLANE, methods=only(PLAIN, "LoRA+ x4", "LoRA+ x16", "ratio 1/4", FULL)
     ),
     "glosses, 160 steps": replace(
         GLOSSES,
