@@ -120,7 +120,7 @@ def write(adapter: SavedAdapter, target: Target, problems: list[str]) -> Files:
         kernel = layer.base.shape[2:]
         tensors[f"{module}.lora_down.weight"] = A.reshape(len(A), -1, *kernel)
         tensors[f"{module}.lora_up.weight"] = B.reshape(*B.shape, *[1] * len(kernel))
-        number = torch.tensor(alpha, dtype=torch.float32)
+        number = torch.tensor(alpha, dtype=torch.float32, device="cpu")
         tensors[f"{module}.alpha"] = number if number.item() == alpha else number.new_tensor(alpha, dtype=torch.float64)
     return {"": Contents(tensors, {})}
 

@@ -118,7 +118,7 @@ class TensorFile:
         with self.opened() as file:
             for entry in map(self.tensors.__getitem__, names):
                 try:
-                    tensor = torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
+                    tensor = torch.empty(entry.shape, dtype=DTYPES[entry.dtype], device="cpu")
                 except RuntimeError:
                     text = f"no memory for a tensor of {entry.size:,} bytes"
                     raise OSError(errno.ENOMEM, text, str(self.path)) from None
@@ -213,6 +213,7 @@ class UnreadTensor(Tensor):
     _name: str
     _entry: StoredTensor
     _loaded: Tensor | None = None
+    layout, is_meta = torch.strided, False  # type: ignore[assignment]  # as of all in a file, which is not read for it
 
     def __new__(cls, file: TensorFile, name: str) -> UnreadTensor:  # of a file that stays open
         tensor: UnreadTensor = Tensor._make_subclass(cls, _NOTHING)  # type: ignore[assignment]
@@ -233,7 +234,7 @@ class UnreadTensor(Tensor):
         return func(*tree_map(read, args), **tree_map(read, kwargs or {}))
 
 
-_NOTHING = torch.empty(0)
+_NOTHING = torch.empty(0, device="cpu")
 
 
 def read(value: Any) -> Any:

@@ -233,7 +233,7 @@ class LoRALayer(AssignedForward, AdaptedWeight):
         matrix = self.weight_matrix().to(y.device, y.dtype)
         if self.linear_low_rank:
             return F.linear(x.to(y.dtype), matrix)
-        return self.low_rank(x, matrix, torch.eye(matrix.shape[0]).to(matrix), 1.0, 0.0, y)
+        return self.low_rank(x, matrix, matrix.new_ones(matrix.shape[0]).diag(), 1.0, 0.0, y)
 
     def weight_matrix(self) -> Tensor:
         return self.matrix_of(self)

@@ -301,7 +301,7 @@ def _random_adapters(probes: list[_Probe]) -> Iterator[None]:
         for probe, tensors in own:
             own_tensors = {each.name for each in VARIANTS[probe.adapter.spec.variant].tensors}
             for name, tensor in tensors.items():
-                noise = 0.02 * torch.randn(tensor.shape, generator=generator)
+                noise = 0.02 * torch.randn(tensor.shape, generator=generator, device="cpu")
                 near = tensor.detach() if name in own_tensors else torch.zeros_like(tensor)
                 probe.tensors[name] = nn.Parameter(near + noise.to(tensor.device, tensor.dtype))
             probe.adapter.exchange(probe.tensors)

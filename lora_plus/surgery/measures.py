@@ -124,7 +124,8 @@ def _layer_difference(name: str, a: SavedLayer, b: SavedLayer) -> LayerDifferenc
 
 def _scaled(layer: SavedLayer) -> tuple[Tensor, Tensor]:
     if is_rows(layer):  # the base that they are compared with is not known
-        return layer.tensors[ROWS].double(), torch.eye(layer.spec.r, dtype=torch.float64)
+        rows = layer.tensors[ROWS].double()
+        return rows, rows.new_ones(layer.spec.r).diag()
     A, B = layer.factors()
     return A.double(), layer.spec.scale * B.double()
 

@@ -70,7 +70,8 @@ _POWER_STEPS = 4
 def _randomized_svd(matrix: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
     """The leading singular triples by subspace iteration (Halko et al. 2011, arXiv:0909.4061, alg. 4.4 and 5.1)."""
     width = min(2 * r, *matrix.shape[-2:])
-    start = torch.randn(matrix.shape[-1], width, generator=torch.Generator().manual_seed(0), dtype=matrix.dtype)
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(matrix.shape[-1], width, generator=generator, dtype=matrix.dtype, device="cpu")
     basis = torch.linalg.qr(matrix @ start.to(matrix.device)).Q
     for _ in range(_POWER_STEPS):
         basis = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.mT @ basis).Q).Q

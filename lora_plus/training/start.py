@@ -66,7 +66,7 @@ def reset_lora_parameters(
     for held, fresh in prepared:
         with storage.gathered(held.tensors().values(), write=True):
             for name, parameter in held.tensors().items():
-                fill(parameter, fresh[name] if name in fresh else torch.zeros(parameter.shape))
+                fill(parameter, fresh[name] if name in fresh else torch.zeros(parameter.shape, device="cpu"))
 
 
 def init_from_gradients(

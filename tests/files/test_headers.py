@@ -21,7 +21,7 @@ from torch import nn
 
 import lora_plus
 from lora_plus.files import read_adapter
-from lora_plus.files.tensor_file import LONGEST_NAME, open_safetensors
+from lora_plus.files.tensor_file import LONGEST_NAME, TensorFile, open_safetensors
 
 ABSURD: dict[str, Any] = {
     "2**63": [2**63, 6], "2**63 - 1 twice": [2**63 - 1, 2**63 - 1], "10**30": [10**30, 6],
@@ -394,3 +394,21 @@ def test_a_folder_in_the_place_of_a_file_is_refused(name: str, tmp_path: Path, c
     (tmp_path / "a" / name).mkdir()
     for text in everywhere(tmp_path / "a", checkpoint):
         assert f"{name} is a folder, not a regular file" in text
+
+
+@pytest.mark.parametrize("name", ["a.safetensors", "a"])
+def test_a_file_is_opened_as_often_for_many_layers_as_for_few(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened, own = list[Path](), TensorFile.opened
+    monkeypatch.setattr(TensorFile, "opened", lambda file: (opened.append(file.path), own(file))[1])
+    counts = []
+    for layers in (2, 20):
+        model, path = nn.Sequential(*[nn.Linear(3, 3) for _ in range(layers)]), tmp_path / f"{layers} {name}"
+        lora_plus.save_adapter(lora_plus.inject_lora(model, "all-linear", r=1), path)
+        lora_plus.remove_lora(model)
+        for replace in (False, True):
+            opened.clear()
+            lora_plus.load_adapter(model, path, replace=replace)
+            counts.append(len(opened))
+    assert set(counts) == {1}

@@ -64,7 +64,7 @@ def _copy(source: BufferedReader, start: int, stop: int, target: FileIO) -> None
         while count := os.copy_file_range(source.fileno(), target.fileno(), stop - start, offset_src=start):
             start += count
     while start < stop:
-        piece = torch.empty(min(stop - start, _PIECE), dtype=torch.uint8)
+        piece = torch.empty(min(stop - start, _PIECE), dtype=torch.uint8, device="cpu")
         fill(piece, source, start)
         write_bytes(target, memory_of(piece))
         start += len(piece)
