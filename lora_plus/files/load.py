@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -93,7 +94,7 @@ def load_adapter(
     with storage.outlined():
         data, places, modules = storage.on_every_rank(lambda: _fitted(state, source, names, existing))
         if existing is not None:
-            for tensor, values in existing.values(data, places):
+            for tensor, values in storage.on_every_rank(partial(existing.values, data, places)):
                 fill(tensor, values)
             if trainable or not replace:
                 set_requires_grad((module for _, module in state.modules), False)

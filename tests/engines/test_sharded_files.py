@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 import lora_plus as lp
 from lora_plus.engines import run_file as trained_state
 from lora_plus.files import adapter_state_dict, to_peft
+from lora_plus.files.existing import Existing
 from lora_plus.files.formats import FORMATS
 from lora_plus.model import adapter_names
 from lora_plus.tensors.distributed import whole
@@ -363,6 +364,29 @@ def synced() -> list[str]:
 
 def test_weights_of_a_sharded_trainer_reach_a_sampler(two_processes: Processes) -> None:
     assert two_processes(synced) == [[], []]
+
+
+def one_without_memory() -> tuple[str, str]:
+    """What this rank is told where the second one has no memory for the values."""
+    trainer, sampler = (by_fully_shard(lora_model(train_also=(), non_zero=True, r=r)) for r in (4, 6))
+    before = {name: whole(p).clone() for name, p in sampler.named_parameters()}
+    given, own = to_peft(trainer), Existing.values
+
+    def failing(*args: Any) -> Any:
+        raise MemoryError("no memory")
+
+    if torch.distributed.get_rank() == 1:
+        Existing.values = failing  # type: ignore[method-assign]
+    try:
+        found = errors_of(lambda: lp.load_adapter(sampler, given, replace=True))
+    finally:
+        Existing.values = own  # type: ignore[method-assign]
+    assert all(torch.equal(whole(p), before[name]) for name, p in sampler.named_parameters())
+    return found
+
+
+def test_values_that_one_rank_cannot_hold_are_written_on_none(two_processes: Processes) -> None:
+    assert two_processes(one_without_memory) == [("MemoryError", "no memory")] * 2
 
 
 def synced_over_groups() -> list[str]:
