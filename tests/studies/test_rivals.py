@@ -288,6 +288,24 @@ def test_the_page_of_the_rivals_states_what_was_measured(runs: tuple[Path, list[
     assert f"against tuned LoRA, better: none; worse: {others}." in text
 
 
+PUBLISHED = compare_rivals.RESULTS / "rivals.jsonl"
+
+
+def test_the_published_page_of_the_rivals_is_that_of_its_runs() -> None:
+    text = rivals_page.page(TASKS, compare_rivals.tried(["glosses", "digits"]), read(PUBLISHED))
+    assert PUBLISHED.with_suffix(".md").read_text(encoding="utf-8") == text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["Riemannian", "LoRA-RITE", "LoRA-Muon"])
+def test_published_runs_of_the_rivals_can_be_repeated(name: str) -> None:
+    records = read(PUBLISHED)
+    settings = compare_rivals.RIVALS[name].settings
+    record = next(r for r in records if (r.run.stage, r.run.task) == (REPORT, "digits") and r.run.method in settings)
+    again = compare_rivals.performer(TASKS["digits"])(record.run, compare_rivals.method_of(records, record.run))
+    assert again.outcome.validation.loss == pytest.approx(record.outcome.validation.loss, abs=0.02)
+
+
 def test_the_width_of_the_good_rates_is_interpolated() -> None:
     losses = {2.0**n: 1 + loss for n, loss in enumerate((0.02, 0.0, 0.005, 0.03))}
     # within 1.01: half an octave below the best, one and a fifth above

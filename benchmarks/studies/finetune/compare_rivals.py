@@ -93,13 +93,16 @@ def chosen(records: Sequence[Record], task: str, rival: Rival) -> tuple[str, flo
     return min(means, key=means.__getitem__)
 
 
-def planned(task: str, setting: Setting, plan: Plan, path: Path) -> Iterator[Run]:
+Rivals = Mapping[str, Rival]
+
+
+def planned(task: str, setting: Setting, plan: Plan, path: Path, rivals: Rivals = RIVALS) -> Iterator[Run]:
     """The runs of a task, done or not, in the order in which they must be done: the later ones follow from records.
 
-    LoRA is searched first, as others take the head's rate from it. Where the best rate of a setting is at an end of the
-    rates, further ones are tried.
+    The first method is searched first, as others take the head's rate from it. Where the best rate of a setting is at
+    an end of the rates, further ones are tried.
     """
-    for rival in RIVALS.values():
+    for rival in rivals.values():
         for name in rival.settings:
             rates = set(rival.rates[task])
             for further in range(plan.extra + 1):
@@ -112,18 +115,18 @@ def planned(task: str, setting: Setting, plan: Plan, path: Path) -> Iterator[Run
                     break
                 rates.add(end)
     for seed in plan.report:
-        for rival in RIVALS.values():
+        for rival in rivals.values():
             name, rate = chosen(read(path), task, rival)
             yield Run(REPORT, task, name, rate, seed, setting.steps, setting.batch)
 
 
-def method_of(records: Sequence[Record], wanted: Run) -> Method:
+def method_of(records: Sequence[Record], wanted: Run, rivals: Rivals = RIVALS) -> Method:
     """How a run is trained, with the head's rate."""
-    rival = next(rival for rival in RIVALS.values() if wanted.method in rival.settings)
+    rival = next(rival for rival in rivals.values() if wanted.method in rival.settings)
     method = rival.settings[wanted.method]
     if not rival.own_unit:
         return method
-    return replace(method, head_rate=chosen(records, wanted.task, RIVALS[PLAIN])[1])
+    return replace(method, head_rate=chosen(records, wanted.task, next(iter(rivals.values())))[1])
 
 
 Perform = Callable[[Run, Method], Record]
@@ -143,12 +146,12 @@ def performer(setting: Setting) -> Perform:
     return perform
 
 
-def search(task: str, setting: Setting, plan: Plan, path: Path, perform: Perform) -> None:
+def search(task: str, setting: Setting, plan: Plan, path: Path, perform: Perform, rivals: Rivals = RIVALS) -> None:
     """Do the runs of a task that are not in the file yet."""
     done = {record.run for record in read(path)}
-    for wanted in planned(task, setting, plan, path):
+    for wanted in planned(task, setting, plan, path, rivals):
         if wanted not in done:
-            record = perform(wanted, method_of(read(path), wanted))
+            record = perform(wanted, method_of(read(path), wanted, rivals))
             append(path, record)
             done.add(wanted)
             print(f"{wanted}: validation loss {record.outcome.validation.loss:.4f}, {record.seconds:.0f} s", flush=True)

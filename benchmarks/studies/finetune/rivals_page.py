@@ -33,9 +33,11 @@ BᵀB and AAᵀ (r x r); none of them is in the package:
 claims in float64.
 
 `python benchmarks/studies/finetune/compare_rivals.py` does the runs, keeps each in `rivals.jsonl`, and writes this
-page. {total} runs, {minutes:.0f} CPU minutes, on one thread each; {machines}. Models, data and training are those of
-[the comparison of methods](finetune.md): r = {rank}, alpha = {alpha:g}, no decay, {steps} steps, rates that fall
-linearly to zero, a head that is trained along.
+page. Models, data and training are those of [the comparison of methods](finetune.md): r = {rank}, alpha = {alpha:g}, no
+decay, {steps} steps, rates that fall linearly to zero, a head that is trained along. The search of LoRA and LoRA+
+begins with the runs of that page.
+
+{total} runs, {minutes:.0f} CPU minutes, on one thread each; {machines}.
 
 **Equal search.** Each method has 10 trials with each seed of the search, and more where its best rate is at an end:
 LoRA 10 rates, half an octave apart, the others 5 rates, an octave apart, with each of 2 settings. The pair with the
@@ -52,10 +54,12 @@ CAVEATS = """\
 
 - {judged} differences are shown, without a correction for their number: about one in twenty is bold by chance.
 - The search has {sweeps} seeds and rates a factor of two apart, so that a method can be off its best by as much as the
-  differences shown. The spread is that of A's start and the batches, not that of other tasks.
+  differences shown. A method that the table ranks above another and the search below it has not been shown to be
+  better. The spread is that of A's start and the batches, not that of other tasks.
 - The runs are short and the models small. The papers' claims are about long runs of large models; none of them is
   refuted here.
 - The rules are written for clarity, in float64. Their time is an upper bound.
+- A setting can be without effect in so few steps, as β2 of LoRA-RITE is: then its search is a narrower one.
 """
 
 
