@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import coordinate_check
@@ -15,12 +16,15 @@ import linear_check
 import lr_transfer
 import own_toy
 import page
+import pretrained_starts
 import pytest
 import torch
 import toy
+import two_starts
 from torch import Tensor, nn
 
 import lora_plus as lp
+from lora_plus.tensors.variant import AdapterSpec
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 
@@ -143,6 +147,105 @@ def test_theorem_1_holds_over_five_widths() -> None:
     slopes = coordinate_check.exponents(of_features, widths)
     for index, rates in enumerate(coordinate_check.RATES):
         assert coordinate_check.holds(rates, slopes[rates.step - 1, index]), (rates.name, slopes[:, index])
+
+
+SCALINGS: dict[str, Callable[[int], dict[str, object]]] = {
+    "alpha / r": lambda r: {"alpha": 16},
+    "alpha / sqrt(r)": lambda r: {"alpha": 8, "scaling": "rslora"},
+    "fixed": lambda r: {"alpha": 4 * r},
+}
+"""All have s = 4 at r = 4."""
+
+
+def over_ranks(scaling: str, ratio: float, rate: float, start: str = "Init[A]", seeds: int = 3) -> Tensor:
+    """Exponents of the rank, ``(steps, quantities)``, where the rate for r = 4 is carried on by ``g * sqrt(r * s)``.
+
+    B stands for s B, which Adam moves at s times the rate.
+    """
+    ranks, found = (4, 16, 64), []
+    for r in ranks:
+        tuned, wanted = ({"r": n, "lr_ratio": ratio, **SCALINGS[scaling](n)} for n in (4, r))
+        rate_A = lp.transfer_lr(rate, tuned, wanted)
+        scale = AdapterSpec(**{key: wanted[key] for key in wanted if key != "lr_ratio"}).scale
+        way = coordinate_check.Rates("", lambda n, pair=(rate_A, scale * ratio * rate_A): pair, 10, None, "")
+        of_seeds = []
+        for seed in range(seeds):
+            problem = toy.draw_problem(256, seed, r=r, start=start)
+            of_seeds.append(coordinate_check.sizes(replace(problem, B=scale * problem.B), 256, ways=[way])[0][:, 0])
+        found.append(torch.stack(of_seeds).mean(0))
+    return toy.slope(torch.stack(found), torch.tensor(ranks))
+
+
+@pytest.mark.parametrize("ratio", [1.0, 16.0])
+@pytest.mark.parametrize("scaling, within", [("alpha / r", 0.1), ("alpha / sqrt(r)", 0.15), ("fixed", 0.25)])
+def test_at_a_transferred_rate_the_updates_of_a_batch_are_as_large_at_every_rank(
+    scaling: str, within: float, ratio: float
+) -> None:
+    """A little smaller at a large rank where the rate falls with it, as the signs of the samples differ."""
+    of_A, of_B = over_ranks(scaling, ratio, 0.01 / ratio**0.5)[3:, :2].mean(0).tolist()
+    assert (of_A, of_B) == pytest.approx((0, 0), abs=within)
+
+
+@pytest.mark.parametrize("scaling, of_scale", [("alpha / r", -1), ("alpha / sqrt(r)", -0.5), ("fixed", 0)])
+def test_where_a_starts_at_zero_the_first_updates_follow_the_scale_times_the_rate_of_a(
+    scaling: str, of_scale: float
+) -> None:
+    slopes = over_ranks(scaling, 1.0, 0.001, start="Init[B]")
+    of_rate = {"alpha / r": 0, "alpha / sqrt(r)": -0.25, "fixed": -0.5}[scaling]
+    assert slopes[1, 0].item() == pytest.approx(of_scale + of_rate, abs=0.15)
+
+
+def test_the_starts_are_the_librarys() -> None:
+    for start, (of_A, of_B) in {"Init[A]": (1 / 8, 0), "Init[B]": (0, 1 / 2)}.items():
+        problem = toy.draw_problem(64, 0, r=4, start=start)
+        for factor, bound in ((problem.A, of_A), (problem.B, of_B)):
+            assert factor.abs().max().item() == pytest.approx(bound, rel=0.05)
+
+
+def test_each_start_has_the_exponents_of_its_theory_over_five_widths() -> None:
+    findings, _ = two_starts._exponent_part((64, 128, 256, 512, 1024))
+    assert len(findings) == 4 and all(finding.agrees for finding in findings), findings
+
+
+def test_the_ratio_turns_around_where_a_starts_at_zero() -> None:
+    usual, turned = (two_starts.sweep(64, start, seeds=2) for start in toy.STARTS)
+    assert usual.best_ratio() >= 16 and turned.best_ratio() <= 1
+    assert turned.best(1.0)[1] < usual.best(1.0)[1] and usual.best(64.0)[1] < turned.best(0.25)[1]
+    for swept in (usual, turned):  # and the mean of the rates stays
+        best = [math.log2(swept.best(ratio)[0]) for ratio in (1 / 16, 1.0, 16.0)]
+        assert max(best) - min(best) < 0.75  # the grid has half octaves
+
+
+def test_runs_on_a_pretrained_model_become_tables(tmp_path: Path) -> None:
+    lines = []
+    for name, shift in (("Init[A], ratio 1", 0.0), ("Init[B], ratio 1", 0.1)):
+        for stage, rate, seed, loss in (
+            ("sweep", 0.25, 0, 3.0), ("sweep", 0.5, 0, 2.0), ("sweep", 0.25, 1, 3.2), ("sweep", 0.5, 1, 2.2),
+            ("report", 0.5, 10, 1.0), ("report", 0.5, 11, 1.2),
+        ):  # fmt: skip
+            outcome = {"validation": {"loss": loss + shift}, "test": {"loss": loss + shift * (seed - 9)}}
+            run = {"method": name, "stage": stage, "rate": rate, "seed": seed}
+            lines.append(json.dumps({"run": run, "outcome": outcome}) + "\n")
+    path = tmp_path / "runs.jsonl"
+    path.write_text("".join(lines), encoding="utf-8")
+    runs = pretrained_starts.read(path)
+    tests, search = pretrained_starts.tables(runs)
+    assert tests.rows == [
+        ["Init[A], ratio 1", "2^-1", "1.1000 ± 0.1000", "", ""],
+        ["Init[B], ratio 1", "2^-1", "1.2500 ± 0.1500", *["+0.1500 ± 0.0500"] * 2],
+    ]
+    assert [finding.agrees for finding in pretrained_starts.findings(runs)] == [False, True, False]
+    assert search.columns == ("start", "2^-2", "2^-1")
+    assert search.rows[1] == ["Init[B], ratio 1", "3.2000", "**2.2000**"]
+
+
+def test_the_results_page_shows_the_runs_on_the_pretrained_model() -> None:
+    text = (RESULTS / "paper.md").read_text(encoding="utf-8")
+    runs = pretrained_starts.read(two_starts.RUNS)
+    for table in pretrained_starts.tables(runs):
+        assert "\n".join(page.lines_of_table(table.columns, table.rows)) in text
+    for finding in pretrained_starts.findings(runs):
+        assert f"| {finding.claim} | {finding.measured} | {page.verdict(finding)} |" in text
 
 
 def test_the_parts_of_an_update_add_up() -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from lora_plus import loraplus_param_groups
+from lora_plus.tensors.init import InitName
 from lora_plus.tensors.variant import VariantName
 
 Groups = list[dict[str, Any]]
@@ -50,6 +51,7 @@ class Method:
     lr_ratio: float = 1.0
     """Rate of B over rate of A; their geometric mean is the rate of the sweep."""
     variant: VariantName = "lora"
+    init: InitName = "kaiming"
     from_gradients: bool = False
     """Whether A starts from the gradient of a few batches."""
     head_rate: float | None = None

@@ -104,6 +104,7 @@ def adapted(task: Task, setting: Setting, method: Method, seed: int) -> nn.Modul
         method.targets or setting.targets,
         r=rank,
         alpha=method.scale * rank,
+        init=method.init,
         variant=method.variant,
         train_also=list(setting.also),
         generator=torch.Generator().manual_seed(seed),

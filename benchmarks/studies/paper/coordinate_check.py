@@ -84,13 +84,13 @@ def changes(H: Tensor, before: tuple[Tensor, Tensor], after: tuple[Tensor, Tenso
     return moved_h @ B.mT, h @ moved_B.mT, moved_h @ moved_B.mT
 
 
-def sizes(problem: Problem, n: int, steps: int = STEPS) -> tuple[Tensor, Tensor]:
+def sizes(problem: Problem, n: int, steps: int = STEPS, ways: Sequence[Rates] = RATES) -> tuple[Tensor, Tensor]:
     """Root mean squares of `QUANTITIES` in each step, with the factors before it, and the losses after the last.
 
     Returns:
         ``(steps, rates, quantities)`` and ``(rates,)``.
     """
-    members = Members(problem, torch.tensor([rates.at(n) for rates in RATES]), partial(Adam, eps=1e-12))
+    members = Members(problem, torch.tensor([rates.at(n) for rates in ways]), partial(Adam, eps=1e-12))
     found = []
     for _ in range(steps):
         A, B = members.A, members.B
@@ -100,11 +100,17 @@ def sizes(problem: Problem, n: int, steps: int = STEPS) -> tuple[Tensor, Tensor]
     return torch.stack(found), members.gradients()[0]
 
 
-def over_widths(widths: Sequence[int] = WIDTHS, seeds: int = SEEDS, steps: int = STEPS) -> tuple[Tensor, Tensor]:
+def over_widths(
+    widths: Sequence[int] = WIDTHS,
+    seeds: int = SEEDS,
+    steps: int = STEPS,
+    ways: Sequence[Rates] = RATES,
+    start: str = "Init[A]",
+) -> tuple[Tensor, Tensor]:
     """`sizes` at each width, means over seeds: ``(widths, steps, rates, quantities)`` and ``(widths, rates)``."""
     of_widths = []
     for n in widths:
-        of_seeds = [sizes(draw_problem(n, seed), n, steps) for seed in range(seeds)]
+        of_seeds = [sizes(draw_problem(n, seed, start=start), n, steps, ways) for seed in range(seeds)]
         of_widths.append([torch.stack(values).mean(0) for values in zip(*of_seeds, strict=True)])
     of_features, losses = (torch.stack(values) for values in zip(*of_widths, strict=True))
     return of_features, losses

@@ -20,6 +20,7 @@ import linear_check
 import lr_transfer
 import own_toy
 import torch
+import two_starts
 from page import Section, lines_of_table, markdown, save_pictures
 
 import lora_plus
@@ -27,7 +28,7 @@ import lora_plus
 sys.path.append(str(Path(__file__).parents[2]))  # where the other benchmarks are
 from report import processor
 
-EXPERIMENTS = (linear_check, coordinate_check, heat_map, curves, lr_transfer, own_toy)
+EXPERIMENTS = (linear_check, coordinate_check, heat_map, curves, lr_transfer, own_toy, two_starts)
 """In the order of the page."""
 
 
@@ -49,8 +50,8 @@ def page(done: list[tuple[Section, float]], folder: str) -> str:
         "`python benchmarks/studies/paper/reproduce.py` (`make paper`) writes this page from what it measures.",
         "",
         f"torch {torch.__version__}, lora_plus {lora_plus.__version__}, Python {platform.python_version()}; "
-        f"{processor('cpu')}, {torch.get_num_threads()} thread, {total:.0f} CPU seconds. All are toys of one adapted "
-        "layer, in float32 unless said: another processor gives other digits at the edge of stability.",
+        f"{processor('cpu')}, {torch.get_num_threads()} thread, {total:.0f} CPU seconds. Toys of one adapted "
+        "layer, in float32, unless said: another processor gives other digits at the edge of stability.",
         "",
         *lines_of_table(("part", "statements that agree", "CPU seconds"), parts),
     ]

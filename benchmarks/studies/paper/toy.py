@@ -15,7 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lora_plus.tensors.init import kaiming
+from lora_plus.tensors.init import Init, kaiming
+from lora_plus.tensors.starts import kaiming_B
 
 INPUTS = 16
 CHUNK = 2**19
@@ -52,6 +53,8 @@ TARGETS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 """What is added to the frozen network's output, as a function of two random projections of the input."""
 HEADS: dict[str, Callable[[int], float]] = {"µP": lambda n: 1 / n, "SP": lambda n: 1 / math.sqrt(n)}
 """Size of the head's entries at a width: maximal update and standard parametrization."""
+STARTS: dict[str, Init] = {"Init[A]": kaiming, "Init[B]": kaiming_B}
+"""How an adapter starts, by the names of Hayou et al. 2024 (arXiv:2406.08447): B zero, or A zero."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,7 @@ class Frozen:
     A: Tensor
     """Start of A, ``(r, n)``."""
     B: Tensor
-    """Start of B, ``(n, r)``, zero."""
+    """Start of B, ``(n, r)``."""
 
 
 def draw_data(seed: int, samples: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -79,17 +82,26 @@ def draw_data(seed: int, samples: int) -> tuple[Tensor, Tensor, Tensor]:
     return X, first, second
 
 
-def draw_network(n: int, seed: int, r: int, head: str) -> Frozen:
+def draw_network(n: int, seed: int, r: int, head: str, start: str = "Init[A]") -> Frozen:
     """The frozen network, and an adapter on its hidden layer that starts as `lora_plus` starts one."""
     generator = torch.Generator().manual_seed(1000 * seed + n)
     W_in = torch.randn(n, INPUTS, generator=generator) / math.sqrt(INPUTS)
     W = torch.randn(n, n, generator=generator) * math.sqrt(2 / n)
     w_out = torch.randn(n, generator=generator) * HEADS[head](n)
-    A, B = kaiming(W, r, generator)
+    A, B = STARTS[start](W, r, generator)
     return Frozen(W_in, W, w_out, A, B)
 
 
-def draw_problem(n: int, seed: int, *, r: int = 4, target: str = "sin", head: str = "µP", samples: int = 64) -> Problem:
+def draw_problem(
+    n: int,
+    seed: int,
+    *,
+    r: int = 4,
+    target: str = "sin",
+    head: str = "µP",
+    samples: int = 64,
+    start: str = "Init[A]",
+) -> Problem:
     """The teacher-student task: a frozen network learns what it already computes plus a function of its input.
 
     Inputs are standard normal, weights are drawn from the seed in float32.
@@ -101,9 +113,10 @@ def draw_problem(n: int, seed: int, *, r: int = 4, target: str = "sin", head: st
         target: a key of `TARGETS`; the added function has unit standard deviation.
         head: a key of `HEADS`.
         samples: N.
+        start: a key of `STARTS`.
     """
     X, first, second = draw_data(seed, samples)
-    frozen = draw_network(n, seed, r, head)
+    frozen = draw_network(n, seed, r, head, start)
     H = math.sqrt(2) * torch.relu(X @ frozen.W_in.T)
     Z0 = H @ frozen.W.T
     added = TARGETS[target](first, second)
