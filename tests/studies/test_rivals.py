@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import compare_rivals
+import compare_starts
 import pytest
 import rivals
 import rivals_page
@@ -284,8 +285,8 @@ def test_the_page_of_the_rivals_states_what_was_measured(runs: tuple[Path, list[
     assert f"| LoRA-Muon, β = 0.9 | 2^-8 | {mean:.4f} ±" in text
     assert f"| **{sum(apart) / 3:+.4f} ± {error:.4f}** |" in text
     assert "| *2^-14* |" in text  # at an end of what was tried
-    others = ", ".join(f"{name} on glosses" for name in compare_rivals.RIVALS if name != "LoRA")
-    assert f"against tuned LoRA, better: none; worse: {others}." in text
+    others = ", ".join(f"{name} on the glosses" for name in compare_rivals.RIVALS if name != "LoRA")
+    assert f"Than tuned LoRA better is none, worse is {others}." in text
 
 
 PUBLISHED = compare_rivals.RESULTS / "rivals.jsonl"
@@ -325,6 +326,17 @@ def test_a_rival_learns(name: str) -> None:
     assert losses[0] == pytest.approx(losses[1], abs=1e-12)
     before = training.score(task.start, task.train).loss
     assert training.score(model, task.train).loss < before
+
+
+@pytest.mark.parametrize("name", compare_starts.STARTS)
+def test_the_starts_differ_in_the_factor_that_is_zero_and_in_the_ratio(name: str) -> None:
+    setting = Setting(lambda *_: tiny_task(), (0, 0, 0), ["0"], (), "Tiny.")
+    (method,) = compare_starts.STARTS[name].settings.values()
+    model = training.adapted(tiny_task(), setting, method, 3)
+    ((A, B),) = rivals.factors(model)
+    assert (bool(A.any()), bool(B.any())) == {"Init[A]": (True, False), "Init[B]": (False, True)}[name.split(",")[0]]
+    rates = {group["name"]: group["lr"] for group in method.optimizer_of(model, 0.1).param_groups}
+    assert rates["lora_B"] / rates["lora_A"] == pytest.approx(float(name.split()[-1]))
 
 
 def tiny_task() -> Task:
