@@ -224,28 +224,28 @@ def test_runs_on_a_pretrained_model_become_tables(tmp_path: Path) -> None:
             ("report", 0.5, 10, 1.0), ("report", 0.5, 11, 1.2),
         ):  # fmt: skip
             outcome = {"validation": {"loss": loss + shift}, "test": {"loss": loss + shift * (seed - 9)}}
-            run = {"method": name, "stage": stage, "rate": rate, "seed": seed}
+            run = {"task": "words", "method": name, "stage": stage, "rate": rate, "seed": seed}
             lines.append(json.dumps({"run": run, "outcome": outcome}) + "\n")
     path = tmp_path / "runs.jsonl"
     path.write_text("".join(lines), encoding="utf-8")
-    runs = pretrained_starts.read(path)
-    tests, search = pretrained_starts.tables(runs)
+    runs = pretrained_starts.read(path)["words"]
+    tests, search = pretrained_starts.tables("words", runs)
     assert tests.rows == [
         ["Init[A], ratio 1", "2^-1", "1.1000 ± 0.1000", "", ""],
         ["Init[B], ratio 1", "2^-1", "1.2500 ± 0.1500", *["+0.1500 ± 0.0500"] * 2],
     ]
-    assert [finding.agrees for finding in pretrained_starts.findings(runs)] == [False, True, False]
+    assert [finding.agrees for finding in pretrained_starts.findings("words", runs)] == [False, True, False]
     assert search.columns == ("start", "2^-2", "2^-1")
     assert search.rows[1] == ["Init[B], ratio 1", "3.2000", "**2.2000**"]
 
 
 def test_the_results_page_shows_the_runs_on_the_pretrained_model() -> None:
     text = (RESULTS / "paper.md").read_text(encoding="utf-8")
-    runs = pretrained_starts.read(two_starts.RUNS)
-    for table in pretrained_starts.tables(runs):
-        assert "\n".join(page.lines_of_table(table.columns, table.rows)) in text
-    for finding in pretrained_starts.findings(runs):
-        assert f"| {finding.claim} | {finding.measured} | {page.verdict(finding)} |" in text
+    for task, runs in pretrained_starts.read(two_starts.RUNS).items():
+        for table in pretrained_starts.tables(task, runs):
+            assert "\n".join(page.lines_of_table(table.columns, table.rows)) in text
+        for finding in pretrained_starts.findings(task, runs):
+            assert f"| {finding.claim} | {finding.measured} | {page.verdict(finding)} |" in text
 
 
 def test_the_parts_of_an_update_add_up() -> None:

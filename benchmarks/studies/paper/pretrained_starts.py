@@ -1,4 +1,4 @@
-"""The part on a pretrained model of the question which factor starts at zero, from runs that are kept."""
+"""The part on pretrained models of the question which factor starts at zero, from runs that are kept."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from page import Finding, Table, power, signed
 
@@ -37,9 +38,14 @@ class Runs:
         return "" if other is self else _mean([loss - other.tests[seed] for seed, loss in self.tests.items()], "+")
 
 
-def read(path: Path) -> list[Runs]:
-    """All runs, in the order of the file."""
+def read(path: Path) -> dict[str, list[Runs]]:
+    """All runs by task, in the order of the file."""
     records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    tasks = dict.fromkeys(record["run"]["task"] for record in records)
+    return {task: _runs([record for record in records if record["run"]["task"] == task]) for task in tasks}
+
+
+def _runs(records: Sequence[dict[str, Any]]) -> list[Runs]:
     found = []
     for name in dict.fromkeys(record["run"]["method"] for record in records):
         own = [record for record in records if record["run"]["method"] == name]
@@ -57,33 +63,32 @@ def read(path: Path) -> list[Runs]:
     return found
 
 
-def findings(runs: Sequence[Runs]) -> list[Finding]:
-    """Statements of both papers on pretrained models."""
+def findings(task: str, runs: Sequence[Runs]) -> list[Finding]:
+    """Statements of both papers on pretrained models, on one task."""
     of_start = {start: [each for each in runs if each.start == start] for start in STARTS}
     usual, turned = (of_start[start][0] for start in STARTS)
     ratios = [min(each, key=lambda run: run.least).ratio for each in of_start.values()]
     return [
         Finding(
-            "arXiv:2406.08447: on language models Init[A] takes larger rates than Init[B] (ratio 1)",
+            f"On the {task}. arXiv:2406.08447: Init[A] takes larger rates than Init[B] (ratio 1)",
             f"best rate {power(usual.best)} and {power(turned.best)}",
             usual.best > turned.best,
         ),
         Finding(
-            "arXiv:2406.08447: and is better",
+            f"On the {task}. arXiv:2406.08447: Init[A] is better (ratio 1)",
             f"test loss {_mean(list(usual.tests.values()))} and {_mean(list(turned.tests.values()))}; Init[B] less "
             f"Init[A] {turned.apart(usual)}",
             statistics.mean(usual.tests.values()) < statistics.mean(turned.tests.values()),
-            "on this task the two are not told apart",
         ),
         Finding(
-            "arXiv:2402.12354: Init[B] (its Init[2]) wants the larger ratio",
+            f"On the {task}. arXiv:2402.12354: Init[B] (its Init[2]) wants the larger ratio",
             f"of the search, the best ratio is {ratios[0]} and {ratios[1]}",
             float(ratios[1]) > float(ratios[0]),
         ),
     ]
 
 
-def tables(runs: Sequence[Runs]) -> list[Table]:
+def tables(task: str, runs: Sequence[Runs]) -> list[Table]:
     """Test losses at the best rates, and validation losses of the search by rate."""
     rates = sorted({rate for each in runs for rate in each.searched})
     same = {each.ratio: each for each in reversed(runs)}
@@ -102,12 +107,14 @@ def tables(runs: Sequence[Runs]) -> list[Table]:
     first = runs[0]
     return [
         Table(
-            f"MiniLM on the glosses of `finetune.md`, 40 steps: test loss at the best √(η_A η_B), paired differences; "
+            f"On the {task} of `finetune.md`, 40 steps: test loss at the best √(η_A η_B), paired differences; "
             f"{len(first.tests)} seeds, ± standard error",
             ("start", "√(η_A η_B)", "test loss", f"to {first.start}, ratio {first.ratio}", "to Init[A] at this ratio"),
             tests,
         ),
-        Table("Mean validation loss of the search, by √(η_A η_B)", ("start", *map(power, rates)), search),
+        Table(
+            f"Mean validation loss of the search on the {task}, by √(η_A η_B)", ("start", *map(power, rates)), search
+        ),
     ]
 
 

@@ -1,7 +1,7 @@
 """Does it matter which factor starts at zero, B as usual (Init[A]) or A (Init[B]), and what does a ratio do for each?
 
 The question of Hayou et al. 2024 (arXiv:2406.08447), on the teacher-student task: exponents of the width, the rates
-that are stable, the best loss; and on a pretrained encoder, from the runs of `finetune/compare_starts.py`.
+that are stable, the best loss; and on pretrained models, from the runs of `finetune/compare_starts.py`.
 
     python benchmarks/studies/paper/two_starts.py
 """
@@ -175,7 +175,10 @@ def _best_part(found: dict[tuple[str, int], Swept]) -> list[Finding]:
 def run() -> Section:
     """Both starts, on toys, and what was measured on a pretrained model."""
     findings, exponent_table = _exponent_part()
-    pretrained = pretrained_starts.read(RUNS)
+    pretrained = [
+        (pretrained_starts.findings(task, runs), pretrained_starts.tables(task, runs))
+        for task, runs in pretrained_starts.read(RUNS).items()
+    ]
     found = {(start, n): sweep(n, start) for start in STARTS for n in TRAINED}
     rows = [
         [start, str(n), *(f"{power(mean)}: {loss:.2f}" for mean, loss in map(found[start, n].best, RATIOS))]
@@ -188,7 +191,7 @@ def run() -> Section:
         '`init="kaiming_B"`, A zero and B uniform in ±1/√r. Exponents: the task of the coordinate check; in brackets '
         f"the theory's for {', '.join(QUANTITIES)}. Losses: the task of the plane of learning rates, {SEEDS} seeds, µP "
         "head, 60 steps; S is log2 of the mean loss over the last fifth of the steps.",
-        [*findings, *_best_part(found), *pretrained_starts.findings(pretrained)],
+        [*findings, *_best_part(found), *(each for of_task in pretrained for each in of_task[0])],
         [
             exponent_table,
             Table(
@@ -196,7 +199,7 @@ def run() -> Section:
                 ("start", "n", *(power(ratio) for ratio in RATIOS)),
                 rows,
             ),
-            *pretrained_starts.tables(pretrained),
+            *(table for of_task in pretrained for table in of_task[1]),
         ],
     )
 
