@@ -7,7 +7,7 @@ import inspect
 import math
 import sys
 import warnings
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, ParamSpec, TypeVar
 
 from torch import Tensor, nn
@@ -82,6 +82,13 @@ def check_count(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be an int, got {value!r}")
     if value <= 0:
         raise ValueError(f"{name} must be positive, got {value}")
+
+
+def entry_of(setting: str, name: Any, table: Mapping[Any, R]) -> R:
+    """The entry of this name in the table of what a setting can be. Raises where there is none."""
+    if not isinstance(name, str) or name not in table:
+        raise ValueError(f"unknown {setting} {name!r}; choose one of {sorted(table)}")
+    return table[name]
 
 
 _OTHER_WORDS = {

@@ -25,6 +25,7 @@ from torch.distributed.tensor.placement_types import Placement
 
 from lora_plus.layers.kinds import lora_class
 from lora_plus.layers.layer import LoRALayer
+from lora_plus.model.tied import SharedAdapter
 from lora_plus.tensors.variant import VARIANTS, known_tensors
 
 _OUT, _IN = 0, 1
@@ -103,6 +104,8 @@ class _MatrixCut(ParallelStyle):
         if module.lora_merge is not None:
             raise ValueError(f"{subject} that is merged; call unmerge_lora(model) first")
         adapters = [adapter for site in module.adapter_sites() for adapter in site.lora_adapters.values()]
+        if any(isinstance(adapter, SharedAdapter) or not adapter.held for adapter in adapters):
+            raise ValueError(f"{subject} that has one adapter with another layer; inject with tied='named'")
         common_numbers = hasattr(torch.get_device_module(mesh.device_type), "set_rng_state")  # what DTensor asks, too
         if any(adapter.spec.dropout for adapter in adapters) and not common_numbers:
             raise ValueError(

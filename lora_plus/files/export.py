@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lora_plus.errors import Problems
+from lora_plus.errors import Problems, entry_of
 from lora_plus.layers.kinds import DTYPES
 from lora_plus.model.state import Need, State, require
 from lora_plus.model.tree import is_spare_replica, own_parameters
@@ -191,11 +191,10 @@ def to_peft(
 
 def _program(name: str, dtype: torch.dtype | None) -> Program:
     """The program of this name; the arguments are checked."""
-    if name not in PROGRAMS:
-        raise ValueError(f"unknown program {name!r}; choose one of {sorted(PROGRAMS)}")
+    program = entry_of("program", name, PROGRAMS)
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {DTYPES} or None, got {dtype!r}")
-    return PROGRAMS[name]
+    return program
 
 
 def _files(

@@ -15,7 +15,8 @@ A layer's entry repeats a setting only where it deviates from the one on top; ``
 layers that have them. An adapter of a parameter that no layer is called for has the kind ``"Parameter"``, and ``of``
 where a known module reads it; an adapter of some rows has ``rows``, the first one and the one after the last. Both have
 ``parameter``, the weight's full name. Rows of tokens have ``ids``, a tensor ``lora_rows`` in the place of A and B,
-and in ``tied``, by name, the kinds of the other layers that have the same weight.
+and in ``tied``, by name, the kinds of the other layers that have the same weight. An adapter with such an entry is that
+of these layers too.
 
 The update of a layer is ``scale * B @ A`` with ``scale = alpha / r`` (``"standard"``) or ``alpha / sqrt(r)``
 (``"rslora"``), a matrix ``(out, in)`` in the layout that the entry states, or a stack of them.

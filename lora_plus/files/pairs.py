@@ -23,7 +23,7 @@ from lora_plus.text import near_misses
 from .peft.tensors import convolution_from_peft
 from .saved_adapter import SavedAdapter, SavedLayer, checked_spec
 from .target import Target
-from .token_rows import row_layers
+from .token_rows import is_rows, row_layers
 
 KINDS = ("Linear", "Conv1d", "Conv2d", "Conv3d")
 """The kinds of layers that these formats have adapters of."""
@@ -261,5 +261,10 @@ def format_problems(adapter: SavedAdapter, dialect: Dialect) -> list[str]:
         if layer.spec.variant != "dora" and not only_adds(layer.spec.variant)
     ]
     lines += [f"{name!r}: rows of tokens; {dialect.only}" for name in row_layers(adapter)]
+    lines += [
+        f"{name!r}: {dialect.name} files have no adapter that tied layers share; save a native file"
+        for name, layer in adapter.layers.items()
+        if "tied" in layer.base.facts and not is_rows(layer)
+    ]
     lines += [f"{name!r}: the model itself is adapted, and it has no name" for name in adapter.layers if not name]
     return lines + [f"train_also {name!r}: {dialect.only}" for name in adapter.trained]

@@ -13,6 +13,7 @@ from lora_plus.tensors.variant import only_adds
 
 from .peft.tensors import join_rows, rescaled
 from .saved_adapter import SavedAdapter, SavedLayer
+from .tied import spread
 from .token_rows import is_rows, row_layers
 
 
@@ -20,7 +21,8 @@ def portable(adapter: SavedAdapter, dtype: torch.dtype | None = None) -> SavedAd
     """The same adapter with one rank r on every layer and alpha = r, so that the update of each is just B A.
 
     Scales are multiplied into B. Lower ranks are filled up with rows of zeros in A and columns of zeros in B, which is
-    exact, for DoRA too, whose magnitudes stay. Adapters of rows of one weight become one of all its rows. Dropout is
+    exact, for DoRA too, whose magnitudes stay. Adapters of rows of one weight become one of all its rows, and
+    one of tied layers becomes one for each. Dropout is
     gone. PEFT's rank of a grouped convolution is that of all its groups together, and it is that rank which is r.
 
     Args:
@@ -30,7 +32,7 @@ def portable(adapter: SavedAdapter, dtype: torch.dtype | None = None) -> SavedAd
     """
     layers: dict[str, SavedLayer] = {}
     blocks: dict[str, list[SavedLayer]] = {}
-    for name, each in adapter.layers.items():
+    for name, each in spread(adapter).layers.items():
         spec = each.spec
         if is_rows(each):
             continue

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from lora_plus.layers.base_layer import BaseLayer
+from lora_plus.layers.kinds import kinds_by_name
 from lora_plus.tensors.token_rows import VARIANT_OF
 from lora_plus.tensors.variant import VARIANTS
 
@@ -46,7 +47,7 @@ def _are_ids(base: BaseLayer, ids: Any) -> bool:
 
 def _are_readers(base: BaseLayer, kinds: Any) -> bool:
     # none, where the format leaves it to the model which layers have the weight
-    return isinstance(kinds, dict) and {*map(type, (*kinds, *kinds.values()))} <= {str}
+    return isinstance(kinds, dict) and all(kind in [*kinds_by_name()] for kind in kinds.values())
 
 
 FACTS |= {"ids": _are_ids, "tied": _are_readers}

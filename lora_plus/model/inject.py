@@ -5,12 +5,12 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from lora_plus.errors import named_keywords
+from lora_plus.errors import entry_of, named_keywords
 from lora_plus.layers.adapter import check_adapter_name
 from lora_plus.layers.class_swap import SwappedModule
 from lora_plus.layers.freezing import restore_requires_grad, set_requires_grad
@@ -23,7 +23,7 @@ from lora_plus.tensors.variant import AdapterSpec, Scaling, VariantName
 from lora_plus.text import parents
 
 from .patterns import Pattern
-from .places import NamedModule, Place
+from .places import TIES, NamedModule, Place
 from .selection import Selection
 from .state import Need, State, require
 from .train_also import mark_trained, record_of, restore_trained
@@ -66,6 +66,7 @@ def inject_lora(
     train_rows: Mapping[Any, Sequence[int]] | None = None,
     fused: Mapping[Any, Sequence[str] | Mapping[str, int]] | None = None,
     layouts: Mapping[Any, str] | None = None,
+    tied: Literal["named", "both"] = "named",
     adapter: str = "default",
     dtype: torch.dtype | None = None,
     generator: torch.Generator | None = None,
@@ -108,6 +109,9 @@ def inject_lora(
             with factors of their own; ``c_attn`` stands for all of them.
         layouts: ``{pattern: layout}`` for parameters that are not stored as (out, in): one of ``"i o -> o i"``,
             ``"e o i -> e o i"`` (a stack of experts, the default for three dimensions), ``"e i o -> e o i"``.
+        tied: for a weight that several layers read, such as that of an embedding and a head: ``"named"`` adapts the
+            layers that targets name, each with an A and a B of its own; ``"both"`` gives all layers that read it one A
+            and B, so that the weights stay tied when they are merged.
         adapter: name of the adapter. A model can hold several; the one injected last is the active one.
         dtype: of A and B; None for float32, or the base's own where that is wider.
         generator: source of all random numbers; None for torch's global generator.
@@ -128,8 +132,9 @@ def inject_lora(
             state.names, spec, targets, exclude=exclude, train_also=train_also, rank_pattern=rank_pattern,
             alpha_pattern=alpha_pattern, fused=fused, layouts=layouts, train_rows=train_rows,
         )  # fmt: skip
-        check_selection(state, [place for place, _ in selection.places], selection.train_also)
-        prepared = [(place, own, place.new_tensors(state.storage, own, start)) for place, own in selection.places]
+        places = entry_of("tied", tied, TIES)(selection, state.names)
+        check_selection(state, [place for place, _ in places], selection.train_also)
+        prepared = [(place, own, place.new_tensors(state.storage, own, start)) for place, own in places]
         attach(state, adapter, prepared, [found.module for found in selection.train_also])
     return model
 

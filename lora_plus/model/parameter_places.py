@@ -47,6 +47,7 @@ from .places import (
     rows_overlap,
 )
 from .selection import LAYOUTS
+from .tied import told_to_follow, with_followers
 from .token_rows import TokenRowsPlace, selected_rows, told_rows
 from .tree import Named
 
@@ -243,14 +244,16 @@ class _Finder(Finder):
         return selected_rows(named, wanted, *selected)
 
     def told(self, place: Place, base: BaseLayer, target: Any, layers: Collection[str]) -> Place:
-        if isinstance(place, ParameterPlace) and base.kind == PARAMETER and base.layout in LAYOUTS:
+        if base.kind == PARAMETER and isinstance(place, ParameterPlace) and base.layout in LAYOUTS:
             return place.stored_as(base.layout)
-        return told_rows(place, base, target, layers) if "ids" in base.facts else place
+        if "ids" in base.facts:
+            return told_rows(place, base, target, layers)
+        return told_to_follow(place, base.facts.get("tied"), target, layers)
 
     def adapted(self, site: AdapterSite, weight: AdaptedWeight, adapter: Adapter, owners: Owners, name: str) -> Place:
-        place: Place = LayerPlace(owners[name], [name])
         if isinstance(adapter, TokenRows):
             return TokenRowsPlace(owners[name], [name], adapter.ids, list(owners.items()))
+        place: Place = with_followers(LayerPlace(owners[name], [name]), adapter, owners)
         if isinstance(weight, LoRAParameter):
             part = Part(weight.weight_name, weight.lora_label, layout=weight.layout)
             place = ParameterPlace(owners[name], name, [join(name, part.label)], part, of=weight.of)

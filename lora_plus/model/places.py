@@ -234,6 +234,9 @@ class Finder:
 PLACE_FINDERS = [Finder()]
 """The last one is asked."""
 
+TIES: dict[str, Callable[[Any, Named], list[tuple[Place, AdapterSpec]]]] = {"named": lambda found, named: found.places}
+"""What ``tied`` of `inject_lora` says -> from what targets select in these modules, the places to adapt."""
+
 
 def find_modules(named: Named) -> dict[int, NamedModule]:
     """The modules that a walk met, each once, by identity, with all names; what holds adapters is left out."""

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lora_plus.errors import Problems
+from lora_plus.errors import Problems, entry_of
 from lora_plus.layers.adapter import check_adapter_name
 from lora_plus.layers.kinds import KINDS, lora_class, weight_of
 from lora_plus.tensors.matrix import matrix_shape
@@ -62,16 +62,16 @@ class Selection:
         ranks = _by_pattern("rank_pattern", rank_pattern, lambda r: replace(spec, r=r))
         alphas = _by_pattern("alpha_pattern", alpha_pattern, lambda alpha: replace(spec, alpha=alpha))
         blocks = _by_pattern("fused", fused, _check_blocks)
-        self._layouts = _by_pattern("layouts", layouts, _check_layout)
+        self._layouts = _by_pattern("layouts", layouts, lambda it: entry_of("layout", it, dict.fromkeys(LAYOUTS)))
         self._problems: list[str] = []
         self._found = find_modules(named)
         self._modules = NameIndex([*self._found.values()])
         self._places = NameIndex(find_places(self._found, self._fused(blocks) if blocks else {}))
         trained = (each for pattern in as_patterns(train_also) for each in self._modules_of("train_also", pattern))
         self.train_also = list({id(each.module): each for each in trained}.values())
-        self._inside_trained = {id(module) for each in self.train_also for module in each.module.modules()}
-        rows = PLACE_FINDERS[-1].rows(named, train_rows, self._modules_of, self._inside_trained, self._problems)
-        self._inside_trained |= {id(layer) for place, _ in rows for _, layer in place.readers}
+        self.inside_trained = {id(module) for each in self.train_also for module in each.module.modules()}
+        rows = PLACE_FINDERS[-1].rows(named, train_rows, self._modules_of, self.inside_trained, self._problems)
+        self.inside_trained |= {id(layer) for place, _ in rows for _, layer in place.readers}
         self._excluded = {place.key for pattern in as_patterns(exclude) for place in self._matching("exclude", pattern)}
         chosen: set[Any] = set()
         for pattern in wanted:
@@ -82,7 +82,7 @@ class Selection:
         places = [*(place for place in self._places.things if place.key in chosen), *loose]
         self._problems += overlaps(places)
         for place in places:
-            if id(place.owner) in self._inside_trained:
+            if id(place.owner) in self.inside_trained:
                 what = "is both a target and trained by train_also or train_rows; add it to exclude"
                 self._problems.append(f"{place.name!r} {what}")
             if (reason := place.misfits(spec)) is not None:
@@ -132,7 +132,7 @@ class Selection:
         hits = self._matching("target", pattern)
         reasons = [(place, place.refusal()) for place in hits]
         supported = [place for place, reason in reasons if reason is None]
-        kept = [place for place in supported if not self._is_excluded(place)] if self._excluded else supported
+        kept = [place for place in supported if not self.is_excluded(place)] if self._excluded else supported
         if hits and not supported:
             named = [f"{place.name or 'the model itself'} ({reason})" for place, reason in reasons[:4]]
             more = f" and {len(hits) - 4} more" if len(hits) > 4 else ""
@@ -148,7 +148,7 @@ class Selection:
             self._problems += [
                 f"target {shown(pattern)} matches {place.name!r}, which cannot be adapted: {reason}; exclude it"
                 for place, reason in reasons
-                if reason is not None and place.of and not self._is_excluded(place)
+                if reason is not None and place.of and not self.is_excluded(place)
             ]
         return kept
 
@@ -157,7 +157,7 @@ class Selection:
         embeddings = {id(module.weight) for module in found}
         kept = []
         for place in self._places.things:
-            if not place.linear or self._is_excluded(place) or id(place.owner) in self._inside_trained:
+            if not place.linear or self.is_excluded(place) or id(place.owner) in self.inside_trained:
                 continue
             if embeddings and place.called and id(place.stored()) in embeddings:
                 continue
@@ -170,7 +170,7 @@ class Selection:
             self._problems.append(f"target {ALL_LINEAR!r} finds no linear layer to adapt in this model{self._hidden()}")
         return kept
 
-    def _is_excluded(self, place: Place) -> bool:
+    def is_excluded(self, place: Place) -> bool:
         # a layer goes with its own parameters and blocks
         return place.key in self._excluded or id(place.owner) in self._excluded
 
@@ -244,11 +244,6 @@ def _by_pattern(setting: str, values: Any, check: Callable[[Any], object]) -> di
         except (TypeError, ValueError) as error:
             raise type(error)(f"{setting}[{pattern!r}]: {error}") from None
     return dict(values)
-
-
-def _check_layout(layout: Any) -> None:
-    if layout not in LAYOUTS:
-        raise ValueError(f"unknown layout {layout!r}; choose one of {LAYOUTS}")
 
 
 def _check_blocks(blocks: Any) -> None:

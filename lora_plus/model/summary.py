@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import nn
 
+from lora_plus.layers.adapter import Adapter
 from lora_plus.layers.layer import LoRALayer
-from lora_plus.text import aligned
+from lora_plus.layers.weight import AdaptedWeight
+from lora_plus.text import aligned, join
 
 from .state import State
+from .tied import Ties
+from .tree import sites_in
 from .unsaved import unsaved
 
 
@@ -59,11 +64,18 @@ class Summary:
         return "\n".join([*aligned(cells), f"{self.trainable:,} of {self.total:,} parameters are trainable ({share})"])
 
 
+def _with_followers(state: State) -> Iterator[tuple[str, Adapter, AdaptedWeight]]:
+    """As `Tree.adapters`, and with those that follow the adapter of another layer."""
+    for owner_name, weight, site in sites_in(state.modules):
+        for adapter in site.lora_adapters.values():
+            yield join(owner_name, site.lora_label), adapter, weight
+
+
 def lora_summary(model: nn.Module) -> Summary:
     """What was adapted: layers, ranks, scales, sizes of whole tensors, and notes on what is unusual."""
     state = State(model)
-    rows, shape = [], state.storage.shape
-    for path, adapter, weight in state.adapters():
+    rows, shape, ties = [], state.storage.shape, Ties(state)
+    for path, adapter, weight in _with_followers(state):
         what = weight.base_class.__name__ if isinstance(weight, LoRALayer) else "parameter"
         shapes = {container: shape(tensor) for container, tensor in adapter.tensors().items()}
         size, spec = sum(math.prod(each) for each in shapes.values()) * adapter.held, adapter.spec
@@ -73,6 +85,7 @@ def lora_summary(model: nn.Module) -> Summary:
             "has those of a layer with the same weight": not adapter.held,
             f"variant {spec.variant}": spec.variant != "lora",
             f"r exceeds the weight's full rank {full_rank}": spec.r > full_rank,
+            **dict.fromkeys(ties.notes(adapter, weight), True),
             "inactive": adapter.name not in weight.active_names(),
             f"scale times {adapter.strength:g}": adapter.strength != 1,
             "merged": merge is not None and adapter.name in merge.adapters,

@@ -67,7 +67,7 @@ class Tree:
         """``(name, adapter, weight)`` for the adapters of weights and of blocks of rows: all, or those of a name."""
         for owner_name, weight, site in sites_in(self.modules):
             for adapter in site.lora_adapters.values():
-                if name is None or adapter.name == name:
+                if adapter.held and name in (None, adapter.name):
                     yield join(owner_name, site.lora_label), adapter, weight
 
     def everything(self) -> list[nn.Module]:

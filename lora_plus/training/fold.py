@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from lora_plus.errors import check_number
+from lora_plus.errors import check_number, entry_of
 from lora_plus.model.state import Need, require
 from lora_plus.tensors.variant import SUBTRACTED
 
@@ -52,10 +52,8 @@ def fold_lr_ratio(model: nn.Module, lr_ratio: float, *, rule: str = "adam", adap
             is on embeddings only. The model is then as it was.
     """
     check_number("lr_ratio", lr_ratio, tensor=True)
-    if rule not in FOLDS:
-        raise ValueError(f"unknown rule {rule!r}; choose one of {sorted(FOLDS)}")
     state = require(model, "folding a ratio", Need.UNCOPIED | Need.CHANGEABLE, adapters=[adapter])
-    factor = FOLDS[rule](float(lr_ratio))
+    factor = entry_of("rule", rule, FOLDS)(float(lr_ratio))
     folded = []
     for _, each, _ in state.adapters(adapter):
         if any(role == "B" for role, _ in each.parameters()):

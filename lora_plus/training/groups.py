@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import nn
 
-from lora_plus.errors import check_makes_optimizers, check_number, named_keywords
+from lora_plus.errors import check_makes_optimizers, check_number, entry_of, named_keywords
 from lora_plus.model.state import State
 from lora_plus.model.unsaved import unsaved
 from lora_plus.tensors.variant import FACTORS, VARIANTS
@@ -247,10 +247,7 @@ def rates(lr: float, lr_ratio: float, lr_mode: LrMode) -> tuple[float, float]:
     """The rates of A and B."""
     check_number("lr", lr, tensor=True)
     check_number("lr_ratio", lr_ratio, tensor=True)
-    try:
-        return LR_MODES[lr_mode](lr, lr_ratio)
-    except KeyError:
-        raise ValueError(f"unknown lr_mode {lr_mode!r}; choose one of {sorted(LR_MODES)}") from None
+    return entry_of("lr_mode", lr_mode, LR_MODES)(lr, lr_ratio)
 
 
 def own_rate(lr: Any) -> Any:

@@ -382,7 +382,7 @@ def test_the_summary_counts_and_notes() -> None:
     rows = {row.name: row for row in summary.rows}
     assert rows["blocks.0.q"].parameters == 9 * (8 + 8)
     assert rows["blocks.0.q"].note == "r exceeds the weight's full rank 8; inactive"
-    assert rows["embed"].layer == "Embedding" and rows["embed"].note == ""
+    assert rows["embed"].layer == "Embedding" and rows["embed"].note == "not on 'lm_head.weight', tied to it"
     assert summary.trained == [("blocks.1.norm", "default", 16)]
     assert summary.trainable == 2 * (11 + 8), "what was there before the second adapter is frozen"
     assert summary.total == sum(p.numel() for p in model.parameters())

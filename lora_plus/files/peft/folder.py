@@ -8,6 +8,7 @@ latter while the module that has them is called.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Mapping
 from dataclasses import replace
@@ -20,7 +21,8 @@ from lora_plus.files.checks import without_values
 from lora_plus.files.formats import FORMATS, Contents, Files, Format
 from lora_plus.files.outline import Outline, outline_named_by, outline_of, readers_in, ties_in
 from lora_plus.files.saved_adapter import SavedAdapter, alpha_under, most_common
-from lora_plus.files.target import Target
+from lora_plus.files.target import ModelTarget, Target
+from lora_plus.files.tied import joined, spread
 from lora_plus.files.token_rows import is_rows
 from lora_plus.text import endings
 
@@ -58,6 +60,8 @@ def read(files: Files, target: Target, problems: list[str]) -> SavedAdapter:
     if problems:
         return SavedAdapter({}, {})
     adapter = Reader(checked, known, problems).read(others)
+    if checked.get("ensure_weight_tying") and not problems:
+        adapter = _tied_again(adapter, target)
     if rows or checked.get(FIELD):
         adapter.layers |= rows_from_peft(rows, checked, known, target, problems)
     trained = [target.rename(path) or "" for path in adapter.trained]
@@ -65,6 +69,26 @@ def read(files: Files, target: Target, problems: list[str]) -> SavedAdapter:
         f"{name!r} is trained in full and tied to {other!r}, which PEFT unties; untie them in the model first"
         for name, other in (tied_to_others(ties_in(target), trained) if trained else ())
     ]
+    return adapter
+
+
+def _tied_again(adapter: SavedAdapter, target: Target) -> SavedAdapter:
+    """The adapter with one A and B where PEFT kept those of an embedding and of its head alike."""
+    kinds = {name: layer.base.kind for name, layer in adapter.layers.items()}
+    embeddings = [name for name, kind in kinds.items() if kind == "Embedding"]
+    heads = [name for name, kind in kinds.items() if kind in ("Linear", "") and name.rpartition(".")[2] == "lm_head"]
+    ties = {frozenset(each) for names in ties_in(target) for each in itertools.combinations(names, 2)}
+    pairs = [(name, head) for name in embeddings for head in heads]
+    if isinstance(target, ModelTarget):
+        weights = {name: f"{target.rename(name)}.weight" for name in (*embeddings, *heads)}
+        pairs = [(name, head) for name, head in pairs if {weights[name], weights[head]} in ties]
+    adapter, differing = joined(adapter, pairs)
+    if not pairs or differing:
+        what = f"{' and '.join(differing)} differ in it" if differing else "no such layers are tied here"
+        warn_user(
+            f"{CONFIG} says ensure_weight_tying, which gives an embedding and its head one A and B, but {what}; each "
+            "adapted layer gets an adapter of its own"
+        )
     return adapter
 
 
@@ -102,6 +126,9 @@ def contents(
     if wrong:
         problems += wrong
         return {}, {}
+    tied = any("tied" in layer.base.facts for layer in adapter.layers.values())
+    adapter = spread(adapter)
+    found = units(adapter)
     modules = {name: layer_to_peft(join_rows(list(layers.values()))) for name, layers in found.modules.items()}
     modules |= {name: attention_to_peft(list(parts.values())) for name, parts in found.attentions.items()}
     parameters = {
@@ -136,6 +163,7 @@ def contents(
         "init_lora_weights": True,
         "bias": "none",
         "inference_mode": True,
+        **({"ensure_weight_tying": True} if tied else {}),
         **{name: adapter.metadata.get(name) for name in USER_FIELDS},
     }
     wrapped, owners = wrappers(parameters, outline)

@@ -70,7 +70,7 @@ def format_problems(adapter: SavedAdapter, found: Units, outline: Outline, ties:
         *(
             (name, reason)
             for name, layer in adapter.layers.items()
-            for reason in layer_problems(layer.base, layer.spec.variant)
+            for reason in layer_problems(layer.base, layer.spec.variant, name)
         ),
         *(
             (name, "PEFT adapts attention only where q, k and v have one weight together, in_proj_weight")
@@ -90,11 +90,13 @@ def format_problems(adapter: SavedAdapter, found: Units, outline: Outline, ties:
     ]
 
 
-def layer_problems(base: BaseLayer, variant: str) -> Iterator[str]:
+def layer_problems(base: BaseLayer, variant: str, name: str = "") -> Iterator[str]:
     """Why PEFT has no adapter that computes the same on such a layer."""
     dora = variant == "dora"
     if not (dora or only_adds(variant)):
         yield f"PEFT has no variant {variant!r}; save a .safetensors file, or merge it"
+    if "tied" in base.facts and "ids" not in base.facts and not _is_tied_by_peft(name, base):
+        yield "PEFT ties adapters of 'embed_tokens' and 'lm_head' only; save a .safetensors file"
     if "max_norm" in base.facts:
         yield "PEFT adds the update of an embedding after applying max_norm, this library before"
     if base.kind.startswith("ConvTranspose"):
@@ -104,6 +106,13 @@ def layer_problems(base: BaseLayer, variant: str) -> Iterator[str]:
         yield "PEFT's DoRA of a grouped convolution divides by the norm of another weight than W + s B A"
     if dora and (base.kind == PARAMETER or "rows" in base.facts):
         yield "PEFT has no DoRA for parameters, attention modules and blocks of rows"
+
+
+def _is_tied_by_peft(name: str, base: BaseLayer) -> bool:
+    """Whether PEFT's ``ensure_weight_tying`` ties these layers: the embedding, and heads by a name that it knows."""
+    kinds = {name: base.kind, **base.facts["tied"]}
+    known = all(name.rpartition(".")[2] in ("embed_tokens", "lm_head") for name in kinds)
+    return known and sorted(kinds.values()) == ["Embedding", "Linear"]
 
 
 def _of_parameters(found: Units, outline: Outline) -> Iterator[tuple[str, str]]:

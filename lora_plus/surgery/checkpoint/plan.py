@@ -115,6 +115,8 @@ class Plan:
         self.doubts: list[str] = []
         """What to warn of."""
         self.missing: list[tuple[str, str, Shape | None]] = []
+        self.told: dict[str, set[str]] = {}
+        """By tensor, the names that its weight has in a file that says that these are tied."""
 
     def add(self, where: str, adapter: str, path: Path, factor: float) -> None:
         """Enter an adapter, multiplied by a factor; ``where`` comes before its problems."""
@@ -128,6 +130,10 @@ class Plan:
             problems.append("it has no adapted layer")
         for name, layer in data.layers.items():
             target = tensors[name]
+            if target is not None and isinstance(layer.base.facts.get("tied"), dict) and not is_rows(layer):
+                target = self._stored(
+                    target, [f"{rename(other)}.weight" for other in layer.base.facts["tied"]], problems
+                )
             if target is not None:
                 wrong = [f"{name!r}: {line}" for line in self._enter(where, adapter, target, layer, factor)]
                 # the values of what has no place in the checkpoint can be of any size
@@ -139,6 +145,16 @@ class Plan:
         for name, trained in data.trained.items():
             problems += self._replace(where, name, trained)
         self.problems += [where + line for line in problems]
+
+    def _stored(self, name: str, others: Sequence[str], problems: list[str]) -> str | None:
+        """The one tensor that the checkpoint has for a weight with these other names; None if it has several."""
+        stored = [each for each in (name, *others) if each in self.checkpoint.tensors] or [name]
+        if len(stored) > 1:
+            apart = " and ".join(map(repr, stored))
+            problems.append(f"the file has one A and B for {apart}, which the checkpoint stores apart; tie them first")
+            return None
+        self.told[stored[0]] = {name, *others}
+        return stored[0]
 
     def check(self) -> None:
         """What only shows when all adapters are known."""
@@ -194,10 +210,11 @@ class Plan:
             return wrong
         if base.shape != stored.shape:
             return f"its weight has shape {base.shape} in the adapter, {stored.shape} in the checkpoint"
-        tied = [repr(other) for other, kept in self.checkpoint.metadata.items() if kept == target]
+        told = self.told.get(target, ())
+        tied = [repr(each) for each, kept in self.checkpoint.metadata.items() if kept == target and each not in told]
         if tied:
             return f"{target!r} is also {' and '.join(tied)}, which its update would change too; {_UNTIE}"
-        if base.kind == "Embedding":
+        if base.kind == "Embedding" and not told:
             self._doubt_head(target, stored)
         return None
 
