@@ -8,6 +8,7 @@ from . import read_layers as read_layers  # isort: skip
 from . import kohya as kohya  # isort: skip
 from . import token_rows as token_rows  # isort: skip
 from . import diffusers as diffusers  # isort: skip
+from . import starts as starts  # isort: skip
 from .export import ExportReport as ExportReport
 from .export import export_adapter as export_adapter
 from .export import to_peft as to_peft

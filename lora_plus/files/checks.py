@@ -15,7 +15,7 @@ from lora_plus.layers.kinds import DTYPES, kinds_by_name
 from lora_plus.model.places import PLACE_FINDERS
 from lora_plus.model.selection import LAYOUTS
 from lora_plus.tensors import matrix as functional
-from lora_plus.tensors.variant import needs_input, saved_tensors, whole_only
+from lora_plus.tensors.variant import SUBTRACTED, adapter_tensor_specs, needs_input, whole_only
 from lora_plus.text import join, parents
 
 from .saved_adapter import SavedAdapter, SavedLayer
@@ -83,8 +83,9 @@ def shape_problems(layer: SavedLayer) -> list[str]:
     *stack, out_features, in_features = functional.matrix_shape(base.layout, base.shape)
     if "rows" in base.facts:
         out_features = base.facts["rows"][1] - base.facts["rows"][0]
-    matrix = (*stack, out_features, in_features)
-    expected = {each.name: each.shape(matrix, layer.spec.r) for each in saved_tensors(layer.spec.variant)}
+    stated, own, matrix = adapter_tensor_specs(layer.spec.variant), layer.tensors, (*stack, out_features, in_features)
+    there = [each for name, each in stated.items() if name not in SUBTRACTED or SUBTRACTED[0] in own]
+    expected = {each.name: each.shape(matrix, layer.spec.r) for each in there}
     shapes = {part: tuple(getattr(tensor, "shape", ())) for part, tensor in layer.tensors.items()}
     return [
         f"{part} has shape {shapes.get(part)}, expected {expected.get(part)}"

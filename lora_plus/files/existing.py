@@ -14,7 +14,7 @@ from lora_plus.model.places import Place, adapted_places
 from lora_plus.model.state import State
 from lora_plus.tensors.distributed import local
 from lora_plus.tensors.matrix import accumulation_dtype
-from lora_plus.tensors.variant import AdapterSpec
+from lora_plus.tensors.variant import SUBTRACTED, AdapterSpec
 from lora_plus.text import join
 
 from .checks import is_finite
@@ -77,7 +77,7 @@ class Existing:
                 if saved.shape != held.shape:
                     values = saved.new_zeros(held.shape)
                     values[tuple(map(slice, saved.shape))] = saved
-                if factor != 1 and part == "lora_B":
+                if factor != 1 and part in ("lora_B", SUBTRACTED[1]):
                     values = values.to(accumulation_dtype(values.dtype, held.dtype)) * factor
                 rounded = values.to(held.dtype, copy=_memory(values) in own_memory)
                 if rounded is not saved and not is_finite(rounded):

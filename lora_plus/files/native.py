@@ -16,7 +16,8 @@ layers that have them. An adapter of a parameter that no layer is called for has
 where a known module reads it; an adapter of some rows has ``rows``, the first one and the one after the last. Both have
 ``parameter``, the weight's full name. Rows of tokens have ``ids``, a tensor ``lora_rows`` in the place of A and B,
 and in ``tied``, by name, the kinds of the other layers that have the same weight. An adapter with such an entry is that
-of these layers too.
+of these layers too. ``start`` has the r and the alpha of an adapter that started from the weight: it has rank 2 r in
+the file, and the second half of A and B is what it started from.
 
 The update of a layer is ``scale * B @ A`` with ``scale = alpha / r`` (``"standard"``) or ``alpha / sqrt(r)``
 (``"rslora"``), a matrix ``(out, in)`` in the layout that the entry states, or a stack of them.
@@ -41,7 +42,7 @@ from .target import Target
 
 KEY = "lora_plus"
 VERSION = 1
-FACTS = ("groups", "max_norm", "parameter", "rows", "of", "ids", "tied")
+FACTS = ("groups", "max_norm", "parameter", "rows", "of", "ids", "tied", "start")
 _ENTRIES = {"kind", "layout", "shape", *FACTS, *SETTINGS}
 
 

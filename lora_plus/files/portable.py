@@ -13,6 +13,7 @@ from lora_plus.tensors.variant import only_adds
 
 from .peft.tensors import join_rows, rescaled
 from .saved_adapter import SavedAdapter, SavedLayer
+from .starts import without_starts
 from .tied import spread
 from .token_rows import is_rows, row_layers
 
@@ -32,7 +33,7 @@ def portable(adapter: SavedAdapter, dtype: torch.dtype | None = None) -> SavedAd
     """
     layers: dict[str, SavedLayer] = {}
     blocks: dict[str, list[SavedLayer]] = {}
-    for name, each in spread(adapter).layers.items():
+    for name, each in spread(without_starts(adapter)).layers.items():
         spec = each.spec
         if is_rows(each):
             continue

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from lora_plus.layers.adapter import whole_factors
 from lora_plus.layers.base_layer import BaseLayer
 from lora_plus.tensors.variant import AdapterSpec
 
@@ -26,8 +27,8 @@ class SavedLayer:
     """``lora_A (r, in)``, ``lora_B (out, r)``, and ``lora_magnitude (out,)`` for DoRA; of a stack, one of each."""
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """A and B."""
-        return self.tensors["lora_A"], self.tensors["lora_B"]
+        """A and B of the whole update."""
+        return whole_factors(self.tensors)
 
 
 @dataclass

@@ -47,6 +47,7 @@ from .places import (
     rows_overlap,
 )
 from .selection import LAYOUTS
+from .started import with_start
 from .tied import told_to_follow, with_followers
 from .token_rows import TokenRowsPlace, selected_rows, told_rows
 from .tree import Named
@@ -202,9 +203,6 @@ class RowsPlace(Place):
         return replace(base, facts=base.facts | {"parameter": weight, "rows": list(self.rows or ())})
 
 
-# ---- finding them ----------------------------------------------------------------------------------------------------
-
-
 class _Finder(Finder):
     """Finds the parts of modules that read their weights themselves, and blocks of rows of fused layers."""
 
@@ -257,9 +255,9 @@ class _Finder(Finder):
         if isinstance(weight, LoRAParameter):
             part = Part(weight.weight_name, weight.lora_label, layout=weight.layout)
             place = ParameterPlace(owners[name], name, [join(name, part.label)], part, of=weight.of)
-        if not isinstance(site, RowBlock):
-            return place
-        return RowsPlace(place, site.rows, site.lora_label, [join(name, site.lora_label)])
+        if isinstance(site, RowBlock):
+            place = RowsPlace(place, site.rows, site.lora_label, [join(name, site.lora_label)])
+        return with_start(place, adapter)
 
 
 def _blocks(each: NamedModule, rows: Mapping[str, Rows]) -> list[Place]:

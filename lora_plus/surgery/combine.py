@@ -13,6 +13,7 @@ from lora_plus.errors import check_count, check_number
 from lora_plus.files.checks import row_problems
 from lora_plus.files.save import describe
 from lora_plus.files.saved_adapter import SavedAdapter, SavedLayer
+from lora_plus.files.starts import without_starts
 from lora_plus.files.token_rows import is_rows
 from lora_plus.layers.adapter import check_adapter_name
 from lora_plus.layers.base_layer import BaseLayer
@@ -128,6 +129,7 @@ def combine_saved(
 def _combine(
     draft: Draft, adapters: Mapping[str, SavedAdapter], weights: Mapping[str, float], method: Method, options: Options
 ) -> None:
+    adapters = {name: without_starts(adapter) for name, adapter in adapters.items()}
     draft.problems += [
         f"{path!r} is trained in full with {name!r}, and values have no sum as updates have; use adapters without "
         "train_also"

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lora_plus.files.saved_adapter import SavedAdapter, SavedLayer, settings_of
+from lora_plus.files.starts import without_start
 from lora_plus.files.token_rows import is_rows
 from lora_plus.tensors.low_rank import singular_values
 from lora_plus.tensors.token_rows import ROWS
@@ -112,7 +113,7 @@ def diff_saved(a: SavedAdapter, b: SavedAdapter) -> AdapterDifference:
 def _layer_difference(name: str, a: SavedLayer, b: SavedLayer) -> LayerDifference:
     ours, theirs = settings_of(a.spec), settings_of(b.spec)
     settings = {key: (ours[key], theirs[key]) for key in ours if ours[key] != theirs[key]}
-    if a.base != b.base:
+    if without_start(a.base) != without_start(b.base):
         return LayerDifference(name, settings, None, None)
     (A, B), (C, D) = (_scaled(layer) for layer in (a, b))
     magnitudes = [_besides(layer) for layer in (a, b)]

@@ -11,6 +11,7 @@ from torch import nn
 from lora_plus.errors import check_count
 from lora_plus.files.save import describe
 from lora_plus.files.saved_adapter import SavedAdapter, SavedLayer
+from lora_plus.files.starts import without_start
 from lora_plus.files.token_rows import is_rows
 from lora_plus.model.places import adapted_places
 from lora_plus.model.state import Need, require
@@ -122,4 +123,4 @@ def _grown(layer: SavedLayer, fit: Factors, r: int, generator: torch.Generator |
         new_A, new_B = Start(generator=generator).factors(weight, layer.spec.at_rank(missing), lookup)
         A, B = torch.cat([A, new_A.to(A)], dim=-2), torch.cat([B, new_B.to(B)], dim=-1)
     factors = {"lora_A": A.to(own["lora_A"].dtype).contiguous(), "lora_B": B.to(own["lora_B"].dtype).contiguous()}
-    return SavedLayer(layer.base, layer.spec.at_rank(r), {**own, **factors})
+    return SavedLayer(without_start(layer.base), layer.spec.at_rank(r), {**own, **factors})

@@ -26,6 +26,7 @@ from lora_plus.files.tied import joined, spread
 from lora_plus.files.token_rows import is_rows
 from lora_plus.text import endings
 
+from . import parts
 from .config import CONFIG, USER_FIELDS, checked_config
 from .limits import format_problems, tied_to_others, units
 from .names import PREFIX, moved, wrappers
@@ -62,6 +63,9 @@ def read(files: Files, target: Target, problems: list[str]) -> SavedAdapter:
     adapter = Reader(checked, known, problems).read(others)
     if checked.get("ensure_weight_tying") and not problems:
         adapter = _tied_again(adapter, target)
+    told = parts.read(files[WEIGHTS].metadata, problems)
+    if not problems:
+        adapter = parts.narrowed(parts.taken_apart(adapter, told), told)
     if rows or checked.get(FIELD):
         adapter.layers |= rows_from_peft(rows, checked, known, target, problems)
     trained = [target.rename(path) or "" for path in adapter.trained]
@@ -114,7 +118,8 @@ def write(adapter: SavedAdapter, target: Target, problems: list[str]) -> Files:
     plain = replace(adapter, layers={name: layer for name, layer in adapter.layers.items() if not is_rows(layer)})
     tensors, config = contents(plain, outline, problems, ties) if plain.layers else ({}, {})
     tensors, config = {**tensors, **named}, {**config, **indices}
-    return {WEIGHTS: Contents(tensors, {"format": "pt"}), CONFIG: config}
+    told = {} if problems else parts.written(units(spread(plain)))
+    return {WEIGHTS: Contents(tensors, {"format": "pt", **told}), CONFIG: config}
 
 
 def contents(
@@ -175,8 +180,8 @@ def contents(
     }
     for path, trained in adapter.trained.items():
         tensors |= {f"{PREFIX}{path}.{name}": tensor for name, tensor in trained.items()}
-    parts = {name: part.base.facts for group in found.attentions.values() for name, part in group.items()}
-    doubled = [name for name, facts in parts.items() if "rows" not in facts]
+    own = {name: part.base.facts for group in found.attentions.values() for name, part in group.items()}
+    doubled = [name for name, facts in own.items() if "rows" not in facts]
     if doubled:
         warn_user(
             f"the file says W + s B A of {', '.join(map(repr, sorted(doubled)))}, but {DOUBLED}; where that peft shall "

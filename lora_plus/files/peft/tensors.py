@@ -61,6 +61,18 @@ def join_rows(blocks: Sequence[SavedLayer]) -> SavedLayer:
 
 def _joined_factors(blocks: Sequence[SavedLayer], scale: float) -> tuple[Tensor, Tensor]:
     """A and B of the whole weight under a scale; blocks that have the same A share it there."""
+    groups = _of_one_A(blocks)
+    out_features = matrix_shape(blocks[0].base.layout, blocks[0].base.shape)[0]
+    joined = []
+    for group in groups:
+        parts = [(each.base.facts["rows"][0], each.tensors["lora_A"], rescaled(each, scale), 1.0) for each in group]
+        _, B = joined_rows(sorted(parts, key=lambda part: part[0]), out_features)
+        joined.append(B.unflatten(1, (len(group), -1)).sum(1))  # which have one A, so that theirs is one set of columns
+    return torch.cat([group[0].tensors["lora_A"] for group in groups]), torch.cat(joined, dim=1)
+
+
+def _of_one_A(blocks: Sequence[SavedLayer]) -> list[list[SavedLayer]]:
+    """The blocks, those that have the same A together."""
     groups: list[list[SavedLayer]] = []
     for block in blocks:
         A = block.tensors["lora_A"]
@@ -71,13 +83,16 @@ def _joined_factors(blocks: Sequence[SavedLayer], scale: float) -> tuple[Tensor,
                 break
         else:
             groups.append([block])
-    out_features = matrix_shape(blocks[0].base.layout, blocks[0].base.shape)[0]
-    joined = []
-    for group in groups:
-        parts = [(each.base.facts["rows"][0], each.tensors["lora_A"], rescaled(each, scale), 1.0) for each in group]
-        _, B = joined_rows(sorted(parts, key=lambda part: part[0]), out_features)
-        joined.append(B.unflatten(1, (len(group), -1)).sum(1))  # which have one A, so that theirs is one set of columns
-    return torch.cat([group[0].tensors["lora_A"] for group in groups]), torch.cat(joined, dim=1)
+    return groups
+
+
+def offsets(blocks: Sequence[SavedLayer]) -> list[int]:
+    """The first row of A, and column of B, that each of these blocks has in what they are joined to."""
+    first, found = 0, dict[int, int]()
+    for group in _of_one_A(blocks):
+        found |= dict.fromkeys(map(id, group), first)
+        first += len(group[0].tensors["lora_A"])
+    return [found[id(block)] for block in blocks]
 
 
 def attention_to_peft(parts: Sequence[SavedLayer]) -> SavedLayer:
