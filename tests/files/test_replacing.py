@@ -270,16 +270,28 @@ def test_swapping_ranks_makes_no_new_graph(gradients: bool, dynamic: bool | None
 
 
 def test_a_thousand_swaps_leave_nothing_behind() -> None:
+    import torch._dynamo.testing
+
+    torch._dynamo.reset()
     sources, model, x = [to_peft(pair(r)) for r in (3, 4)], pair(4), torch.randn(2, 6, dtype=torch.float64)
+    counter = torch._dynamo.testing.CompileCounter()
+    compiled = torch.compile(model, backend=counter)
+    fresh = [lp.load_adapter(lp.remove_lora(pair()), source)(x).detach() for source in sources]
+
+    def swap(n: int) -> None:
+        lp.load_adapter(model, sources[n % 2], replace=True)
+        if n % 50 < 2:
+            with torch.no_grad():
+                torch.testing.assert_close(compiled(x), fresh[n % 2], rtol=1e-12, atol=1e-12)
 
     def alive() -> int:
         gc.collect()
         return sum(isinstance(each, Tensor) for each in gc.get_objects())
 
-    lp.load_adapter(model, sources[0], replace=True)
+    swap(0)
     before = alive()
-    for n in range(1000):
-        lp.load_adapter(model, sources[n % 2], replace=True)
+    for n in range(1, 1002):
+        swap(n)
     assert alive() <= before  # of other tests some may go meanwhile
-    fresh = lp.load_adapter(lp.remove_lora(pair()), sources[1])
-    torch.testing.assert_close(model(x), fresh(x), rtol=1e-12, atol=1e-12)
+    assert counter.frame_count == 1
+    torch._dynamo.reset()
