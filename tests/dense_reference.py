@@ -92,6 +92,8 @@ class Part:
     """How many indices there are; 0 for an input of numbers."""
     can_be_full: bool = False
     """Whether it can be trained in full."""
+    loose: str = ""
+    """A parameter that can be trained in full while others of the part have adapters."""
 
 
 def _rows(index: int) -> Spot:
@@ -100,21 +102,22 @@ def _rows(index: int) -> Spot:
 
 WEIGHT = {"": Spot(("weight",))}
 PARTS = {
-    "linear": Part(lambda: nn.Linear(4, 3), (2, 4), WEIGHT, can_be_full=True),
+    "linear": Part(lambda: nn.Linear(4, 3), (2, 4), WEIGHT, can_be_full=True, loose="bias"),
     "bare": Part(lambda: nn.Linear(3, 5, bias=False), (2, 2, 3), WEIGHT, can_be_full=True),
     "embedding": Part(lambda: nn.Embedding(5, 4), (2, 3), {"": Spot(("weight",), "io", embedding=True)}, 5),
-    "convolution": Part(lambda: nn.Conv1d(2, 4, 3, groups=2), (2, 2, 6), WEIGHT),
+    "convolution": Part(lambda: nn.Conv1d(2, 4, 3, groups=2), (2, 2, 6), WEIGHT, loose="bias"),
     "gpt2": Part(lambda: Conv1D(3, 4), (2, 2, 4), {"": Spot(("weight",), "io")}),
     "attention": Part(Attention, (2, 3, 4), {"q": _rows(0), "k": _rows(1), "v": _rows(2),
-                                             "out_proj": Spot(("out_proj.weight",), in_weight=True)}),
+                                             "out_proj": Spot(("out_proj.weight",), in_weight=True)},
+                      loose="in_proj_bias"),
     "recurrent": Part(Recurrent, (2, 3, 3), {name: Spot((name,), in_weight=True)
-                                             for name in ("weight_ih_l0", "weight_hh_l0")}),
+                                             for name in ("weight_ih_l0", "weight_hh_l0")}, loose="bias_hh_l0"),
     "experts": Part(Batched, (2, 3, 4), {name: Spot((name,), "eoi", in_weight=True)
                                          for name in ("gate_up_proj", "down_proj")}),
     "tied": Part(Tied, (2, 3), {"embedding": Spot(("embedding.weight",), "io", embedding=True),
                                 "head": Spot(("head.weight",))}, 5),
     "twice": Part(Twice, (2, 4), {"first": Spot(("first.weight", "second.weight"))}),
-    "norm": Part(lambda: nn.LayerNorm(4), (2, 4), {}, can_be_full=True),
+    "norm": Part(lambda: nn.LayerNorm(4), (2, 4), {}, can_be_full=True, loose="weight"),
     "batch": Part(lambda: nn.BatchNorm1d(4), (2, 4), {}, can_be_full=True),
 }  # fmt: skip
 
@@ -157,7 +160,7 @@ class Factors:
 class Adapter:
     spots: dict[str, Factors]
     full: dict[str, dict[str, Tensor]] = field(default_factory=dict)
-    """By part that is trained in full with it, the state that the part had before."""
+    """By part or parameter that is trained in full with it, its own values."""
     trainable: bool = True
 
     @property
@@ -198,19 +201,42 @@ class Dense:
     def part_of(self, spot: str) -> str:
         return next(path for path in self.kinds if spot == path or spot.startswith(f"{path}."))
 
-    def full(self) -> dict[str, str]:
-        """By part that is trained in full, its adapter."""
-        return {path: name for name, adapter in self.adapters.items() for path in adapter.full}
+    def units(self) -> list[str]:
+        """What can be trained in full: parts and parameters."""
+        kinds = self.kinds.items()
+        loose = [f"{path}.{PARTS[kind].loose}" for path, kind in kinds if PARTS[kind].loose]
+        return [path for path, kind in kinds if PARTS[kind].can_be_full] + loose
+
+    def full(self) -> set[str]:
+        """What is trained in full."""
+        return {path for adapter in self.adapters.values() for path in adapter.full}
 
     def tensors_of(self, path: str) -> dict[str, Tensor]:
-        return {name: value for name, value in self.state.items() if name.startswith(f"{path}.")}
+        return {name: value for name, value in self.state.items() if name == path or name.startswith(f"{path}.")}
 
-    def originals(self) -> dict[str, Tensor]:
-        """The state before anything was trained in full."""
-        return self.state | {
-            name: value for adapter in self.adapters.values() for kept in adapter.full.values()
-            for name, value in kept.items()
-        }  # fmt: skip
+    def heads(self, names: Iterable[str]) -> dict[str, str]:
+        """By what is trained in full by one of these adapters, that adapter."""
+        return {path: name for name in names if name in self.adapters for path in self.adapters[name].full}
+
+    def agree(self, names: Iterable[str]) -> bool:
+        """Whether no two of these adapters train the same in full."""
+        units = [path for name in names for path in self.adapters[name].full]
+        return len(units) == len(set(units))
+
+    def with_heads(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """The state with what these adapters train in full."""
+        heads = self.heads(names).items()
+        return self.state | {key: v for path, name in heads for key, v in self.adapters[name].full[path].items()}
+
+    def keep(self, values: Mapping[str, Tensor], names: Iterable[str]) -> None:
+        """Note values of the state with what these adapters train in full."""
+        owners = {key: (name, path) for path, name in self.heads(names).items() for key in self.tensors_of(path)}
+        for key, value in values.items():
+            if key in owners:
+                name, path = owners[key]
+                self.adapters[name].full[path][key] = value
+            else:
+                self.state[key] = value
 
     def weights(self, strengths: Mapping[str, float], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The state with these adapters in the weights; DoRA rescales before others are added."""
@@ -236,12 +262,13 @@ class Dense:
         changed = self.weights({name: 1.0}, self.state)
         return {key: value - self.state[key] for key, value in changed.items()}
 
-    def flags_now(self) -> dict[str, bool]:
-        """The ``requires_grad`` of the base's own parameters."""
+    def flags_now(self, names: Iterable[str]) -> dict[str, bool]:
+        """The ``requires_grad`` of what is bound where the base's parameters were, with these adapters in force."""
         if not self.adapters:
             return dict(self.flags)
-        trained = {path for adapter in self.adapters.values() if adapter.trainable for path in adapter.full}
-        return {name: any(name.startswith(f"{path}.") for path in trained) for name in self.flags}
+        heads = [path for path, name in self.heads(names).items() if self.adapters[name].trainable]
+        trained = {name for path in heads for name in self.tensors_of(path)}
+        return {name: name in trained for name in self.flags}
 
 
 def add(weight: Tensor, at: Spot, held: Factors, strength: float = 1.0) -> Tensor:

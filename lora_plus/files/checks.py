@@ -180,7 +180,7 @@ def adapter_problems(adapter: SavedAdapter) -> Iterator[str]:
     yield from itertools.chain(*lines.values())
     yield from row_problems(adapter)
     weights = {name: layer.base.weight_name(name) for name, layer in adapter.layers.items()}
-    adapted = {outer: name for name, weight in weights.items() for outer in ("", *parents(weight))}
+    adapted = {outer: name for name, weight in weights.items() for outer in ("", weight, *parents(weight))}
     for path, tensors in adapter.trained.items():
         if path in adapted:
             yield f"{path!r} is trained in full, but {adapted[path]!r} in it has an adapter"

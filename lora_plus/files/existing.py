@@ -49,7 +49,7 @@ class Existing:
             if any(held.is_meta for held in own.tensors().values()):
                 yield f"{name!r}: the model's adapter has no values (it is on the meta device)"
         yield from (f"{place.name!r} has no adapter in the file" for place, _ in left.values())
-        trained = {path for path, _, _ in self.state.trained(self.name)}
+        trained = {head.unit.name for head in self.state.trained(self.name)}
         yield from (f"{path!r} is not trained in full in the file" for path in sorted(trained - data.trained.keys()))
         yield from (f"{path!r} is not trained in full in the model" for path in sorted(data.trained.keys() - trained))
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lora_plus.layers.base_layer import PARAMETER, BaseLayer
 from lora_plus.layers.kinds import DTYPES
 from lora_plus.model.places import PLACE_FINDERS, Place, find_places, overlaps
+from lora_plus.model.train_also import Unit
 from lora_plus.text import join, near_misses
 
 from .checks import base_problem, is_finite, shape_problems, unlike_base, unlike_dropout, value_problems, without_values
@@ -87,24 +88,26 @@ def _layer_problems(layer: SavedLayer, base: BaseLayer) -> list[str]:
     return shape_problems(layer) if wrong is None else [wrong]
 
 
-def trained_problems(data: SavedAdapter, target: ModelTarget, places: Mapping[str, Place]) -> list[str]:
-    """How modules trained in full differ from the model's own."""
-    problems: list[str] = []
+def trained_units(
+    data: SavedAdapter, target: ModelTarget, places: Mapping[str, Place], problems: list[str]
+) -> dict[str, Unit]:
+    """What is trained in full by its name in the file; how it differs from the model's own goes to the problems."""
+    units, seen = dict[str, Unit](), dict[tuple[int, str], str]()
     adapted = {id(place.owner): name for name, place in places.items()}
-    seen: dict[int, str] = {}
+    weights = {layer.base.weight_name(name): name for name, layer in data.layers.items() if data.trained}
     for name, tensors in data.trained.items():
-        if name not in target.modules:
+        unit = target.units.get(name)
+        if unit is None:
             problems += _missing_modules([name], target)
             continue
-        module = target.modules[name]
-        first = seen.setdefault(id(module), name)
+        first = seen.setdefault((id(unit.module), unit.parameter), name)
         if first != name:
             problems.append(f"{name!r} and {first!r} are one module in this model")
-        inside = [adapted[id(child)] for child in module.modules() if id(child) in adapted]
-        if inside:
-            problems.append(f"{name!r} is trained in full, but {inside[0]!r} in it has an adapter")
+        inside = next((adapted[id(child)] for child in unit.modules() if id(child) in adapted), weights.get(name))
+        if inside is not None:
+            problems.append(f"{name!r} is trained in full, but {inside!r} in it has an adapter")
             continue
-        wanted: dict[str, Any] = module.state_dict(keep_vars=True)
+        units[name], wanted = unit, unit.tensors()
         problems += [f"{join(name, part)!r} is missing" for part in wanted if part not in tensors]
         for part, tensor in tensors.items():
             reason = without_values(tensor) or (
@@ -112,7 +115,7 @@ def trained_problems(data: SavedAdapter, target: ModelTarget, places: Mapping[st
             )
             if reason is not None:
                 problems.append(f"{join(name, part)!r}: {reason}")
-    return problems
+    return units
 
 
 def _tensor_problem(tensor: Tensor, wanted: Tensor) -> str | None:

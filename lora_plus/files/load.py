@@ -17,10 +17,11 @@ from lora_plus.model.dry_run import map_tensors
 from lora_plus.model.inject import attach, check_selection, gc_paused, make_active
 from lora_plus.model.places import Place
 from lora_plus.model.state import Need, State, require
+from lora_plus.model.train_also import Head, Unit
 from lora_plus.tensors.distributed import fill
 
 from .existing import Existing
-from .fit import FITTERS, choose_places, trained_problems
+from .fit import FITTERS, choose_places, trained_units
 from .paths import PathLike, stated
 from .read import InMemory, described
 from .rename import Names, Renaming, renamed
@@ -92,27 +93,28 @@ def load_adapter(
     # by somebody else, who may go on to write into it, as we may do ourselves
     owned = isinstance(source, (SavedAdapter, tuple))
     with storage.outlined():
-        data, places, modules = storage.on_every_rank(lambda: _fitted(state, source, names, existing))
+        data, places, units = storage.on_every_rank(lambda: _fitted(state, source, names, existing))
         if existing is not None:
-            for tensor, values in storage.on_every_rank(partial(existing.values, data, places)):
-                fill(tensor, values)
+            values = storage.on_every_rank(partial(existing.values, data, places))
             if trainable or not replace:
                 set_requires_grad((module for _, module in state.modules), False)
                 make_active(state, (adapter,), trainable=trainable)
+            for tensor, new in values:
+                fill(tensor, new)
         else:
             placed = [(places[name], layer) for name, layer in data.layers.items()]
             prepared = [(place, layer.spec, _at_home(layer.tensors, place.stored(), owned)) for place, layer in placed]
-            attach(state, adapter, prepared, [modules[name] for name in data.trained], trainable=trainable)
+            attach(state, adapter, prepared, [*units.values()], trainable=trainable)
     for name, tensors in (map_tensors(data.trained, Tensor.clone) if owned else data.trained).items():
-        held = modules[name].state_dict(keep_vars=True)
+        held = Head(units[name], units[name].record(), adapter).tensors()
         storage.write((tensor, tensors[part]) for part, tensor in held.items())
     return model
 
 
 def _fitted(
     state: State, source: PathLike | InMemory, names: Names | None, existing: Existing | None
-) -> tuple[SavedAdapter, dict[str, Place], dict[str, nn.Module]]:
-    """What a source holds, where in the model each layer of it belongs, and the model's modules by their names.
+) -> tuple[SavedAdapter, dict[str, Place], dict[str, Unit]]:
+    """What a source holds, where in the model each layer of it belongs, and what of it is trained in full.
 
     ``existing`` is the adapter of the model that gets the values, if any.
     """
@@ -127,7 +129,7 @@ def _fitted(
     for fitted in FITTERS:
         data = fitted(data, target, problems)
     places = choose_places(data, target, problems)
-    problems += trained_problems(data, target, places) if data.trained else ()
+    units = trained_units(data, target, places, problems)
     if not problems and not data.layers:
         problems.append("it has no adapted layer")
     if existing is not None:
@@ -136,9 +138,9 @@ def _fitted(
         what = f"adapter {str(source)!r}" if isinstance(given, Path) else "the adapter"
         raise Problems(f"{what} cannot be loaded; the model is unchanged", problems)
     if existing is None:
-        check_selection(state, list(places.values()), [target.found[id(target.modules[name])] for name in data.trained])
+        check_selection(state, list(places.values()), [*units.values()])
     read_all([*(layer.tensors for layer in data.layers.values()), *data.trained.values()])
-    return data, places, target.modules
+    return data, places, units
 
 
 def _at_home(tensors: Mapping[str, Tensor], weight: Tensor, copy: bool) -> dict[str, Tensor]:

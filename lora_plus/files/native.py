@@ -1,14 +1,14 @@
 """The library's own format: one safetensors file that says of itself all it takes to load it or merge it.
 
 Tensors are named ``<module>.lora_A``, ``<module>.lora_B``, and ``<module>.lora_magnitude`` or whatever else the variant
-states; those of modules trained in full keep their plain names. The header's metadata has one entry, ``lora_plus``, a
-JSON document::
+states; those of modules and parameters trained in full keep their plain names. The header's metadata has one entry,
+``lora_plus``, a JSON document::
 
     {"format_version": 1, "library_version": "0.1.0",
      "r": 8, "alpha": 16, "scaling": "standard", "variant": "lora", "dropout": 0.0,
      "layers": {"blocks.0.q": {"kind": "Linear", "layout": "o i -> o i", "shape": [64, 64]},
                 "blocks.0.v": {"kind": "Linear", "layout": "o i -> o i", "shape": [64, 64], "r": 4}},
-     "train_also": {"head": ["bias", "weight"]},
+     "train_also": {"head": ["bias", "weight"], "blocks.0.q.bias": [""]},
      "metadata": {}}
 
 A layer's entry repeats a setting only where it deviates from the one on top; ``groups`` and ``max_norm`` are there for

@@ -70,7 +70,8 @@ def outline_named_by(adapter: SavedAdapter) -> Outline:
         owner, _, parameter = layer.base.weight_name(name).rpartition(".")
         held = modules.setdefault(owner, [])
         held += [] if parameter in held else [parameter]
-    for name in [*modules, *adapter.trained]:
+    trained = [name.rpartition(".")[0] if "" in tensors else name for name, tensors in adapter.trained.items()]
+    for name in [*modules, *trained]:
         for outer in (name, *parents(name), ""):
             modules.setdefault(outer, [])
     inside = {name: modules[name] for name in sorted(modules)}

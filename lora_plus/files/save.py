@@ -16,6 +16,7 @@ from lora_plus.layers.adapter import Adapter
 from lora_plus.model.inject import gc_paused
 from lora_plus.model.places import Place, adapted_places
 from lora_plus.model.state import Need, State, require
+from lora_plus.model.train_also import units_in
 from lora_plus.model.tree import is_spare_replica
 from lora_plus.model.unsaved import check_saved
 from lora_plus.text import join
@@ -169,21 +170,15 @@ def describe(state: State, adapter: str, metadata: Mapping[str, str] | None = No
 
 
 def _held(state: State, adapter: str) -> tuple[list[tuple[Place, Adapter]], dict[str, dict[str, Tensor]]]:
-    """Where an adapter is, and the tensors of the modules trained in full with it, of those inside of others once."""
-    found = list(state.trained(adapter))
-    inside = {id(child) for _, module, _ in found for child in module.modules() if child is not module}
-    trained = {
-        path: state.storage.read(module.state_dict(keep_vars=True))
-        for path, module, _ in found
-        if id(module) not in inside
-    }
+    """Where an adapter is, and the tensors of what is trained in full with it."""
+    trained = {head.unit.name: state.storage.read(head.tensors()) for head in state.trained(adapter)}
     return list(adapted_places(state.modules, adapter)), trained
 
 
 def values_not_finite(data: SavedAdapter, state: State) -> list[str]:
     """The tensors of a model's adapter, and the parameters trained with it, that have values that are not finite."""
     tensors = {join(name, part): each for name, layer in data.layers.items() for part, each in layer.tensors.items()}
-    for name, module, _ in state.trained() if data.trained else ():
-        parameters = dict(module.named_parameters())
-        tensors |= {join(name, part): each for part, each in data.trained.get(name, {}).items() if part in parameters}
+    for unit, record in units_in(state) if data.trained else ():
+        kept, own = data.trained.get(unit.name, {}), record.held[None]
+        tensors |= {join(unit.name, part): kept[part] for part in kept if isinstance(own[part], nn.Parameter)}
     return list(not_finite(tensors).values())

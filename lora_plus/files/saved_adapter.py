@@ -37,7 +37,8 @@ class SavedAdapter:
 
     layers: dict[str, SavedLayer]
     trained: dict[str, dict[str, Tensor]]
-    """Modules trained in full, each with its tensors by their name inside the module."""
+    """Modules trained in full, each with its tensors by their names inside the module; parameters trained in full by
+    their full names, each with one tensor, whose name is empty."""
     metadata: dict[str, str] = field(default_factory=dict)
     """What the user wrote beside it."""
     format: str = ""

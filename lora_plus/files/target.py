@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from lora_plus.layers.base_layer import BaseLayer
 from lora_plus.layers.kinds import DTYPES
 from lora_plus.model.places import PLACE_FINDERS, NamedModule, Place, find_modules, find_places
+from lora_plus.model.train_also import Unit, find_units
 from lora_plus.model.tree import Named
 from lora_plus.text import join
 
@@ -84,6 +85,11 @@ class ModelTarget(Target):
 
     def names(self) -> Collection[str]:
         return self.modules
+
+    @functools.cached_property
+    def units(self) -> dict[str, Unit]:
+        """What can be trained in full, modules and parameters, by all their names."""
+        return {name: unit for unit in reversed(find_units(self.found)) for name in unit.names}
 
     def base(self, name: str) -> BaseLayer | None:
         if name not in self.bases:

@@ -12,16 +12,17 @@ from torch import nn
 
 from lora_plus.errors import Problems, check_number
 from lora_plus.layers.class_swap import SwappedModule
-from lora_plus.layers.freezing import restore_requires_grad, set_requires_grad
+from lora_plus.layers.freezing import restore_requires_grad
 from lora_plus.layers.fused_kernels import resume_nesting
 from lora_plus.tensors.init import Init, InitName, Start
 from lora_plus.tensors.random_state import draws
 from lora_plus.tensors.variant import VARIANTS, Scaling, VariantName
 
+from .heads import originals
 from .inject import attach, gc_paused, make_active
 from .places import adapted_places
-from .state import Need, require
-from .train_also import originals, restore_trained
+from .state import EXCHANGE, Need, require
+from .train_also import drop_heads, units_in
 from .tree import adapted_weights, adapters_of
 
 M = TypeVar("M", bound=nn.Module)
@@ -42,7 +43,8 @@ def set_adapter(
 ) -> None:
     """Let just these adapters, one or several, take part in the forward.
 
-    Modules trained in full (``train_also``) keep their values, whichever adapter they belong to.
+    What adapters train in full (``train_also``) belongs to them as A and B do: it has the values of the adapter that is
+    chosen here, or its own where none of these trains it.
 
     Args:
         model: a model with adapters.
@@ -55,8 +57,9 @@ def set_adapter(
     Raises:
         KeyError: if the model holds no adapter of such a name.
         TypeError: if a factor is not a number.
-        ValueError: if the model is merged, two of them on one layer have no agreed sum (DoRA), or a factor is not
-            finite, or not 1 for a variant that rescales the weight (DoRA). The model is then as it was.
+        ValueError: if the model is merged, two of them on one layer have no agreed sum (DoRA) or train the same in
+            full, or a factor is not finite, or not 1 for a variant that rescales the weight (DoRA); if the model is
+            sharded or wrapped, and what is trained in full would be exchanged. The model is then as it was.
     """
     names = (adapters,) if isinstance(adapters, str) else tuple(dict.fromkeys(adapters))
     strengths = adapters if isinstance(adapters, Mapping) else dict.fromkeys(names, 1.0)
@@ -94,8 +97,8 @@ def add_adapter(
     """Add another adapter on the same layers and with the same settings as one that the model has.
 
     Its tensors are drawn anew. As after `inject_lora`, it is the active and trainable one, and the others are frozen.
-    It has no modules trained in full (``train_also``). It has the other one's alpha, and with it a ratio that
-    `fold_lr_ratio` has moved there.
+    It trains nothing in full (``train_also``): for a head of its own use `inject_lora`. It has the other one's alpha,
+    and with it a ratio that `fold_lr_ratio` has moved there.
 
     Examples:
         >>> from lora_plus import inject_lora
@@ -158,8 +161,9 @@ def rename_adapter(model: nn.Module, old: str, new: str) -> None:
     state = require(model, "renaming an adapter", Need.UNSHARDED | Need.ENABLED, adapters=[old], new=new)
     for _, weight in state.weights:
         weight.rename_everywhere(old, new)
-    for _, _, record in state.trained(old):
-        record.adapter = new
+    for _, record, _ in state.trained(old):
+        record.held = {new if name == old else name: tensors for name, tensors in record.held.items()}
+        record.shown, record.home = (new if name == old else name for name in (record.shown, record.home))
 
 
 def delete_adapter(model: nn.Module, adapter: str) -> None:
@@ -173,9 +177,10 @@ def delete_adapter(model: nn.Module, adapter: str) -> None:
     """
     needs = Need.CHANGEABLE | Need.RESTORABLE | Need.EXCHANGEABLE
     state = require(model, "deleting an adapter", needs, adapters=[adapter])
-    for _, module, _ in state.trained(adapter):
-        restore_trained(module, state.storage)
-        set_requires_grad(module.modules(), False)
+    heads = list(state.trained(adapter))
+    left = {name for _, weight in state.weights for name in weight.active_names()} - {adapter}
+    EXCHANGE[-1](state, left, heads)
+    drop_heads(state, heads, state.storage)
     modules = [module for _, module in state.modules]
     for module in modules:
         if isinstance(module, SwappedModule):
@@ -201,7 +206,7 @@ def disabled(model: M) -> Iterator[M]:
     for weight in weights:
         weight.disable()
     try:
-        with originals([(module, record) for _, module, record in state.trained()]):
+        with originals(units_in(state)):
             yield model
     finally:
         for weight in weights:

@@ -23,10 +23,10 @@ from lora_plus.tensors.variant import AdapterSpec, Scaling, VariantName
 from lora_plus.text import parents
 
 from .patterns import Pattern
-from .places import TIES, NamedModule, Place
+from .places import TIES, Place
 from .selection import Selection
-from .state import Need, State, require
-from .train_also import mark_trained, record_of, restore_trained
+from .state import EXCHANGE, Need, State, require
+from .train_also import Unit, drop_heads, mark_trained, train_heads
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -101,7 +101,8 @@ def inject_lora(
             ``"milora"``, ``"olora"`` (both from the weight, and taken out of the update again), or a function
             ``(weight, r, generator) -> (A, B)``.
         variant: ``"lora"``, ``"lora_fa"`` (A frozen at its start; plain LoRA in files of other formats) or ``"dora"``.
-        train_also: patterns of modules to train in full and save with the adapter, such as a new head.
+        train_also: patterns of modules to train in full and save with the adapter, such as a new head. Where one
+            matches no module, of parameters, such as ``"q.bias"``. Each adapter has its own values of them.
         train_rows: ``{pattern: ids}``: rows of embeddings and heads to train and save with the adapter, such as those
             of new tokens, ``{"embed_tokens": [32000, 32001]}``. A tied head has them, too. ``targets`` can be empty.
         fused: ``{"c_attn": ["q", "k", "v"]}`` for layers that compute several projections together, or
@@ -135,7 +136,7 @@ def inject_lora(
         places = entry_of("tied", tied, TIES)(selection, state.names)
         check_selection(state, [place for place, _ in places], selection.train_also)
         prepared = [(place, own, place.new_tensors(state.storage, own, start)) for place, own in places]
-        attach(state, adapter, prepared, [found.module for found in selection.train_also])
+        attach(state, adapter, prepared, selection.train_also)
     return model
 
 
@@ -150,8 +151,9 @@ def remove_lora(model: M) -> M:
     """
     needs = Need.ENABLED | Need.RESTORABLE | Need.EXCHANGEABLE | Need.HIDEABLE
     state = require(model, "removing adapters", needs)
-    for _, module, _ in state.trained():
-        restore_trained(module, state.storage)
+    heads = list(state.trained())
+    EXCHANGE[-1](state, (), heads)
+    drop_heads(state, heads, state.storage)
     for _, weight in state.weights:
         if weight.lora_merge is not None:
             weight.unmerge()
@@ -173,7 +175,7 @@ def attach(
     state: State,
     adapter: str,
     prepared: Sequence[tuple[Place, AdapterSpec, dict[str, Tensor]]],
-    train_also: Sequence[nn.Module] = (),
+    train_also: Sequence[Unit] = (),
     *,
     trainable: bool = True,
 ) -> None:
@@ -181,11 +183,12 @@ def attach(
     for place, _, _ in prepared:
         place.check_adoptable()
     modules = [module for _, module in state.modules]
-    for module in train_also:
-        mark_trained(module, adapter, state.storage)
+    for unit in train_also:
+        mark_trained(unit, adapter, state.storage)
     set_requires_grad(modules, False)
-    for module in train_also:
-        set_requires_grad(module.modules(), trainable)
+    train_heads(state, state.trained(), False)
+    EXCHANGE[-1](state, (adapter,), ())
+    train_heads(state, state.trained(adapter), trainable)
     for _, weight in state.weights:
         for site in weight.adapter_sites():
             site.freeze_adapters()
@@ -203,17 +206,18 @@ def make_active(
     state: State, names: Sequence[str], strengths: Mapping[str, float] | None = None, *, trainable: bool | None = None
 ) -> None:
     """Let just these adapters take part, as `set_adapter` does once all is checked."""
+    EXCHANGE[-1](state, names, ())
     for _, weight in state.weights:
         weight.activate(names, strengths)
     if trainable is not None:
         for _, adapter, _ in state.adapters():
             adapter.set_trainable(trainable and adapter.name in names)
-        for _, module, record in state.trained():
-            set_requires_grad(module.modules(), trainable and record.adapter in names)
+        train_heads(state, state.trained(), False)
+        train_heads(state, (head for head in state.trained() if trainable and head.adapter in names), True)
 
 
-def check_selection(state: State, places: Sequence[Place], train_also: Sequence[NamedModule]) -> None:
-    """Raise if a layer is inside a module that another adapter trains in full, or a module cannot be so trained.
+def check_selection(state: State, places: Sequence[Place], train_also: Sequence[Unit]) -> None:
+    """Raise if a layer is inside of what another adapter trains in full, or something cannot be so trained.
 
     So, too, where weights have values only while a forward runs that would not bring in the adapted ones.
     """
@@ -229,21 +233,25 @@ def check_selection(state: State, places: Sequence[Place], train_also: Sequence[
                 f"the weight of {place.name!r} is offloaded: it has values only while {max(around, key=len)!r} runs, "
                 "which does not know of adapters inside; exclude it, or load the model without offloading it"
             )
-    for name, module, record in state.trained():
-        inside = {id(child) for child in module.modules()}
-        for place in places:
-            if id(place.owner) in inside:
-                raise ValueError(
-                    f"{place.name!r} cannot be adapted: {name!r} is trained in full with the adapter {record.adapter!r}"
-                )
-    for found in train_also:
-        for record in filter(None, map(record_of, found.module.modules())):
-            raise ValueError(f"{found.name!r} is already trained in full with the adapter {record.adapter!r}")
-        if not any(parameter.is_floating_point() for parameter in found.module.parameters()):
-            raise ValueError(f"train_also: {found.name!r} ({type(found.module).__name__}) has no parameter to train")
-        if any(why_no_numbers(getattr(child, "weight", None)) for child in found.module.modules()):
-            raise ValueError(f"train_also: {found.name!r} has a quantized weight, which cannot be trained")
-        if not all(isinstance(value, Tensor) for value in found.module.state_dict(keep_vars=True).values()):
-            raise ValueError(f"train_also: {found.name!r} has state that is not a tensor and could not be restored")
-        if any(isinstance(child, AdaptedWeight) for child in found.module.modules()):
-            raise ValueError(f"train_also: {found.name!r} contains an adapted layer")
+    trained = {id(it): head for head in state.trained() for it in (*head.unit.modules(), *head.unit.tensors().values())}
+    for place in places if trained else ():
+        for head in filter(None, map(trained.get, (id(place.owner), id(place.stored())))):
+            with_it = f"{head.unit.name!r} is trained in full with the adapter {head.adapter!r}"
+            raise ValueError(f"{place.name!r} cannot be adapted: {with_it}")
+    weights = {id(weight.own_weight()) for _, weight in state.weights if train_also}
+    weights |= {id(place.stored()) for place in places if train_also}
+    for unit in train_also:
+        bound, modules = unit.tensors().values(), unit.modules()
+        if not all(isinstance(value, Tensor) for value in bound):
+            raise ValueError(f"train_also: {unit.name!r} has state that is not a tensor and could not be restored")
+        for head in (trained[id(tensor)] for tensor in bound if id(tensor) in trained and unit.record() is None):
+            raise ValueError(
+                f"train_also: {unit.name!r} has a tensor of {head.unit.name!r}, which the adapter {head.adapter!r} "
+                "trains in full; name the same for both adapters"
+            )
+        if not any(isinstance(value, nn.Parameter) and value.is_floating_point() for value in bound):
+            raise ValueError(f"train_also: {unit.name!r} ({type(unit.module).__name__}) has no parameter to train")
+        if any(map(why_no_numbers, [getattr(child, "weight", None) for child in modules] or bound)):
+            raise ValueError(f"train_also: {unit.name!r} has a quantized weight, which cannot be trained")
+        if any(isinstance(child, AdaptedWeight) for child in modules) or (unit.parameter and id(*bound) in weights):
+            raise ValueError(f"train_also: {unit.name!r} is an adapted weight, or contains an adapted layer")

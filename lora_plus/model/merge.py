@@ -22,8 +22,8 @@ from lora_plus.text import counted, join, median_and_worst, printable
 
 from .dry_run import left_as_it_was
 from .inject import gc_paused, make_plain
-from .state import Need, State, require
-from .train_also import unmark_trained
+from .state import EXCHANGE, Need, State, require
+from .train_also import units_in, unmark_trained
 from .tree import adapted_weights, own_parameters, owner_path
 
 M = TypeVar("M", bound=nn.Module)
@@ -89,6 +89,7 @@ def unmerge_lora(model: nn.Module) -> None:
     bound = [weight for _, weight in state.weights if weight.lora_merge is not None]
     if not bound:
         raise ValueError("the model is not merged")
+    EXCHANGE[-1](state, (name for _, weight in state.weights for name in weight.active_names()), ())
     for weight in bound:
         weight.unmerge()
 
@@ -126,8 +127,7 @@ def merge_and_unload(model: M, *, adapters: Sequence[str] | None = None, dequant
     state = _mergeable(model, adapters, Need.RESTORABLE)
     if not _is_merged(state, adapters):
         _merge(state, adapters, dequantize=dequantize)
-    for _, module, _ in state.trained():
-        unmark_trained(module)
+    unmark_trained([unit for unit, _ in units_in(state)])
     make_plain(state)
     return model
 
@@ -185,6 +185,7 @@ def _merge(state: State, adapters: Sequence[str] | None, *, dequantize: bool = F
             "so a checkpoint of the merged model must be loaded into a model where the two are not tied",
             stacklevel=5,  # past the two decorators and the verb
         )
+    EXCHANGE[-1](state, (name for _, _, merge in merges for name in merge.adapters), ())
     for _, weight, merge in merges:
         weight.bind_merged(merge)
     return report

@@ -24,6 +24,7 @@ from lora_plus.tensors.matrix import accumulation_dtype
 from lora_plus.tensors.variant import only_adds
 
 from .state import Need, require
+from .train_also import units_in
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -34,8 +35,8 @@ def adapter_per_sample(model: M, adapters: Sequence[str | None]) -> Iterator[M]:
 
     A sample is index i of the first dimension of each adapted layer's input and output. It gets what it would get
     alone with its adapter chosen by `set_adapter`, with gradients for the adapters that have ``requires_grad``; where
-    its name is None, or a layer lacks the adapter, what the base computes, bit for bit. Modules trained in full with
-    another adapter keep their values. Adapters may differ in everything, rank and variant too.
+    its name is None, or a layer lacks the adapter, what the base computes, bit for bit. A batch has one of each module
+    that adapters train in full, that of the active adapter. Adapters may differ in everything, rank and variant too.
 
     In activation checkpointing layers are computed again in the backward pass, so that has to be inside the block.
     What engines write through ``.data`` counts from the next forward with gradients or the next block on.
@@ -67,12 +68,18 @@ def adapter_per_sample(model: M, adapters: Sequence[str | None]) -> Iterator[M]:
     chosen = [name for name in dict.fromkeys(names) if name is not None]
     needs = Need.ADAPTED | Need.UNDISABLED | Need.UNMERGED
     state = require(model, "choosing an adapter for each sample", needs, adapters=chosen)
-    for path, _, record in state.trained():
-        if record.adapter in chosen:
-            raise ValueError(
-                f"{path!r} is trained in full with the adapter {record.adapter!r}, and a batch has only one {path!r}; "
-                "run the samples of each adapter on their own, with set_adapter"
-            )
+    for unit, record in units_in(state):
+        needed = dict.fromkeys(name if name in record.held else None for name in names)
+        if len(needed) == 1 and record.shown in needed:
+            continue
+        adapter = next(filter(None, (*needed, record.shown)))
+        instead = "run the samples of each adapter on their own, with set_adapter"
+        if len(needed) == 1:
+            instead = f"choose one of the batch before, with set_adapter: {record.shown!r} is active"
+        raise ValueError(
+            f"{unit.name!r} is trained in full with the adapter {adapter!r}, and a batch has only one {unit.name!r}; "
+            f"{instead}"
+        )
     made: list[SampleAdapters] = []
     groupings = {}
     for path, weight in state.weights:

@@ -28,10 +28,11 @@ Rows = tuple[int, int]
 
 
 class NamedModule(NamedTuple):
-    """One module object of a model, under all the names it has there."""
+    """One module object of a model, or a parameter of its own, under all the names it has there."""
 
     module: nn.Module
     names: list[str]
+    parameter: str = ""
 
     @property
     def name(self) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -20,6 +21,7 @@ from lora_plus.text import join, near_misses, some
 
 from .patterns import NameIndex, Pattern, as_patterns, matcher, shown
 from .places import PLACE_FINDERS, NamedModule, Place, Rows, find_modules, find_places, overlaps
+from .train_also import Unit, find_units
 from .tree import Named
 
 ALL_LINEAR = "all-linear"
@@ -39,8 +41,8 @@ class Selection:
 
     places: list[tuple[Place, AdapterSpec]]
     """The places to adapt, with their settings."""
-    train_also: list[NamedModule]
-    """The modules to train in full."""
+    train_also: list[Unit]
+    """What is to be trained in full."""
 
     def __init__(
         self,
@@ -67,9 +69,8 @@ class Selection:
         self._found = find_modules(named)
         self._modules = NameIndex([*self._found.values()])
         self._places = NameIndex(find_places(self._found, self._fused(blocks) if blocks else {}))
-        trained = (each for pattern in as_patterns(train_also) for each in self._modules_of("train_also", pattern))
-        self.train_also = list({id(each.module): each for each in trained}.values())
-        self.inside_trained = {id(module) for each in self.train_also for module in each.module.modules()}
+        self.train_also = self._units(as_patterns(train_also))
+        self.inside_trained = {id(it) for unit in self.train_also for it in unit.modules() or unit.tensors().values()}
         rows = PLACE_FINDERS[-1].rows(named, train_rows, self._modules_of, self.inside_trained, self._problems)
         self.inside_trained |= {id(layer) for place, _ in rows for _, layer in place.readers}
         self._excluded = {place.key for pattern in as_patterns(exclude) for place in self._matching("exclude", pattern)}
@@ -82,7 +83,7 @@ class Selection:
         places = [*(place for place in self._places.things if place.key in chosen), *loose]
         self._problems += overlaps(places)
         for place in places:
-            if id(place.owner) in self.inside_trained:
+            if self.is_trained(place):
                 what = "is both a target and trained by train_also or train_rows; add it to exclude"
                 self._problems.append(f"{place.name!r} {what}")
             if (reason := place.misfits(spec)) is not None:
@@ -153,11 +154,11 @@ class Selection:
         return kept
 
     def _all_linear(self) -> list[Place]:
-        found = [module for module, _ in self._found.values() if isinstance(module, nn.Embedding)]
+        found = [module for module, *_ in self._found.values() if isinstance(module, nn.Embedding)]
         embeddings = {id(module.weight) for module in found}
         kept = []
         for place in self._places.things:
-            if not place.linear or self.is_excluded(place) or id(place.owner) in self.inside_trained:
+            if not place.linear or self.is_excluded(place) or self.is_trained(place):
                 continue
             if embeddings and place.called and id(place.stored()) in embeddings:
                 continue
@@ -173,6 +174,20 @@ class Selection:
     def is_excluded(self, place: Place) -> bool:
         # a layer goes with its own parameters and blocks
         return place.key in self._excluded or id(place.owner) in self._excluded
+
+    def is_trained(self, place: Place) -> bool:
+        """Whether its weight is trained in full."""
+        return bool(self.inside_trained and self.inside_trained & {id(place.owner), id(place.stored())})
+
+    def _units(self, patterns: Sequence[Pattern]) -> list[Unit]:
+        """The modules that patterns match, or else the parameters; nothing that is inside of another one of these."""
+        units, index = dict[tuple[int, str], Unit](), functools.cache(lambda: NameIndex(find_units(self._found)))
+        for pattern in patterns:
+            hits: list[Any] = self._modules.matching(pattern) or index().matching(pattern)
+            hits = hits or self._nothing("train_also", pattern, "module or parameter", index())
+            units |= {(id(hit.module), hit.parameter): Unit(*hit) for hit in hits}
+        inside = Counter(id(child) for unit in units.values() for child in unit.modules())
+        return [unit for unit in units.values() if inside[id(unit.module)] == (not unit.parameter)]
 
     # ---- settings by pattern -----------------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ from lora_plus.layers.adapter import check_adapter_name
 from lora_plus.layers.class_swap import SwappedModule
 
 from .storage import storage_of
-from .train_also import Trained, record_of
+from .train_also import Head, units_in
 from .tree import Tree
 
 
@@ -23,12 +23,10 @@ class State(Tree):
         super().__init__(model)
         self.storage = storage_of(self)
 
-    def trained(self, adapter: str | None = None) -> Iterator[tuple[str, nn.Module, Trained]]:
-        """``(name, module, record)`` for the modules trained in full, with one adapter or with any."""
-        for name, module in self.modules:
-            record = record_of(module)
-            if record is not None and adapter in (None, record.adapter):
-                yield name, module, record
+    def trained(self, adapter: str | None = None) -> Iterator[Head]:
+        """What is trained in full, with one adapter or with any; what several train comes once for each."""
+        for unit, record in units_in(self):
+            yield from (Head(unit, record, name) for name in record.held if name and adapter in (None, name))
 
 
 class Need(Flag):
@@ -130,13 +128,13 @@ NEEDS: dict[Need, tuple[str, Callable[[State], Iterable[str]]]] = {
         for path, weight in state.weights if weight.lora_merge is not None
     )),
     Need.EXCHANGEABLE: ("the original values of modules trained in full", lambda state: (
-        f"{name!r} is trained in full and sharded by {state.storage.engine}; save the adapter and load it into the "
-        "plain model"
-        for name, _, _ in state.trained() if state.storage.flat
+        f"{unit.name!r} is trained in full and sharded by {state.storage.engine}; save the adapter and load it into "
+        "the plain model"
+        for unit, _, _ in state.trained() if state.storage.flat
     )),
     Need.TRAINED: ("the values of modules trained in full", lambda state: (
-        f"{name!r} shows its original values; leave the disabled(model) block first"
-        for name, _, record in state.trained() if record.aside is not None
+        f"{unit.name!r} shows its original values; leave the disabled(model) block first"
+        for unit, record, _ in state.trained() if record.aside
     )),
     Need.HIDEABLE: ("the base's own weights", lambda state: (
         fault for _, weight in state.weights if (fault := weight.why_unmergeable())
@@ -151,3 +149,7 @@ NEEDS: dict[Need, tuple[str, Callable[[State], Iterable[str]]]] = {
 
 
 _OF_ENGINES = Need.UNSHARDED | Need.WHOLE | Need.UNCOPIED
+
+EXCHANGE: list[Callable[[State, Iterable[str], Sequence[Head]], None]] = [lambda state, adapters, dropped: None]
+"""The last one is called before other adapters take part, with their names: it binds what they train in full, and the
+original of all else, or raises. What is about to be dropped shall have the base's own tensors bound."""

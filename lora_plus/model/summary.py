@@ -43,7 +43,7 @@ class Summary:
 
     rows: list[SummaryRow]
     trained: list[tuple[str, str, int]]
-    """Modules trained in full: name, adapter, number of parameters."""
+    """What is trained in full: name, adapter, number of parameters."""
     trainable: int
     """Trainable parameters of the whole model, each counted once."""
     total: int
@@ -94,8 +94,8 @@ def lora_summary(model: nn.Module) -> Summary:
         note = "; ".join(note for note, holds in notes.items() if holds)
         rows.append(SummaryRow(path, what, adapter.name, spec.r, spec.alpha, spec.scale, size, note))
     trained = [
-        (path, record.adapter, sum(math.prod(shape(p)) for p in module.parameters()))
-        for path, module, record in state.trained()
+        (head.unit.name, str(head.adapter), sum(math.prod(shape(p)) for p in dict.fromkeys(head.parameters())))
+        for head in state.trained()
     ]
     parameters = {id(parameter): parameter for parameter in state.parameters()}.values()
     trainable = sum(math.prod(shape(p)) for p in parameters if p.requires_grad)

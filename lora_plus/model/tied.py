@@ -252,7 +252,7 @@ def _unfit(
     for follower in tied.followers:
         if selection.is_excluded(follower):
             yield f"{place.name!r} is tied to {follower.name!r}, which exclude takes out; use tied='named'"
-        if id(follower.owner) in selection.inside_trained:
+        if selection.is_trained(follower):
             yield f"{place.name!r} is tied to {follower.name!r}, which train_also trains; use tied='named'"
 
 

@@ -1,118 +1,135 @@
-"""Modules trained in full together with an adapter (``train_also``): which they are, and what they were before."""
+"""Modules and parameters trained in full together with an adapter (``train_also``): which they are, and what they were.
+
+Each adapter has its own tensors of what it trains in full. The first one has the base's; those of a further one, and
+the original ones, are bound in the model when it is their turn (`heads.py`).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from lora_plus.tensors.distributed import fill, is_dtensor
+from lora_plus.layers.freezing import set_requires_grad
+from lora_plus.text import join
 
+from .places import NamedModule
 from .storage import Storage
+from .tree import Tree, own_parameters
+
+
+class Unit(NamedModule):
+    """What can be trained in full: a module, or one of its own parameters."""
+
+    def modules(self) -> list[nn.Module]:
+        """The modules that are trained in full; none where it is a parameter."""
+        return [] if self.parameter else list(self.module.modules())
+
+    def tensors(self) -> dict[str, Any]:
+        """The state that is bound now, by its names inside the module; that of a parameter is empty."""
+        if self.parameter:
+            return {"": dict(own_parameters(self.module))[self.parameter]}
+        return self.module.state_dict(keep_vars=True)
+
+    def record(self) -> Any:
+        """The `Trained` that is noted of it; None if no adapter trains it."""
+        return self.module.__dict__.get(_MARK, {}).get(self.parameter)
+
+
+def find_units(found: Mapping[int, NamedModule]) -> list[Unit]:
+    """All that can be trained in full: modules, and then their parameters."""
+    modules = [Unit(*each) for each in found.values()]
+    own = [(unit, name) for unit in modules for name, _ in own_parameters(unit.module)]
+    return modules + [Unit(unit.module, [join(each, name) for each in unit.names], name) for unit, name in own]
 
 
 @dataclass
 class Trained:
     """Kept on the module object itself, so that it goes where the module goes."""
 
-    adapter: str
-    """The adapter that the module is trained and saved with."""
-    original: dict[str, Tensor]
-    """The module's own state before: what removing the adapter brings back."""
-    aside: list[tuple[Tensor, Tensor]] | None = None
-    """While the module shows its original state: its tensors, and the trained values that they get back."""
-    spares: dict[str, Tensor] = field(default_factory=dict)
-    """Copies of the original state that were shown before and not changed: copying a large head takes as long as it."""
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "spares": {}}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        for tensor, held in self.aside or ():  # the block that shows the original state is not a copy's
-            show_again(tensor, held)
-        self.aside = None
+    shown: str | None
+    """The adapter whose tensors are bound; None for the original ones."""
+    home: str | None
+    """The adapter that has the base's own tensors; None where these are the original ones again."""
+    held: dict[str | None, dict[str, Tensor]]
+    """By adapter its tensors, and by None the original ones; the entry of those that are bound does not count."""
+    aside: Any = None
+    """While the bound tensors show the original values: what gives them back their own."""
 
 
 _MARK = "_lora_trained"
+"""On a module: a `Trained` by the name of the module's parameter, or by an empty name for the whole module."""
 
 
-def record_of(module: nn.Module) -> Trained | None:
-    """What is noted of a module that is trained in full; None for any other module."""
-    return module.__dict__.get(_MARK)
+class Head(NamedTuple):
+    """What one adapter trains in full of a unit; without an adapter, what the unit was before."""
+
+    unit: Unit
+    record: Trained
+    adapter: str | None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Its tensors, bound or not."""
+        return self.unit.tensors() if self.record.shown == self.adapter else self.record.held[self.adapter]
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Those of its tensors that can be trained."""
+        whole = self.record.shown == self.adapter and not self.unit.parameter  # the state of a sharded one has others
+        tensors = self.unit.module.parameters() if whole else self.tensors().values()
+        return [each for each in tensors if isinstance(each, nn.Parameter) and each.is_floating_point()]
 
 
-def mark_trained(module: nn.Module, adapter: str, storage: Storage) -> None:
-    """Note that a module is trained in full with this adapter, and keep a copy of its state."""
-    tensors = module.state_dict(keep_vars=True)
-    with storage.gathered(tensors.values()):
-        original = {name: tensor.detach().clone() for name, tensor in tensors.items()}
-    module.__dict__[_MARK] = Trained(adapter, original)
+def units_in(tree: Tree) -> Iterator[tuple[Unit, Trained]]:
+    """What is trained in full in a model, with what is noted of it."""
+    for name, module in tree.modules:
+        for parameter, record in module.__dict__.get(_MARK, {}).items():
+            yield Unit(module, [join(name, parameter)], parameter), record
 
 
-def unmark_trained(module: nn.Module) -> Trained:
-    """Forget that a module was trained in full; returns what was noted of it."""
-    record: Trained = module.__dict__.pop(_MARK)
-    return record
+def mark_trained(unit: Unit, adapter: str, storage: Storage) -> None:
+    """Note that an adapter trains something in full, from the original values on."""
+    record = unit.record()
+    tensors = unit.tensors() if record is None else Head(unit, record, None).tensors()
+    with storage.gathered(tensors.values()), torch.inference_mode(False):  # one made there could have no gradient
+        copies: dict[str, Tensor] = {name: tensor.detach().clone() for name, tensor in tensors.items()}
+    for name in copies:
+        if isinstance(tensors[name], nn.Parameter):
+            copies[name] = nn.Parameter(copies[name], requires_grad=False)
+    if record is None:
+        record = Trained(adapter, adapter, {None: copies})
+        unit.module.__dict__.setdefault(_MARK, {})[unit.parameter] = record
+    record.held[adapter] = copies
 
 
-def restore_trained(module: nn.Module, storage: Storage) -> None:
-    """Bring back the original state of a module that was trained in full, bit for bit, and forget that it was."""
-    original = unmark_trained(module).original
-    storage.write((tensor, original[name]) for name, tensor in module.state_dict(keep_vars=True).items())
+def unmark_trained(units: Iterable[Unit]) -> None:
+    """Forget that these are trained in full."""
+    for unit in units:
+        del unit.module.__dict__[_MARK][unit.parameter]
+        if not unit.module.__dict__[_MARK]:
+            del unit.module.__dict__[_MARK]
 
 
-@contextmanager
-def originals(trained: Iterable[tuple[nn.Module, Trained]]) -> Iterator[None]:
-    """The original state of these modules trained in full for the length of a ``with`` block."""
-    records = [(module, record) for module, record in trained if record.aside is None]
-    # by tensor: one that has several names, or several owners, is exchanged once
-    held: dict[int, tuple[Tensor, Tensor]] = {}
-    shown: list[tuple[Trained, str, Tensor, Tensor, int]] = []
-    try:
-        for module, record in records:
-            tensors = module.state_dict(keep_vars=True)
-            for name, tensor in tensors.items():
-                if id(tensor) not in held:
-                    held[id(tensor)] = tensor, show_copy(tensor, record.original[name], record.spares.pop(name, None))
-                    if not (is_dtensor(tensor) or tensor.is_inference()):
-                        shown.append((record, name, tensor, tensor.data, tensor._version))
-            record.aside = [held[id(tensor)] for tensor in tensors.values()]
-        yield
-    finally:
-        for record, name, tensor, copy, version in shown:
-            if (tensor._version, tensor.data_ptr()) == (version, copy.data_ptr()):
-                record.spares[name] = copy
-        for tensor, values in held.values():
-            show_again(tensor, values)
-        for _, record in records:
-            record.aside = None
+def train_heads(tree: Tree, heads: Iterable[Head], wanted: bool) -> None:
+    """Set ``requires_grad`` of what is trained in full."""
+    parameters = {id(parameter): parameter for head in heads for parameter in head.parameters()}
+    set_requires_grad((module for _, module in tree.modules if parameters), wanted, parameters)
+    for parameter in parameters.values():  # those that are not bound
+        parameter.requires_grad_(wanted)
 
 
-def show_copy(tensor: Tensor, values: Tensor, spare: Tensor | None = None) -> Tensor:
-    """Let a tensor, which may be a DTensor, show a copy of whole values; returns those that `show_again` needs.
-
-    ``spare`` is such a copy from before, which is taken where it has the tensor's dtype and device.
-    """
-    if not is_dtensor(tensor):
-        held = tensor.data
-        if spare is None or (spare.device, spare.dtype) != (tensor.device, tensor.dtype):
-            spare = values.to(tensor.device, tensor.dtype, copy=True)  # statistics or an optimizer may change it
-        tensor.data = spare
-        return held
-    held = tensor.detach().clone()  # engines read the memory that a shard had at first
-    fill(tensor, values)
-    return held
-
-
-@torch.no_grad()
-def show_again(tensor: Tensor, held: Tensor) -> None:
-    """Undo `show_copy`."""
-    if is_dtensor(tensor):
-        tensor.copy_(held)
-    else:
-        tensor.data = held
+def drop_heads(tree: Tree, heads: Iterable[Head], storage: Storage) -> None:
+    """Forget what adapters train in full; the base's own tensors have their original values again, bit for bit."""
+    for head in heads:
+        unit, record, adapter = head
+        if record.home == adapter:
+            own, original = head.tensors(), Head(unit, record, None).tensors()
+            storage.write((tensor, original[name]) for name, tensor in own.items())
+            record.held[None], record.home = own, None
+            record.shown = None if record.shown == adapter else record.shown
+            train_heads(tree, [Head(unit, record, None)], False)
+        del record.held[adapter]
+        if not record.held.keys() - {None}:
+            unmark_trained([unit])

@@ -11,7 +11,6 @@ from lora_plus.errors import Problems, warn_user
 from lora_plus.text import join, some
 
 from .state import State
-from .train_also import record_of
 from .tree import own_parameters
 
 
@@ -56,14 +55,12 @@ class Unsaved:
 
 def unsaved(state: State, others: Collection[int] = ()) -> Unsaved:
     """Find what is trained and saved with no adapter; ``others`` are the ids of parameters that somebody else saves."""
-    saved = set(others)
+    saved = {*others, *(id(parameter) for head in state.trained() for parameter in head.parameters())}
     trainable: list[tuple[str, nn.Parameter]] = []
     fixed: dict[str, list[str]] = {}
     fixed_active: dict[str, list[str]] = {}
     for path, module in state.modules:
         trainable += [(join(path, name), own) for name, own in own_parameters(module) if own.requires_grad]
-        if record_of(module) is not None:
-            saved |= {id(parameter) for parameter in module.parameters()}
     for path, adapter, weight in state.adapters():
         for name in [container for container in adapter.modules if not adapter.is_trained(container)]:
             tensor = adapter.tensors().get(name)

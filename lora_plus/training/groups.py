@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -119,7 +119,7 @@ def loraplus_param_groups(
     names = group_names()
     rule = None if decayed is None else {id(parameter) for parameter in decayed}
     members: dict[tuple[str, bool], list[nn.Parameter]] = {key: [] for key in names}
-    for parameter, kind, decays in _trained(model, role_of, state.storage.shape):
+    for parameter, kind, decays in _trained(state, role_of):
         if own is None or id(parameter) in own:
             members[kind, decays if rule is None else id(parameter) in rule].append(parameter)
     if all(kind == "other" for (kind, _), held in members.items() if held):
@@ -217,21 +217,24 @@ def known_roles(given: Roles) -> Roles:
 
 
 def trained_with(state: State, adapter: str) -> set[int]:
-    """The ids of the parameters of the modules that are trained in full with an adapter."""
-    return {id(parameter) for _, module, _ in state.trained(adapter) for parameter in module.parameters()}
+    """The ids of the parameters that are trained in full with an adapter."""
+    return {id(parameter) for head in state.trained(adapter) for parameter in head.parameters()}
 
 
 _NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
 
 
-def _trained(
-    model: nn.Module, roles: Mapping[int, str], shape: Callable[[nn.Parameter], Sequence[int]]
-) -> Iterator[tuple[nn.Parameter, str, bool]]:
+def _trained(state: State, roles: Mapping[int, str]) -> Iterator[tuple[nn.Parameter, str, bool]]:
     """Every trainable parameter once, the kind of its group, and whether it is decayed where no rule is given."""
+    elsewhere: dict[int, list[Any]] = {}  # by what is bound in its place now, what an inactive adapter trains in full
+    for head in (head for head in state.trained() if head.record.shown != head.adapter):
+        for name, bound in head.unit.tensors().items():
+            elsewhere.setdefault(id(bound), []).append(head.tensors()[name])
     seen: set[int] = set()
     kinds = kinds_of_roles()
-    for module in model.modules():
-        for name, parameter in module._parameters.items():
+    own = ((module, *each) for module in state.model.modules() for each in module._parameters.items())
+    for module, name, bound in own:
+        for parameter in (bound, *elsewhere.get(id(bound), ())):
             if parameter is None or not parameter.requires_grad or id(parameter) in seen:
                 continue
             seen.add(id(parameter))
@@ -239,7 +242,7 @@ def _trained(
                 kind, decays = kinds[roles[id(parameter)]]
             else:
                 kind = "other"
-                decays = len(shape(parameter)) >= 2 and name != "bias" and not isinstance(module, _NORMS)
+                decays = len(state.storage.shape(parameter)) >= 2 and name != "bias" and not isinstance(module, _NORMS)
             yield parameter, kind, decays
 
 

@@ -147,14 +147,18 @@ class _Training:
         tensors = [tensor for tensor in ours + given if adapter in (None, tensor.adapter)]
         if adapter is not None and not tensors:
             raise KeyError(f"the model has no adapter {adapter!r}")
-        trainable = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
+        named = list(model.named_parameters())
+        bound = {id(parameter) for _, parameter in named}
+        heads = ((head.unit.name, parameter) for head in state.trained() for parameter in head.parameters())
+        named += [(name, parameter) for name, parameter in heads if id(parameter) not in bound]  # of inactive adapters
+        trainable = {id(parameter) for _, parameter in named if parameter.requires_grad}
         own = trainable if adapter is None else trained_with(state, adapter) | {tensor.key for tensor in tensors}
         return cls(
             groups,
             ratios=[ratios for ratios, each in zip(noted, optimizers, strict=True) for _ in each.param_groups],
             labels=[f"group {group.get('name', position)!r}" for position, group in enumerate(groups)],
             position={id(p): position for position, group in enumerate(groups) for p in group["params"]},
-            names={id(parameter): name for name, parameter in model.named_parameters()},
+            names={id(parameter): name for name, parameter in named},
             trainable=trainable & own,
             adapter=adapter,
             others=trainable - own,

@@ -150,7 +150,7 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"targets": ["q"], "exclude": ["q"]}, ValueError, "target 'q' matches only layers that exclude takes out"),
     ({"targets": ["q"], "exclude": ["nope"]}, ValueError, "exclude 'nope' matches no module"),
     ({"targets": ["q"], "train_also": ["lm_haed"]}, ValueError,
-     "train_also 'lm_haed' matches no module (did you mean 'lm_head'?)"),
+     "train_also 'lm_haed' matches no module or parameter (did you mean 'lm_head'?)"),
     ({"targets": ["q"], "train_also": ["blocks.0"]}, ValueError,
      "'blocks.0.q' is both a target and trained by train_also or train_rows; add it to exclude"),
     ({"targets": ["q"], "train_also": ["mlp.1"]}, ValueError, "train_also: 'blocks.0.mlp.1' (GELU) has no parameter"),

@@ -355,9 +355,9 @@ def test_deleting_an_adapter_gives_its_modules_trained_in_full_their_own_values_
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
     own = {name: tensor.clone() for name, tensor in model[1].state_dict().items()}
     lora_plus.inject_lora(model, ["0"], adapter="a", train_also=["1"])
-    lora_plus.inject_lora(model, ["0"], adapter="b")
     with torch.no_grad():
         model[1].weight.add_(1)
+    lora_plus.inject_lora(model, ["0"], adapter="b")
     lora_plus.delete_adapter(model, "a")
     assert all(torch.equal(tensor, own[name]) for name, tensor in model[1].state_dict().items())
     assert not model[1].weight.requires_grad

@@ -37,7 +37,8 @@ from torch import Tensor, nn
 import lora_plus
 from lora_plus.files import adapter_state_dict
 from lora_plus.model import active_adapters, adapter_names
-from lora_plus.model.tree import adapted_weights
+from lora_plus.model.train_also import Head, units_in
+from lora_plus.model.tree import Tree, adapted_weights
 from lora_plus.surgery import combine_adapters, resize_adapter
 from lora_plus.training import fold_lr_ratio, reset_lora_parameters
 
@@ -140,12 +141,10 @@ class Machine(RuleBasedStateMachine):
         dense, training = self.dense, self.model.training
         if self.disabled:
             return dense.run(dense.state if self.shown is None else self.shown, training)
+        state = dense.with_heads(self.in_force())
         if not self.samples:
-            return dense.run(dense.weights(self.in_force(), dense.state), training)
-        runs = [
-            dense.run(dense.weights({} if name is None else {name: 1.0}, dense.state), training)
-            for name in self.samples
-        ]
+            return dense.run(dense.weights(self.in_force(), state), training)
+        runs = [dense.run(dense.weights({} if name is None else {name: 1.0}, state), training) for name in self.samples]
         outputs = {path: torch.stack([outputs[path][n] for n, (outputs, _) in enumerate(runs)]) for path in dense.kinds}
         return outputs, runs[0][1]
 
@@ -158,13 +157,12 @@ class Machine(RuleBasedStateMachine):
             return
         outputs, buffers = self.expected()
         torch.testing.assert_close(self.model(self.dense.inputs), outputs, **TOLERANCE)
-        if self.shown is not None:
-            self.shown |= buffers
-        else:
-            self.dense.state |= buffers
-        if self.disabled:  # a buffer of what is not trained in full is one and the same
-            full = tuple(f"{path}." for path in self.dense.full())
-            self.dense.state |= {name: value for name, value in buffers.items() if not name.startswith(full or ("?",))}
+        if self.shown is None:
+            self.dense.keep(buffers, self.in_force())
+            return
+        self.shown |= buffers  # a buffer of what shows no trained values is one and the same
+        aside = {key for path in self.dense.heads(self.in_force()) for key in self.dense.tensors_of(path)}
+        self.dense.state |= {name: value for name, value in buffers.items() if name not in aside}
 
     @invariant()
     def holds_what_it_must(self) -> None:
@@ -179,14 +177,13 @@ class Machine(RuleBasedStateMachine):
             name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False) if name in dense.flags
         }
         inside = {name for spot, at in dense.spots.items() if at.in_weight for name in at.keys}
-        wanted = dense.flags_now()
+        wanted = dense.flags_now(self.in_force())
         assert {n: f for n, f in flags.items() if n not in inside} == {
             n: f for n, f in wanted.items() if n not in inside
         }
         trained = {id(p) for p in model.parameters() if p.requires_grad}
         count = sum(len(held.trained()) for a in dense.adapters.values() if a.trainable for held in a.spots.values())
-        base = {id(self.base[name]) for name, flag in wanted.items() if flag}
-        assert len(trained) == count + len(base)
+        assert len(trained) == count + len({id(p) for n, p in model.named_parameters() if wanted.get(n)})
 
     @invariant()
     def has_the_keys_that_it_must(self) -> None:
@@ -200,8 +197,8 @@ class Machine(RuleBasedStateMachine):
     def same_tensors(self, name: str) -> None:
         adapter = self.dense.adapters[name]
         wanted = {f"{spot}.{key}": value for spot, held in adapter.spots.items() for key, value in held.tensors.items()}
-        for path in adapter.full:
-            wanted |= self.dense.tensors_of(path)
+        for values in adapter.full.values():
+            wanted |= values
         got = adapter_state_dict(self.model, adapter=name)
         assert got.keys() == wanted.keys()
         torch.testing.assert_close(got, wanted, **TOLERANCE)
@@ -231,7 +228,8 @@ class Machine(RuleBasedStateMachine):
         state = adapter_state_dict(self.model, adapter=name)
         variants = {row.name: row for row in lora_plus.lora_summary(self.model).rows if row.adapter == name}
         for spot, row in variants.items():
-            tensors = {k.rpartition(".")[2]: v.clone() for k, v in state.items() if k.rpartition(".")[0] == spot}
+            own = {name: name.rpartition(".") for name in state}
+            tensors = {key: state[k].clone() for k, (at, _, key) in own.items() if at == spot and "lora_" in key}
             variant = next((v for v in ("dora", "lora_fa") if f"variant {v}" in row.note), "lora")
             spots[spot] = Factors(row.scale, variant, tensors)
         return Adapter(spots)
@@ -248,6 +246,11 @@ class Machine(RuleBasedStateMachine):
     def pick(self, among: Sequence[str], picks: Sequence[int]) -> list[str]:
         return list(dict.fromkeys(among[pick % len(among)] for pick in picks)) if among else []
 
+    def overlapping(self, paths: Sequence[str]) -> bool:
+        """Whether one of these is inside of what is trained in full already, or around it."""
+        pairs = [(path, other) for path in paths for other in self.dense.full()]
+        return any(one.startswith(f"{other}.") or other.startswith(f"{one}.") for one, other in pairs)
+
     def only_trains(self, name: str | None) -> None:
         for other, adapter in self.dense.adapters.items():
             adapter.trainable = other == name
@@ -257,7 +260,7 @@ class Machine(RuleBasedStateMachine):
     @rule(
         name=NAMES,
         picks=PICKS,
-        full=st.lists(ANY, max_size=1),
+        full=st.lists(ANY, max_size=2),
         r=st.integers(1, 3),
         alpha=st.sampled_from([1, 4, -3]),
         scaling=st.sampled_from(["standard", "rslora"]),
@@ -270,7 +273,8 @@ class Machine(RuleBasedStateMachine):
     ) -> None:
         dense = self.dense
         targets = self.pick(list(dense.spots), picks)
-        parts = self.pick([path for path, kind in self.kinds.items() if PARTS[kind].can_be_full], full)
+        parts = self.pick(dense.units(), full)
+        parts = [path for path in parts if not any(path.startswith(f"{other}.") for other in parts)]
         hosts = {dense.part_of(spot) for spot in targets}
         adapted = {dense.part_of(spot) for adapter in dense.adapters.values() for spot in adapter.spots}
         expected: bool | None = (
@@ -278,8 +282,9 @@ class Machine(RuleBasedStateMachine):
             and name not in dense.adapters
             and bool(targets)
             and not wrong
-            and not set(parts) & (hosts | adapted | dense.full().keys())
-            and not hosts & dense.full().keys()
+            and not set(parts) & (hosts | adapted)
+            and not self.overlapping(parts)
+            and not hosts & dense.full()
             and not (how["variant"] == "dora" and any(dense.spots[spot].rows for spot in targets))
             and not (how["variant"] == "lora_fa" and how["init"] == "kaiming_B")
         )
@@ -329,7 +334,7 @@ class Machine(RuleBasedStateMachine):
         known = chosen.keys() <= dense.adapters.keys()
         dora = [spot for name in chosen if known for spot in dense.adapters[name].dora]
         scaled = known and any(dense.adapters[name].dora and factor != 1 for name, factor in chosen.items())
-        expected = known and self.changeable and len(dora) == len(set(dora)) and not scaled
+        expected = known and self.changeable and len(dora) == len(set(dora)) and not scaled and dense.agree(chosen)
         if self.call(expected, lambda: lora_plus.set_adapter(self.model, chosen, trainable=trainable)) is not None:
             dense.active = dict(chosen)
             if trainable is not None:
@@ -354,10 +359,7 @@ class Machine(RuleBasedStateMachine):
         dense = self.dense
         expected = name in dense.adapters and self.changeable
         if self.call(expected, lambda: lora_plus.delete_adapter(self.model, name)) is not None:
-            dense.state = {
-                **dense.state,
-                **{k: v for kept in dense.adapters.pop(name).full.values() for k, v in kept.items()},
-            }
+            del dense.adapters[name]
             dense.active.pop(name, None)
 
     @rule(training=st.booleans())
@@ -387,8 +389,8 @@ class Machine(RuleBasedStateMachine):
                     lr = EMBEDDING_LR if dense.spots[spot].embedding and key in rates else rates.get(key, LR)
                     leaf = held.tensors[key] = held.tensors[key].detach().clone().requires_grad_()
                     leaves[id(leaf)] = leaf, lr
-        state = dict(dense.state)
-        for name, flag in dense.flags_now().items():
+        state = dense.with_heads(dense.active)
+        for name, flag in dense.flags_now(dense.active).items():
             if flag:
                 state[name] = state[name].detach().clone().requires_grad_()
                 leaves[id(state[name])] = state[name], LR
@@ -399,7 +401,7 @@ class Machine(RuleBasedStateMachine):
                 if leaf.grad is not None:
                     leaf -= lr * leaf.grad
                 leaf.requires_grad_(False).grad = None
-        dense.state = {**state, **buffers}
+        dense.keep({**state, **buffers}, dense.active)
         got = loss(self.model(dense.inputs))
         if got.requires_grad:
             got.backward()
@@ -438,7 +440,7 @@ class Machine(RuleBasedStateMachine):
         if not wanted.keys() <= dense.adapters.keys():
             return None
         dora = [spot for name in wanted for spot in dense.adapters[name].dora]
-        usable = not self.locked and any(dense.adapters[name].spots for name in wanted)
+        usable = not self.locked and any(dense.adapters[name].spots for name in wanted) and dense.agree(wanted)
         return wanted if usable and len(dora) == len(set(dora)) else None
 
     @precondition(lambda self: self.worth_trying)
@@ -475,7 +477,7 @@ class Machine(RuleBasedStateMachine):
         manager = lora_plus.disabled(self.model)
         if self.call(bool(self.dense.adapters), manager.__enter__) is not None:
             if not self.disabled:
-                self.shown = {name: value.clone() for name, value in self.dense.originals().items()}
+                self.shown = {name: value.clone() for name, value in self.dense.state.items()}
             self.blocks.append(Block("disabled", manager))
 
     @precondition(lambda self: self.worth_trying and len(self.blocks) < 2 and not self.samples)
@@ -489,7 +491,11 @@ class Machine(RuleBasedStateMachine):
             and given <= dense.adapters.keys()
             and self.merged is None
             and not self.disabled
-            and not given & set(dense.full().values())
+            and all(
+                {name if name in given and path in dense.adapters[name].full else None for name in names}
+                == {dense.heads(dense.active).get(path)}
+                for path in dense.full()
+            )
             and not any(dense.spots[spot].in_weight for name in given for spot in dense.adapters[name].spots)
         )
         manager = lora_plus.adapter_per_sample(self.model, names)
@@ -524,15 +530,13 @@ class Machine(RuleBasedStateMachine):
         if expected and self.merged is not None and self.merged != wanted:
             expected = False
         if self.call(expected, lambda: lora_plus.merge_and_unload(self.model, adapters=names)) is not None:
-            dense.state = dense.weights(wanted, dense.state)
+            dense.state = dense.weights(wanted, dense.with_heads(wanted))
             self.plain_again()
 
     @precondition(lambda self: self.worth_trying)
     @rule()
     def remove(self) -> None:
-        dense = self.dense
         if self.call(not self.locked, lambda: lora_plus.remove_lora(self.model)) is not None:
-            dense.state = dense.originals()
             self.plain_again()
             now = dict(self.model.named_parameters(remove_duplicate=False))
             assert all(now[name] is parameter for name, parameter in self.base.items())
@@ -557,7 +561,7 @@ class Machine(RuleBasedStateMachine):
         if adapter is not None and (form == "peft" or (self.disabled and adapter.full)):
             expected = None if form == "peft" else False
         if self.call(expected, lambda: lora_plus.save_adapter(self.model, path, adapter=name, format=form)) is not None:
-            full = {part: {k: v.clone() for k, v in dense.tensors_of(part).items()} for part in adapter.full}
+            full = {path: {k: v.clone() for k, v in values.items()} for path, values in adapter.full.items()}
             self.files[slot] = Saved(path, dense.update(name), adapter, full)
 
     @precondition(lambda self: self.files)
@@ -570,17 +574,16 @@ class Machine(RuleBasedStateMachine):
         expected: bool | None = (
             self.changeable
             and name not in dense.adapters
-            and not hosts & dense.full().keys()
-            and not saved.full.keys() & (dense.full().keys() | adapted)
+            and not hosts & dense.full()
+            and not saved.full.keys() & adapted
+            and not self.overlapping(list(saved.full))
         )
-        before = {path: {k: v.clone() for k, v in dense.tensors_of(path).items()} for path in saved.full}
         done = self.call(
             expected,
             lambda: lora_plus.load_adapter(self.model, saved.path, adapter=name, trainable=trainable),
         )
         if done is not None:
-            dense.adapters[name] = replace(self.read(name), full=before)
-            dense.state |= {key: value for part in saved.full.values() for key, value in part.items()}
+            dense.adapters[name] = replace(self.read(name), full=copy.deepcopy(saved.full))
             dense.active = {name: 1.0}
             self.only_trains(name if trainable else None)
             if not any(held.variant == "dora" for held in saved.adapter.spots.values()):
@@ -601,7 +604,7 @@ class Machine(RuleBasedStateMachine):
         assert (changed := difference(before, snapshot(self.model)[0])) == "", changed
         dense = self.dense
         if not self.stale:
-            weights = dense.weights(self.in_force(), dense.state)
+            weights = dense.weights(self.in_force(), dense.with_heads(self.in_force()))
             training = made.training
             with torch.no_grad():
                 torch.testing.assert_close(made.eval()(dense.inputs), dense.run(weights, False)[0], **TOLERANCE)
@@ -620,6 +623,9 @@ class Machine(RuleBasedStateMachine):
                 at for name, at in self.dense.spots.items() if name.startswith(f"{path}.") or path in at.keys
             )
             held |= dict.fromkeys(spot.keys, own)
+        for unit, record in units_in(Tree(model)):
+            own_tensors = Head(unit, record, record.home).tensors()
+            held |= {f"{unit.name}.{key}" if key else unit.name: value for key, value in own_tensors.items()}
         return {name: held[name] for name in names}
 
     @precondition(lambda self: self.worth_trying and not self.disabled and self.merged is None)

@@ -152,7 +152,7 @@ def test_a_block_is_not_opened_on_a_model_without_adapters(block: Any) -> None:
         block(model),
     ):
         pass
-    inject_lora(model, ["0"], train_also=["1"])
+    inject_lora(model, ["0"])
     for part in (model, model[0]):
         with block(part):
             pass

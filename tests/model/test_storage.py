@@ -73,7 +73,7 @@ def test_an_engine_from_outside_is_one_entry(asked: list[nn.Module]) -> None:
         assert torch.equal(tensor, wanted[name])
     reset_lora_parameters(plain, init="gaussian", generator=torch.Generator().manual_seed(1))
     assert not adapter_state_dict(plain)["0.lora_B"].any()
-    original = plain[1]._lora_trained.original["weight"].clone()
+    original = plain[1]._lora_trained[""].held[None]["weight"].clone()
     lora_plus.remove_lora(plain)
     assert torch.equal(plain[1].weight, -original)
 

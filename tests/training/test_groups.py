@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import lora_plus
-from lora_plus import create_loraplus_optimizer, inject_lora, loraplus_param_groups
+from lora_plus import create_loraplus_optimizer, inject_lora, loraplus_param_groups, set_adapter
 from lora_plus.training import split_loraplus_groups
 
 
@@ -34,10 +34,8 @@ def net() -> nn.Module:
     """An adapted embedding, linear and DoRA linear, with a norm and a head trained in full."""
     torch.manual_seed(0)
     model = inject_lora(Net().double(), ["embed", "q"], r=2, alpha=4, train_also=["norm", "head"])
-    trained = [p for p in model.parameters() if p.requires_grad]
     inject_lora(model, ["dora"], r=2, alpha=4, variant="dora", adapter="second")
-    for parameter in trained:  # adding an adapter freezes the first one
-        parameter.requires_grad_(True)
+    set_adapter(model, ["default", "second"], trainable=True)  # adding an adapter freezes the first one
     return model
 
 
