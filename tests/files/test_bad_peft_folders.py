@@ -123,7 +123,31 @@ PEFT_CORRUPTIONS: dict[str, tuple[PeftEdit, list[str]]] = {
     },
     "bias": (
         set_config(bias="foo"),
-        ["adapter_config.json: bias is 'foo', and trained biases cannot be read; expected 'none'"],
+        ["adapter_config.json: bias is 'foo', expected one of 'none', 'all', 'lora_only'"],
+    ),
+    "biases that are not there": (
+        set_config(bias="lora_only"),
+        ["bias is 'lora_only', and the file lacks 'conv.bias', 'proj.bias'; set it to 'none' in the config to load the "
+         "adapter without them"],
+    ),
+    "all biases, and none is there": (
+        set_config(bias="all"),
+        ["bias is 'all', and the file lacks 'conv.bias', 'proj.bias'; set it to 'none' in the config to load the "
+         "adapter without them"],
+    ),
+    "no bias of B": (
+        set_config(lora_bias=True),
+        [f"{name!r}: lora_B.bias is missing, which the others have (lora_bias)" for name in ("conv", "embed", "proj")],
+    ),
+    "lora_bias a text": (
+        set_config(lora_bias="no"), ["adapter_config.json: lora_bias must be true or false, got 'no'"]
+    ),
+    "a bias of B of another shape": (
+        both(set_config(lora_bias=True), *(
+            weights(put(f"{BASE}{name}.lora_B.bias", torch.ones(3))) for name in ("conv", "embed", "proj"))),
+        ["'conv': its lora_B has a bias (lora_bias), and the layer has another kind of bias here",
+         "'embed': its lora_B has a bias (lora_bias), and the layer has no bias to add it to here",
+         "'proj': its lora_B has a bias (lora_bias), and the layer has another kind of bias here"],
     ),
     "use_dora a text": (set_config(use_dora="no"), ["adapter_config.json: use_dora must be true or false, got 'no'"]),
     "use_rslora a number": (set_config(use_rslora=1), ["adapter_config.json: use_rslora must be true or false, got 1"]),
@@ -179,7 +203,7 @@ PEFT_CORRUPTIONS: dict[str, tuple[PeftEdit, list[str]]] = {
         name: (set_config(**{name: value}), [f"adapter_config.json: {name} is {value!r}, {NOT_PLAIN}"])
         for name, value in {
             "use_qalora": True, "use_bdlora": {"a": 1}, "kasa_config": {"a": 1}, "arrow_config": {"a": 1},
-            "alora_invocation_tokens": [1], "layer_replication": [[0, 2]], "lora_bias": True,
+            "alora_invocation_tokens": [1], "layer_replication": [[0, 2]],
             "megatron_config": {"a": 1}, "monteclora_config": {"a": 1},
         }.items()
     },
@@ -275,9 +299,9 @@ PEFT_CORRUPTIONS: dict[str, tuple[PeftEdit, list[str]]] = {
         [f"{name!r}: lora_magnitude_vector is missing" for name in ("conv", "embed", "proj")],
     ),
     "several at once": (
-        both(set_config(r=0, bias="all", use_bdlora={"a": 1})),
+        both(set_config(r=0, bias="some", use_bdlora={"a": 1})),
         ["adapter_config.json: r must be a positive integer, got 0",
-         "adapter_config.json: bias is 'all', and trained biases cannot be read; expected 'none'",
+         "adapter_config.json: bias is 'some', expected one of 'none', 'all', 'lora_only'",
          f"adapter_config.json: use_bdlora is {{'a': 1}}, {NOT_PLAIN}"],
     ),
 }  # fmt: skip
@@ -316,9 +340,9 @@ def test_an_unknown_field_of_a_peft_that_is_known_is_refused(
 
 
 def test_a_method_that_is_known_is_refused_whatever_the_version(peft_parts: PeftParts, tmp_path: Path) -> None:
-    peft_parts.config.update(peft_version="0.99", lora_bias=True, some_field=16)
+    peft_parts.config.update(peft_version="0.99", use_qalora=True, some_field=16)
     (line,) = refused(plain_net(), peft_parts.write(tmp_path / "wrong"))
-    assert line == f"adapter_config.json: lora_bias is True, {NOT_PLAIN}"
+    assert line == f"adapter_config.json: use_qalora is True, {NOT_PLAIN}"
 
 
 def test_dora_of_a_grouped_convolution_is_refused(tmp_path: Path) -> None:

@@ -127,13 +127,10 @@ class Refusal:
 
 
 NOT_PLAIN = "which plain LoRA and DoRA do not have"
-BIAS = "and trained biases cannot be read; expected 'none'"
 REFUSALS: dict[str, Refusal] = {
     "pissa": Refusal([converting("pissa")], {"init_lora_weights": "pissa"}),
     "pissa_niter": Refusal([converting("pissa_niter_4")], {"init_lora_weights": "pissa_niter_4"}),
     "olora": Refusal([converting("olora")], {"init_lora_weights": "olora"}),
-    "bias all": Refusal([f"adapter_config.json: bias is 'all', {BIAS}"], {"bias": "all"}),
-    "bias lora_only": Refusal([f"adapter_config.json: bias is 'lora_only', {BIAS}"], {"bias": "lora_only"}),
     "bdlora": Refusal(
         [
             "adapter_config.json: use_bdlora is {'match_strict': True, 'nblocks': 2, 'target_modules_bd_a': ['q'], "
@@ -149,14 +146,13 @@ REFUSALS: dict[str, Refusal] = {
         [f"adapter_config.json: alora_invocation_tokens is [1], {NOT_PLAIN}"], {"alora_invocation_tokens": [1]}
     ),
     "qalora": Refusal([f"adapter_config.json: use_qalora is True, {NOT_PLAIN}"], {"use_qalora": True}),
-    "lora_bias": Refusal([f"adapter_config.json: lora_bias is True, {NOT_PLAIN}"], {"lora_bias": True}),
     "LoHa": Refusal(["adapter_config.json: peft_type is 'LOHA', expected 'LORA'"], kind="LoHaConfig"),
     "IA3": Refusal(
         ["adapter_config.json: peft_type is 'IA3', expected 'LORA'"], {"feedforward_modules": []}, kind="IA3Config"
     ),
     "two reasons": Refusal(
-        [f"adapter_config.json: bias is 'all', {BIAS}", f"adapter_config.json: lora_bias is True, {NOT_PLAIN}"],
-        {"bias": "all", "lora_bias": True},
+        [converting("pissa"), f"adapter_config.json: use_qalora is True, {NOT_PLAIN}"],
+        {"init_lora_weights": "pissa", "use_qalora": True},
     ),
 }
 

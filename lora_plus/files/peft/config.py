@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from lora_plus.errors import shortened, warn_user
@@ -40,10 +40,13 @@ _BASE_CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Inits after which PEFT's tensors belong to a base weight that PEFT changes at load time, unless converted on save."""
 
 
-def checked_config(config: Any, problems: list[str], where: str = CONFIG) -> dict[str, Any] | None:
+def checked_config(
+    config: Any, problems: list[str], where: str = CONFIG, *, biases: Collection[str] = ()
+) -> dict[str, Any] | None:
     """The config with PEFT's defaults and its patterns as `Patterns`; None if something is wrong with it.
 
-    What is wrong is added to ``problems``.
+    What is wrong is added to ``problems``. ``biases`` are the settings of ``bias`` that can be read; without them
+    neither trained biases can nor those of ``lora_bias``.
     """
     if not isinstance(config, Mapping) or not all(isinstance(name, str) for name in config):
         problems.append(f"{where} must be a JSON object, got {type(config).__name__}")
@@ -69,7 +72,7 @@ def checked_config(config: Any, problems: list[str], where: str = CONFIG) -> dic
         wrong: list[str] = []
         config[field] = Patterns(pattern, wrong)
         problems += [f"{where}: {field}: {line}" for line in wrong]
-    for field in ("use_rslora", "use_dora"):
+    for field in ("use_rslora", "use_dora", *(["lora_bias"] if biases else [])):
         if not isinstance(config.get(field), (bool, type(None))):
             problems.append(f"{where}: {field} must be true or false, got {config[field]!r}")
     for field in ("modules_to_save", "target_parameters"):
@@ -84,9 +87,12 @@ def checked_config(config: Any, problems: list[str], where: str = CONFIG) -> dic
             f"{where}: init_lora_weights is {init!r}: its tensors belong to a base weight that PEFT changes when it "
             "loads them; save them again with path_initial_model_for_weight_conversion"
         )
-    if config.get("bias", "none") != "none":
+    if not biases and config.get("bias", "none") != "none":
         problems.append(f"{where}: bias is {config['bias']!r}, and trained biases cannot be read; expected 'none'")
-    others = {name: value for name, value in sorted(config.items()) if name not in _HARMLESS and value}
+    elif biases and config.get("bias", "none") not in biases:
+        problems.append(f"{where}: bias is {config['bias']!r}, expected one of {', '.join(map(repr, biases))}")
+    harmless = _HARMLESS | ({"lora_bias"} if biases else set())
+    others = {name: value for name, value in sorted(config.items()) if name not in harmless and value}
     version = config.get("peft_version")
     numbers = re.match(r"(\d{1,9})\.(\d{1,9})", version) if isinstance(version, str) else None
     newer = numbers is not None and (int(numbers[1]), int(numbers[2])) > _KNOWN

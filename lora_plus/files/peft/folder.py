@@ -27,11 +27,12 @@ from lora_plus.files.token_rows import is_rows
 from lora_plus.text import endings
 
 from . import parts
+from .biases import SETTINGS, key_of, setting_of, trained_parameters
 from .config import CONFIG, USER_FIELDS, checked_config
 from .limits import format_problems, tied_to_others, units
 from .names import PREFIX, moved, wrappers
 from .reader import DOUBLED, Reader
-from .renaming import FolderTarget, in_file_names, without_left_out
+from .renaming import FolderTarget, in_file_names, parameters_of, without_left_out
 from .shapes import implied_target
 from .stacked import with_stacks
 from .tensors import attention_to_peft, join_rows, layer_to_peft, parameter_to_peft
@@ -45,7 +46,7 @@ def read(files: Files, target: Target, problems: list[str]) -> SavedAdapter:
     tensors, config = _checked_tensors(files[WEIGHTS].tensors, problems), files[CONFIG]
     if target.rename.given:
         tensors, config = without_left_out(tensors, config, target.rename)
-    checked = checked_config(config, problems)
+    checked = checked_config(config, problems, biases=SETTINGS)
     if checked is None:
         return SavedAdapter({}, {})
     outline = outline_of(target)
@@ -56,7 +57,7 @@ def read(files: Files, target: Target, problems: list[str]) -> SavedAdapter:
     elif target.rename.given:
         known = in_file_names(target, outline, tensors)
     else:
-        known = FolderTarget(outline, target.base, target.repeats, readers_in(target))
+        known = FolderTarget(outline, target.base, target.repeats, readers_in(target), parameters_of(target))
     known = with_stacks(known, others) if checked.get("target_parameters") else known
     if problems:
         return SavedAdapter({}, {})
@@ -68,7 +69,7 @@ def read(files: Files, target: Target, problems: list[str]) -> SavedAdapter:
         adapter = parts.narrowed(parts.taken_apart(adapter, told), told)
     if rows or checked.get(FIELD):
         adapter.layers |= rows_from_peft(rows, checked, known, target, problems)
-    trained = [target.rename(path) or "" for path in adapter.trained]
+    trained = [target.rename(path) or "" for path, held in adapter.trained.items() if "" not in held]
     problems += [
         f"{name!r} is trained in full and tied to {other!r}, which PEFT unties; untie them in the model first"
         for name, other in (tied_to_others(ties_in(target), trained) if trained else ())
@@ -128,6 +129,7 @@ def contents(
     """The tensors and the config of a folder; what PEFT's format cannot express exactly is added to the problems."""
     found = units(adapter)
     wrong = format_problems(adapter, found, outline, ties or [])
+    bias = setting_of(adapter, found, outline, wrong)
     if wrong:
         problems += wrong
         return {}, {}
@@ -160,13 +162,13 @@ def contents(
         "target_parameters": sorted(parameters) or None,
         "rank_pattern": {f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != r},
         "alpha_pattern": {f"^{re.escape(name)}": value for name, value in alphas.items() if value != alpha},
-        "modules_to_save": sorted(adapter.trained) or None,
+        "modules_to_save": sorted(adapter.trained.keys() - trained_parameters(adapter)) or None,
         "lora_dropout": max(layer.spec.dropout for layer in layers.values()),  # attention has none in PEFT
         "use_rslora": rslora,
         "use_dora": any(layer.spec.variant == "dora" for layer in layers.values()),
         "fan_in_fan_out": found.transposed and not found.attentions,  # as PEFT comes to the first layer
         "init_lora_weights": True,
-        "bias": "none",
+        "bias": bias,
         "inference_mode": True,
         **({"ensure_weight_tying": True} if tied else {}),
         **{name: adapter.metadata.get(name) for name in USER_FIELDS},
@@ -179,7 +181,10 @@ def contents(
         for end, tensor in layer.tensors.items()
     }
     for path, trained in adapter.trained.items():
-        tensors |= {f"{PREFIX}{path}.{name}": tensor for name, tensor in trained.items()}
+        tensors |= {
+            f"{PREFIX}{path}.{name}" if name else f"{PREFIX}{key_of(path, found)}": tensor
+            for name, tensor in trained.items()
+        }
     own = {name: part.base.facts for group in found.attentions.values() for name, part in group.items()}
     doubled = [name for name, facts in own.items() if "rows" not in facts]
     if doubled:

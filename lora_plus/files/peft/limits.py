@@ -85,8 +85,8 @@ def format_problems(adapter: SavedAdapter, found: Units, outline: Outline, ties:
         problems += _of_the_order(found, outline)
     return problems + [
         f"train_also {path!r}: {reason}"
-        for path in adapter.trained
-        for reason in _of_trained(path, adapter, found, outline)
+        for path, held in adapter.trained.items()
+        for reason in (() if "" in held else _of_trained(path, adapter, found, outline))
     ]
 
 

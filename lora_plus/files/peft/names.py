@@ -19,7 +19,11 @@ TENSORS = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "lora_magnitude
 EMBEDDING_TENSORS = TENSORS | {"lora_A": "lora_embedding_A", "lora_B": "lora_embedding_B"}
 """The same for an embedding."""
 
+LORA_BIAS = "lora_B.bias"
+"""How the name of a bias of B ends, and what it is to us."""
+
 _PARTS = {f".{end}": part for names in (TENSORS, EMBEDDING_TENSORS) for part, end in names.items()}
+_PARTS[f".{LORA_BIAS}"] = LORA_BIAS
 
 OUT_PROJECTION = ".base_layer.out_proj"
 """Where PEFT has the adapter of an attention module's second weight, from the module on."""

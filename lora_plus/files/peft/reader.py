@@ -14,11 +14,15 @@ from lora_plus.layers.base_layer import BaseLayer
 from lora_plus.tensors.variant import AdapterSpec
 from lora_plus.text import endings, parents, some
 
+from .biases import add_lora_biases, is_bias, lost_biases
 from .config import USER_FIELDS, fan_in_fan_out, settings_of
 from .limits import layer_problems
-from .names import OUT_PROJECTION, PREFIX, TENSORS, moved, split_key, wrappers
+from .names import LORA_BIAS, OUT_PROJECTION, PREFIX, TENSORS, moved, split_key, wrappers
 from .renaming import FolderTarget
 from .tensors import ATTENTION, attention_from_peft, convolution_from_peft, parameter_from_peft
+
+_WRAPPED = ("modules_to_save.", "original_module.")
+"""What is in a module that PEFT trains in full."""
 
 DOUBLED = "peft 0.21.2 adds the update of an nn.MultiheadAttention's out_proj twice, merged or not"
 
@@ -42,6 +46,8 @@ class Reader:
         self.paths, owners = wrappers(self.parameters, self.outline)
         self.wrapped = {path: owner for owner, path in owners.items()}
         self.spec = functools.lru_cache(maxsize=None, typed=True)(AdapterSpec)  # layers share their settings, mostly
+        self.biases: dict[str, Tensor] = {}
+        """By layer the bias of its B."""
         self.unsure: list[str] = []
         """Weights of the base model that cannot be compared with its own."""
         self.attentions: dict[str, dict[str, BaseLayer]] = {}
@@ -65,6 +71,10 @@ class Reader:
         attentions = list(dict.fromkeys(filter(None, map(self._attention_of, found))))
         parts = {name: layer for module in attentions for name, layer in self._attention(module, found).items()}
         adapter.layers = dict(sorted({**layers, **parts}.items()))
+        plain = {name: layer for name, layer in layers.items() if name not in self.parameters}
+        self.problems += lost_biases(adapter, self.config.get("bias", "none"), plain, self.outline)
+        if self.config.get("lora_bias"):
+            add_lora_biases(adapter, self.biases, plain, self.target.parameter, self.problems)
         alphas = {name: self.config["alpha_pattern"].values(name) for name in (*layers, *attentions)}
         ambiguous = [name for name, values in alphas.items() if any(value != values[0] for value in values)]
         if ambiguous:  # PEFT does not keep the order of the keys, and it decides here
@@ -103,7 +113,9 @@ class Reader:
         entries = [
             shortened(str(self.config.get(field) or []), 200) for field in ("target_parameters", "modules_to_save")
         ]
+        trains = self.config.get("bias", "none") != "none"
         found: dict[str, dict[str, Tensor]] = {}
+        loose: dict[str, dict[str, Tensor]] = {}
         mentioned: set[str] = set()
         for key, tensor in sorted(tensors.items()):
             name = key.removeprefix(PREFIX)
@@ -119,12 +131,20 @@ class Reader:
                         f"tensor {key!r}: {path!r} is neither a module nor where PEFT adapts a parameter with "
                         f"target_parameters {entries[0]}"
                     )
+                elif part == LORA_BIAS and not self.config.get("lora_bias"):
+                    self.problems.append(f"tensor {key!r} is there, but lora_bias is not set")
+                elif part == LORA_BIAS:
+                    self.biases[adapted] = tensor
                 else:
                     found.setdefault(adapted, {})[part] = tensor
                 continue
             owner = min((module for module in parents(name) if module in order), default=None, key=order.__getitem__)
             if owner is not None:
-                adapter.trained.setdefault(owner, {})[name.removeprefix(f"{owner}.")] = tensor
+                inside = name.removeprefix(f"{owner}.")
+                if not (trains and inside.startswith(_WRAPPED)):  # the bias once more
+                    adapter.trained.setdefault(owner, {})[inside] = tensor
+            elif trains and is_bias(name) and (parameter := self._bias(name)) is not None:
+                loose[parameter] = {"": tensor}
             elif any(f".{entry}." in f".{name}" for entry in absent[: Problems.SHOWN]):
                 mentioned.update(entry for entry in absent[: Problems.SHOWN] if f".{entry}." in f".{name}")
             else:
@@ -135,7 +155,13 @@ class Reader:
         there -= {entry for name in adapter.trained for entry in entries_of[name]}
         missing = [entry for entry in saved if entry in there]
         self.problems += [f"modules_to_save {entry!r} has no tensors in the file" for entry in missing]
+        adapter.trained |= loose
         return found
+
+    def _bias(self, name: str) -> str | None:
+        """The parameter that a trained bias is; None where the model has none of that name."""
+        own = ".".join(part for part in name.split(".") if part != "base_layer")
+        return own if own in self.outline.parameters or not self.outline.whole else None
 
     def _pass_over(self, key: str, tensor: Tensor, what: str) -> None:
         """Leave out a weight of the base model, which PEFT saves with adapters of embeddings; or say ``what`` it is."""

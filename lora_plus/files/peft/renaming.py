@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lora_plus.files.outline import Outline, readers_in
 from lora_plus.files.rename import Renaming
-from lora_plus.files.target import Target
+from lora_plus.files.target import ModelTarget, Target
 from lora_plus.layers.base_layer import BaseLayer
 from lora_plus.text import join, parents
 
@@ -54,6 +54,18 @@ class FolderTarget:
     base: Callable[[str], BaseLayer | None]
     repeats: Callable[[str, Tensor], bool | None]
     readers: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    parameter: Callable[[str], Tensor | None] = lambda name: None
+    """The parameter of a full name; None where it is not known."""
+
+
+def parameters_of(target: Target) -> Callable[[str], Tensor | None]:
+    """The parameters of a model by their full names; of anything else none is known."""
+
+    def parameter(name: str) -> Tensor | None:
+        unit = target.units.get(name) if isinstance(target, ModelTarget) else None
+        return unit.tensors()[""] if unit is not None and unit.parameter else None
+
+    return parameter
 
 
 def in_file_names(target: Target, outline: Outline, tensors: Mapping[str, Tensor]) -> FolderTarget:
@@ -95,7 +107,13 @@ def in_file_names(target: Target, outline: Outline, tensors: Mapping[str, Tensor
     )
     there = readers_in(target)
     readers = {old: list(each(there[name])) for old, name in each(there).items()}
-    return FolderTarget(inner, base, target.repeats, readers)
+    own = parameters_of(target)
+
+    def parameter(name: str) -> Tensor | None:
+        owner, _, last = name.rpartition(".")
+        return own(join(modules[owner], last)) if owner in modules else None
+
+    return FolderTarget(inner, base, target.repeats, readers, parameter)
 
 
 def _module(key: str) -> str:

@@ -231,7 +231,7 @@ class Plan:
     def _replace(self, where: str, name: str, tensors: Mapping[str, Tensor]) -> Iterator[str]:
         renamed = {part: self.target.rename(join(name, part)) for part in tensors}
         names = {target: part for part, target in renamed.items() if target is not None}
-        module = {target.removesuffix(part) for target, part in names.items() if target.endswith(part)}
+        module = {target.removesuffix(part) for target, part in names.items() if part and target.endswith(part)}
         lacking = [other for other in self.checkpoint.tensors if other.startswith(tuple(module)) and other not in names]
         yield from (f"{name!r} is trained in full, but {other!r} of the checkpoint is not in it" for other in lacking)
         for target, part in names.items():
