@@ -197,7 +197,7 @@ def test_each_pass_sees_each_example_once() -> None:
     assert all(len(set(one)) == 9 for one in passes) and len({tuple(one) for one in passes}) == 4
 
 
-ALL = methods.METHODS | methods.BELOW_ONE | methods.SIZES | methods.PLACES
+ALL = methods.METHODS | methods.FAR | methods.SIZES | methods.PLACES
 
 
 @pytest.mark.parametrize(
@@ -321,8 +321,14 @@ def test_a_rule_of_thumb_is_judged_seed_by_seed(runs: Path) -> None:
     }
     wanted = [losses[rule.followed, seed] - losses[rule.otherwise, seed] for seed in PLAN.report]
     assert evidence.gains["linear"].values == pytest.approx(wanted)
-    row = "\n".join(results_page.rule_lines([evidence]))
+    row = "\n".join(results_page.rule_lines([evidence], results))
     assert results_page.Estimate(wanted).text("+") in row
+    best = {
+        method: min(means, key=means.__getitem__)
+        for method in (methods.PLAIN, methods.FULL)
+        if (means := records.mean_losses(found, "linear", method))
+    }
+    assert results_page.rates_over_full(results) == {"linear": best[methods.PLAIN] / best[methods.FULL]}
 
 
 def test_a_ratio_at_a_rate_that_is_too_low_is_compared_with_lora_at_that_rate() -> None:

@@ -106,11 +106,11 @@ SIZES: dict[str, Method] = {
     "rank 64 x4": Method(rank=64, lr_ratio=4, octaves=-2),
 }
 """How much is trained, and at which scale."""
-BELOW_ONE: dict[str, Method] = {
+FAR: dict[str, Method] = {
+    "LoRA+ x64": Method(lr_ratio=64),
     "ratio 1/4": Method(lr_ratio=1 / 4),
-    "ratio 1/16": Method(lr_ratio=1 / 16),
 }
-"""LoRA+ turned around: A learns faster than B."""
+"""Ratios outside of the usual ones: further, and below 1, where A learns faster than B."""
 PLACES: dict[str, Method] = {
     "q and v": Method(targets=("q", "v")),
     "q, rank 16": Method(targets=("q",), rank=16),
@@ -121,7 +121,7 @@ PLACES: dict[str, Method] = {
 
 def only(*names: str) -> dict[str, Method]:
     """Some of all methods, by name."""
-    known = METHODS | BELOW_ONE | SIZES | PLACES
+    known = METHODS | FAR | SIZES | PLACES
     return {name: known[name] for name in names}
 
 
@@ -138,6 +138,7 @@ RATIO = "raise B's rate"
 RULES = (
     Rule(f"{RATIO}: ratio 4", "LoRA+ x4", PLAIN),
     Rule(f"{RATIO}: ratio 16 for every task", "LoRA+ x16", PLAIN),
+    Rule(f"{RATIO}: ratio 64", "LoRA+ x64", PLAIN),
     Rule(f"{RATIO}: ratio 4, at rank 64", "rank 64 x4", "rank 64"),
     Rule("raise A's rate instead: ratio 1/4", "ratio 1/4", PLAIN),
     Rule("alpha = 2 r rather than alpha = r", PLAIN, "alpha = r"),

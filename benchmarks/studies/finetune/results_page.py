@@ -7,7 +7,8 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from methods import PLAIN, PROBE, RANK, RATIO, RULES, SCALE, Rule
+from methods import FULL, PLAIN, PROBE, RANK, RATIO, RULES, SCALE, Rule
+from page_texts import CAVEATS, HEAD, LEGEND
 from peft_check import Check
 from plane_page import PICTURE, Plane
 from records import PLANE, REPORT, SWEEP, Record, mean_losses
@@ -19,50 +20,6 @@ FOLDER = "finetune"
 CAPTION = "Validation loss above the least of the task, by both rates. Line: equal rates, plain LoRA; star: the least"
 T95 = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26}
 """Student's t by degrees of freedom: a difference above so many standard errors comes by chance once in twenty."""
-HEAD = """\
-# Fine-tuning pretrained models: LoRA, LoRA+, and rules of thumb
-
-{headline}
-
-`python benchmarks/studies/finetune/sweep.py` (`make finetune`) does the runs, keeps each in `finetune.jsonl`, and
-writes this page from them. Models and data come from package registries and are checked by their SHA-256.
-
-{total} runs, {minutes:.0f} CPU minutes, on one thread each; {machines}.
-
-Where nothing else is said, r = {rank}; alpha is {scale:g} r, also at other ranks. "5 % of the weights" is the rank
-whose A and B hold 5 % of the weights that they are on; "q and v, as many" has as many parameters as LoRA has on all
-layers. Full fine-tuning trains all weights of the adapted blocks, and the head. All methods have AdamW without decay,
-no dropout, rates that fall linearly to zero, and the same batches for the same seed. Classifiers start from the linear
-probe: a head that was fitted to the frozen features first (its penalty chosen on validation examples), and that is
-trained along.
-
-The rate of a method is the geometric mean of A's and B's rate; head and magnitudes learn at it. It is chosen by the
-mean validation loss over the seeds of the sweep, on grids of the same number of rates for every method, which lie lower
-for full fine-tuning and rank 64; where the best rate is at an end of the grid, further ones are tried there. The
-figures are on test examples, with fresh seeds. The gradient init looks at {batches} more batches; it is paired with
-LoRA by its batches, not by its A. Methods of another rank are paired by their batches too.
-"""
-LEGEND = """\
-Mean ± standard error over seeds. "Difference" is that of the test loss to LoRA's with the same seed, below zero where
-the method is better. "Steps" is when the mean validation loss first comes down to LoRA's final one, interpolated
-between a few checks. "Time" is the median CPU time of a training step over LoRA's; it is left out where the runs did
-not take turns with LoRA's, for the machine was not equally busy. A rate in *italics* is at an end of what was tried: a
-better one may lie outside.
-"""
-CAVEATS = """\
-## What may be said, and what not
-
-- {judged} comparisons were made, each at the 95 % level of Student's t and without a correction for their
-  number: about one in twenty separates by chance.
-- The spread is that of A's start and the batches. Training, validation and test examples are the same for all seeds, so
-  it says nothing about other examples, and a difference says nothing about other tasks.
-- The runs are short ({steps} steps), the models small, and only their upper part is adapted. Nothing here speaks about
-  long runs or large models.
-- The grid has steps of a factor of two and the sweep has {sweeps} seeds: a method can be off its best rate by as much
-  as the differences shown. A method that the table ranks above LoRA and the sweep below it has not been shown to be
-  better, whatever its t.
-- A comparison at one rate for all methods, taken from LoRA or from LoRA+, is not shown, because it says which rate was
-  tuned and nothing about the methods."""
 
 
 @dataclass(frozen=True)
@@ -253,9 +210,16 @@ class Evidence:
         return [self.rule.words, *(cells.get(task, "") for task in tasks)]
 
 
-def rule_lines(evidence: Sequence[Evidence]) -> list[str]:
+def rates_over_full(results: Sequence[Results]) -> dict[str, float]:
+    """By task: LoRA's best rate over that of full fine-tuning."""
+    found = {result.name: [result.of(REPORT, method) for method in (PLAIN, FULL)] for result in results}
+    return {name: plain[0].run.rate / full[0].run.rate for name, (plain, full) in found.items() if plain and full}
+
+
+def rule_lines(evidence: Sequence[Evidence], results: Sequence[Results]) -> list[str]:
     """The section on rules of thumb."""
     tasks = list(dict.fromkeys(task for each in evidence for task in each.gains))
+    rates = ", ".join(f"{rate:g} ({name})" for name, rate in rates_over_full(results).items())
     return [
         "## Rules of thumb",
         "",
@@ -264,6 +228,8 @@ def rule_lines(evidence: Sequence[Evidence]) -> list[str]:
         "zero at the 95 % level of Student's t.",
         "",
         *table(("rule", *tasks), [each.row(tasks) for each in evidence]),
+        f"LoRA's best rate over that of full fine-tuning: {rates or 'not run'}.",
+        "",
     ]
 
 
@@ -279,15 +245,19 @@ def at_a_low_rate(results: Sequence[Results], method: str) -> list[float]:
 
 
 def headline(evidence: Sequence[Evidence], results: Sequence[Results]) -> str:
-    """The sentences that a reader may quote: what the ratio gains over LoRA at tuned rates, and at too low ones."""
-    ratios = [each for each in evidence if each.rule.words.startswith(RATIO)]
+    """The sentences that a reader may quote: what the ratio gains over LoRA at tuned rates, and at too low ones.
+
+    Only ratios that were run in several tasks.
+    """
+    ratios = [each for each in evidence if each.rule.words.startswith(RATIO) and len(each.gains) > 1]
     parts = [
-        f"{each.rule.followed} changes the test loss of {each.rule.otherwise} by {each.range()} nats ({each.counts()})"
+        f"{each.rule.followed} changes the test loss of {each.rule.otherwise} by {each.range()} nats "
+        f"({each.counts()} settings)"
         for each in ratios
     ]
     text = f"**With the rate of each method tuned on grids of equal size, {'; '.join(parts)}.**"
     low = [
-        f"{followed} by {min(gains):+.3f} to {max(gains):+.3f} ({len(gains)} tasks)"
+        f"{followed} by {min(gains):+.3f} to {max(gains):+.3f} ({len(gains)} settings)"
         for followed in dict.fromkeys(each.rule.followed for each in ratios)
         if (gains := at_a_low_rate(results, followed))
     ]
@@ -337,7 +307,7 @@ def page(settings: Mapping[str, Setting], records: Sequence[Record], checks: Seq
         steps=" or ".join(map(str, sorted({result.setting.steps for result in results}))),
         sweeps=" or ".join(sorted({str(len({r.run.seed for r in records if r.run.stage == SWEEP}))})),
     )
-    lines = [head, *rule_lines(evidence)]
+    lines = [head, *rule_lines(evidence, results)]
     if any(plane.losses for plane in planes.values()):
         lines += [f"![{CAPTION}]({FOLDER}/{PICTURE}.svg)", "", f"*{CAPTION}*", ""]
     lines += [LEGEND]

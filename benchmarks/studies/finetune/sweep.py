@@ -50,8 +50,7 @@ class Plan:
 
 PLANS = {
     "phonemes": Plan(report=(10, 11, 12), through_peft=()),
-    "phonemes, 120 steps": Plan(sweep=(0,), report=(10, 11, 12), through_peft=()),
-    "glosses, 160 steps": Plan(report=(10, 11, 12), through_peft=()),
+    "phonemes, 120 steps": Plan(sweep=(0,), report=(10, 11, 12), through_peft=(), extra=1),
 }
 """Tasks whose plan is not the usual one."""
 

@@ -17,7 +17,7 @@ import smollm
 import sources
 import torch
 import torch.nn.functional as F
-from methods import BELOW_ONE, FULL, METHODS, PLACES, PLAIN, SIZES, Method, only
+from methods import FAR, FULL, METHODS, PLACES, PLAIN, SIZES, Method, only
 from minilm import Upper
 from probe import fit_head
 from torch import Tensor, nn
@@ -185,7 +185,7 @@ GLOSSES = Setting(
     f"WordNet gloss of at most {PIECES} word pieces. Adapters on all linear layers of the last {6 - LAYERS_BELOW} "
     f"of 6 blocks.",
     plane=(octaves(-14, -6), octaves(-12, -6)),
-    methods=METHODS | BELOW_ONE | SIZES | PLACES,
+    methods=METHODS | FAR | SIZES | PLACES,
 )
 DIGITS = Setting(
     digits,
@@ -196,7 +196,7 @@ DIGITS = Setting(
     f"MNIST (5,000 of them, scaled to {IMAGE} x {IMAGE}). Adapters on the 1x1 convolutions of the last "
     f"{16 - BLOCKS_BELOW} of 16 blocks and the one above them.",
     plane=(octaves(-12, -8), octaves(-11, -7)),
-    methods=METHODS | BELOW_ONE | SIZES,
+    methods=METHODS | FAR | SIZES,
 )
 PHONEMES = Setting(
     spelling,
@@ -209,24 +209,14 @@ PHONEMES = Setting(
     f"the share of held-out words whose phonemes greedy decoding writes without a mistake.",
     batch=8,
     also=(),
-    plane=(octaves(-11, -6), octaves(-9, -4)),
-    methods=only(
-        PLAIN, "LoRA+ x4", "LoRA+ x16", "ratio 1/4", FULL, "alpha = r", "q and v, as many", "rank 64", "rank 64 x4"
-    ),
+    plane=(octaves(-12, -6), octaves(-9, -3)),
+    methods=only(PLAIN, "LoRA+ x4", "LoRA+ x16", "LoRA+ x64", FULL),
 )
-NO_PLANE: tuple[Sequence[float], Sequence[float]] = ((), ())
 TASKS: dict[str, Setting] = {
     "glosses": GLOSSES,
     "digits": DIGITS,
     "phonemes": PHONEMES,
     "phonemes, 120 steps": replace(
-        PHONEMES, steps=120, plane=NO_PLANE, methods=only(PLAIN, "LoRA+ x4", "LoRA+ x16", "ratio 1/4", FULL)
-    ),
-    "glosses, 160 steps": replace(
-        GLOSSES,
-        steps=160,
-        rates=octaves(-12, -10),
-        plane=NO_PLANE,
-        methods=only(PLAIN, "LoRA+ x4", "LoRA+ x16", FULL, "rank 64", "rank 64 x4"),
+        PHONEMES, steps=120, plane=((), ()), methods=only(PLAIN, "LoRA+ x4", "LoRA+ x64", FULL)
     ),
 }
