@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+import random
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ import lora_plus
 from lora_plus import inject_lora, load_adapter, merge_lora, merged, remove_lora, save_adapter, unmerge_lora
 from lora_plus.files import read_adapter
 from lora_plus.model import active_adapters, adapter_names
+from lora_plus.surgery import resize_adapter
+from lora_plus.training import reset_lora_parameters
 
 F64 = torch.float64
 IDS = [7, 2, 8]
@@ -546,3 +549,128 @@ def test_layers_and_readers_that_cannot_have_rows() -> None:
         inject_lora(Reader(), [], train_rows={"embed": [1]})
     with pytest.raises(ValueError, match=r"'0' is Conv1d, where"):
         inject_lora(nn.Sequential(nn.Conv1d(3, 4, 2)), [], train_rows={"0": [1]})
+
+
+# ---- sequences -------------------------------------------------------------------------------------------------------
+
+
+class Sequence:
+    """Random operations on a tied model with two adapters of rows and one that is LoRA on the head alone."""
+
+    def __init__(self, seed: int, folder: Path) -> None:
+        self.draw, self.folder = random.Random(seed), folder
+        torch.manual_seed(seed)
+        self.model: Any = Language()
+        self.base = self.model.embed.weight.detach().clone()
+        self.ids: dict[str, list[int]] = {}
+        self.active: dict[str, float] = {}
+        self.merged: dict[str, float] | None = None
+        self.saved: dict[str, list[int]] = {}
+
+    def weights(self, active: Mapping[str, float]) -> tuple[Tensor, Tensor]:
+        """Those of the embedding and of the head."""
+        embed, head = self.base.clone(), torch.zeros_like(self.base)
+        for name, factor in active.items():
+            if name == "lora":
+                adapter = self.model.head.lora_adapters["lora"]
+                A, B = adapter.factors()
+                head += factor * adapter.spec.scale * (B @ A).detach()
+            else:
+                rows = self.model.embed.lora_rows[name].detach()
+                embed[self.ids[name]] += factor * (rows - self.base[self.ids[name]])
+        return embed, embed + head
+
+    def check(self) -> None:
+        embed, head = self.weights(self.active if self.merged is None else self.merged)
+        with torch.no_grad():
+            close(self.model.embed(torch.arange(9)), embed)
+            close(self.model.head(torch.eye(4, dtype=F64)), head.T)
+            if self.model.embed.__class__ is not nn.Embedding:
+                with lora_plus.disabled(self.model):
+                    assert torch.equal(self.model.embed(torch.arange(9)), self.base)
+                    assert self.model.embed.weight is self.model.head.weight
+
+    def step(self) -> None:
+        names = [*self.ids]
+        operation = self.draw.choice(["inject", "set", "set", "write", "merge", "unmerge", "rename", "delete", "copy",
+                                      "save", "load", "resize", "reset", "for good"])  # fmt: skip
+        if self.merged is not None and operation not in ("rename", "copy", "save"):
+            operation = "unmerge"
+        free = next((name for name in "abc" if name not in names), None)
+        some = self.draw.choice(names) if names else None
+        if operation == "inject" and free is not None:
+            if "lora" not in names and self.draw.random() < 0.3:
+                inject_lora(self.model, ["head"], r=2, adapter="lora", init="gaussian")
+                self.ids["lora"], self.active = [], {"lora": 1.0}
+            else:
+                self.ids[free] = self.draw.sample(range(9), self.draw.randint(1, 4))
+                inject_lora(self.model, ["mid"], r=1, train_rows={"embed": self.ids[free]}, adapter=free)
+                self.active = {free: 1.0}
+        elif operation == "unmerge" and self.merged is not None:
+            unmerge_lora(self.model)
+            self.merged = None
+            assert self.model.embed.weight is self.model.head.weight
+        elif some is None:
+            return
+        elif operation == "set":
+            chosen = self.draw.sample(names, self.draw.randint(1, len(names)))
+            self.active = {name: self.draw.choice([1.0, 1.0, 0.5, -1.0]) for name in chosen}
+            lora_plus.set_adapter(self.model, self.active)
+        elif operation == "write":
+            with torch.no_grad():
+                held = self.model.head.lora_B if some == "lora" else self.model.embed.lora_rows
+                held[some].add_(0.3 * torch.randn_like(held[some]))
+        elif operation == "merge" and self.active:
+            merge_lora(self.model)
+            self.merged = dict(self.active)
+            assert (self.model.embed.weight is self.model.head.weight) == ("lora" not in self.active)
+        elif operation == "rename" and some != "lora" and free is not None:
+            lora_plus.rename_adapter(self.model, some, free)
+            for table in (self.ids, self.active, self.merged or {}):
+                for name in [*table]:
+                    table[free if name == some else name] = table.pop(name)  # type: ignore[attr-defined]
+        elif operation == "delete":
+            lora_plus.delete_adapter(self.model, some)
+            del self.ids[some]
+            self.active.pop(some, None)
+        elif operation == "copy":
+            self.model = self.draw.choice([copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])(self.model)
+        elif operation == "save" and some != "lora":
+            save_adapter(self.model, self.folder / "a.safetensors", adapter=some)
+            self.saved = {"ids": self.ids[some]}
+        elif operation == "load" and self.saved and free is not None:
+            load_adapter(self.model, self.folder / "a.safetensors", adapter=free)
+            self.ids[free], self.active = self.saved["ids"], {free: 1.0}
+        elif operation == "resize":
+            resize_adapter(self.model, r=self.draw.randint(1, 3), adapter=some)
+        elif operation == "reset":
+            reset_lora_parameters(self.model, adapter=some)
+            if some != "lora":
+                close(self.model.embed.lora_rows[some], self.base[self.ids[some]])
+        elif operation == "for good" and self.active and "lora" not in self.active:
+            self.base, _ = self.weights(self.active)
+            lora_plus.merge_and_unload(self.model)
+            self.ids, self.active = {}, {}
+
+
+def run_sequences(seeds: range, folder: Path) -> None:
+    for seed in seeds:
+        sequence = Sequence(seed, folder)
+        for _ in range(25):
+            sequence.step()
+            sequence.check()
+        if sequence.merged is not None:
+            unmerge_lora(sequence.model)
+        plain = remove_lora(sequence.model)
+        assert torch.equal(plain.embed.weight, sequence.base) and plain.embed.weight is plain.head.weight
+
+
+@pytest.mark.filterwarnings("ignore:the weight of '(head|embed)' is shared with")  # said of LoRA on one of the two
+def test_short_sequences_of_operations(tmp_path: Path) -> None:
+    run_sequences(range(4), tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:the weight of '(head|embed)' is shared with")
+def test_many_sequences_of_operations(tmp_path: Path) -> None:
+    run_sequences(range(4, 200), tmp_path)
