@@ -113,9 +113,7 @@ class _MatrixCut(ParallelStyle):
                 "entries of the same input; inject with dropout=0"
             )
         if not all(VARIANTS[adapter.spec.variant].factors for adapter in adapters):
-            raise ValueError(
-                f"{subject} with rows of tokens (train_rows), which would have to be cut as it is; leave it"
-            )
+            raise ValueError(f"{subject} with rows of tokens (train_rows), which are not cut; leave it whole")
         rescaled = any(VARIANTS[adapter.spec.variant].rescales for adapter in adapters)
         reused = rescaled or getattr(module, "max_norm", None) is not None
         if self.cut == _IN and not kind.linear_low_rank and reused:

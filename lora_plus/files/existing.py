@@ -41,12 +41,13 @@ class Existing:
             if place.key not in left:
                 yield f"{name!r} has no adapter {self.name!r} in the model"
                 continue
-            layer, own = data.layers[name], left.pop(place.key)[1]
-            file, ours = self._settings(layer.spec, layer.tensors, own), self._settings(own.spec, own.tensors(), own)
+            layer, (held, own) = data.layers[name], left.pop(place.key)
+            file = self._settings(layer.spec, layer.tensors, own) | {"ids": [*place.ids]}
+            ours = self._settings(own.spec, own.tensors(), own) | {"ids": [*held.ids]}
             for field in ours | file:
                 if file.get(field) != ours.get(field):
                     yield f"{name!r}: {field} {file.get(field)!r} in the file, {ours.get(field)!r} in the model"
-            if any(held.is_meta for held in own.tensors().values()):
+            if any(tensor.is_meta for tensor in own.tensors().values()):
                 yield f"{name!r}: the model's adapter has no values (it is on the meta device)"
         yield from (f"{place.name!r} has no adapter in the file" for place, _ in left.values())
         trained = {head.unit.name for head in self.state.trained(self.name)}

@@ -68,6 +68,8 @@ class Place(ABC):
     """The class of the module that it is a part of, where that module reads its weights itself."""
     linear: bool
     """Whether ``"all-linear"`` includes it."""
+    ids: Sequence[int] = ()
+    """The rows of the stored weight that it is, where it is such rows."""
 
     @property
     def name(self) -> str:

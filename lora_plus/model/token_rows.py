@@ -42,7 +42,6 @@ class TokenRowsPlace(LayerPlace):
         self.ids, self.named_modules = tuple(ids), named
         # the names of what else has adapters in a file; whether it leaves to the model which layers share the rows
         self.taken, self.any_tie = taken, any_tie
-        self.key = (id(layer), *self.ids)
 
     @property
     def spec(self) -> AdapterSpec:

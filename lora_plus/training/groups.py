@@ -75,11 +75,12 @@ def loraplus_param_groups(
 
     Each trainable parameter of the model is in exactly one group, and no group is empty. By ``"name"`` they are
     ``lora_A`` and ``lora_B`` at the two rates, ``lora_embedding`` (both matrices of embedding adapters) at
-    ``embedding_lr``, and at ``lr`` ``lora_magnitude`` (DoRA's; other variants can state groups of their own), ``other``
-    and ``other_no_decay`` (heads, norms). Magnitudes, biases, norm weights and other parameters of less than two
-    dimensions are not decayed; where ``decayed`` says otherwise, there are ``lora_A_no_decay`` and the like. The groups
-    of A and B note their ratio as ``"loraplus_ratio"``, which `check_lr_ratio` goes by. With ``lr_ratio=1,
-    embedding_lr=None`` and the same weight decay on each parameter, training follows plain LoRA bit for bit.
+    ``embedding_lr``, and at ``lr`` ``lora_magnitude`` (DoRA's; other variants can state groups of their own),
+    ``lora_rows`` (``train_rows``), ``other`` and ``other_no_decay`` (heads, norms). Rows of tokens, magnitudes, biases,
+    norm weights and other parameters of less than two dimensions are not decayed; where ``decayed`` says otherwise,
+    there are ``lora_A_no_decay`` and the like. The groups of A and B note their ratio as ``"loraplus_ratio"``, which
+    `check_lr_ratio` goes by. With ``lr_ratio=1, embedding_lr=None`` and the same weight decay on each parameter,
+    training follows plain LoRA bit for bit.
 
     Args:
         model: a model with adapters; wrapped (DDP, compiled) or not.

@@ -12,9 +12,12 @@ from engine_model import TARGETS, base_model, batches, distance, optimizer_for, 
 from processes import Processes
 from sharded_models import TOKENS, by_fsdp1, by_fully_shard
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor.parallel import parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
 import lora_plus as lp
+from lora_plus.engines.tensor_parallel import ColwiseLoRA
 
 STEPS = 3
 ROWS = {"tied": {"embedding": [5, 1, 40]}, "untied": {"embedding": [5, 1, 40], "head": [0, 5]}}
@@ -120,3 +123,18 @@ def zero(stage: int) -> list[str]:
 def test_deepspeed_trains_rows_as_one_process_does(two_processes: Processes, stage: int) -> None:
     pytest.importorskip("deepspeed")
     assert two_processes(zero, stage) == [[], []]
+
+
+def cut() -> str:
+    """What tensor parallelism says of a layer with rows."""
+    mesh = init_device_mesh("cpu", (2,))
+    try:
+        parallelize_module(rows_model("untied"), mesh, {"embedding": ColwiseLoRA()})
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def test_tensor_parallelism_refuses_rows(two_processes: Processes) -> None:
+    for message in two_processes(cut):
+        assert "cannot cut a LoRAEmbedding with rows of tokens (train_rows), which are not cut" in message

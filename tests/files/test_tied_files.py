@@ -178,7 +178,7 @@ def test_a_checkpoint_of_tied_weights_gets_it_once(target: str, form: str, tmp_p
     close(found[name], model.lm_head.weight)
     assert all(torch.equal(found[key], tensor) for key, tensor in state.items() if key != name)
     save_file({**state, "lm_head.weight": state[name].clone()}, base / "model.safetensors")
-    with pytest.raises(ValueError, match=r"the file has one A and B for .* which the checkpoint stores apart; tie"):
+    with pytest.raises(ValueError, match=r"the file has one adapter for .* which the checkpoint stores apart; tie"):
         lp.merge_checkpoint(base, tmp_path / form, tmp_path / "again")
 
 

@@ -238,6 +238,13 @@ def test_a_native_file_has_the_rows_and_gives_them_back(model: Any, tmp_path: Pa
     assert held == {name: id(parameter) for name, parameter in loaded.named_parameters()}
 
 
+def test_other_ids_are_not_loaded_in_place(tmp_path: Path) -> None:
+    save_adapter(inject_lora(Language(), ["mid"], r=2, train_rows={"embed": IDS}), tmp_path / "a.safetensors")
+    model = inject_lora(Language(), ["mid"], r=2, train_rows={"embed": [7, 2, 1]})
+    with pytest.raises(ValueError, match=r"'embed': ids \[7, 2, 8\] in the file, \[7, 2, 1\] in the model"):
+        load_adapter(model, tmp_path / "a.safetensors", replace=True)
+
+
 def test_what_a_file_says_of_rows(tmp_path: Path) -> None:
     save_adapter(inject_lora(Language(), ["mid"], r=2, train_rows={"embed": IDS}), tmp_path / "a.safetensors")
     told = document(tmp_path / "a.safetensors")

@@ -69,6 +69,28 @@ def test_rows_of_another_base_come_out_as_they_are_in_the_file(tmp_path: Path) -
         assert torch.equal(merged[f"{name}.weight"][others], base[f"{name}.weight"][others])
 
 
+def test_a_checkpoint_has_one_tensor_for_a_tied_weight(tmp_path: Path) -> None:
+    model = adapted({"embed_tokens": IDS}, tied=True)
+    state = Language(tied=True).state_dict()
+    del state["lm_head.weight"]
+    save_file(state, tmp_path / "base.safetensors")
+    save_adapter(model, tmp_path / "a.safetensors")
+    merge_checkpoint(tmp_path / "base.safetensors", tmp_path / "a.safetensors", tmp_path / "out.safetensors")
+    plain = Language(tied=True)
+    plain.load_state_dict(load_file(tmp_path / "out.safetensors"), strict=False)
+    assert torch.equal(plain(TOKENS), lora_plus.merge_and_unload(model)(TOKENS))
+
+
+def test_a_checkpoint_that_stores_tied_weights_apart_is_refused(tmp_path: Path) -> None:
+    save_file(Language().state_dict(), tmp_path / "base.safetensors")
+    save_adapter(adapted({"embed_tokens": IDS}, tied=True), tmp_path / "a.safetensors")
+    with pytest.raises(
+        ValueError, match=r"'embed_tokens.weight' and 'lm_head.weight', which the checkpoint stores apart"
+    ):
+        merge_checkpoint(tmp_path / "base.safetensors", tmp_path / "a.safetensors", tmp_path / "out.safetensors")
+    assert not (tmp_path / "out.safetensors").exists()
+
+
 def test_a_factor_moves_rows_in_part(tmp_path: Path) -> None:
     model = adapted(BOTH)
     save_adapter(model, tmp_path / "a.safetensors")

@@ -130,7 +130,7 @@ class Plan:
             problems.append("it has no adapted layer")
         for name, layer in data.layers.items():
             target = tensors[name]
-            if target is not None and isinstance(layer.base.facts.get("tied"), dict) and not is_rows(layer):
+            if target is not None and isinstance(layer.base.facts.get("tied"), dict):
                 target = self._stored(
                     target, [f"{rename(other)}.weight" for other in layer.base.facts["tied"]], problems
                 )
@@ -151,7 +151,7 @@ class Plan:
         stored = [each for each in (name, *others) if each in self.checkpoint.tensors] or [name]
         if len(stored) > 1:
             apart = " and ".join(map(repr, stored))
-            problems.append(f"the file has one A and B for {apart}, which the checkpoint stores apart; tie them first")
+            problems.append(f"the file has one adapter for {apart}, which the checkpoint stores apart; tie them first")
             return None
         self.told[stored[0]] = {name, *others}
         return stored[0]
