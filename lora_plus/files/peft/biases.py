@@ -69,11 +69,12 @@ def key_of(name: str, found: Units) -> str:
 
 def lost_biases(adapter: SavedAdapter, setting: str, layers: Iterable[str], outline: Outline) -> Iterator[str]:
     """What PEFT has trained under a setting of ``bias``, and the file lacks, as that of some versions does."""
+    if setting == "none":
+        return
     owners = tuple(f"{path}." for path, tensors in adapter.trained.items() if "" not in tensors)
     every = {name for name in outline.parameters if is_bias(name) and not name.startswith(owners)}
-    wanted = {"none": set[str](), "all": every, "lora_only": every.intersection(join(name, "bias") for name in layers)}
-    missing = sorted(wanted[setting] - adapter.trained.keys())
-    if missing:
+    wanted = {"all": every, "lora_only": every.intersection(join(name, "bias") for name in layers)}
+    if missing := sorted(wanted[setting] - adapter.trained.keys()):
         yield (
             f"bias is {setting!r}, and the file lacks {some(missing)}; set it to 'none' in the config to load the "
             "adapter without them"
