@@ -1,4 +1,4 @@
-"""Adapters of tied weights in formats that have an adapter for each layer: one of ours as several, and back to one."""
+"""Tied weights in files: one adapter of ours as one for each layer, and back to one; what is trained in full twice."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from lora_plus.layers.base_layer import BaseLayer
 from lora_plus.layers.kinds import kinds_by_name
 from lora_plus.model.tied import is_transposed
 
+from .checks import without_values
+from .fit import FITTERS
 from .saved_adapter import SavedAdapter, SavedLayer
+from .target import ModelTarget, Target
 from .token_rows import is_rows
 
 
@@ -82,3 +85,21 @@ def _is_same(one: SavedLayer, other: SavedLayer) -> bool:
         tensor.dtype == other.tensors[part].dtype and torch.equal(tensor, other.tensors[part])
         for part, tensor in seen.items()
     )
+
+
+def trained_once(adapter: SavedAdapter, target: Target, problems: list[str]) -> SavedAdapter:
+    """The same adapter; a problem for each tensor of the model that it would train to two values."""
+    units = target.units if isinstance(target, ModelTarget) and len(adapter.trained) > 1 else {}
+    first: dict[int, tuple[str, Tensor]] = {}
+    for name in filter(units.__contains__, adapter.trained):
+        for part, bound in units[name].tensors().items():
+            value = adapter.trained[name].get(part)
+            if value is None or without_values(value) is not None:
+                continue
+            other, given = first.setdefault(id(bound), (name, value))
+            if given is not value and not torch.equal(given, value):
+                problems.append(f"{other!r} and {name!r} differ in a tensor that is one and the same in this model")
+    return adapter
+
+
+FITTERS.append(trained_once)

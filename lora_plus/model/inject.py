@@ -233,7 +233,9 @@ def check_selection(state: State, places: Sequence[Place], train_also: Sequence[
                 f"the weight of {place.name!r} is offloaded: it has values only while {max(around, key=len)!r} runs, "
                 "which does not know of adapters inside; exclude it, or load the model without offloading it"
             )
-    trained = {id(it): head for head in state.trained() for it in (*head.unit.modules(), *head.unit.tensors().values())}
+    named = {id(unit.record()) for unit in train_also}
+    heads = sorted(state.trained(), key=lambda head: id(head.record) not in named)  # the last of tied ones is refused
+    trained = {id(it): head for head in heads for it in (*head.unit.modules(), *head.unit.tensors().values())}
     for place in places if trained else ():
         for head in filter(None, map(trained.get, (id(place.owner), id(place.stored())))):
             with_it = f"{head.unit.name!r} is trained in full with the adapter {head.adapter!r}"
@@ -244,14 +246,15 @@ def check_selection(state: State, places: Sequence[Place], train_also: Sequence[
         bound, modules = unit.tensors().values(), unit.modules()
         if not all(isinstance(value, Tensor) for value in bound):
             raise ValueError(f"train_also: {unit.name!r} has state that is not a tensor and could not be restored")
-        for head in (trained[id(tensor)] for tensor in bound if id(tensor) in trained and unit.record() is None):
-            raise ValueError(
-                f"train_also: {unit.name!r} has a tensor of {head.unit.name!r}, which the adapter {head.adapter!r} "
-                "trains in full; name the same for both adapters"
-            )
+        for head in filter(None, map(trained.get, map(id, bound))):
+            if unit.record() is None or id(head.record) not in named:
+                raise ValueError(
+                    f"train_also: {unit.name!r} has a tensor of {head.unit.name!r}, which the adapter {head.adapter!r} "
+                    "trains in full; name the same for both adapters"
+                )
         if not any(isinstance(value, nn.Parameter) and value.is_floating_point() for value in bound):
             raise ValueError(f"train_also: {unit.name!r} ({type(unit.module).__name__}) has no parameter to train")
         if any(map(why_no_numbers, [getattr(child, "weight", None) for child in modules] or bound)):
             raise ValueError(f"train_also: {unit.name!r} has a quantized weight, which cannot be trained")
-        if any(isinstance(child, AdaptedWeight) for child in modules) or (unit.parameter and id(*bound) in weights):
-            raise ValueError(f"train_also: {unit.name!r} is an adapted weight, or contains an adapted layer")
+        if any(isinstance(child, AdaptedWeight) for child in modules) or not weights.isdisjoint(map(id, bound)):
+            raise ValueError(f"train_also: {unit.name!r} is an adapted weight, or contains or is tied to one")

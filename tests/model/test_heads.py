@@ -221,6 +221,22 @@ COPIES: dict[str, Callable[[nn.Module], nn.Module]] = {
 }
 
 
+def test_a_file_with_two_values_of_one_tensor_is_refused(tmp_path: Path) -> None:
+    model = base()
+    model.out.weight = nn.Parameter(model.out.weight.detach().clone())
+    with_head(model, "a", ["embed", "out"])
+    lp.save_adapter(model, tmp_path / "a.safetensors", adapter="a")
+    assert torch.equal(lp.load_adapter(base(), tmp_path / "a.safetensors")(TOKENS), model(TOKENS))
+    with torch.no_grad():
+        model.out.weight += 1
+    lp.save_adapter(model, tmp_path / "a.safetensors", adapter="a")
+    plain = base()
+    before, _alive = snapshot(plain)
+    with pytest.raises(ValueError, match="'embed' and 'out' differ in a tensor that is one and the same in this model"):
+        lp.load_adapter(plain, tmp_path / "a.safetensors")
+    assert difference(before, snapshot(plain)[0]) == ""
+
+
 @pytest.mark.parametrize("way", COPIES)
 def test_a_copy_has_heads_of_its_own(way: str, names: list[str]) -> None:
     model, _ = both(names)
@@ -306,7 +322,11 @@ REFUSED: dict[str, tuple[Callable[[Net], Any], str]] = {
     ),
     "an adapted weight": (
         lambda model: lp.inject_lora(model, ["v"], adapter="c", train_also=["q.weight"]),
-        "train_also: 'q.weight' is an adapted weight, or contains an adapted layer",
+        "train_also: 'q.weight' is an adapted weight, or contains or is tied to one",
+    ),
+    "tied to an adapted weight": (
+        lambda model: lp.inject_lora(model, ["embed"], adapter="c", train_also=["out"]),
+        "train_also: 'out' is an adapted weight, or contains or is tied to one",
     ),
     "a target": (
         lambda model: lp.inject_lora(model, ["v"], adapter="c", train_also=["v.weight"]),
@@ -322,6 +342,16 @@ def test_what_cannot_be_is_refused_and_changes_nothing(case: str) -> None:
     with pytest.raises(ValueError, match=re.escape(text)):
         call(model)
     assert difference(before, snapshot(model)[0]) == ""
+
+
+@pytest.mark.parametrize(("names", "other"), [(["embed"], "out"), (["out"], "embed")])
+def test_modules_with_one_weight_are_trained_together(names: list[str], other: str) -> None:
+    model = with_head(base(), "a", ["embed", "out"])
+    before, _alive = snapshot(model)
+    with pytest.raises(ValueError, match=f"{names[0]!r} has a tensor of {other!r}, which the adapter 'a' trains in"):
+        with_head(model, "b", names)
+    assert difference(before, snapshot(model)[0]) == ""
+    assert with_head(model, "b", [*names, other]).embed.weight.requires_grad
 
 
 def test_a_batch_whose_samples_all_have_the_active_head_is_computed() -> None:
