@@ -250,7 +250,7 @@ class _Finder(Finder):
 
     def adapted(self, site: AdapterSite, weight: AdaptedWeight, adapter: Adapter, owners: Owners, name: str) -> Place:
         if isinstance(adapter, TokenRows):
-            return TokenRowsPlace(owners[name], [name], adapter.ids, list(owners.items()))
+            return TokenRowsPlace(owners[name], [name], adapter.ids, list(owners.items()), adapter=adapter.name)
         place: Place = with_followers(LayerPlace(owners[name], [name]), adapter, owners)
         if isinstance(weight, LoRAParameter):
             part = Part(weight.weight_name, weight.lora_label, layout=weight.layout)

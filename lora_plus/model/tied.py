@@ -146,12 +146,17 @@ class _Shared:
 # ---- finding them ----------------------------------------------------------------------------------------------------
 
 
+def has_adapter(module: nn.Module, name: str) -> bool:
+    """Whether a module has an adapter of this name."""
+    return isinstance(module, AdaptedWeight) and name in module.adapter_names()
+
+
 def with_followers(place: Place, adapter: Adapter, modules: Mapping[str, nn.Module]) -> Place:
     """The place of an adapter that a model has, with those that follow it."""
     if not isinstance(adapter, SharedAdapter):
         return place
     names = {id(module): name for name, module in reversed([*modules.items()])}
-    there = [layer for layer in adapter.followers if id(layer) in names]
+    there = [layer for layer in adapter.followers if id(layer) in names and has_adapter(layer, adapter.name)]
     return TiedPlace(place, [LayerPlace(layer, [names[id(layer)]]) for layer in there])
 
 
@@ -203,13 +208,10 @@ class Ties:
         others = [
             name
             for name, module in self.readers.get(id(weight.own_weight()), {}).items()
-            if not self._has(module, adapter.name) and weight not in parameter_holders(module).values()
+            if not has_adapter(module, adapter.name) and weight not in parameter_holders(module).values()
         ]
         if others:
             yield f"not on {some(others)}, tied to it"
-
-    def _has(self, module: nn.Module, name: str) -> bool:
-        return isinstance(module, AdaptedWeight) and name in module.adapter_names()
 
 
 def _both(selection: Selection, named: Named) -> list[tuple[Place, AdapterSpec]]:

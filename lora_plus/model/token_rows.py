@@ -37,9 +37,11 @@ class TokenRowsPlace(LayerPlace):
         named: Named,
         taken: Collection[str] = (),
         any_tie: bool = False,
+        adapter: str | None = None,
     ) -> None:
         super().__init__(layer, names)
         self.ids, self.named_modules = tuple(ids), named
+        self.adapter = adapter  # whose rows they are, where they are there already
         # the names of what else has adapters in a file; whether it leaves to the model which layers share the rows
         self.taken, self.any_tie = taken, any_tie
 
@@ -51,13 +53,18 @@ class TokenRowsPlace(LayerPlace):
 
     @property
     def readers(self) -> list[tuple[str, nn.Module]]:
-        """The layer and the other modules that have its weight, each once, by name."""
+        """The layer and the other modules that have its weight, or its rows already, each once, by name."""
         weight = self.owner.own_weight() if isinstance(self.owner, AdaptedWeight) else self.stored()
         found = {id(self.owner): (self.name, self.owner)}
         for name, module in self.named_modules:
-            if id(module) not in found and any(own is weight for own in _weights(module)):
+            if id(module) not in found and (self._mirrors(module) if self.adapter else _has(module, weight)):
                 found[id(module)] = name, module
         return list(found.values())
+
+    def _mirrors(self, module: nn.Module) -> bool:
+        """Whether a module has the rows that are there; it can have been tied or untied since."""
+        own = module.lora_adapters.get(str(self.adapter)) if isinstance(module, LoRALayer) else None
+        return isinstance(own, MirroredRows) and own.source is self.owner
 
     def refusal(self) -> str | None:
         if (reason := _unfit(self.owner) or super().refusal()) is not None:
@@ -70,13 +77,14 @@ class TokenRowsPlace(LayerPlace):
         return None
 
     def misfits(self, spec: AdapterSpec) -> str | None:
-        n, padding = len(self.stored()), getattr(self.owner, "padding_idx", None)
+        n = len(self.stored())
         if not self.ids or not all(type(each) is int and 0 <= each < n for each in self.ids):
             return f"expected one id or more from 0 to {n - 1}, got {_few(self.ids)}"
         if len(set(self.ids)) < len(self.ids):
             return f"expected each id once, got {_few([each for each in self.ids if self.ids.count(each) > 1])}"
-        if padding in self.ids:
-            return f"id {padding} is its padding_idx, whose row is not trained; leave it out"
+        for name, layer in self.readers:
+            if (padding := getattr(layer, "padding_idx", None)) in self.ids:
+                return f"id {padding} is the padding_idx of {name!r}, whose row is not trained; leave it out"
         return None if spec == self.spec else f"its {len(self.ids)} rows have the settings {self.spec}, got {spec}"
 
     def new_tensors(self, storage: Storage, spec: AdapterSpec, start: Start) -> dict[str, Tensor]:
@@ -126,6 +134,10 @@ def told_rows(place: Place, base: BaseLayer, target: Any, layers: Collection[str
     stated = ids if isinstance(ids, list) and {*map(type, ids)} == {int} else ()  # a file can say anything
     any_tie = base.facts.get("tied") == {}
     return TokenRowsPlace(place.owner, place.names, stated, target.named, layers, any_tie)
+
+
+def _has(module: nn.Module, weight: Tensor) -> bool:
+    return any(own is weight for own in _weights(module))
 
 
 def _weights(module: nn.Module) -> list[Tensor]:

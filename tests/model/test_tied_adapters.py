@@ -323,6 +323,15 @@ def untied(model: nn.Module) -> nn.Module:
     return model
 
 
+def test_a_file_names_the_readers_that_have_the_adapter_still(tmp_path: Path) -> None:
+    tied = Tied("an embedding, and its head")
+    lp.remove_lora(tied.model.head)
+    tied.model.head.requires_grad_(False)
+    lp.save_adapter(tied.model, tmp_path / "a.safetensors")
+    loaded = lp.load_adapter(copy.deepcopy(tied.base), tmp_path / "a.safetensors")
+    assert torch.equal(loaded(tied.x), tied.model(tied.x)) and type(loaded.head) is nn.Linear
+
+
 class Renamed(nn.Module):
     """The model inside of another one."""
 

@@ -331,6 +331,23 @@ def test_a_file_for_a_tied_head_is_refused_where_it_is_not_tied(tmp_path: Path) 
 # ---- several adapters ------------------------------------------------------------------------------------------------
 
 
+def test_a_file_says_which_layers_have_the_rows_whatever_was_tied_since(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    model = moved(inject_lora(Language(tied=False), [], train_rows={"embed": IDS}))
+    plain = Language(tied=False)
+    model.head.weight = model.embed.weight
+    plain.head.weight = nn.Parameter(plain.embed.weight.detach().clone())
+    save_adapter(model, path)
+    assert torch.equal(load_adapter(plain, path)(TOKENS), model(TOKENS))
+    model = moved(inject_lora(Language(), [], train_rows={"embed": IDS}))
+    wanted, model.head.weight = model(TOKENS), nn.Parameter(model.head.weight.detach().clone(), requires_grad=False)
+    assert torch.equal(model(TOKENS), wanted)
+    save_adapter(model, path)
+    assert torch.equal(load_adapter(Language(), path)(TOKENS), wanted)
+    with pytest.raises(ValueError, match="tied"):
+        load_adapter(Language(tied=False), path)
+
+
 def test_rows_go_with_their_adapter() -> None:
     model = moved(inject_lora(Language(), ["mid"], r=2, train_rows={"embed": IDS}, adapter="a"))
     base, a = Language()(TOKENS), model(TOKENS)
@@ -459,7 +476,11 @@ ERRORS: dict[str, tuple[Callable[[], nn.Module], Mapping[str, Any], str]] = {
     "an id twice": (Language, {"train_rows": {"embed": [3, 4, 3]}}, "expected each id once, got [3, 3]"),
     "the padding": (
         lambda: Language(padding_idx=0), {"train_rows": {"embed": [0, 1]}},
-        "'embed' - id 0 is its padding_idx, whose row is not trained; leave it out",
+        "'embed' - id 0 is the padding_idx of 'embed', whose row is not trained; leave it out",
+    ),
+    "the padding of a tied embedding": (
+        lambda: Language(padding_idx=0), {"train_rows": {"head": [0, 1]}},
+        "'head' - id 0 is the padding_idx of 'embed', whose row is not trained; leave it out",
     ),
     "no such module": (Language, {"train_rows": {"embedd": [3]}}, "train_rows 'embedd' matches no module"),
     "no layer": (Language, {"train_rows": {"": [3]}}, "'' is Language, where an nn.Embedding or nn.Linear"),
