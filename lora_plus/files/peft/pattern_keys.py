@@ -3,7 +3,8 @@
 PEFT takes each key for a regular expression, which the end of a name has to match, from a dot on. Files come from
 strangers, and Python's own engine needs years for some expressions of ten characters. So keys that are names, as PEFT
 and this library write them, are looked up, and other expressions are read here: characters, classes, groups, ``|``, and
-repetitions of one character or class, for which a name is gone through once. Anything else is refused.
+repetitions of one character or class, for which a name is gone through once. Anything else is refused. A dot that is
+not escaped stands for any character, in names too.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import functools
 import operator
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from lora_plus.text import endings, parents
@@ -21,6 +22,35 @@ _NAME = re.compile(r"(\^?)((?:[^\\^$*+?{}\[\]|()]|\\[^a-zA-Z0-9])*)\$?", re.DOTA
 
 LONGEST = 1000
 """Characters that all keys of a pattern may have which are no names."""
+
+_MOST_DOTTED = 100
+"""Ways in which the dots may lie in names of one length."""
+
+
+class _Names:
+    """Values by names in which some characters may be any."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, dict[tuple[int, ...], dict[str, list[tuple[int, Any]]]]] = {}
+        """By length, then by where any character may stand, then by the name with dots there."""
+
+    def add(self, key: str, position: int, value: Any) -> bool:
+        """Enter a key; whether there was room for it."""
+        characters = re.findall(r"\\?.", key, re.DOTALL)
+        free = tuple(at for at, character in enumerate(characters) if character == ".")
+        alike = self._known.setdefault(len(characters), {})
+        known = alike.setdefault(free, {}).setdefault("".join(each[-1] for each in characters), [])
+        if len(known) < 2 and all(value != other for _, other in known):  # two tell that there are several
+            known.append((position, value))
+        return len(alike) <= _MOST_DOTTED
+
+    def find(self, name: str) -> Iterator[tuple[int, Any]]:
+        """The values of the keys that are this name, with their positions."""
+        for free, known in self._known.get(len(name), {}).items():
+            dotted = list(name)
+            for at in free:
+                dotted[at] = "."
+            yield from known.get("".join(dotted), ())
 
 
 class Patterns:
@@ -32,17 +62,15 @@ class Patterns:
     """
 
     def __init__(self, pattern: Mapping[str, Any], problems: list[str]) -> None:
-        self._whole: dict[str, list[tuple[int, Any]]] = {}
-        self._endings: dict[str, list[tuple[int, Any]]] = {}
+        self._whole, self._endings = _Names(), _Names()
         self._expressions: list[tuple[int, Any, _Step]] = []
         length = 0
         for position, (key, value) in enumerate(pattern.items()):
             name = _NAME.fullmatch(key)
             if name is not None:
-                entries = self._whole if name[1] else self._endings
-                known = entries.setdefault(re.sub(r"\\(.)", r"\1", name[2], flags=re.DOTALL), [])
-                if len(known) < 2 and all(value != other for _, other in known):  # two tell that there are several
-                    known.append((position, value))
+                if not (self._whole if name[1] else self._endings).add(name[2], position, value):
+                    problems.append(f"{key!r} and others have their dots at too many places; escape the dots")
+                    break
                 continue
             length += len(key)
             try:
@@ -55,9 +83,8 @@ class Patterns:
 
     def values(self, name: str) -> list[Any]:
         """The values of the keys that match a name, in the order of the keys."""
-        found = [*self._whole.get(name, ()), *self._endings.get(name, ())]
-        if self._endings:
-            found += [entry for ending in endings(name) for entry in self._endings.get(ending, ())]
+        found = [*self._whole.find(name)]
+        found += [entry for ending in (name, *endings(name)) for entry in self._endings.find(ending)]
         if self._expressions:
             text = _Text(name)
             found += [(position, value) for position, value, step in self._expressions if text.matches(step)]
