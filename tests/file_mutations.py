@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import random
 import struct
 import tempfile
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -38,15 +40,54 @@ class Rows(nn.Module):
         return self.attention(x, x, x)[0]
 
 
+class Experts(nn.Module):
+    """Two experts in stacked parameters, as version 5 of transformers has them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_up_proj, self.down_proj = (nn.Parameter(torch.randn(2, *shape)) for shape in ((8, 6), (6, 4)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gate, up = torch.einsum("bi,eoi->ebo", x, self.gate_up_proj).chunk(2, -1)
+        return torch.einsum("ebi,eoi->bo", gate.sigmoid() * up, self.down_proj)
+
+
+class Model(nn.ModuleDict):
+    """With what PEFT asks a model for its ties."""
+
+    config = SimpleNamespace(tie_word_embeddings=True)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self["embed_tokens"]
+
+
 def model() -> nn.ModuleDict:
     torch.manual_seed(0)
     layers = nn.ModuleList([nn.Linear(6, 6), nn.Linear(6, 4)])
     found = {"layers": layers, "embed": nn.Embedding(9, 6), "conv": nn.Conv2d(2, 3, 3), "own": Rows()}
-    return nn.ModuleDict({**found, "head": nn.Linear(4, 5)})
+    found |= {"top": nn.Linear(4, 5), "experts": Experts(), "embed_tokens": nn.Embedding(9, 6)}
+    found["lm_head"] = nn.Linear(6, 9, bias=False)
+    found["lm_head"].weight = found["embed_tokens"].weight
+    return Model(found)
 
 
 def adapted(targets: list[str], **options: Any) -> nn.Module:
     return randomise(lora_plus.inject_lora(model(), targets, r=2, alpha=3, **options), 1)
+
+
+OTHER_KINDS: dict[str, tuple[list[str], dict[str, Any]]] = {
+    "rows": (["layers.0"], {"train_rows": {"embed": [2, 5, 7]}}),
+    "tied rows": (["layers.0"], {"train_rows": {"embed_tokens": [1, 8]}}),
+    "tied": (["embed_tokens", "layers.*"], {"tied": "both"}),
+    "pissa": (["layers.*", "conv"], {"init": "pissa"}),
+    "parts": (
+        ["layers.0.q", "attention.q", "attention.v"],
+        {"init": "pissa", "fused": {"layers.0": ["q", "v"]}, "rank_pattern": {"q": 1}},
+    ),
+    "experts": (["gate_up_proj", "down_proj"], {}),
+    "biases": (["layers.*"], {"train_also": ["layers.0.bias", "layers.1.bias"]}),
+}  # fmt: skip
+"""What is neither a whole layer's A and B nor a module trained in full."""
 
 
 @cache
@@ -54,14 +95,19 @@ def adapters() -> dict[str, Files]:
     """An adapter in each format."""
     plain, linear = ["layers.*", "embed", "conv"], ["layers.*", "conv"]
     made = {
-        "native": (adapted(plain, rank_pattern={"layers.0": 3}, train_also=["head"]), "native"),
+        "native": (adapted(plain, rank_pattern={"layers.0": 3}, train_also=["top"]), "native"),
         "native other": (adapted(["layers.*", "embed"]), "native"),
         "native dora": (adapted(["layers.*"], variant="dora", scaling="rslora"), "native"),
         "native parameters": (adapted(["own.attention.in_proj_weight"]), "native"),
-        "peft": (adapted(plain, rank_pattern={"layers.0": 3}, alpha_pattern={"conv": 5}, train_also=["head"]), "peft"),
+        "peft": (adapted(plain, rank_pattern={"layers.0": 3}, alpha_pattern={"conv": 5}, train_also=["top"]), "peft"),
         "peft dora": (adapted(["layers.*"], variant="dora"), "peft"),
         "kohya": (adapted(linear), "kohya"),
         "diffusers": (adapted(linear), "diffusers"),
+        **{
+            f"{format} {name}": (adapted(targets, **options), format)
+            for name, (targets, options) in OTHER_KINDS.items()
+            for format in ("native", "peft")
+        },
     }
     return {name: _written(each, format) for name, (each, format) in made.items()}
 
@@ -76,7 +122,8 @@ def _written(adapted: nn.Module, format: str) -> Files:
 @cache
 def checkpoints() -> dict[str, Files]:
     """The model's checkpoint in one file, in shards, and fine-tuned."""
-    state = {name: tensor.contiguous() for name, tensor in model().state_dict().items()}
+    # one tensor for the tied weight
+    state = {name: tensor for name, tensor in model().state_dict().items() if name != "lm_head.weight"}
     tuned = {name: tensor + 0.1 * torch.randn(tensor.shape) for name, tensor in state.items()}
     names = sorted(state)
     shards = {f"model-0000{n}-of-00002.safetensors": names[n - 1 :: 2] for n in (1, 2)}
@@ -98,7 +145,7 @@ def checkpoints() -> dict[str, Files]:
 
 ACTING = ["\x1b]0;owned\x07\x1b[2J", "[bold red]q", "[link=http:evil]q[/link]", "[/x]", "a\nerror: b", "\u202e",
           "\x9b", "\0"]  # fmt: skip
-TEXTS = [*ACTING, "", "lora", "dora", "rslora", "linear", "Linear", "Embedding", "Conv2d", "Parameter", "head",
+TEXTS = [*ACTING, "", "lora", "dora", "rslora", "linear", "Linear", "Embedding", "Conv2d", "Parameter", "top",
          "\ud800", "layers.0", "conv", "layers.0.weight", ".", "..", "../../x", "/etc/passwd", "q(", ".*", "(a|a)*b",
          "a" * 40, "ß漢", "o i -> o i", "i o -> o i", "F32", "F4", "model.safetensors", "1", "é" * 300,
          "x" * 10_000]  # fmt: skip
@@ -266,6 +313,23 @@ def _tensor(header: Any, data: bytes, rng: random.Random) -> bytes:
     if rng.random() < 0.1:
         del new[rng.choice(sorted(new))]  # which leaves a gap
     return assembled({**{k: v for k, v in header.items() if k == "__metadata__"}, **new}, out)
+
+
+def retyped(raw: bytes, dtype: str) -> Iterator[bytes]:
+    """A safetensors file with one of its tensors in another dtype, for each of them."""
+    (length,) = struct.unpack("<Q", raw[:8])
+    header, data = json.loads(raw[8 : 8 + length]), raw[8 + length :]
+    for chosen in sorted(header.keys() - {"__metadata__"}):
+        new, out = dict(header), b""
+        for name in header.keys() - {"__metadata__"}:
+            entry = header[name]
+            piece = data[slice(*entry["data_offsets"])]
+            if name == chosen:
+                count = math.prod(entry["shape"])
+                entry, piece = {**entry, "dtype": dtype}, b"\1" * int(count * DTYPES[dtype])
+            new[name] = {**entry, "data_offsets": [len(out), len(out) + len(piece)]}
+            out += piece
+        yield assembled(new, out)
 
 
 def _name(header: Any, data: bytes, rng: random.Random) -> bytes:

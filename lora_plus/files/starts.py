@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lora_plus.layers.adapter import Adapter
 from lora_plus.layers.base_layer import BaseLayer
+from lora_plus.layers.kinds import DTYPES
 from lora_plus.layers.weight import AdaptedWeight
 from lora_plus.model.places import Place
 from lora_plus.tensors.distributed import is_dtensor
@@ -57,6 +58,8 @@ def with_starts(data: SavedAdapter, target: Target, problems: list[str]) -> Save
             continue
         plain = layers[name] = replace(layer, base=without_start(layer.base))
         if place is None or base_problem(plain.base) is not None or shape_problems(plain):
+            continue
+        if not all(tensor.dtype in DTYPES for tensor in plain.tensors.values()):  # which the fit refuses
             continue
         held = _held(weight)
         told = layer.base.facts.get(START) if not held or any(map(_started, held)) else None

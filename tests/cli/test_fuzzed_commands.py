@@ -276,3 +276,31 @@ def test_a_few_loads_of_any_files(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_loads_of_any_files(tmp_path: Path) -> None:
     load(*chosen(2000), tmp_path)
+
+
+def with_dtypes(dtypes: list[str], folder: Path) -> None:
+    """Load each kind of file with each of its tensors in these dtypes: the file is refused, or a weight can be so."""
+    for kind, files in material.adapters().items():
+        weights = next(name for name in files if not name.endswith(".json"))
+        for number, (dtype, raw) in enumerate(
+            (each, raw) for each in dtypes for raw in material.retyped(files[weights], each)
+        ):
+            path = folder / f"{kind} {number}"
+            material.write({**files, weights: raw}, path)
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore", UserWarning)
+                    lora_plus.load_adapter(material.model(), path)
+            except ValueError as error:
+                assert str(path) in str(error), (kind, dtype)
+            else:
+                assert dtype in STORED and STORED[dtype].is_floating_point, (kind, dtype)
+
+
+def test_dtypes_that_no_weight_has_are_refused(tmp_path: Path) -> None:
+    with_dtypes(["F8_E5M2", "U32"], tmp_path)
+
+
+@pytest.mark.slow
+def test_any_dtype_is_taken_or_refused(tmp_path: Path) -> None:
+    with_dtypes(sorted(material.DTYPES), tmp_path)

@@ -23,6 +23,7 @@ from torch import Tensor
 from lora_plus.files.json_text import parsed
 from lora_plus.files.saved_adapter import SavedAdapter, SavedLayer
 from lora_plus.files.starts import START
+from lora_plus.layers.kinds import DTYPES
 
 from .limits import Units
 from .tensors import ATTENTION, offsets
@@ -117,6 +118,8 @@ def narrowed(adapter: SavedAdapter, told: Parts) -> SavedAdapter:
 def _rows(unit: str, layer: SavedLayer, parts: Parts) -> dict[str, SavedLayer] | None:
     """The adapters of rows of a linear layer; None if there is more to it than these."""
     if layer.tensors.keys() != {"lora_A", "lora_B"} or not all(name.startswith(f"{unit}.") for name in parts):
+        return None
+    if layer.tensors["lora_B"].dtype not in DTYPES:  # which whoever takes the adapter refuses
         return None
     rest, found = layer.tensors["lora_B"].clone(), {}
     for name, entry in parts.items():

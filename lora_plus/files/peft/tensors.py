@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lora_plus.files.saved_adapter import SavedLayer, most_common
 from lora_plus.layers.base_layer import BaseLayer
+from lora_plus.layers.kinds import DTYPES
 from lora_plus.tensors.matrix import accumulation_dtype, joined_rows, matrix_shape
 from lora_plus.tensors.variant import AdapterSpec
 
@@ -254,5 +255,5 @@ def _wrong_shapes(
     ] + [
         f"{path!r}: {prefix}{TENSORS[name]} is {tensor.dtype}, which nothing is computed with"
         for name, tensor in tensors.items()
-        if tensor.dtype.itemsize < 2
+        if tensor.dtype not in DTYPES
     ]
