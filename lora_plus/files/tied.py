@@ -1,4 +1,7 @@
-"""Tied weights in files: one adapter of ours as one for each layer, and back to one; what is trained in full twice."""
+"""Tied weights in files: one adapter of ours as one for each layer, and back to one; what is trained in full twice.
+
+Which of the layers has an adapter makes no difference to what they compute, so a model gets it on the one that has it.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +13,9 @@ from torch import Tensor
 
 from lora_plus.layers.base_layer import BaseLayer
 from lora_plus.layers.kinds import kinds_by_name
-from lora_plus.model.tied import is_transposed
+from lora_plus.model.tied import FollowingAdapter, is_transposed
 
-from .checks import without_values
+from .checks import base_problem, shape_problems, without_values
 from .fit import FITTERS
 from .saved_adapter import SavedAdapter, SavedLayer
 from .target import ModelTarget, Target
@@ -70,6 +73,38 @@ def joined(adapter: SavedAdapter, ties: Iterable[tuple[str, str]]) -> tuple[Save
             differing.append(f"{name!r} and {other!r}")
     return replace(adapter, layers=layers), differing
 
+
+def at_leaders(data: SavedAdapter, target: Target, problems: list[str]) -> SavedAdapter:
+    """The adapter with those of tied layers on the ones that have them in a model, where others of these follow."""
+    leaders = {name: _leader(name, layer, target) for name, layer in data.layers.items()}
+    layers = dict[str, SavedLayer]()
+    for name, layer in data.layers.items():
+        leader = leaders[name]
+        if leader is None or leader in data.layers:
+            layers[name] = layer
+            continue
+        kinds = {name: layer.base.kind, **layer.base.facts["tied"]}
+        kind = kinds.pop(leader)
+        layout = kinds_by_name()[kind].layout
+        base = BaseLayer(kind, layout, layer.base.shape, {**layer.base.facts, "tied": kinds})
+        layers[leader] = SavedLayer(base, layer.spec, _seen(layer.tensors, is_transposed(layer.base.layout, layout)))
+    return replace(data, layers=layers)
+
+
+def _leader(name: str, layer: SavedLayer, target: Target) -> str | None:
+    """The one of the tied layers that has the adapters that this one follows in a model; None if it follows none."""
+    if not isinstance(target, ModelTarget) or not layer.base.facts.get("tied") or is_rows(layer):
+        return None
+    place = target.place(name)
+    weight = None if place is None else place.adapted()
+    if weight is None or base_problem(layer.base) is not None or shape_problems(layer):
+        return None
+    held = [each for site in weight.adapter_sites() for each in site.lora_adapters.values()]
+    followed = [id(each.source) for each in held if isinstance(each, FollowingAdapter)]
+    return next((other for other in layer.base.facts["tied"] if id(target.modules.get(other)) in followed), None)
+
+
+FITTERS.append(at_leaders)
 
 _USUAL = "Linear"
 """The kind of a layer of which nothing is known, as of a head whose weight a checkpoint has under another name."""

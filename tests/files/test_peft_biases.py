@@ -170,8 +170,12 @@ def test_a_bias_of_B_that_has_no_place_is_refused(tmp_path: Path) -> None:
         )
     from lora_plus.files import read_adapter
 
-    with pytest.raises(ValueError, match="'q': its lora_B has a bias"):
+    text = "'q': its lora_B has a bias (lora_bias), which is added to the layer's own; load the adapter into its model"
+    with pytest.raises(ValueError, match=re.escape(text)):
         read_adapter(whole)
+    save_file(base().state_dict(), tmp_path / "base.safetensors")
+    with pytest.raises(ValueError, match=re.escape(text)):
+        lp.merge_checkpoint(tmp_path / "base.safetensors", whole, tmp_path / "out.safetensors")
 
 
 # ---- what PEFT cannot say --------------------------------------------------------------------------------------------

@@ -100,6 +100,13 @@ def test_what_peft_saves_is_loaded_and_computes_the_same(case: str, dtype: torch
     close(logits(lora_plus.merge_and_unload(ours)), logits(theirs.merge_and_unload()))
 
 
+def test_a_setting_for_adapters_of_tied_layers_says_nothing_of_rows(tmp_path: Path) -> None:
+    theirs = made_by_peft(llama(True), target_modules=["q_proj"], r=2, trainable_token_indices=IDS)
+    theirs.save_pretrained(tmp_path)
+    (tmp_path / "adapter_config.json").write_text(json.dumps(read_config(tmp_path) | {"ensure_weight_tying": True}))
+    close(logits(load_adapter(llama(True), tmp_path)), logits(theirs))  # without a warning
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, pytest.param(torch.float32, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("case", [case for case in CASES if "alone" not in case or "head alone" in case])
 def test_what_is_saved_opens_in_peft_and_computes_the_same(case: str, dtype: torch.dtype, tmp_path: Path) -> None:

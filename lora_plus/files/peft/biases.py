@@ -86,6 +86,7 @@ def add_lora_biases(
     biases: Mapping[str, Tensor],
     layers: Mapping[str, SavedLayer],
     value_of: Callable[[str], Tensor | None],
+    whole: bool,
     problems: list[str],
 ) -> None:
     """Fold a bias of B, times the scale, into the layer's own bias, which is then trained in full with the adapter.
@@ -95,6 +96,7 @@ def add_lora_biases(
         biases: the bias of B by layer.
         layers: those of them that are linear layers or convolutions.
         value_of: the base's own parameter of a name; None if there is none.
+        whole: whether the base is a model, whose parameters are all known.
         problems: where that cannot be.
     """
     for name in (name for name in layers if name not in biases):
@@ -104,8 +106,9 @@ def add_lora_biases(
         trained = adapter.trained.get(full)
         own = value_of(full) if trained is None else trained[""]
         if layer is None or own is None or own.shape != bias.shape:
-            what = "no bias to add it to" if own is None else "another kind of bias"
-            problems.append(f"{name!r}: its lora_B has a bias (lora_bias), and the layer has {what} here")
+            what = "no bias to add it to here" if own is None else "another kind of bias here"
+            told = f"and the layer has {what}" if whole else f"which is added to the layer's own; {_MODEL} and save it"
+            problems.append(f"{name!r}: its lora_B has a bias (lora_bias), {told}")
             continue
         dtype = accumulation_dtype(own.dtype, bias.dtype)
         adapter.trained[full] = {"": own.detach().to(dtype) + layer.spec.scale * bias.to(own.device, dtype)}

@@ -88,7 +88,7 @@ def _tied_again(adapter: SavedAdapter, target: Target) -> SavedAdapter:
         weights = {name: f"{target.rename(name)}.weight" for name in (*embeddings, *heads)}
         pairs = [(name, head) for name, head in pairs if {weights[name], weights[head]} in ties]
     adapter, differing = joined(adapter, pairs)
-    if not pairs or differing:
+    if (embeddings or heads) and (not pairs or differing):  # else what is tied are modules trained in full, or rows
         what = f"{' and '.join(differing)} differ in it" if differing else "no such layers are tied here"
         warn_user(
             f"{CONFIG} says ensure_weight_tying, which gives an embedding and its head one A and B, but {what}; each "
