@@ -136,7 +136,7 @@ def settings_problem(layer: SavedLayer) -> str | None:
 
 def unlike_base(layer: SavedLayer) -> str | None:
     """Why its settings and what is said of its base do not go together; None if they do."""
-    return next(filter(None, (check(layer) for check in SETTINGS_CHECKS)), None)
+    return next(filter(None, [check(layer) for check in SETTINGS_CHECKS]), None)
 
 
 SETTINGS_CHECKS: list[Callable[[SavedLayer], str | None]] = []

@@ -51,7 +51,10 @@ def with_starts(data: SavedAdapter, target: Target, problems: list[str]) -> Save
     adapters without any, it stays the plain one of rank 2 r, whose values such an adapter can take.
     """
     layers = dict(data.layers)
+    adapted = isinstance(target, ModelTarget) and any(isinstance(module, AdaptedWeight) for _, module in target.named)
     for name, layer in data.layers.items():
+        if START not in layer.base.facts and not adapted:
+            continue
         place = _place(name, layer.base, target) if isinstance(target, ModelTarget) else None
         weight = None if place is None else place.adapted()
         if (START not in layer.base.facts and weight is None) or is_rows(layer):

@@ -22,13 +22,13 @@ def is_rows(layer: SavedLayer) -> bool:
 
 def row_layers(adapter: SavedAdapter) -> list[str]:
     """The names of the layers that have rows of tokens."""
-    return [name for name, layer in adapter.layers.items() if is_rows(layer)]
+    return [name for name, layer in adapter.layers.items() if not VARIANTS[layer.spec.variant].factors]
 
 
 def rows_problem(layer: SavedLayer) -> str | None:
     """What is wrong with the settings of rows of tokens, or with ids where there are none; None if nothing is."""
     spec, ids = layer.spec, layer.base.facts.get("ids")
-    if not is_rows(layer):
+    if VARIANTS[spec.variant].factors:
         return None if ids is None else f"it has ids, which an adapter of the variant {spec.variant!r} has not"
     if ids is None or "rows" in layer.base.facts or VARIANT_OF.get(layer.base.layout) != spec.variant:
         return f"variant {spec.variant!r} is for ids of a whole {' or '.join(_KINDS)}"

@@ -83,7 +83,7 @@ class Selection:
         places = [*(place for place in self._places.things if place.key in chosen), *loose]
         self._problems += overlaps(places)
         for place in places:
-            if self.is_trained(place):
+            if self.inside_trained and self.is_trained(place):
                 what = "is both a target and trained by train_also or train_rows; add it to exclude"
                 self._problems.append(f"{place.name!r} {what}")
             if (reason := place.misfits(spec)) is not None:
@@ -158,7 +158,7 @@ class Selection:
         embeddings = {id(module.weight) for module in found}
         kept = []
         for place in self._places.things:
-            if not place.linear or self.is_excluded(place) or self.is_trained(place):
+            if not place.linear or self.is_excluded(place) or (self.inside_trained and self.is_trained(place)):
                 continue
             if embeddings and place.called and id(place.stored()) in embeddings:
                 continue
@@ -177,7 +177,7 @@ class Selection:
 
     def is_trained(self, place: Place) -> bool:
         """Whether its weight is trained in full."""
-        return bool(self.inside_trained and self.inside_trained & {id(place.owner), id(place.stored())})
+        return not self.inside_trained.isdisjoint((id(place.owner), id(place.stored())))
 
     def _units(self, patterns: Sequence[Pattern]) -> list[Unit]:
         """The modules that patterns match, or else the parameters; nothing that is inside of another one of these."""

@@ -72,7 +72,7 @@ class Tree:
 
     def everything(self) -> list[nn.Module]:
         """All modules, with those that were passed by."""
-        return [*self.others, *(module for _, module in self.modules)]
+        return self.others + [module for _, module in self.modules]
 
     def parameters(self) -> list[nn.Parameter]:
         """All parameters as they are bound now, one that modules share once for each of them."""
