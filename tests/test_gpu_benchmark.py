@@ -51,6 +51,7 @@ def test_a_row_has_times_memory_and_the_same_gradients(
                 assert lines[ours][part]["median"] == pytest.approx(lines[theirs][part]["median"], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_what_is_not_installed_or_fails_is_a_line_that_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     build = comparing.build
 

@@ -183,7 +183,9 @@ def process(*arguments: str, before: str = "", **options: Any) -> subprocess.Pop
     return subprocess.Popen(command, text=True, **pipes)
 
 
-@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+@pytest.mark.parametrize(
+    "encoding", ["ascii", *(pytest.param(each, marks=pytest.mark.slow) for each in ("latin-1", "utf-8"))]
+)
 def test_letters_that_the_encoding_lacks_end_nothing(encoding: str, tmp_path: Path) -> None:
     model = lora_plus.inject_lora(nn.ModuleDict({"漢": nn.Linear(4, 4)}), ["漢"], r=2)
     lora_plus.save_adapter(model, tmp_path / "é.safetensors")
@@ -214,6 +216,7 @@ def test_a_full_disk_is_an_error(folder: Path) -> None:
     assert running.returncode == 1
 
 
+@pytest.mark.slow
 def test_nowhere_to_write_to_is_no_error(folder: Path) -> None:
     running = process("inspect", EVIL, before="sys.stdout = sys.stderr = None")
     assert (*running.communicate(timeout=60), running.returncode) == ("", "", 0)

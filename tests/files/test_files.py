@@ -361,6 +361,7 @@ warnings.simplefilter("ignore")
 """
 
 
+@pytest.mark.slow
 def test_the_bytes_depend_on_no_hash_seed_and_need_no_numpy(tmp_path: Path) -> None:
     runs = {"1": SAVE_BOTH, "2": SAVE_BOTH, "3": WITHOUT_NUMPY + SAVE_BOTH}
     for seed in runs:

@@ -69,6 +69,7 @@ def test_a_tied_weight_is_counted_once() -> None:
     assert full.size(model.parameters()) == WHOLE + FLOAT * 4 * 16
 
 
+@pytest.mark.slow
 def test_a_comparison_has_each_way_of_training_and_goes_into_the_page(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
