@@ -207,7 +207,7 @@ def injected_after_ddp() -> nn.Module:
 
 
 def trainable_after_ddp() -> nn.Module:
-    model = lora_model()
+    model = lora_model(train_also=())  # with a head the change of adapters is refused
     lp.add_adapter(model, "late", r=2, generator=torch.Generator().manual_seed(0))
     lp.set_adapter(model, "default", trainable=True)
     model = DistributedDataParallel(model, find_unused_parameters=True)
