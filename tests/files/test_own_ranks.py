@@ -247,3 +247,13 @@ def test_plain_data_that_fits_nothing_is_refused_beside_a_start() -> None:
     del saved.layers["last"].tensors["lora_B"]
     with pytest.raises(ValueError, match="'last': lora_B has shape None"):
         lp.load_adapter(model, saved, replace=True)
+
+
+def test_a_plain_adapter_of_twice_the_rank_is_no_start_of_the_models() -> None:
+    """Rank 2 r alone says nothing: the second half has to be the start that the model holds, bit for bit."""
+    model = lp.inject_lora(net(), ["last"], r=2, init="pissa")
+    plain = randomise(lp.inject_lora(net(), ["last"], r=4, alpha=2 * model.last.lora_adapters["default"].spec.alpha))
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match="last"):
+        lp.load_adapter(model, describe(State(plain), "default"), replace=True)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
