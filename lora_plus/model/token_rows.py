@@ -205,9 +205,10 @@ def selected_rows(
         raise TypeError(f"train_rows must be a mapping from pattern to ids, got {_few(wanted)}")
     places: dict[int, TokenRowsPlace] = {}
     for pattern, ids in (wanted or {}).items():
+        ids = ids.tolist() if hasattr(ids, "tolist") else ids  # of a tensor or of numpy's
         if isinstance(ids, str) or not isinstance(ids, Iterable):
             raise TypeError(f"train_rows[{shown(pattern)}] must be a list of ids, got {_few(ids)}")
-        given = ids.tolist() if isinstance(ids, Tensor) else [*ids]
+        given = [*ids]
         for each in modules_of("train_rows", pattern):
             place = TokenRowsPlace(each.module, each.names, given, named)
             problems += [f"train_rows: {place.name!r} {why}" for why in _entered(place, trained, places)]

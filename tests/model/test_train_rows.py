@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -187,6 +188,14 @@ def test_an_optimizer_with_decay_moves_only_what_has_a_gradient() -> None:
     assert changed == ["embed.lora_rows.default"]
     rows = (after[changed[0]] != before[changed[0]]).any(dim=1)
     assert rows.tolist() == [True, False, False]  # of the ids 7, 2, 8
+
+
+@pytest.mark.parametrize(
+    "ids", [range(7, 9), {7: "new", 8: "new"}, torch.tensor([7, 8]), np.array([7, 8]), iter((7, 8))]
+)
+def test_ids_can_be_in_any_collection(ids: Any) -> None:
+    model = inject_lora(Language(), [], train_rows={"embed": ids})
+    assert model.embed.lora_adapters["default"].ids == (7, 8)
 
 
 def test_all_linear_leaves_heads_with_rows_alone() -> None:
@@ -500,6 +509,9 @@ ERRORS: dict[str, tuple[Callable[[], nn.Module], Mapping[str, Any], str]] = {
     ),
     "a mapping": (Language, {"train_rows": [3]}, "train_rows must be a mapping from pattern to ids, got [3]"),
     "a list of ids": (Language, {"train_rows": {"embed": 3}}, "train_rows['embed'] must be a list of ids, got 3"),
+    "a tensor of one id": (
+        Language, {"train_rows": {"embed": torch.tensor(3)}}, "train_rows['embed'] must be a list of ids, got 3",
+    ),
     "no values": (lambda: Language().to("meta"), {"train_rows": {"embed": [3]}}, "no values on the meta device"),
     "as a variant": (Language, {"targets": ["mid"], "variant": "rows"}, "pass train_rows={name: ids} to inject_lora"),
     "nothing": (Language, {"train_rows": {}}, "no target given"),
