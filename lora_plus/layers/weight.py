@@ -15,7 +15,7 @@ from lora_plus.tensors.merged_weight import joined
 from lora_plus.tensors.variant import VARIANTS
 
 from .adapter import ActiveAdapter, RowsAdapter, summands
-from .merge_state import Key, Merge, Slot
+from .merge_state import Key, Merge, Slot, versions
 from .site import AdapterSite, Holders, RowBlock
 
 if TYPE_CHECKING:
@@ -293,7 +293,8 @@ class AdaptedWeight(AdapterSite):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        if self.weight.is_meta:
+        # one that several modules have is met several times
+        if self.weight.is_meta or vars(self.weight).get("lora_empty") == versions({("", "", ""): self.weight}):
             self._apply_without_values(fn, recurse)
             return self
         super()._apply(fn, recurse)
@@ -312,6 +313,7 @@ class AdaptedWeight(AdapterSite):
         self._modules.update(held)
         if self.weight.is_meta:
             return
+        vars(self.weight)["lora_empty"] = versions({("", "", ""): self.weight})  # until somebody writes into it
         for child in held.values():
             child.to(self.weight.device)
         for name in children.keys() - held.keys():  # not what was in the memory: that they have no values must show
