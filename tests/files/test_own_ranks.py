@@ -108,8 +108,6 @@ def test_it_comes_back_with_its_ranks_and_every_bit(case: str, path: str, tmp_pa
 @pytest.mark.parametrize("case", CASES)
 def test_values_replace_those_of_their_own_kind(case: str, path: str, tmp_path: Path) -> None:
     source = adapted(case)
-    if path == "memory" and ("rows" in case or "some" in case):
-        return  # PEFT's config and tensors have no place for what says that they were rows, or not there
     model = copy.deepcopy(source)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -121,6 +119,27 @@ def test_values_replace_those_of_their_own_kind(case: str, path: str, tmp_path: 
     lp.load_adapter(model, to_peft(source) if path == "memory" else tmp_path / path, replace=True)
     close(model.eval()(x()), source(x()))
     assert all(parameter is held[name] for name, parameter in model.named_parameters())
+
+
+@pytest.mark.parametrize("case", ["rows", "pissa of rows and attention"])
+def test_values_in_memory_replace_those_before_training_too(case: str) -> None:
+    source, model = adapted(case, trained=False).eval(), adapted(case)
+    own = dict(source.named_parameters())
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_A0." in name or "lora_B0." in name:
+                parameter.copy_(own[name])
+    lp.load_adapter(model, to_peft(source), replace=True)
+    close(model(x()), source(x()))
+
+
+def test_another_adapter_of_all_attention_stays_whole_beside_one_of_a_part(tmp_path: Path) -> None:
+    lp.save_adapter(lp.inject_lora(net(), ["attn"], r=2), tmp_path / "a")  # without an update
+    save_file(load_file(tmp_path / "a" / WEIGHTS), tmp_path / "a" / WEIGHTS, {"format": "pt"})
+    model = lp.inject_lora(net(), ["attn.q"], r=2)
+    lp.load_adapter(model, tmp_path / "a", adapter="more")
+    parts = {f"attn.{part}" for part in ("q", "k", "v", "out_proj")}
+    assert {row.name for row in lp.lora_summary(model).rows if row.adapter == "more"} == parts
 
 
 def test_a_plain_adapter_takes_one_that_started_from_the_weight(tmp_path: Path) -> None:

@@ -66,7 +66,8 @@ def read(files: Files, target: Target, problems: list[str]) -> SavedAdapter:
         adapter = _tied_again(adapter, target)
     told = parts.read(files[WEIGHTS].metadata, problems)
     if not problems:
-        adapter = parts.narrowed(parts.taken_apart(adapter, told), told)
+        adapter, told = (parts.taken_apart(adapter, told), told) if told else parts.of_model(adapter, target)
+        adapter = parts.narrowed(adapter, told)
     if rows or checked.get(FIELD):
         adapter.layers |= rows_from_peft(rows, checked, known, target, problems)
     trained = [target.rename(path) or "" for path, held in adapter.trained.items() if "" not in held]

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -23,7 +24,10 @@ from torch import Tensor
 from lora_plus.files.json_text import parsed
 from lora_plus.files.saved_adapter import SavedAdapter, SavedLayer
 from lora_plus.files.starts import START
+from lora_plus.files.target import ModelTarget, Target
 from lora_plus.layers.kinds import DTYPES
+from lora_plus.model.places import adapted_places
+from lora_plus.tensors.variant import SUBTRACTED
 
 from .limits import Units
 from .tensors import ATTENTION, offsets
@@ -90,6 +94,35 @@ def taken_apart(adapter: SavedAdapter, told: Parts) -> SavedAdapter:
                 base = layers[name].base
                 layers[name] = replace(layers[name], base=replace(base, facts={**base.facts, START: entry[START]}))
     return replace(adapter, layers=dict(sorted((name, layer) for name, layer in layers.items() if layer is not None)))
+
+
+def of_model(adapter: SavedAdapter, target: Target) -> tuple[SavedAdapter, Parts]:
+    """The adapter with the parts that one of a model's own adapters has, and what is told of these then.
+
+    A config and tensors in memory have no place for a note. Where rows of a linear layer have adapters in the model,
+    the whole layer can have none; of attention, parts without an update are left out beside others that have one.
+    """
+    by_adapter: dict[str, Parts] = {}
+    held = list(adapted_places(target.named)) if isinstance(target, ModelTarget) and not target.rename.given else []
+    parts = [(place, own, place.base().facts) for place, own in held if place.rows is not None or place.of is not None]
+    for place, own, facts in sorted(parts, key=lambda part: part[2].get("rows", [math.inf])):
+        unit, _, parameter = facts.get("parameter", "").rpartition(".")
+        if facts.get("of") == ATTENTION:
+            unit = unit.removesuffix("out_proj").removesuffix(".") if parameter == "weight" else unit
+            inside = [layer for name, layer in adapter.layers.items() if name.startswith(f"{unit}.")]
+            if not any(torch.count_nonzero(layer.tensors["lora_B"]) for layer in inside if layer.base.facts.get("of")):
+                continue
+        elif "rows" not in facts:
+            continue
+        told = by_adapter.setdefault(own.name, {})
+        first = sum(entry["r"] for entry in told.values() if entry["of"] == unit) if "rows" in facts else 0
+        r = own.spec.r * (2 if SUBTRACTED[0] in own.tensors() else 1)
+        told[place.name] = {"of": unit, "r": r, "at": first, **({"rows": facts["rows"]} if "rows" in facts else {})}
+    for told in by_adapter.values():
+        apart = taken_apart(adapter, told)
+        if apart.layers.keys() != adapter.layers.keys():
+            return apart, told
+    return adapter, {}
 
 
 def narrowed(adapter: SavedAdapter, told: Parts) -> SavedAdapter:
