@@ -76,10 +76,12 @@ def joined(adapter: SavedAdapter, ties: Iterable[tuple[str, str]]) -> tuple[Save
 
 def at_leaders(data: SavedAdapter, target: Target, problems: list[str]) -> SavedAdapter:
     """The adapter with those of tied layers on the ones that have them in a model, where others of these follow."""
-    leaders = {name: _leader(name, layer, target) for name, layer in data.layers.items()}
+    if not isinstance(target, ModelTarget):
+        return data
+    leaders = {name: _leader(name, layer, target) for name, layer in data.layers.items() if "tied" in layer.base.facts}
     layers = dict[str, SavedLayer]()
     for name, layer in data.layers.items():
-        leader = leaders[name]
+        leader = leaders.get(name)
         if leader is None or leader in data.layers:
             layers[name] = layer
             continue
@@ -91,12 +93,10 @@ def at_leaders(data: SavedAdapter, target: Target, problems: list[str]) -> Saved
     return replace(data, layers=layers)
 
 
-def _leader(name: str, layer: SavedLayer, target: Target) -> str | None:
+def _leader(name: str, layer: SavedLayer, target: ModelTarget) -> str | None:
     """The one of the tied layers that has the adapters that this one follows in a model; None if it follows none."""
-    if not isinstance(target, ModelTarget) or not layer.base.facts.get("tied") or is_rows(layer):
-        return None
     place = target.place(name)
-    weight = None if place is None else place.adapted()
+    weight = None if place is None or is_rows(layer) else place.adapted()
     if weight is None or base_problem(layer.base) is not None or shape_problems(layer):
         return None
     held = [each for site in weight.adapter_sites() for each in site.lora_adapters.values()]

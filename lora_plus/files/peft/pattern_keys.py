@@ -31,14 +31,14 @@ class _Names:
     """Values by names in which some characters may be any."""
 
     def __init__(self) -> None:
-        self._known: dict[int, dict[tuple[int, ...], dict[str, list[tuple[int, Any]]]]] = {}
+        self.known: dict[int, dict[tuple[int, ...], dict[str, list[tuple[int, Any]]]]] = {}
         """By length, then by where any character may stand, then by the name with dots there."""
 
     def add(self, key: str, position: int, value: Any) -> bool:
         """Enter a key; whether there was room for it."""
         characters = re.findall(r"\\?.", key, re.DOTALL)
         free = tuple(at for at, character in enumerate(characters) if character == ".")
-        alike = self._known.setdefault(len(characters), {})
+        alike = self.known.setdefault(len(characters), {})
         known = alike.setdefault(free, {}).setdefault("".join(each[-1] for each in characters), [])
         if len(known) < 2 and all(value != other for _, other in known):  # two tell that there are several
             known.append((position, value))
@@ -46,7 +46,7 @@ class _Names:
 
     def find(self, name: str) -> Iterator[tuple[int, Any]]:
         """The values of the keys that are this name, with their positions."""
-        for free, known in self._known.get(len(name), {}).items():
+        for free, known in self.known.get(len(name), {}).items():
             dotted = list(name)
             for at in free:
                 dotted[at] = "."
@@ -83,8 +83,9 @@ class Patterns:
 
     def values(self, name: str) -> list[Any]:
         """The values of the keys that match a name, in the order of the keys."""
-        found = [*self._whole.find(name)]
-        found += [entry for ending in (name, *endings(name)) for entry in self._endings.find(ending)]
+        found = [*self._whole.find(name)] if self._whole.known else []
+        if self._endings.known:
+            found += [entry for ending in (name, *endings(name)) for entry in self._endings.find(ending)]
         if self._expressions:
             text = _Text(name)
             found += [(position, value) for position, value, step in self._expressions if text.matches(step)]
