@@ -142,6 +142,27 @@ def test_what_peft_ties_comes_as_one(tmp_path: Path) -> None:
     assert read.layers["model.embed_tokens"].base.facts == {"tied": {"lm_head": "Linear"}}
 
 
+@pytest.mark.parametrize("module", ["embed_tokens", "lm_head"])
+def test_what_peft_trains_in_full_and_ties_stays_tied(module: str, tmp_path: Path) -> None:
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=[module], ensure_weight_tying=True)
+    theirs = peft.get_peft_model(language(), config).eval()
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            if parameter.requires_grad:
+                parameter.normal_()
+    theirs.save_pretrained(str(tmp_path / "a"))
+    loaded = lp.load_adapter(language(), tmp_path / "a")
+    close(logits(loaded), logits(theirs))
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+    path = tmp_path / "a" / "adapter_model.safetensors"
+    tensors = load_file(path)
+    head = tensors.pop("base_model.model.lm_head.weight")
+    for changed in (tensors, {**tensors, "base_model.model.lm_head.weight": head + 1}):
+        save_file(changed, path)
+        with pytest.raises(ValueError, match=r"is trained in full and tied to 'lm_head\.weight', which PEFT unties"):
+            lp.load_adapter(language(), path.parent)
+
+
 def test_where_it_is_not_tied_each_has_its_own_and_the_user_is_told(tmp_path: Path) -> None:
     model = adapted("embed_tokens")
     lp.save_adapter(model, tmp_path / "a")

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lora_plus.errors import warn_user
@@ -49,6 +50,9 @@ def read(files: Files, target: Target, problems: list[str]) -> SavedAdapter:
     checked = checked_config(config, problems, biases=SETTINGS)
     if checked is None:
         return SavedAdapter({}, {})
+    tied = bool(checked.get("ensure_weight_tying"))
+    repeats = _repeats(tensors, checked, target) if tied else set[str]()
+    tensors = {key: tensor for key, tensor in tensors.items() if key not in repeats} if repeats else tensors
     outline = outline_of(target)
     rows = {key: tensor for key, tensor in tensors.items() if is_rows_key(key)}
     others = {key: tensor for key, tensor in tensors.items() if key not in rows}
@@ -62,7 +66,7 @@ def read(files: Files, target: Target, problems: list[str]) -> SavedAdapter:
     if problems:
         return SavedAdapter({}, {})
     adapter = Reader(checked, known, problems).read(others)
-    if checked.get("ensure_weight_tying") and not problems:
+    if tied and not problems:
         adapter = _tied_again(adapter, target)
     told = parts.read(files[WEIGHTS].metadata, problems)
     if not problems:
@@ -74,8 +78,21 @@ def read(files: Files, target: Target, problems: list[str]) -> SavedAdapter:
     problems += [
         f"{name!r} is trained in full and tied to {other!r}, which PEFT unties; untie them in the model first"
         for name, other in (tied_to_others(ties_in(target), trained) if trained else ())
+        if f"{PREFIX}{other}" not in repeats
     ]
     return adapter
+
+
+def _repeats(tensors: Mapping[str, Tensor], config: Mapping[str, Any], target: Target) -> set[str]:
+    """The tensors that PEFT saves once more, of what is tied to a module that is trained in full."""
+    saved = tuple(config.get("modules_to_save") or ())
+    repeats = set[str]()
+    for names in ties_in(target) if saved else ():
+        keys = {name.rpartition(".")[0].endswith(saved): f"{PREFIX}{name}" for name in names}
+        first, other = (tensors.get(keys.get(whether, "")) for whether in (True, False))
+        if first is not None and other is not None and first.dtype == other.dtype and torch.equal(first, other):
+            repeats.add(keys[False])
+    return repeats
 
 
 def _tied_again(adapter: SavedAdapter, target: Target) -> SavedAdapter:
