@@ -286,7 +286,7 @@ def test_the_page_of_the_rivals_states_what_was_measured(runs: tuple[Path, list[
     assert f"| **{sum(apart) / 3:+.4f} ± {error:.4f}** |" in text
     assert "| *2^-14* |" in text  # at an end of what was tried
     others = ", ".join(f"{name} on the glosses" for name in compare_rivals.RIVALS if name != "LoRA")
-    assert f"Than tuned LoRA better is none, worse is {others}." in text
+    assert f"Beside tuned LoRA, better: none; worse: {others}." in text
 
 
 PUBLISHED = compare_rivals.RESULTS / "rivals.jsonl"

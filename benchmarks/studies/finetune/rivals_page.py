@@ -188,9 +188,9 @@ def verdict(found: Sequence[Outcomes]) -> str:
             for method, other, difference in outcomes.differences():
                 if other == base and difference.separated:
                     sides["better" if difference.mean < 0 else "worse"].append(f"{method} on the {outcomes.task}")
-        parts = [f"{side} is {', '.join(names) or 'none'}" for side, names in sides.items()]
-        sentences.append(f"Than tuned {base} {', '.join(parts)}.")
-    return f"**At tuned rates and equal search, beyond the noise of {_seeds(found)} seeds:** {' '.join(sentences)}"
+        parts = [f"{side}: {', '.join(names) or 'none'}" for side, names in sides.items()]
+        sentences.append(f"Beside tuned {base}, {'; '.join(parts)}.")
+    return f"**At tuned rates and equal search, beyond the noise of {_seeds(found)} seeds.** {' '.join(sentences)}"
 
 
 def _seeds(found: Sequence[Outcomes]) -> str:
