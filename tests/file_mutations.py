@@ -316,10 +316,10 @@ def _tensor(header: Any, data: bytes, rng: random.Random) -> bytes:
 
 
 def retyped(raw: bytes, dtype: str) -> Iterator[bytes]:
-    """A safetensors file with one of its tensors in another dtype, for each of them."""
+    """A safetensors file with one of its tensors in another dtype, for each of them that is no single number."""
     (length,) = struct.unpack("<Q", raw[:8])
     header, data = json.loads(raw[8 : 8 + length]), raw[8 + length :]
-    for chosen in sorted(header.keys() - {"__metadata__"}):
+    for chosen in sorted(name for name in header.keys() - {"__metadata__"} if header[name]["shape"]):
         new, out = dict(header), b""
         for name in header.keys() - {"__metadata__"}:
             entry = header[name]
