@@ -22,7 +22,7 @@ from lora_plus.files.formats import Contents
 from lora_plus.files.outline import outline_of, readers_in
 from lora_plus.files.peft.folder import CONFIG, WEIGHTS
 from lora_plus.files.peft.folder import read as read_folder
-from lora_plus.files.peft.pattern_keys import LONGEST, Patterns
+from lora_plus.files.peft.pattern_keys import LONGEST, MOST_DOTTED, Patterns
 from lora_plus.files.target import ModelTarget, Target
 from lora_plus.model.tree import Tree
 
@@ -111,13 +111,13 @@ def test_what_may_take_long_is_refused(key: str, reason: str) -> None:
     assert problems == [f"{key!r} {reason}"]
 
 
-def test_dots_of_names_of_one_length_have_so_many_places() -> None:
-    keys = [("a" * first + ".").ljust(200, "a") for first in range(101)]
+def test_dots_of_names_have_so_many_places() -> None:
+    keys = [("a" * first + ".").ljust(300, "a") for first in range(MOST_DOTTED + 1)]
     problems: list[str] = []
-    found = Patterns(dict.fromkeys(keys[:100], 1), problems)
+    found = Patterns(dict.fromkeys(keys[:-1], 1), problems)
     assert not problems and found.values(keys[0]) == [1]
     Patterns(dict.fromkeys(keys, 1), problems)
-    assert problems == [f"{keys[100]!r} and others have their dots at too many places; escape the dots"]
+    assert problems == [f"{keys[-1]!r} and others have their dots at too many places; escape the dots"]
 
 
 def test_keys_that_are_no_names_have_a_length_together() -> None:

@@ -23,8 +23,8 @@ _NAME = re.compile(r"(\^?)((?:[^\\^$*+?{}\[\]|()]|\\[^a-zA-Z0-9])*)\$?", re.DOTA
 LONGEST = 1000
 """Characters that all keys of a pattern may have which are no names."""
 
-_MOST_DOTTED = 100
-"""Ways in which the dots may lie in names of one length."""
+MOST_DOTTED = 200
+"""Ways in which dots that are not escaped may lie in the names of a pattern; a name is compared in all of them."""
 
 
 class _Names:
@@ -33,16 +33,18 @@ class _Names:
     def __init__(self) -> None:
         self.known: dict[int, dict[tuple[int, ...], dict[str, list[tuple[int, Any]]]]] = {}
         """By length, then by where any character may stand, then by the name with dots there."""
+        self.dotted = 0
 
     def add(self, key: str, position: int, value: Any) -> bool:
         """Enter a key; whether there was room for it."""
         characters = re.findall(r"\\?.", key, re.DOTALL)
         free = tuple(at for at, character in enumerate(characters) if character == ".")
         alike = self.known.setdefault(len(characters), {})
+        self.dotted += bool(free) and free not in alike
         known = alike.setdefault(free, {}).setdefault("".join(each[-1] for each in characters), [])
         if len(known) < 2 and all(value != other for _, other in known):  # two tell that there are several
             known.append((position, value))
-        return len(alike) <= _MOST_DOTTED
+        return self.dotted <= MOST_DOTTED
 
     def find(self, name: str) -> Iterator[tuple[int, Any]]:
         """The values of the keys that are this name, with their positions."""
