@@ -123,17 +123,20 @@ def _is_same(one: SavedLayer, other: SavedLayer) -> bool:
 
 
 def trained_once(adapter: SavedAdapter, target: Target, problems: list[str]) -> SavedAdapter:
-    """The same adapter; a problem for each tensor of the model that it would train to two values."""
+    """The same adapter; a problem where two things in it would train one tensor of the model to two values."""
     units = target.units if isinstance(target, ModelTarget) and len(adapter.trained) > 1 else {}
     first: dict[int, tuple[str, Tensor]] = {}
+    apart = dict[tuple[str, str], None]()
     for name in filter(units.__contains__, adapter.trained):
         for part, bound in units[name].tensors().items():
             value = adapter.trained[name].get(part)
             if value is None or without_values(value) is not None:
                 continue
             other, given = first.setdefault(id(bound), (name, value))
-            if given is not value and not torch.equal(given, value):
-                problems.append(f"{other!r} and {name!r} differ in a tensor that is one and the same in this model")
+            one = units[other].module is units[name].module and units[other].parameter == units[name].parameter
+            if not one and not torch.equal(given, value):
+                apart[other, name] = None
+    problems += [f"{a!r} and {b!r} differ in a tensor that is one and the same in this model" for a, b in apart]
     return adapter
 
 
