@@ -208,6 +208,7 @@ def test_a_reader_that_goes_away_ends_it_silently(options: list[str], folder: Pa
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no full device")
+@pytest.mark.slow
 def test_a_full_disk_is_an_error(folder: Path) -> None:
     with open("/dev/full", "w") as full:
         running = process("inspect", EVIL, stdout=full)
@@ -222,6 +223,7 @@ def test_nowhere_to_write_to_is_no_error(folder: Path) -> None:
     assert (*running.communicate(timeout=60), running.returncode) == ("", "", 0)
 
 
+@pytest.mark.slow
 def test_numpy_is_not_asked_for(folder: Path) -> None:
     running = process("inspect", EVIL, before="sys.modules['numpy'] = None")
     assert (running.communicate(timeout=60)[1], running.returncode) == ("", 0)

@@ -197,6 +197,7 @@ def test_the_time_is_linear_in_the_keys() -> None:
     assert cost(20_000, 20_000) < 30 * cost(2_000, 2_000)
 
 
+@pytest.mark.slow
 def test_entries_are_looked_up_and_not_searched(tmp_path: Path) -> None:
     def seconds(count: int, field: str) -> float:
         model = nn.ModuleDict({f"m{number}": nn.Linear(1, 1) for number in range(count)})

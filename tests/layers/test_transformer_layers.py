@@ -214,11 +214,11 @@ def _compilations() -> Iterator[Any]:
         if case.name not in WITH_MASKS and not case.name.endswith("-all"):
             continue
         for which, mask in enumerate(("no-mask", "padding", "causal") if case.name in WITH_MASKS else ("no-mask",)):
-            marks = () if (case.name, mask) == ("encoder-layer-all", "no-mask") else pytest.mark.slow
-            yield pytest.param(case, which, marks=marks, id=f"{case.name}-{mask}")
+            yield pytest.param(case, which, id=f"{case.name}-{mask}")
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # from torch, at graph breaks
+@pytest.mark.slow
 @pytest.mark.parametrize(("case", "which"), list(_compilations()))
 def test_compiled_it_computes_the_same(case: ParameterCase, which: int) -> None:
     mask, (args, _) = masks(case)[which], case.input()

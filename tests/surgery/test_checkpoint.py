@@ -1132,7 +1132,8 @@ print(peak() - before)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("convert", ["keep", pytest.param("convert", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("convert", ["keep", "convert"])
 def test_memory_is_a_few_megabytes(convert: str, tmp_path: Path) -> None:
     """However large a weight is: here 64 MB, of which an allocator's habits are less than half."""
     for base, rows in (("small", 2**10), ("base", 2**14)):
