@@ -57,7 +57,11 @@ class FollowingAdapter(Adapter):
     @property
     def other(self) -> Adapter:
         """The adapter that it follows."""
-        return self.fixed or self.source.lora_adapters[self.name]
+        held = self.fixed or getattr(self.source, "lora_adapters", {}).get(self.name)
+        if held is None:
+            how = "a layer tied to this one has lost it, as a part of the model was changed alone"
+            raise ValueError(f"adapter {self.name!r}: {how}; call remove_lora on the whole model")
+        return held
 
     def factors(self) -> tuple[Tensor, Tensor]:
         A, B = self.other.factors()

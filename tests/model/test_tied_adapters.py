@@ -458,3 +458,25 @@ def test_what_cannot_have_one_adapter_is_refused(
         lp.inject_lora(model, **({"r": 2, "tied": "both"} | settings))
     assert {name: type(module) for name, module in model.named_modules()} == before
     assert torch.equal(state, torch.get_rng_state())
+
+
+PARTS_CHANGED: dict[str, Callable[[nn.Module], object]] = {
+    "removed": lp.remove_lora,
+    "deleted": lambda part: lp.delete_adapter(part, "default"),
+    "renamed": lambda part: lp.rename_adapter(part, "default", "other"),
+}
+
+
+@pytest.mark.parametrize("change", PARTS_CHANGED.values(), ids=PARTS_CHANGED.keys())
+def test_a_part_that_is_changed_alone_is_told_by_the_layer_that_follows_it(
+    change: Callable[[nn.Module], object],
+) -> None:
+    model = nn.ModuleDict({"embed": nn.Embedding(5, 4), "head": nn.Linear(4, 5, bias=False)})
+    model.head.weight = model.embed.weight
+    x = torch.randn(2, 4)
+    plain = model.head(x)
+    change(lp.inject_lora(model, ["embed"], r=2, tied="both").embed)
+    with pytest.raises(ValueError, match=r"tied to this one has lost it.*; call remove_lora on the whole model"):
+        model.head(x)
+    lp.remove_lora(model)
+    assert torch.equal(model.head(x), plain) and type(model.head) is nn.Linear
