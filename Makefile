@@ -8,7 +8,7 @@ BENCH_ARGS ?= --short
 FINETUNE_ARGS ?=
 TEST_ARGS ?=
 
-.PHONY: demo test slow engines studies recipes vision bench paper finetune lint docs clean
+.PHONY: demo test slow engines studies recipes vision bench paper finetune lint docs package clean
 
 demo: $(VENV)/.examples  ## fine-tune a real language model with LoRA+ (two to four minutes)
 	$(BIN)/python -m examples.demo $(DEMO_ARGS)
@@ -63,6 +63,14 @@ lint: $(VENV)/.lint  ## style and types; npm fetches pyright
 
 docs: $(VENV)/.docs  ## the documentation's pages, into site/; any warning is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+package: $(VENV)/.package $(VENV)/.test  ## sdist and wheel, checked; the tests run from the unpacked sdist
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
+	$(BIN)/check-wheel-contents --package lora_plus dist/*.whl
+	tar xf dist/*.tar.gz -C dist
+	cd dist/lora_plus-*/ && PYTHONPATH=$$PWD $(abspath $(BIN))/python -m pytest $(TEST_ARGS)
 
 clean:
 	rm -rf $(VENV)
