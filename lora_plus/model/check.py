@@ -20,7 +20,8 @@ from lora_plus.tensors.variant import VARIANTS
 from lora_plus.tensors.weight_sum import WeightSum
 
 from .dry_run import copied, left_as_it_was
-from .state import Need, require
+from .state import Need, State, require
+from .train_also import units_in
 from .tree import unwrap
 
 TRAIN_PASSES = 4
@@ -32,7 +33,8 @@ def check_adapters(model: nn.Module, *inputs: Any, **keywords: Any) -> list[str]
 
     The adapters' tensors are exchanged for random ones, since at B = 0 neither an effect nor a gradient of A could be
     seen. A gradient that is not zero, in train mode and in eval mode, proves that the output depends on a tensor; a
-    third pass, without gradients, shows that inference does not take another path.
+    third pass, without gradients, shows that inference does not take another path. A module trained in full must get
+    a gradient, too, and the forward must not read values of it that are kept outside of its parameters.
 
     The model, its gradients, buffers and modes and the random states of torch, Python and numpy are left as they were.
     What a forward changes besides, parameters of its own accord or a generator, it changes here too.
@@ -57,25 +59,28 @@ def check_adapters(model: nn.Module, *inputs: Any, **keywords: Any) -> list[str]
             own = isinstance(weight, LoRALayer) and owners[id(weight.weight)] == 1 and not weight.weight.is_meta
             probes.append(_Probe(name, adapter, weight, own))
     _check_checkable(probes)
+    trained = _Trained(state)
     with ExitStack() as stack:
-        for context in (torch.inference_mode(False), torch.enable_grad(), left_as_it_was(model)):
+        for context in (torch.inference_mode(False), torch.enable_grad(), left_as_it_was(model), trained):
             stack.enter_context(context)
         if hasattr(torch.compiler, "set_stance"):
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(_random_adapters(probes))
         with _without_cudnn(model):
-            modes = {"eval": _run(model.eval(), inputs, keywords, probes)}
+            modes = {"eval": _run(model.eval(), inputs, keywords, probes, trained)}
         for attempt in range(TRAIN_PASSES):
-            train = _run(model.train(), inputs, keywords, probes, seed=attempt)
+            train = _run(model.train(), inputs, keywords, probes, trained, seed=attempt)
             modes["train"] = modes["train"].joined(train) if "train" in modes else train
             if all(probe.fault(modes["train"]) is None for probe in probes):
                 break
         with torch.no_grad():
-            inference = _run(model.eval(), inputs, keywords, probes)
+            inference = _run(model.eval(), inputs, keywords, probes, trained)
         dead = {probe: faults for probe in probes if (faults := probe.faults(modes, inference))}
-    if dead:
+        unused = [*trained.read] or trained.unreached()
+    if dead or unused:
         lines = [f"{probe.title()}, {fault}" for probe, faults in dead.items() for fault in faults]
-        raise ValueError("\n  ".join([f"{len(dead)} of {len(probes)} adapters are not live:", *lines]))
+        what = f"{len(dead)} of {len(probes)} adapters are not live:" if dead else "not all of it is live:"
+        raise ValueError("\n  ".join([what, *lines, *unused]))
     return list(dict.fromkeys(probe.name for probe in probes))
 
 
@@ -165,6 +170,38 @@ class _Probe:
         return reasons[worst].format(names)
 
 
+class _Trained:
+    """What the active adapters train in full, which requires gradients inside of a ``with`` block."""
+
+    def __init__(self, state: State) -> None:
+        self.heads = [head for head in state.trained() if head.record.shown == head.adapter]
+        bound = set(map(_memory, state.parameters()))
+        self.aside = {
+            _memory(tensor): f"{unit.name!r}, trained in full: the forward reads values of {adapter or 'the base'!r}, "
+            "which the model keeps elsewhere than in its parameters; read the parameter itself there"
+            for unit, record in units_in(state)
+            for adapter, held in record.held.items()
+            for tensor in (held.values() if adapter != record.shown else ())
+            if tensor.numel() and _memory(tensor) not in bound
+        }
+        self.read: dict[str, None] = {}
+        self.frozen = [each for head in self.heads for each in head.parameters() if not each.requires_grad]
+
+    def __enter__(self, wanted: bool = True) -> None:
+        [parameter.requires_grad_(wanted) for parameter in self.frozen]
+
+    def __exit__(self, *error: object) -> None:
+        self.__enter__(False)
+
+    def unreached(self) -> list[str]:
+        """What no gradient reached."""
+        return [
+            f"{head.unit.name!r}, trained in full: no gradient reaches it with these inputs; use inputs that reach it"
+            for head in self.heads
+            if all(parameter.grad is None for parameter in head.parameters())
+        ]
+
+
 def _check_checkable(probes: list[_Probe]) -> None:
     """Raise where no pass could show anything."""
     if not probes:
@@ -179,11 +216,11 @@ def _check_checkable(probes: list[_Probe]) -> None:
             )
 
 
-def _run(model: nn.Module, inputs: Any, keywords: Any, probes: list[_Probe], seed: int = 0) -> _Seen:
+def _run(model: nn.Module, inputs: Any, keywords: Any, probes: list[_Probe], trained: _Trained, seed: int = 0) -> _Seen:
     """One pass, with a backward pass where gradients are on."""
     torch.manual_seed(seed)
     seen = _Seen()
-    with _Watch(probes, seen):
+    with _Watch(probes, seen, trained):
         copies: dict[int, Tensor] = {}
         outputs = model(*copied(inputs, copies), **copied(keywords, copies))
     found = list(_tensors(outputs))
@@ -221,9 +258,9 @@ _OWN_STEP = "adapted_forward"
 class _Watch(TorchDispatchMode):
     """Notes which tensors take part in operations; below autograd, so that no module or kernel behaves differently."""
 
-    def __init__(self, probes: list[_Probe], seen: _Seen) -> None:
+    def __init__(self, probes: list[_Probe], seen: _Seen, trained: _Trained) -> None:
         super().__init__()
-        self.seen = seen
+        self.seen, self.trained = seen, trained
         self.factors = {_memory(next(iter(probe.tensors.values()))): probe for probe in probes}
         self.weights: dict[int, list[_Probe]] = {}
         for probe in probes:
@@ -265,6 +302,8 @@ class _Watch(TorchDispatchMode):
                 self.seen.used.add(self.factors[memory])
                 if torch.is_grad_enabled() or self.inside:
                     self.seen.differentiable.add(self.factors[memory])
+            if memory in self.trained.aside:
+                self.trained.read[self.trained.aside[memory]] = None
             if self.inside is None:
                 self.seen.read.update(self.weights.get(memory, ()))
         return func(*args, **(kwargs or {}))

@@ -5,7 +5,7 @@ A parameter stays what its adapter trains, bound or not, so that an optimizer of
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -49,6 +49,26 @@ def _bind(state: State, heads: Iterable[Head]) -> None:
         for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
             if id(tensor) in new:
                 setattr(module, name, new[id(tensor)])  # recurrent layers keep a list of their weights besides
+        for name, value in module.__dict__.items():  # and so do modules of users, whose forward may read that
+            module.__dict__[name] = _exchanged(value, new, set())
+
+
+def _exchanged(value: Any, new: Mapping[int, Tensor], seen: set[int]) -> Any:
+    """The same with new tensors, by the ids of those in whose places they are; lists and dicts stay what they are."""
+    if isinstance(value, Tensor):
+        return new.get(id(value), value)
+    if not isinstance(value, (dict, list, tuple)) or id(value) in seen:
+        return value
+    seen.add(id(value))
+    keys = list(value) if isinstance(value, dict) else range(len(value))
+    changed = {key: each for key in keys if (each := _exchanged(value[key], new, seen)) is not value[key]}
+    if not isinstance(value, tuple):
+        for key, each in changed.items():
+            value[key] = each
+    elif changed:
+        items = [changed.get(key, each) for key, each in enumerate(value)]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    return value
 
 
 def _moved(tensor: Tensor, bound: Tensor) -> Tensor:

@@ -6,6 +6,8 @@ import copy
 import functools
 import random
 from collections.abc import Callable
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -68,6 +70,78 @@ INERT: dict[str, tuple[Callable[[nn.Linear, Tensor], Tensor], str]] = {
     "with gradients only": (only_with_gradients, "in eval without gradients: it is passed by"),
     "a copy is called": (lambda layer, x: copy.deepcopy(layer)(x), "in eval and train: "),
 }
+
+
+class Kept(nn.Module):
+    """A scale that the forward finds where the model has put it besides."""
+
+    def __init__(self, keep: Callable[[nn.Parameter], object], read: Callable[[object], Tensor]) -> None:
+        super().__init__()
+        self.l, self.scale = nn.Linear(4, 4), nn.Parameter(torch.ones(4))
+        self.kept, self.read = keep(self.scale), read
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.l(x) * self.read(self.kept)
+
+
+class Pair(NamedTuple):
+    number: int
+    scale: Tensor
+
+
+def circle(scale: Tensor) -> list[object]:
+    kept: list[object] = [scale]
+    kept.append(kept)
+    return kept
+
+
+KEPT: dict[str, tuple[Callable[[nn.Parameter], object], Callable[[object], Tensor]]] = {
+    "a list": (lambda scale: [scale], lambda kept: kept[0]),
+    "a dict": (lambda scale: {"scale": scale}, lambda kept: kept["scale"]),
+    "a list in a tuple": (lambda scale: (1, [scale]), lambda kept: kept[1][0]),
+    "a named tuple": (lambda scale: [Pair(1, scale)], lambda kept: kept[0].scale),
+    "a list that contains itself": (circle, lambda kept: kept[1][0]),
+}
+ELSEWHERE: dict[str, tuple[Callable[[nn.Parameter], object], Callable[[object], Tensor]]] = {
+    "an object": (lambda scale: SimpleNamespace(scale=scale), lambda kept: kept.scale),
+    "a function": (lambda scale: lambda: scale, lambda kept: kept()),
+    "a set": (lambda scale: {scale}, lambda kept: next(iter(kept))),
+}
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_what_is_trained_in_full_is_live_where_the_forward_finds_it_in_a_container(name: str) -> None:
+    model, x = Kept(*KEPT[name]), torch.randn(5, 4)
+    own = model.scale
+    for adapter in "ab":
+        inject_lora(model, ["l"], r=2, train_also=["scale"], adapter=adapter)
+        assert check_adapters(model, x) == ["l"]
+        model(x).sum().backward()
+        assert model.scale.grad is not None and model.read(model.kept) is model.scale
+    assert lora_plus.remove_lora(model).scale is own and model.read(model.kept) is own
+
+
+@pytest.mark.parametrize("name", ELSEWHERE)
+def test_values_that_the_forward_finds_elsewhere_are_named(name: str) -> None:
+    model, x = Kept(*ELSEWHERE[name]), torch.randn(5, 4)
+    inject_lora(model, ["l"], r=2, train_also=["scale"], adapter="a")
+    assert check_adapters(model, x) == ["l"]
+    inject_lora(model, ["l"], r=2, train_also=["scale"], adapter="b")
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="'scale', trained in full: the forward reads values of 'a', which the model"):
+        check_adapters(model, x)
+    assert_same(before, snapshot(model))
+
+
+def test_what_is_trained_in_full_and_not_reached_is_named() -> None:
+    for training in (True, False):
+        model = inject_lora(Model(lambda layer, x: layer(x)), ["last"], r=2, train_also=["l", "norm"])
+        lora_plus.set_adapter(model, "default", trainable=training)
+        assert check_adapters(model, torch.randn(5, 4)) == ["last"]
+        model.use = INERT["never called"][0]
+        with pytest.raises(ValueError, match="is live:\n  'l', trained in full: no gradient reaches it"):
+            check_adapters(model, torch.randn(5, 4))
+        assert model.l.weight.requires_grad == training and model.l.weight.grad is None
 
 
 def snapshot(model: nn.Module) -> dict[str, object]:

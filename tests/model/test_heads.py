@@ -23,7 +23,7 @@ TOKENS = torch.arange(12).reshape(3, 4) % 7
 
 
 class Net(nn.Module):
-    """Layers to adapt, and what can be trained in full: a head with statistics, an LSTM, a norm, a tied pair."""
+    """Layers to adapt, and what can be trained in full: a head with statistics, an LSTM, norms, a tied pair."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -33,10 +33,13 @@ class Net(nn.Module):
         self.lstm = nn.LSTM(4, 4, batch_first=True)
         self.norm = nn.LayerNorm(4)
         self.head = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Linear(5, 4))
+        self.gain = nn.Parameter(torch.ones(4))
+        self.read = {"gains": [(1, self.gain)]}
 
     def forward(self, tokens: Tensor) -> Tensor:
         x = self.embed(tokens)
-        x = self.norm(self.lstm(self.q(x).tanh() + self.v(x))[0]).mean(1)
+        [(_, gain)] = self.read["gains"]
+        x = self.norm(self.lstm(self.q(x).tanh() + self.v(x))[0]).mean(1) * gain
         return self.out(self.head(x))
 
 
@@ -46,6 +49,7 @@ TRAINED: dict[str, list[str]] = {
     "a norm and a recurrent layer": ["norm", "lstm"],
     "the bias of an adapted layer": ["q.bias"],
     "parameters": ["v.weight", "norm.bias", "lstm.bias_hh_l0"],
+    "a parameter that the forward finds in a list": ["gain"],
     "one of a tied pair": ["out"],
     "both of a tied pair": ["embed", "out"],
     "a tied parameter": ["embed.weight"],
