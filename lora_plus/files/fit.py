@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lora_plus.layers.base_layer import PARAMETER, BaseLayer
 from lora_plus.layers.kinds import DTYPES
+from lora_plus.layers.weight import AdaptedWeight
 from lora_plus.model.places import PLACE_FINDERS, Place, find_places, overlaps
 from lora_plus.model.train_also import Unit
 from lora_plus.text import join, near_misses
@@ -104,8 +105,10 @@ def trained_units(
         if first != name:
             problems.append(f"{name!r} and {first!r} are one module in this model")
         inside = next((adapted[id(child)] for child in unit.modules() if id(child) in adapted), weights.get(name))
-        if inside is not None:
-            problems.append(f"{name!r} is trained in full, but {inside!r} in it has an adapter")
+        others = [one for child in unit.modules() if isinstance(child, AdaptedWeight) for one in child.adapter_names()]
+        if inside is not None or others:
+            first = f"in the model it has the adapter {others[0]!r}; call delete_adapter first" if others else ""
+            problems.append(f"{name!r} is trained in full, but {first or f'{inside!r} in it has an adapter'}")
             continue
         units[name], wanted = unit, unit.tensors()
         problems += [f"{join(name, part)!r} is missing" for part in wanted if part not in tensors]

@@ -239,7 +239,7 @@ def check_selection(state: State, places: Sequence[Place], train_also: Sequence[
     for place in places if trained else ():
         for head in filter(None, map(trained.get, (id(place.owner), id(place.stored())))):
             with_it = f"{head.unit.name!r} is trained in full with the adapter {head.adapter!r}"
-            raise ValueError(f"{place.name!r} cannot be adapted: {with_it}")
+            raise ValueError(f"{place.name!r} cannot be adapted: {with_it}; leave it out, or call delete_adapter first")
     weights = {id(weight.own_weight()) for _, weight in state.weights if train_also}
     weights |= {id(place.stored()) for place in places if train_also}
     for unit in train_also:
@@ -257,4 +257,4 @@ def check_selection(state: State, places: Sequence[Place], train_also: Sequence[
         if any(map(why_no_numbers, [getattr(child, "weight", None) for child in modules] or bound)):
             raise ValueError(f"train_also: {unit.name!r} has a quantized weight, which cannot be trained")
         if any(isinstance(child, AdaptedWeight) for child in modules) or not weights.isdisjoint(map(id, bound)):
-            raise ValueError(f"train_also: {unit.name!r} is an adapted weight, or contains or is tied to one")
+            raise ValueError(f"train_also: {unit.name!r} is an adapted weight, or contains or is tied to one; omit it")

@@ -241,6 +241,27 @@ def test_a_file_with_two_values_of_one_tensor_is_refused(tmp_path: Path) -> None
     assert difference(before, snapshot(plain)[0]) == ""
 
 
+ADAPTED: dict[str, Callable[[Net], Any]] = {
+    "rows": lambda model: lp.inject_lora(model, [], train_rows={"embed": [1]}),
+    "the tied layer's rows": lambda model: lp.inject_lora(model, [], train_rows={"out": [1]}),
+    "A and B": lambda model: lp.inject_lora(model, ["embed"]),
+}
+
+
+@pytest.mark.parametrize("replace", [False, True])
+@pytest.mark.parametrize("way", ADAPTED)
+def test_a_file_that_trains_in_full_what_the_model_adapts_says_so(way: str, replace: bool, tmp_path: Path) -> None:
+    lp.save_adapter(with_head(base(), "a", ["embed"]), tmp_path / "a.safetensors", adapter="a")
+    model = ADAPTED[way](base())
+    before, _alive = snapshot(model)
+    wanted = "'embed' is trained in full, but in the model it has the adapter 'default'; call delete_adapter first"
+    with pytest.raises(ValueError, match=wanted):
+        lp.load_adapter(model, tmp_path / "a.safetensors", adapter="default" if replace else "a", replace=replace)
+    assert difference(before, snapshot(model)[0]) == ""
+    lp.delete_adapter(model, "default")
+    lp.load_adapter(model, tmp_path / "a.safetensors", replace=replace)
+
+
 @pytest.mark.parametrize("way", COPIES)
 def test_a_copy_has_heads_of_its_own(way: str, names: list[str]) -> None:
     model, _ = both(names)
@@ -322,11 +343,11 @@ REFUSED: dict[str, tuple[Callable[[Net], Any], str]] = {
     "what is around it": (lambda model: lp.inject_lora(model, ["v"], adapter="c", train_also=[""]), "'v' is both a"),
     "an adapter in it": (
         lambda model: lp.inject_lora(model, ["head.0"], adapter="c"),
-        "'head.0' cannot be adapted: 'head' is trained in full with the adapter 'b'",
+        "'head.0' cannot be adapted: 'head' is trained in full with the adapter 'b'; leave it out, or call",
     ),
     "an adapted weight": (
         lambda model: lp.inject_lora(model, ["v"], adapter="c", train_also=["q.weight"]),
-        "train_also: 'q.weight' is an adapted weight, or contains or is tied to one",
+        "train_also: 'q.weight' is an adapted weight, or contains or is tied to one; omit it",
     ),
     "tied to an adapted weight": (
         lambda model: lp.inject_lora(model, ["embed"], adapter="c", train_also=["out"]),
