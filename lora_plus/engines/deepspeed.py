@@ -19,14 +19,17 @@ from lora_plus.model.unsaved import unsaved
 from lora_plus.training.groups import LR_RATIO, LrMode, create_loraplus_optimizer, loraplus_param_groups
 from lora_plus.training.schedule import check_lr_ratio
 
-_Groups = Sequence[Mapping[str, Any]]
-_Config = Mapping[str, Any] | str | PathLike[str]
+Groups = Sequence[Mapping[str, Any]]
+"""Parameter groups, as `loraplus_param_groups` makes them."""
+
+Config = Mapping[str, Any] | str | PathLike[str]
+"""DeepSpeed's configuration, or the name of its JSON file."""
 
 
 def initialize(
     model: nn.Module,
     *,
-    config: _Config,
+    config: Config,
     lr: float,
     lr_ratio: float = 4.0,
     lr_mode: LrMode = "A",
@@ -37,10 +40,12 @@ def initialize(
 ) -> tuple[Any, Any, Any, Any]:
     """``deepspeed.initialize`` with the groups of `loraplus_param_groups`, checked before and after.
 
-    Example::
-
+    Examples:
+        ```
         lp.inject_lora(model, "all-linear")
-        engine, *_ = initialize(model, config="ds.json", lr=1e-4, lr_ratio=4, optimizer_cls=torch.optim.AdamW)
+        adam = torch.optim.AdamW
+        engine, *_ = initialize(model, config="ds.json", lr=1e-4, optimizer_cls=adam)
+        ```
 
     Args:
         model: a model with adapters.
@@ -132,7 +137,7 @@ def _parameters_of(optimizer: Any) -> list[list[nn.Parameter]]:
     return next((groups for groups in own if groups is not None), plain)
 
 
-def check_config(config: _Config, *, groups: _Groups | None = None) -> None:
+def check_config(config: Config, *, groups: Groups | None = None) -> None:
     """Raise if a DeepSpeed configuration would switch LoRA+ off, which DeepSpeed and its callers do without a word.
 
     From the section ``"optimizer"`` the Trainer, and ``deepspeed.initialize`` without groups, build one with one group.
@@ -153,14 +158,14 @@ def check_config(config: _Config, *, groups: _Groups | None = None) -> None:
         raise Problems(f"{where} and LoRA+ do not go together", problems)
 
 
-def _sections(config: _Config) -> Mapping[str, Any]:
+def _sections(config: Config) -> Mapping[str, Any]:
     if isinstance(config, Mapping):
         return config
     sections: Mapping[str, Any] = json.loads(Path(config).read_text(encoding="utf-8"))
     return sections
 
 
-def _of_optimizer(sections: Mapping[str, Any], groups: _Groups | None) -> Iterator[str]:
+def _of_optimizer(sections: Mapping[str, Any], groups: Groups | None) -> Iterator[str]:
     section = sections.get("optimizer")
     if section is None:
         return
@@ -182,11 +187,11 @@ def _of_optimizer(sections: Mapping[str, Any], groups: _Groups | None) -> Iterat
 _FILLED_IN = {"warmup_min_lr": 0.0, "warmup_max_lr": 1e-3, "warmup_num_steps": 10, "total_num_steps": 100}
 """What ``"auto"`` stands for in a trial: of such a kind as the Trainer fills in, one rate for all groups."""
 
-_TRIAL: _Groups = [{"name": "lora_A", "lr": 1e-3, LR_RATIO: 1.0}, {"name": "lora_B", "lr": 4e-3, LR_RATIO: 4.0}]
+_TRIAL: Groups = [{"name": "lora_A", "lr": 1e-3, LR_RATIO: 1.0}, {"name": "lora_B", "lr": 4e-3, LR_RATIO: 4.0}]
 """Groups to try a schedule out on where there are none yet."""
 
 
-def _of_scheduler(sections: Mapping[str, Any], groups: _Groups | None) -> Iterator[str]:
+def _of_scheduler(sections: Mapping[str, Any], groups: Groups | None) -> Iterator[str]:
     section = sections.get("scheduler")
     if section is None:
         return

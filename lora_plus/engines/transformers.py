@@ -39,9 +39,11 @@ class LoraPlusArguments:
     loraplus_lr_ratio: float | None = field(
         default=None, metadata={"help": "Learning rate of B over that of A; without it, training is plain LoRA."}
     )
+    """Learning rate of B over that of A; without it, training is plain LoRA."""
     loraplus_lr_embedding: float | None = field(
         default=1e-6, metadata={"help": "Learning rate of adapters on embeddings; None for learning_rate."}
     )
+    """Learning rate of adapters on embeddings; None for ``learning_rate``."""
 
 
 @dataclass

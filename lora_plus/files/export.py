@@ -75,7 +75,7 @@ PROGRAMS = {
 
 
 ProgramName = Literal["peft", "vllm", "llama.cpp"]
-"""The names in `PROGRAMS`, for signatures."""
+"""The program that reads an export: the names in `PROGRAMS`."""
 
 
 @dataclass(frozen=True)

@@ -48,6 +48,7 @@ def open_regular(path: Path) -> BufferedReader:
 
 
 PathLike = str | os.PathLike[str]
+"""The path of a file or of a folder."""
 
 
 def stated(path: PathLike) -> Path:

@@ -22,7 +22,9 @@ class SavedLayer:
     """An adapter on one layer."""
 
     base: BaseLayer
+    """The kind of the layer, and how its weight is stored."""
     spec: AdapterSpec
+    """The settings: r, alpha, scaling, variant and so on."""
     tensors: dict[str, Tensor]
     """``lora_A (r, in)``, ``lora_B (out, r)``, and ``lora_magnitude (out,)`` for DoRA; of a stack, one of each."""
 
@@ -36,6 +38,7 @@ class SavedAdapter:
     """An adapter on a whole model, by module name."""
 
     layers: dict[str, SavedLayer]
+    """Adapted layers, parameters and blocks of rows by their names."""
     trained: dict[str, dict[str, Tensor]]
     """Modules trained in full, each with its tensors by their names inside the module; parameters trained in full by
     their full names, each with one tensor, whose name is empty."""

@@ -28,9 +28,13 @@ class SummaryRow:
     layer: str
     """The class of the layer without adapters, or ``"parameter"``."""
     adapter: str
+    """The name of the adapter."""
     r: int
+    """Rank."""
     alpha: float
+    """Numerator of the scaling."""
     scale: float
+    """What multiplies B A."""
     parameters: int
     """How many numbers the adapter holds for this layer."""
     note: str
@@ -42,6 +46,7 @@ class Summary:
     """What was adapted in a model. ``str()`` of it is a table."""
 
     rows: list[SummaryRow]
+    """A row for each adapter on each layer."""
     trained: list[tuple[str, str, int]]
     """What is trained in full: name, adapter, number of parameters."""
     trainable: int

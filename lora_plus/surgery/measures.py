@@ -66,6 +66,7 @@ class LayerDifference:
     """How one layer's adapter in B differs from that in A."""
 
     name: str
+    """The name of the layer."""
     settings: dict[str, tuple[Any, Any]]
     """Settings that differ, with both values."""
     relative: float | None
@@ -81,7 +82,9 @@ class AdapterDifference:
     layers: list[LayerDifference]
     """The layers that both have."""
     only_a: list[str]
+    """The layers that only the first has."""
     only_b: list[str]
+    """The layers that only the second has."""
     trained: dict[str, float | None]
     """Tensors trained in full that differ, with ||a - b|| / ||a||; None where one lacks it or the shapes differ."""
 

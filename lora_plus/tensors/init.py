@@ -23,9 +23,10 @@ from .matrix import accumulation_dtype, full_precision
 from .variant import SUBTRACTED, VARIANTS, AdapterSpec
 
 Init = Callable[[Tensor, int, "torch.Generator | None"], tuple[Tensor, Tensor]]
+"""``(weight, r, generator) -> (A, B)``: how an adapter starts on a weight of shape (out, in)."""
 
 InitName = Literal["kaiming", "gaussian", "orthogonal", "kaiming_B", "pissa", "milora", "olora"]
-"""The names in `INITS` and `PRINCIPAL`, for signatures."""
+"""How an adapter starts, by name: the names in `INITS` and `PRINCIPAL`."""
 
 
 def uniform(shape: tuple[int, ...], bound: float, like: Tensor, generator: torch.Generator | None = None) -> Tensor:

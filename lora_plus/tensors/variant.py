@@ -23,7 +23,7 @@ SCALINGS: dict[str, Callable[[float, int], float]] = {
 }
 
 Scaling = Literal["standard", "rslora"]
-"""The names in `SCALINGS`, for signatures."""
+"""How alpha and r give the scale, by name: the names in `SCALINGS`."""
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,7 @@ class DoRA(LoRA):
 VARIANTS: dict[str, Variant] = {"lora": LoRA(), "lora_fa": LoRAFA(), "dora": DoRA()}
 
 VariantName = Literal["lora", "lora_fa", "dora"]
-"""The names in `VARIANTS`, for signatures."""
+"""What is learnt beside a weight, by name: the names in `VARIANTS`."""
 
 
 def only_adds(variant: str) -> bool:

@@ -24,9 +24,13 @@ class Candidate:
     """The settings of one run; all others are common to the runs of a sweep."""
 
     lr: float
+    """Learning rate, as in `loraplus_param_groups`."""
     lr_ratio: float = 4.0
+    """Learning rate of B over that of A."""
     r: int = 8
+    """Rank, on all layers."""
     alpha: float = 16
+    """Numerator of the scaling."""
     seed: int = 0
     """Of the random numbers that the adapter starts from."""
     name: str = ""
@@ -103,6 +107,7 @@ class SweepRow:
     """What came of one candidate."""
 
     candidate: Candidate
+    """Its settings."""
     loss: float
     """What it is ranked by: the mean loss of the evaluation after its last step; if there was none, the mean of the
     training losses of the last fifth of its steps."""

@@ -43,10 +43,12 @@ class GaugeRow:
     name: str
     """The name in the model of the layer, parameter or block of rows."""
     adapter: str
+    """The name of the adapter."""
     work_A: float
+    """``W_A``: the mean of ``-<g, dA>``, what a step of A takes off the loss to first order, from the gradient ``g``
+    that the optimizer saw and the change ``dA`` that it made."""
     work_B: float
-    """``W_A`` and ``W_B``: the mean of ``-<g, dA>``, what a step of A takes off the loss to first order, from the
-    gradient ``g`` that the optimizer saw and the change ``dA`` that it made; and the same for B."""
+    """``W_B``: the same for B."""
     growth_A: float
     """``||A|| / ||A_0||``, with A_0 at the start of the gauge."""
     update: float
@@ -55,8 +57,9 @@ class GaugeRow:
     """``(sum s_i^2)^2 / sum s_i^4`` over the singular values of the update: from 1, where one direction dominates, to
     its rank."""
     gradient_A: float
+    """The mean of ``||g||`` for A."""
     gradient_B: float
-    """Means of ``||g||``."""
+    """The mean of ``||g||`` for B."""
     saturation_B: float
     """``1 - ||B - B_0|| / sum of ||dB||``: 0 while B goes straight on, near 1 where its steps cancel each other."""
 
@@ -82,6 +85,7 @@ class GaugeReport:
     """What a `LoRAPlusGauge` has measured. ``str()`` of it is a table and the verdict."""
 
     rows: list[GaugeRow]
+    """A row for each adapter on each layer."""
     steps: int
     """The optimizer's steps that the means are over."""
 

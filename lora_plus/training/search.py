@@ -50,9 +50,10 @@ def sweep(
         >>> import torch
         >>> model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 1))
         >>> data = [(torch.randn(8, 4), torch.randn(8, 1)) for _ in range(5)]
-        >>> candidates = [Candidate(lr=lr, lr_ratio=ratio, r=2) for lr in (1e-3, 1e-2) for ratio in (1, 4)]
+        >>> candidates = grid(lr=[1e-3, 1e-2], lr_ratio=[1, 4], r=2)
         >>> squares = lambda model, batch: (model(batch[0]) - batch[1]).square().mean(1)
-        >>> len(sweep(model, ["0"], candidates, squares, data, report=lambda step, losses: None).rows)
+        >>> result = sweep(model, ["0"], candidates, squares, data)
+        >>> len(result.rows)
         4
 
     Args:

@@ -58,7 +58,8 @@ def transfer_lr(lr: float, tuned: Mapping[str, Any], wanted: Mapping[str, Any]) 
         >>> plus = {"lr_ratio": 4, "lr_mode": "A"}
         >>> transfer_lr(2e-4, tuned={}, wanted=plus)
         0.0001
-        >>> transfer_lr(2e-4, tuned={"r": 8, "scaling": "rslora"}, wanted={"r": 128, "scaling": "rslora"})
+        >>> tuned = {"r": 8, "scaling": "rslora"}
+        >>> transfer_lr(2e-4, tuned=tuned, wanted=tuned | {"r": 128})
         0.0001
 
     Args:
