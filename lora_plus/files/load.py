@@ -88,8 +88,9 @@ def load_adapter(
     if existing is not None:
         require(state, "loading into an adapter", _FILLABLE if replace else Need.CHANGEABLE)
     else:
-        before = ", or inject one of its name and settings before, to be loaded into after"
-        require(state, "loading an adapter", Need.GROWABLE, new=adapter, instead=before if fillable else "")
+        before = ", or inject one of its name and settings before, to be loaded into after" if fillable else ""
+        taken = "load_adapter adds one itself: leave inject_lora out, or pass replace=True (or another name)"
+        require(state, "loading an adapter", Need.GROWABLE, new=adapter, instead=before, taken=taken)
     # by somebody else, who may go on to write into it, as we may do ourselves
     owned = isinstance(source, (SavedAdapter, tuple))
     with storage.outlined():

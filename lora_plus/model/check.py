@@ -48,7 +48,7 @@ def check_adapters(model: nn.Module, *inputs: Any, **keywords: Any) -> list[str]
         The names of the places whose adapters were proved live.
 
     Raises:
-        ValueError: naming each adapter that is not live, and why as far as can be told; or if there is none to check.
+        ValueError: naming each adapter that is not live, and why as far as can be told; or if adapters or inputs lack.
     """
     model = unwrap(model)
     owners: Counter[int] = Counter(id(p) for module in model.modules() for p in module._parameters.values())
@@ -137,24 +137,18 @@ class _Probe:
         """Why the adapter is not live by what was seen; None if it is."""
         grades = {name: seen.gradients[self, name] for name in self.tensors}
         worst = max(grades.values(), key=_GRADIENTS.index)
+        instead = f"target the parameter '{self.name}.weight' instead"
         if worst == _LIVE:
-            return (
-                None
-                if self not in seen.read
-                else (
-                    "its weight is also read outside of the layer, where the adapter has no effect until it is merged; "
-                    f"target the parameter '{self.name}.weight' instead"
-                )
-            )
+            also = "its weight is also read outside of the layer, where the adapter has no effect until it is merged; "
+            return also + instead if self in seen.read else None
+        layer = isinstance(self.weight, LoRALayer)
         if self not in seen.used:
-            if isinstance(self.weight, LoRALayer) and "forward" in self.weight.__dict__:
+            if layer and "forward" in self.weight.__dict__:
                 return "the forward assigned to it after the injection does not call the one that it says it wraps"
-            if isinstance(self.weight, LoRALayer) and self in seen.read:
-                return (
-                    "its weight is read, but the layer is not called; "
-                    f"target the parameter '{self.name}.weight' instead"
-                )
-            return "it is not called with these inputs; use inputs that reach it, or exclude it"
+            if layer and self in seen.read:
+                return f"its weight is read, but the layer is not called; {instead}"
+            read = f"; if its weight is read without a call, {instead}" if layer and not self.own_weight else ""
+            return f"it is not called with these inputs; use inputs that reach it, or exclude it{read}"
         if self not in seen.differentiable:
             return (
                 "it runs with gradients off, under torch.no_grad() or in checkpointing with use_reentrant=True on "
@@ -221,8 +215,14 @@ def _run(model: nn.Module, inputs: Any, keywords: Any, probes: list[_Probe], tra
     torch.manual_seed(seed)
     seen = _Seen()
     with _Watch(probes, seen, trained):
-        copies: dict[int, Tensor] = {}
-        outputs = model(*copied(inputs, copies), **copied(keywords, copies))
+        try:
+            copies: dict[int, Tensor] = {}
+            outputs = model(*copied(inputs, copies), **copied(keywords, copies))
+        except (TypeError, ValueError) as error:
+            if inputs or keywords:
+                raise
+            own = "give the model's own inputs: check_adapters(model, inputs)"
+            raise ValueError(f"the model's forward refused a call without inputs; {own}") from error
     found = list(_tensors(outputs))
     if not found:
         raise ValueError(f"no tensor was found in the model's output, a {type(outputs).__name__}; return tensors in it")

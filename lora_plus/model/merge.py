@@ -181,8 +181,8 @@ def _merge(state: State, adapters: Sequence[str] | None, *, dequantize: bool = F
         raise ValueError("there is no active adapter to merge; call inject_lora or set_adapter first")
     for path, others in report.untied:
         warnings.warn(
-            f"the weight of {path!r} is shared with {', '.join(others)}: merging gives {path!r} a weight of its own, "
-            "so a checkpoint of the merged model must be loaded into a model where the two are not tied",
+            f"the weight of {path!r} is shared with {', '.join(others)}: merging gives {path!r} its own, so load "
+            "its checkpoint into an untied model; to keep the tie, use inject_lora(..., tied='both')",
             stacklevel=5,  # past the two decorators and the verb
         )
     EXCHANGE[-1](state, (name for _, _, merge in merges for name in merge.adapters), ())

@@ -58,6 +58,7 @@ def require(
     adapters: Sequence[str] = (),
     new: str | None = None,
     instead: str = "",
+    taken: str = "choose another name, or call delete_adapter first",
 ) -> State:
     """The model's state, if it is as an operation needs it.
 
@@ -68,6 +69,7 @@ def require(
         adapters: adapters that the model must have; a KeyError if it has not.
         new: the name of an adapter to come, which must be free.
         instead: what a message offers besides its next step where an engine is in the way.
+        taken: the next step where the new name is not free.
     """
     state = model if isinstance(model, State) else State(model)
     names = dict.fromkeys(name for _, weight in state.weights if adapters for name in weight.adapter_names())
@@ -81,10 +83,7 @@ def require(
     if new is not None:
         check_adapter_name(new)
         for path, _, _ in state.adapters(new):
-            raise ValueError(
-                f"the model has an adapter {new!r} already (on {path or 'itself'!r}); choose another name, or call "
-                "delete_adapter first"
-            )
+            raise ValueError(f"the model has an adapter {new!r} already (on {path or 'itself'!r}); {taken}")
     return state
 
 

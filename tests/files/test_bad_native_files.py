@@ -328,8 +328,8 @@ def test_a_model_that_cannot_take_the_adapter_is_left_alone(tmp_path: Path) -> N
     model = adapted_net()
     before = snapshot(model)
     for name, message in {
-        "default": "the model has an adapter 'default' already (on 'embed'); choose another name, "
-        "or call delete_adapter first",
+        "default": "the model has an adapter 'default' already (on 'embed'); load_adapter adds one itself: "
+        "leave inject_lora out, or pass replace=True (or another name)",
         "a.b": "an adapter's name must not be empty or contain a dot, got 'a.b'",
     }.items():
         with pytest.raises(ValueError) as error:

@@ -188,6 +188,33 @@ def test_the_proposed_target_is_live() -> None:
     assert check_adapters(model, torch.randn(5, 4)) == ["l.weight", "last"]
 
 
+def test_the_target_is_proposed_too_where_others_read_the_weight_that_a_head_is_tied_to() -> None:
+    def tied(target: str) -> nn.Module:
+        model = Model(lambda layer, x: F.linear(x, layer.weight))
+        model.first, model.l.weight = (first := nn.Linear(4, 4)), first.weight
+        return inject_lora(model, [target, "last"], r=2)
+
+    with pytest.raises(ValueError, match=r"; if its weight is read without a call, target .*'l\.weight'"):
+        check_adapters(tied("l"), torch.randn(5, 4))
+    assert check_adapters(tied("l.weight"), torch.randn(5, 4)) == ["l.weight", "last"]
+    with pytest.raises(ValueError, match=r"inputs that reach it, or exclude it$"):  # it is the parameter already
+        check_adapters(inject_lora(Model(lambda layer, x: x), ["l.weight", "last"]), torch.randn(5, 4))
+
+
+def test_without_inputs_the_user_is_told_to_give_the_models_own() -> None:
+    model = inject_lora(Model(lambda layer, x: layer(x)), ["l", "last"], r=2)
+    with pytest.raises(
+        ValueError, match=r"without inputs; give the model's own inputs: check_adapters\(model, inputs\)"
+    ):
+        check_adapters(model)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'y'"):
+        check_adapters(model, y=1)
+    layer, x = model.l, torch.randn(5, 4)
+    model.forward = lambda: layer(x)
+    with pytest.raises(ValueError, match="'last', in eval and train: it is not called"):  # a forward may need none
+        check_adapters(model)
+
+
 def test_every_kind_of_layer_is_live(case: Case) -> None:
     model = inject_lora(case.model(), ["layer"], **case.settings)
     assert check_adapters(model, case.input()) == ["layer"]

@@ -159,6 +159,7 @@ def test_merging_one_of_two_tied_layers_leaves_the_other_alone_and_says_so() -> 
     y = model["head"](x)
     with pytest.warns(UserWarning, match=r"the weight of 'head' is shared with embed\.weight: merging gives") as warned:
         report = merge_lora(model)
+    assert str(warned[0].message).endswith("to keep the tie, use inject_lora(..., tied='both')")
     assert warned[0].filename == __file__
     assert report.untied == [("head", ["embed.weight"])]
     assert torch.equal(model["embed"].weight, bits) and model["embed"].weight is not model["head"].weight
