@@ -34,7 +34,7 @@ def initialize(
     lr_ratio: float = 4.0,
     lr_mode: LrMode = "A",
     weight_decay: float = 0.0,
-    embedding_lr: float | None = 1e-6,
+    embedding_lr: float | None = None,
     optimizer_cls: Callable[..., torch.optim.Optimizer] | None = None,
     **kwargs: Any,
 ) -> tuple[Any, Any, Any, Any]:

@@ -31,7 +31,9 @@ from .run_file import load_run, save_run
 
 @dataclass
 class LoraPlusArguments:
-    """The arguments of LoRA+, under the names and with the defaults of the original LoRA+ code (arXiv:2402.12354).
+    """The arguments of LoRA+, under the names of the original LoRA+ code (arXiv:2402.12354).
+
+    There the default of ``loraplus_lr_embedding`` is 1e-6, at which adapters on embeddings hardly move.
 
     They can be mixed into the arguments of any Trainer: ``class Arguments(LoraPlusArguments, SFTConfig)``, a dataclass.
     """
@@ -41,7 +43,7 @@ class LoraPlusArguments:
     )
     """Learning rate of B over that of A; without it, training is plain LoRA."""
     loraplus_lr_embedding: float | None = field(
-        default=1e-6, metadata={"help": "Learning rate of adapters on embeddings; None for learning_rate."}
+        default=None, metadata={"help": "Learning rate of adapters on embeddings; None for learning_rate."}
     )
     """Learning rate of adapters on embeddings; None for ``learning_rate``."""
 

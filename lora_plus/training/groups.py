@@ -67,7 +67,7 @@ def loraplus_param_groups(
     lr_ratio: float = 4.0,
     lr_mode: LrMode = "A",
     weight_decay: float = 0.0,
-    embedding_lr: float | None = 1e-6,
+    embedding_lr: float | None = None,
     adapter: str | None = None,
     roles: Roles = (),
     decayed: Iterable[nn.Parameter] | None = None,
@@ -80,7 +80,7 @@ def loraplus_param_groups(
     ``lora_rows`` (``train_rows``), ``other`` and ``other_no_decay`` (heads, norms). Rows of tokens, magnitudes, biases,
     norm weights and other parameters of less than two dimensions are not decayed; where ``decayed`` says otherwise,
     there are ``lora_A_no_decay`` and the like. The groups of A and B note their ratio as ``"loraplus_ratio"``, which
-    `check_lr_ratio` goes by. With ``lr_ratio=1, embedding_lr=None`` and the same weight decay on each parameter,
+    `check_lr_ratio` goes by. With ``lr_ratio=1`` and the same weight decay on each parameter,
     training follows plain LoRA bit for bit.
 
     Args:
@@ -92,7 +92,8 @@ def loraplus_param_groups(
             keep when a tuned LoRA run is switched to LoRA+; ``"B"``: B's rate.
         weight_decay: of the groups that are decayed. With a decoupled decay (AdamW) B decays ``lr_ratio`` times faster
             than A.
-        embedding_lr: rate of embedding adapters, absolute as in the original LoRA+ code; None for ``lr``.
+        embedding_lr: rate of both matrices of embedding adapters; None for ``lr``. The original LoRA+ code has 1e-6, at
+            which they hardly move.
         adapter: the only one to be trained, with the modules that are trained in full with it, where several are
             trainable and each has an optimizer of its own (`adapter_per_sample`); it need not be active. None for all.
         roles: ``(adapter, role, parameter)`` for adapters that are not this library's, with the roles ``"A"``, ``"B"``,
@@ -146,7 +147,7 @@ def create_loraplus_optimizer(
     lr_ratio: float = 4.0,
     lr_mode: LrMode = "A",
     weight_decay: float = 0.0,
-    embedding_lr: float | None = 1e-6,
+    embedding_lr: float | None = None,
     adapter: str | None = None,
     roles: Roles = (),
     decayed: Iterable[nn.Parameter] | None = None,

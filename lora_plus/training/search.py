@@ -157,7 +157,7 @@ class Sweep:
         optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW,
         lr_mode: LrMode = "A",
         weight_decay: float = 0.0,
-        embedding_lr: float | None = 1e-6,
+        embedding_lr: float | None = None,
         schedule: Callable[[int], float] | None = None,
         max_norm: float | None = None,
         together: int | None = None,

@@ -56,7 +56,7 @@ def transfer_lr(lr: float, tuned: Mapping[str, Any], wanted: Mapping[str, Any]) 
 
     Examples:
         >>> plus = {"lr_ratio": 4, "lr_mode": "A"}
-        >>> transfer_lr(2e-4, tuned={}, wanted=plus)
+        >>> transfer_lr(2e-4, tuned={"lr_ratio": 1}, wanted=plus)
         0.0001
         >>> tuned = {"r": 8, "scaling": "rslora"}
         >>> transfer_lr(2e-4, tuned=tuned, wanted=tuned | {"r": 128})
@@ -66,17 +66,20 @@ def transfer_lr(lr: float, tuned: Mapping[str, Any], wanted: Mapping[str, Any]) 
         lr: the rate that was tuned, as it was passed with ``tuned``.
         tuned: the settings that it was tuned with, by the names of `inject_lora` and `loraplus_param_groups`: ``r``,
             ``alpha``, ``scaling``, ``init``, ``variant``, ``lr_ratio``, ``lr_mode``, and ``method``, ``"lora"`` or
-            ``"full"`` for full fine-tuning. What is left out is at `inject_lora`'s default, and ``lr_ratio`` 1.
+            ``"full"`` for full fine-tuning. What is left out is at `inject_lora`'s default.
+            ``lr_ratio`` is named on both sides, or on neither where it stays; 1 is plain LoRA.
             ``init`` can also be ``"gradient"``, for `init_from_gradients`.
         wanted: the settings to carry the rate to, by the same names.
 
     Raises:
-        ValueError: if a value is out of range, or if no factor is known: between variants, between other starts, and
-            for another r or scale between starts whose A is not random or whose B is not zero, but for the case above.
+        ValueError: if a value is out of range, if a side leaves out ``lr_ratio`` where the rate depends on it, or if no
+            factor is known: between variants, between other starts, and for another r or scale between starts
+            whose A is not random or whose B is not zero, but for the case above.
         TypeError: if a setting is unknown, or its value of another type.
     """
     check_number("lr", lr, tensor=True)
     before, after = _settings("tuned", tuned), _settings("wanted", wanted)
+    _check_ratios({"tuned": tuned, "wanted": wanted})
     factor = _kept(before) / _kept(after)
     _check_known(before, after)
     return float(lr) * factor
@@ -92,6 +95,17 @@ def _settings(which: str, given: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError(f"full fine-tuning has no {', '.join(beside)}; leave that out of {which}")
     spec = AdapterSpec(settings["r"], settings["alpha"], settings["scaling"], settings["variant"])
     return {**settings, "scale": abs(spec.scale)}
+
+
+def _check_ratios(sides: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raise where the rate depends on the ratio and a side leaves it out."""
+    matters = any({"lr_ratio", "lr_mode"} & given.keys() or given.get("method") == "full" for given in sides.values())
+    for which, given in sides.items():
+        if matters and "lr_ratio" not in given and given.get("method") != "full":
+            raise ValueError(
+                f"{which} has no lr_ratio, on which the rate depends here; name it (1 is plain LoRA, and "
+                "create_loraplus_optimizer's default is 4)"
+            )
 
 
 def _check_known(before: Mapping[str, Any], after: Mapping[str, Any]) -> None:

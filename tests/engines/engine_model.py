@@ -85,7 +85,7 @@ def loss_of(model: nn.Module, tokens: Tensor) -> Tensor:
 
 def optimizer_for(model: nn.Module, **settings: Any) -> torch.optim.Optimizer:
     """AdamW in LoRA+ groups."""
-    options: dict[str, Any] = {"lr": LR, "lr_ratio": LR_RATIO, "weight_decay": WEIGHT_DECAY, "embedding_lr": None}
+    options: dict[str, Any] = {"lr": LR, "lr_ratio": LR_RATIO, "weight_decay": WEIGHT_DECAY}
     return lp.create_loraplus_optimizer(model, torch.optim.AdamW, **options | settings)
 
 

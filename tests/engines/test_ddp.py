@@ -82,7 +82,7 @@ def checkpointed() -> nn.Module:
 def redundancy_free(model: nn.Module) -> torch.optim.Optimizer:
     from torch.distributed.optim import ZeroRedundancyOptimizer  # whose module warns of parts of torch
 
-    groups = lp.loraplus_param_groups(model, lr=LR, lr_ratio=LR_RATIO, weight_decay=WEIGHT_DECAY, embedding_lr=None)
+    groups = lp.loraplus_param_groups(model, lr=LR, lr_ratio=LR_RATIO, weight_decay=WEIGHT_DECAY)
     return ZeroRedundancyOptimizer(groups, AdamW, lr=LR)
 
 

@@ -41,7 +41,7 @@ with warnings.catch_warnings():
     from lora_plus.engines.deepspeed import check_config, check_engine, initialize
 
 STEPS = 5
-RATES: dict[str, Any] = {"lr": LR, "lr_ratio": LR_RATIO, "weight_decay": WEIGHT_DECAY, "embedding_lr": None}
+RATES: dict[str, Any] = {"lr": LR, "lr_ratio": LR_RATIO, "weight_decay": WEIGHT_DECAY}
 ADAMW = {"type": "AdamW", "params": {"torch_adam": True}}
 STAGES = pytest.mark.parametrize("stage", [0, 1, 2, 3])
 
@@ -212,7 +212,7 @@ def injected(model: nn.Module, settings: Mapping[str, Any]) -> nn.Module:
 
 
 def sgd(model: nn.Module) -> torch.optim.Optimizer:
-    return lp.create_loraplus_optimizer(model, torch.optim.SGD, lr=0.05, lr_ratio=2, embedding_lr=None)
+    return lp.create_loraplus_optimizer(model, torch.optim.SGD, lr=0.05, lr_ratio=2)
 
 
 def before_the_engine(settings: Mapping[str, Any]) -> nn.Module:

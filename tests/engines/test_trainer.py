@@ -44,7 +44,7 @@ OPTIMIZERS = [
 
 @pytest.mark.parametrize("optim", OPTIMIZERS)
 def test_ratio_one_is_the_stock_trainer_bit_for_bit(optim: str, tmp_path: Path) -> None:
-    settings = {"optim": optim, "loraplus_lr_embedding": None, "lr_scheduler_type": "cosine", "warmup_steps": 2}
+    settings = {"optim": optim, "lr_scheduler_type": "cosine", "warmup_steps": 2}
     wanted, one, two = randomised(lora_llama()), randomised(lora_llama()), randomised(lora_llama())
     before = run_state(wanted)
     trainer(wanted, tmp_path, **STOCK, **settings).train()
@@ -153,9 +153,9 @@ def test_the_function_of_the_original_code() -> None:
     )
 
 
-def test_the_defaults_are_those_of_the_original_code() -> None:
+def test_the_arguments_have_the_original_names() -> None:
     arguments = integration.LoraPlusTrainingArguments(output_dir="x")
-    assert (arguments.loraplus_lr_ratio, arguments.loraplus_lr_embedding) == (None, 1e-6)
+    assert (arguments.loraplus_lr_ratio, arguments.loraplus_lr_embedding) == (None, None)
     parsed = transformers.HfArgumentParser(integration.LoraPlusTrainingArguments).parse_args_into_dataclasses(
         ["--output_dir", "x", "--loraplus_lr_ratio", "16", "--loraplus_lr_embedding", "1e-5"]
     )[0]

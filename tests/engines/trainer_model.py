@@ -20,7 +20,7 @@ integration = pytest.importorskip("lora_plus.engines.transformers")
 
 VOCABULARY, LENGTH, BATCH, STEPS = 64, 8, 8, 4
 SETTINGS: dict[str, Any] = {
-    "learning_rate": 1e-3, "weight_decay": 0.1, "loraplus_lr_ratio": 16.0, "loraplus_lr_embedding": None,
+    "learning_rate": 1e-3, "weight_decay": 0.1, "loraplus_lr_ratio": 16.0,
     "max_steps": STEPS, "report_to": [], "use_cpu": True, "save_strategy": "no", "logging_steps": 100,
     "disable_tqdm": True, "dataloader_pin_memory": False, "lr_scheduler_type": "linear", "logging_strategy": "no",
 }  # fmt: skip

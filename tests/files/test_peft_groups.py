@@ -73,7 +73,9 @@ def settings_by_parameter(model: nn.Module, groups: list[dict[str, Any]]) -> dic
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
 def test_rates_and_decays_are_those_of_pefts_own_function(config: dict[str, Any]) -> None:
     model = peft_model(**config)
-    groups = loraplus_param_groups(model, lr=LR, lr_ratio=RATIO, weight_decay=DECAY, roles=peft_roles(model))
+    groups = loraplus_param_groups(
+        model, lr=LR, lr_ratio=RATIO, weight_decay=DECAY, embedding_lr=1e-6, roles=peft_roles(model)
+    )
     theirs = optimizers.create_loraplus_optimizer(
         model, torch.optim.AdamW, lr=LR, loraplus_lr_ratio=RATIO, loraplus_weight_decay=DECAY
     )
@@ -91,7 +93,7 @@ def test_where_pefts_function_goes_by_names_and_sizes() -> None:
     assert kinds == {
         "lora_A": (2, LR, DECAY),
         "lora_B": (2, RATIO * LR, DECAY),
-        "lora_embedding": (2, 1e-6, DECAY),
+        "lora_embedding": (2, LR, DECAY),
         "lora_magnitude": (3, LR, 0.0),
         "other": (1, LR, DECAY),
         "other_no_decay": (1, LR, 0.0),

@@ -113,9 +113,7 @@ def runs(plain: nn.Module, inputs: Any) -> bool:
 def test_a_thousand_steps_in_bfloat16_leave_every_bit_of_the_base(case: ParameterCase) -> None:
     model, inputs = case.inject(case.model(torch.bfloat16)), case.input(torch.bfloat16)
     start = {name: value.clone() for name, value in adapter_state_dict(model).items()}
-    optimizer = lora_plus.create_loraplus_optimizer(
-        model, torch.optim.AdamW, lr=1e-3, weight_decay=0.1, embedding_lr=None
-    )
+    optimizer = lora_plus.create_loraplus_optimizer(model, torch.optim.AdamW, lr=1e-3, weight_decay=0.1)
     for _ in range(1000):
         optimizer.zero_grad()
         loss(case.run(model, inputs)).backward()

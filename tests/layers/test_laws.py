@@ -30,9 +30,7 @@ HALVES = (torch.float16, torch.bfloat16)
 
 
 def train(model: nn.Module, x: torch.Tensor, steps: int) -> None:
-    optimizer = lora_plus.create_loraplus_optimizer(
-        model, torch.optim.AdamW, lr=1e-2, weight_decay=0.1, embedding_lr=None
-    )
+    optimizer = lora_plus.create_loraplus_optimizer(model, torch.optim.AdamW, lr=1e-2, weight_decay=0.1)
     for _ in range(steps):
         optimizer.zero_grad()
         model(x).square().mean().backward()

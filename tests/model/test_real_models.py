@@ -226,7 +226,7 @@ def test_training_reaches_every_adapter_and_nothing_else(real: Model) -> None:
     model = real.adapted()
     before = {name: tensor.clone() for name, tensor in real.base().state_dict().items()}
     target = floats(*real.output(model, "eval without gradients").shape)
-    optimizer = lora_plus.create_loraplus_optimizer(model, torch.optim.AdamW, lr=2e-3, embedding_lr=None)
+    optimizer = lora_plus.create_loraplus_optimizer(model, torch.optim.AdamW, lr=2e-3)
     moved: set[str] = set()
     losses = []
     for _ in range(10):

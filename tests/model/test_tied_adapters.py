@@ -262,7 +262,7 @@ def test_samples_with_adapters_of_their_own() -> None:
 
 
 def test_training_moves_one_update(tied: Tied) -> None:
-    optimizer = lp.create_loraplus_optimizer(tied.model, torch.optim.SGD, lr=1e-4, embedding_lr=None)
+    optimizer = lp.create_loraplus_optimizer(tied.model, torch.optim.SGD, lr=1e-4)
     for _ in range(3):
         optimizer.zero_grad()
         tied.model(tied.x).square().mean().backward()

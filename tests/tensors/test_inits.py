@@ -75,8 +75,11 @@ def test_an_embedding_starts_with_A_zero_and_B_standard_normal() -> None:
 
 @pytest.mark.peers
 @pytest.mark.parametrize("vocabulary", [1000, 30000])
-def test_the_rows_of_an_embedding_move_as_those_of_peft_do_at_the_default_rate(vocabulary: int) -> None:
-    """Of themselves about 6e-4 in 100 steps, at every vocabulary, and only those that are looked up."""
+@pytest.mark.parametrize(("embedding_lr", "share"), [(None, 5.75e-2), (1e-6, 6e-4)])
+def test_the_rows_of_an_embedding_move_as_those_of_peft_do(
+    vocabulary: int, embedding_lr: float | None, share: float
+) -> None:
+    """By this share of themselves in 100 steps at lr=1e-4, at every vocabulary, and only those that are looked up."""
     peft = pytest.importorskip("peft")
     from lora_plus.engines.peft import peft_roles
 
@@ -92,7 +95,9 @@ def test_the_rows_of_an_embedding_move_as_those_of_peft_do_at_the_default_rate(v
         embed = model.base_model.model[0] if theirs else model[0]
         before = embed(torch.arange(1000)).detach()
         roles = list(peft_roles(model)) if theirs else []
-        optimizer = lp.create_loraplus_optimizer(model, torch.optim.AdamW, lr=1e-4, roles=roles)
+        optimizer = lp.create_loraplus_optimizer(
+            model, torch.optim.AdamW, lr=1e-4, embedding_lr=embedding_lr, roles=roles
+        )
         for _ in range(100):
             optimizer.zero_grad()
             (model(tokens[None]) - 1).square().mean().backward()
@@ -100,7 +105,7 @@ def test_the_rows_of_an_embedding_move_as_those_of_peft_do_at_the_default_rate(v
         change = (embed(torch.arange(1000)) - before).detach()
         assert change[:500].abs().sum(1).all() and not change[500:].any()
         moved.append(float(change[:500].norm() / before[:500].norm()))
-    assert moved[0] == pytest.approx(6e-4, rel=0.2) and moved[0] / moved[1] == pytest.approx(1, rel=0.2)
+    assert moved[0] == pytest.approx(share, rel=0.2) and moved[0] / moved[1] == pytest.approx(1, rel=0.2)
 
 
 @pytest.mark.parametrize(("r", "columns"), [(4, 9), (9, 9), (12, 9)])
@@ -244,7 +249,7 @@ def test_forward_is_merged_is_the_explicit_weight(kind: Case, init: str, tmp_pat
 def test_training_moves_what_is_trained_and_nothing_else(kind: Case, init: str) -> None:
     model, x = lp.inject_lora(kind.model(), ["layer"], **{**kind.settings, "init": init}), kind.input()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    optimizer = lp.create_loraplus_optimizer(model, torch.optim.SGD, lr=0.1, embedding_lr=None)
+    optimizer = lp.create_loraplus_optimizer(model, torch.optim.SGD, lr=0.1)
     model(x).square().sum().backward()
     optimizer.step()
     moved = {name.split(".")[1] for name, p in model.named_parameters() if not torch.equal(p, before[name])}

@@ -150,7 +150,7 @@ def one_rate(model: nn.Module, make: Callable[..., torch.optim.Optimizer], **set
 
 
 def two_rates(model: nn.Module, make: Callable[..., torch.optim.Optimizer], **settings: Any) -> torch.optim.Optimizer:
-    return create_loraplus_optimizer(model, make, lr=1e-2, lr_ratio=16, embedding_lr=None, **settings)
+    return create_loraplus_optimizer(model, make, lr=1e-2, lr_ratio=16, **settings)
 
 
 RULES = {"adam": adam, "sgd": sgd}

@@ -58,7 +58,7 @@ def sgd(model: nn.Module, lr: float = 1e-2, **settings: Any) -> torch.optim.Opti
 
 def test_under_gradient_descent_the_work_is_the_rate_times_the_squared_gradient(case: Case) -> None:
     model = case.adapted()
-    optimizer = sgd(model, embedding_lr=None)
+    optimizer = sgd(model)
     if not compared(model.layer):
         with pytest.raises(ValueError, match="holds both A and B of no layer"):
             LoRAPlusGauge(model, optimizer)

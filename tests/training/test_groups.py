@@ -41,7 +41,9 @@ def net() -> nn.Module:
 
 def test_groups_by_role_with_rates_and_decay() -> None:
     model = net()
-    groups = {g["name"]: g for g in loraplus_param_groups(model, lr=1e-3, lr_ratio=8, weight_decay=0.1)}
+    groups = {
+        g["name"]: g for g in loraplus_param_groups(model, lr=1e-3, lr_ratio=8, weight_decay=0.1, embedding_lr=1e-6)
+    }
     names = {id(p): name for name, p in model.named_parameters()}
     found = {n: ([names[id(p)] for p in g["params"]], g["lr"], g["weight_decay"]) for n, g in groups.items()}
     assert found == {
@@ -61,8 +63,8 @@ def test_a_given_rule_says_what_is_decayed() -> None:
     assert [(g["name"], g["lr"], g["weight_decay"]) for g in groups] == [
         ("lora_A_no_decay", 1e-3, 0.0),
         ("lora_B_no_decay", 8e-3, 0.0),
-        ("lora_embedding", 1e-6, 0.1),
-        ("lora_embedding_no_decay", 1e-6, 0.0),
+        ("lora_embedding", 1e-3, 0.1),
+        ("lora_embedding_no_decay", 1e-3, 0.0),
         ("other", 1e-3, 0.1),
         ("other_no_decay", 1e-3, 0.0),
     ]
@@ -77,7 +79,7 @@ def test_a_given_rule_says_what_is_decayed() -> None:
     ("mode", "rate_A", "rate_B"), [("A", 1e-3, 16e-3), ("geometric", 0.25e-3, 4e-3), ("B", 1e-3 / 16, 1e-3)]
 )
 def test_lr_modes(mode: str, rate_A: float, rate_B: float) -> None:
-    groups = {g["name"]: g for g in loraplus_param_groups(net(), lr=1e-3, lr_ratio=16, lr_mode=mode, embedding_lr=None)}
+    groups = {g["name"]: g for g in loraplus_param_groups(net(), lr=1e-3, lr_ratio=16, lr_mode=mode)}
     assert groups["lora_A"]["lr"] == pytest.approx(rate_A, rel=1e-15)
     assert groups["lora_B"]["lr"] == pytest.approx(rate_B, rel=1e-15)
     assert {groups[name]["lr"] for name in ("lora_embedding", "lora_magnitude", "other", "other_no_decay")} == {1e-3}
@@ -85,7 +87,7 @@ def test_lr_modes(mode: str, rate_A: float, rate_B: float) -> None:
 
 @pytest.mark.parametrize("mode", ["A", "geometric", "B"])
 def test_ratio_one_is_one_rate_in_every_mode(mode: str) -> None:
-    groups = loraplus_param_groups(net(), lr=3e-4, lr_ratio=1, lr_mode=mode, embedding_lr=None)
+    groups = loraplus_param_groups(net(), lr=3e-4, lr_ratio=1, lr_mode=mode)
     assert {g["lr"] for g in groups} == {3e-4}
 
 
@@ -162,7 +164,7 @@ def test_ratio_one_follows_plain_lora_bit_for_bit(make: Callable[..., torch.opti
                       {"params": flat, "weight_decay": 0.0}]  # fmt: skip
             wanted = run(plain, make(groups, lr=1e-2))
             got = run(plus, create_loraplus_optimizer(
-                plus, make, lr=1e-2, lr_ratio=1, weight_decay=weight_decay, embedding_lr=None))  # fmt: skip
+                plus, make, lr=1e-2, lr_ratio=1, weight_decay=weight_decay))  # fmt: skip
             assert all(torch.equal(wanted[name], got[name]) for name in wanted)
         other = run(net().to(dtype), create_loraplus_optimizer(plus := net().to(dtype), make, lr=1e-2, lr_ratio=2))
         assert not all(torch.equal(wanted[name], other[name]) for name in wanted)

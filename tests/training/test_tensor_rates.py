@@ -17,9 +17,9 @@ from lora_plus.training import check_lr_ratio, rebind_optimizer, split_loraplus_
 
 LR, RATIO = 1e-3, 4.0
 SETTINGS: dict[str, dict[str, Any]] = {
-    "plain": {"embedding_lr": None},
-    "geometric": {"embedding_lr": None, "lr_mode": "geometric"},
-    "B": {"embedding_lr": None, "lr_mode": "B", "weight_decay": 0.1},
+    "plain": {},
+    "geometric": {"lr_mode": "geometric"},
+    "B": {"lr_mode": "B", "weight_decay": 0.1},
 }
 
 

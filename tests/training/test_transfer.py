@@ -22,9 +22,9 @@ Settings = Mapping[str, Any]
     ("tuned", "wanted", "factor"),
     [
         ({}, {}, 1.0),
-        ({}, {"lr_ratio": 16}, 1 / 4),
-        ({}, {"lr_ratio": 16, "lr_mode": "geometric"}, 1.0),
-        ({}, {"lr_ratio": 16, "lr_mode": "B"}, 4.0),
+        ({"lr_ratio": 1}, {"lr_ratio": 16}, 1 / 4),
+        ({"lr_ratio": 1}, {"lr_ratio": 16, "lr_mode": "geometric"}, 1.0),
+        ({"lr_ratio": 1}, {"lr_ratio": 16, "lr_mode": "B"}, 4.0),
         ({"lr_ratio": 4, "lr_mode": "B"}, {"lr_ratio": 9, "lr_mode": "A"}, 1 / 6),
         ({}, {"alpha": 64}, 1 / 2),  # alpha times 4 is a ratio of 4
         ({}, {"alpha": -64}, 1 / 2),
@@ -35,11 +35,11 @@ Settings = Mapping[str, Any]
         ({"init": "milora"}, {"init": "olora"}, 3.2 / 18.2),
         ({"init": "gradient"}, {"init": "kaiming", "alpha": 64}, 18.2 / 2),
         ({"init": "gaussian"}, {"init": "gaussian", "alpha": 64}, 1 / 2),
-        ({"variant": "dora"}, {"variant": "dora", "lr_ratio": 4}, 1 / 2),
-        ({"init": "kaiming_B"}, {"init": "kaiming_B", "alpha": 64, "lr_ratio": 4}, 1 / 4),
-        ({"init": "kaiming_B"}, {"init": "kaiming_B", "alpha": 64, "lr_ratio": 4, "lr_mode": "B"}, 1.0),
-        ({"method": "full"}, {"alpha": 32}, 10.0),
-        ({"method": "full"}, {"alpha": 32, "r": 64}, 10.0),
+        ({"variant": "dora", "lr_ratio": 1}, {"variant": "dora", "lr_ratio": 4}, 1 / 2),
+        ({"init": "kaiming_B", "lr_ratio": 1}, {"init": "kaiming_B", "alpha": 64, "lr_ratio": 4}, 1 / 4),
+        ({"init": "kaiming_B", "lr_ratio": 1}, {"init": "kaiming_B", "alpha": 64, "lr_ratio": 4, "lr_mode": "B"}, 1.0),
+        ({"method": "full"}, {"alpha": 32, "lr_ratio": 1}, 10.0),
+        ({"method": "full"}, {"alpha": 32, "r": 64, "lr_ratio": 1}, 10.0),
         ({"method": "full"}, {"alpha": 8, "lr_ratio": 4}, 10.0),
         ({"method": "full"}, {"method": "full"}, 1.0),
     ],
@@ -54,7 +54,7 @@ def test_closed_forms(tuned: Settings, wanted: Settings, factor: float) -> None:
 def test_the_geometric_mean_stays_at_the_tuned_rate(mode: Any, ratio: float) -> None:
     model = nn.Sequential(nn.Linear(4, 4))
     inject_lora(model, ["0"], r=2)
-    lr = transfer_lr(3e-4, {}, {"lr_ratio": ratio, "lr_mode": mode})
+    lr = transfer_lr(3e-4, {"lr_ratio": 1}, {"lr_ratio": ratio, "lr_mode": mode})
     groups = {g["name"]: g["lr"] for g in loraplus_param_groups(model, lr=lr, lr_ratio=ratio, lr_mode=mode)}
     assert math.sqrt(groups["lora_A"] * groups["lora_B"]) == pytest.approx(3e-4, rel=1e-14)
     assert ratio != 1 or lr == 3e-4
@@ -76,9 +76,12 @@ def optimizer_of(model: nn.Module, lr: float, settings: Settings) -> torch.optim
 @pytest.mark.parametrize(
     ("tuned", "same"),
     [
-        ({"r": 3}, {"r": 3, "alpha": 64}),
+        ({"r": 3, "lr_ratio": 1}, {"r": 3, "alpha": 64, "lr_ratio": 1}),
         # where it is A that starts at zero, a ratio of k is alpha / k, and both can change at once
-        ({"r": 3, "init": "kaiming_B", "alpha": 4}, {"r": 3, "init": "kaiming_B", "alpha": 4}),
+        (
+            {"r": 3, "init": "kaiming_B", "alpha": 4, "lr_ratio": 1},
+            {"r": 3, "init": "kaiming_B", "alpha": 4, "lr_ratio": 1},
+        ),
     ],
     ids=["B = 0", "A = 0"],
 )
@@ -103,7 +106,7 @@ def test_alpha_times_k_at_its_rate_trains_as_a_ratio_of_k_at_its_own(
 @pytest.mark.parametrize("scaling", ["alpha / r", "alpha / sqrt(r)", "fixed"])
 def test_what_a_step_moves_at_a_transferred_rate_is_the_same_at_every_rank(scaling: str, ratio: int) -> None:
     """s B dA x is flat over r, and s dB A x grows as sqrt(r s) does: arXiv:2602.06204, for one sample."""
-    ranks, width, tuned = (4, 16, 64), 256, {"r": 4}
+    ranks, width, tuned = (4, 16, 64), 256, {"r": 4, "lr_ratio": 1}
     moved_A, moved_B = [], []
     for r in ranks:
         wanted = {
@@ -139,8 +142,12 @@ def exponent(ranks: tuple[int, ...], values: list[float]) -> float:
         ({"rank": 8}, {}, r"unexpected keyword argument of transfer_lr's tuned: 'rank' \(did you mean r\?\)"),
         ({}, {"r": 2.0}, "r must be an int, got 2.0"),
         ({}, {"alpha": 0}, "alpha must be finite and not zero"),
-        ({}, {"lr_ratio": -1}, "lr_ratio must be finite and positive, got -1"),
-        ({}, {"lr_mode": "C"}, r"unknown lr_mode 'C'; choose one of \['A', 'B', 'geometric'\]"),
+        ({"lr_ratio": 1}, {"lr_ratio": -1}, "lr_ratio must be finite and positive, got -1"),
+        (
+            {"lr_ratio": 1},
+            {"lr_ratio": 1, "lr_mode": "C"},
+            r"unknown lr_mode 'C'; choose one of \['A', 'B', 'geometric'\]",
+        ),
         ({}, {"scaling": "none"}, "unknown scaling 'none'"),
         ({}, {"variant": "dora"}, r"no factor is known between the variants \['dora', 'lora'\]"),
         ({"variant": "lora_fa"}, {"variant": "lora_fa"}, "variant 'lora_fa' freezes it"),
@@ -148,11 +155,27 @@ def exponent(ranks: tuple[int, ...], values: list[float]) -> float:
         ({"init": "pissa"}, {"init": "pissa", "r": 4, "alpha": 16, "scaling": "rslora"}, "with init 'pissa'"),
         ({"init": "pissa"}, {"init": "pissa", "r": 16}, "no rule for another r or scale"),
         ({"init": "kaiming_B"}, {"init": "kaiming_B", "alpha": 8}, "no rule for another r or scale"),
-        ({"init": "kaiming_B"}, {"init": "kaiming_B", "alpha": 8, "lr_ratio": 4}, "no rule for another r or scale"),
-        ({"init": "kaiming_B"}, {"init": "kaiming_B", "r": 4, "lr_ratio": 4}, "no rule for another r or scale"),
+        (
+            {"init": "kaiming_B", "lr_ratio": 1},
+            {"init": "kaiming_B", "alpha": 8, "lr_ratio": 4},
+            "no rule for another r or scale",
+        ),
+        (
+            {"init": "kaiming_B", "lr_ratio": 1},
+            {"init": "kaiming_B", "r": 4, "lr_ratio": 4},
+            "no rule for another r or scale",
+        ),
         ({"method": "full", "r": 8}, {}, "full fine-tuning has no r; leave that out of tuned"),
+        ({}, {"lr_ratio": 4}, r"tuned has no lr_ratio, .* name it \(1 is plain LoRA"),
+        ({"lr_ratio": 4, "r": 16}, {"r": 8}, "wanted has no lr_ratio"),
+        ({"lr_mode": "B"}, {}, "tuned has no lr_ratio"),
+        ({"method": "full"}, {"alpha": 32}, "wanted has no lr_ratio"),
         ({"method": "adalora"}, {}, "unknown method 'adalora' in tuned; choose 'lora' or 'full'"),
-        ({"method": "full"}, {"init": "gaussian"}, r"no factor is known between the inits \['gaussian', 'kaiming'\]"),
+        (
+            {"method": "full"},
+            {"init": "gaussian", "lr_ratio": 1},
+            r"no factor is known between the inits \['gaussian', 'kaiming'\]",
+        ),
     ],
 )
 def test_what_is_refused(tuned: Settings, wanted: Settings, message: str) -> None:

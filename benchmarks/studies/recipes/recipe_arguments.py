@@ -27,8 +27,10 @@ class ModelArguments:
 
 @dataclass
 class RecipeArguments(LoraPlusTrainingArguments):
-    """`LoraPlusTrainingArguments`, LoRA's settings, and three arguments that transformers 5 has given up."""
+    """`LoraPlusTrainingArguments` with the original default rate of embeddings, LoRA's settings, and three arguments
+    that transformers 5 has given up."""
 
+    loraplus_lr_embedding: float | None = HfArg(default=1e-6, help="rate of adapters on embeddings; None for lr")
     do_train: bool = HfArg(default=True, help="train")
     do_eval: bool = HfArg(default=True, help="evaluate at the end")
     use_lora: bool = HfArg(default=True, help="train an adapter; the whole model otherwise")
