@@ -6,7 +6,10 @@ import math
 from os import PathLike
 from typing import Any
 
+from lora_plus.text import join
+
 from .candidates import SweepResult, SweepRow
+from .drawing import COLOURS, Layout, centred, headline, log_axis, picture, plain, rounded
 from .gauge import COLUMNS, GaugeReport
 
 
@@ -17,7 +20,11 @@ def plot_sweep(result: SweepResult, path: str | PathLike[str]) -> None:
     alike. A frame marks the best cell. Cells with candidates that were halved are hatched: their loss is that of fewer
     steps. A cell is empty where there is no candidate, or one diverged.
 
+    Args:
+        path: ends in ``.svg``, ``.png`` or ``.pdf``.
+
     Raises:
+        ValueError: if it has another ending.
         ImportError: if matplotlib is not installed.
     """
     cells: dict[tuple[float, ...], list[SweepRow]] = {}
@@ -31,73 +38,119 @@ def plot_sweep(result: SweepResult, path: str | PathLike[str]) -> None:
     }
     halved = {cell for cell in means if any(row.stopped for row in cells[cell])}
     ranked = sorted(means, key=lambda cell: (cell in halved, means[cell]))
-    rank = {cell: float(n) for n, cell in enumerate(ranked)}
+    rank = {cell: float(n) for n, cell in enumerate(ranked, 1)}
     panels = sorted({cell[:2] for cell in cells})
     rates, ratios = sorted({cell[2] for cell in cells}), sorted({cell[3] for cell in cells})
-    figure = _figure(1.5 + (1 + len(ratios)) * len(panels), 1.5 + 0.6 * len(rates))
-    axes = figure.subplots(1, len(panels), squeeze=False)[0]
-    for panel, (r, alpha) in zip(axes, panels, strict=True):
-        shown = [[rank.get((r, alpha, lr, ratio), math.nan) for ratio in ratios] for lr in rates]
-        image = panel.imshow(shown, vmin=0, vmax=max(1, len(rank) - 1), origin="lower", aspect="auto", cmap="viridis_r")
-        for y, lr in enumerate(rates):
-            for x, ratio in enumerate(ratios):
-                cell = (r, alpha, lr, ratio)
-                if cell in means:
-                    light = rank[cell] < len(rank) / 2
-                    panel.text(x, y, f"{means[cell]:.3g}", ha="center", va="center", color="k" if light else "w")
-                    _frame(panel, x, y, hatch="///" if cell in halved else "", best=cell == ranked[0])
-        panel.set_xticks(range(len(ratios)), [f"{ratio:g}" for ratio in ratios])
-        panel.set_yticks(range(len(rates)), [f"{lr:g}" for lr in rates])
-        panel.set(title=f"r = {r:g}, alpha = {alpha:g}", xlabel="lr_ratio", ylabel="lr")
-    figure.colorbar(image, ax=list(axes), label="rank (0 is the best)")
-    figure.suptitle("\n".join([result.loss_words, *result.edges()]), fontsize=9)
-    figure.savefig(path)
+    width = max(1.7, 0.3 + 0.62 * len(ratios))
+    abreast = min(len(panels), max(1, int(9 / width)))
+    lines = math.ceil(len(panels) / abreast)
+    with picture(path, max(4.6, 1.6 + width * abreast), 0.9 + (0.5 + 0.4 * len(rates)) * lines) as figure:
+        axes = figure.subplots(lines, abreast, squeeze=False, sharex=True, sharey=True)
+        for panel, (r, alpha) in zip(axes.flat, panels, strict=False):
+            shown = [[rank.get((r, alpha, lr, ratio), math.nan) for ratio in ratios] for lr in rates]
+            mesh = panel.pcolormesh(shown, vmin=1, vmax=max(2, len(rank)), cmap="viridis_r", ec="face", lw=0.4)
+            for y, lr in enumerate(rates):
+                for x, ratio in enumerate(ratios):
+                    cell = (r, alpha, lr, ratio)
+                    if cell in means:
+                        _cell(panel, x, y, means[cell], mesh.to_rgba(rank[cell]))
+                        _frame(panel, x, y, hatch="////" if cell in halved else "", best=cell == ranked[0])
+            panel.set_xticks([x + 0.5 for x in range(len(ratios))], [f"{ratio:g}" for ratio in ratios])
+            panel.set_yticks([y + 0.5 for y in range(len(rates))], [f"{lr:.3g}" for lr in rates])
+            panel.set(title=f"r = {r:g}, alpha = {alpha:g}", xlabel="lr_ratio", ylabel="lr")
+            panel.tick_params(length=0)
+            panel.spines[:].set_visible(False)
+            panel.label_outer()
+        for panel in axes.flat[len(panels) - abreast : len(panels)]:  # the lowest that are drawn
+            panel.set_xlabel("lr_ratio")
+            panel.tick_params(labelbottom=True)
+        for panel in axes.flat[len(panels) :]:
+            panel.set_axis_off()
+        bar = figure.colorbar(mesh, ax=list(axes.flat), label="rank (1 is the best)", pad=0.01, fraction=0.06)
+        bar.ax.invert_yaxis()
+        bar.ax.yaxis.get_major_locator().set_params(integer=True)
+        bar.outline.set_visible(False)
+        lines_above = ["All candidates diverged"]
+        if ranked:
+            settings = zip(("lr", "lr_ratio", "r", "alpha"), (*ranked[0][2:], *ranked[0][:2]), strict=True)
+            lines_above = ["Best: " + ", ".join(f"{name} = {value:.3g}" for name, value in settings)]
+        empty = len(means) < len(panels) * len(rates) * len(ratios)
+        marks = ["hatched: stopped early"] * bool(halved) + ["empty: diverged, or not tried"] * empty
+        headline(figure, *lines_above, *result.edges(), "; ".join([f"in the cells: {result.loss_words}", *marks]))
 
 
 def plot_sweep_curves(result: SweepResult, path: str | PathLike[str]) -> None:
     """Draw the training losses of all candidates over the steps into a file; the best one is drawn thick.
 
-    The axis is as high as candidates need that were trained to the end.
+    The best ones have a colour and are named. The axis is as high as candidates need that were trained to the end.
+
+    Args:
+        path: ends in ``.svg``, ``.png`` or ``.pdf``.
 
     Raises:
+        ValueError: if it has another ending.
         ImportError: if matplotlib is not installed.
     """
-    figure = _figure(8, 4.5)
-    panel = figure.subplots()
-    for n, row in enumerate(result.rows):
-        note = f" ({row.stopped})" if row.stopped else ""
-        label = f"{row.candidate.name}{note}".replace("$", r"\$")  # which would begin a formula
-        panel.plot(
-            range(1, len(row.losses) + 1), row.losses, label=label, zorder=-n,
-            linewidth=0.8 if n else 2.5, linestyle="--" if row.stopped else "-",
-        )  # fmt: skip
-    whole = [loss for row in result.rows if not row.stopped for loss in row.losses]
-    if whole and min(whole) > 0:
-        panel.set_yscale("log")
-        panel.set_ylim(min(whole) * 0.9, max(whole) * 2)  # others may leave it
-    panel.set(xlabel="step", ylabel="training loss")
-    panel.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.savefig(path)
+    with picture(path, 7.5, 3.8) as figure:
+        panel = figure.subplots()
+        for n, row in enumerate(result.rows):
+            note = f" ({row.stopped})" if row.stopped else ""
+            named = n < len(COLOURS)
+            panel.plot(
+                range(1, len(row.losses) + 1), row.losses, label=plain(row.candidate.name) + note if named else None,
+                color=COLOURS[n] if named else "#999999", alpha=1.0 if named else 0.4, zorder=2 - n / len(result.rows),
+                linewidth=0.9 if n else 2.5, linestyle="--" if row.stopped else "-",
+            )  # fmt: skip
+        whole = [loss for row in result.rows if not row.stopped for loss in row.losses]
+        if whole and min(whole) > 0:
+            log_axis(panel, min(whole) * 0.9, max(whole) * 2)  # others may leave it
+        panel.set(xlabel="step", ylabel="training loss")
+        panel.spines[["top", "right"]].set_visible(False)
+        more = len(result.rows) - len(COLOURS)
+        title = f"best first; {more} more in grey" if more > 0 else "best first"
+        panel.legend(title=title, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, alignment="left")
+
+
+_TITLES = {
+    "w": "w = log2(work of A / work of B)",
+    "growth of A": "Norm of A over that at the start",
+    "|sBA|": "Norm of the update s·B·A",
+    "eff. rank": "Effective rank of the update",
+    "|grad A|": "Norm of A's gradient, mean",
+    "|grad B|": "Norm of B's gradient, mean",
+    "saturation of B": "Saturation of B: 0 straight, 1 to and fro",
+}
 
 
 def plot_gauge(report: GaugeReport, path: str | PathLike[str]) -> None:
-    """Draw a gauge's table into a file, a bar for each layer and figure, over the verdict.
+    """Draw a gauge's table into a file, under the verdict: a panel for each figure.
+
+    A panel is a map of projections by depth where the layers' names have both, and else has a bar for each layer. Where
+    w is infinite, one of the factors did no work.
+
+    Args:
+        path: ends in ``.svg``, ``.png`` or ``.pdf``.
 
     Raises:
+        ValueError: if it has another ending.
         ImportError: if matplotlib is not installed.
     """
-    figure = _figure(2.2 * len(COLUMNS) + 2, 0.2 * len(report.rows) + 1.5)
-    places = range(len(report.rows))
-    panels = figure.subplots(1, len(COLUMNS), sharey=True)
-    for panel, (title, (_, get)) in zip(panels, COLUMNS.items(), strict=True):
-        values = [get(row) for row in report.rows]
-        panel.barh(places, [value if math.isfinite(value) else 0.0 for value in values])
-        panel.axvline(0, color="k", linewidth=0.8)
-        panel.set_title(title, fontsize=9)
-        panel.set_yticks(places, [f"{row.name or '(model)'} {row.adapter}" for row in report.rows], fontsize=7)
-    panels[0].invert_yaxis()  # once for all: they share the axis
-    figure.suptitle(f"w = {report.work_share:+.2f} over all layers, {report.steps} steps: {report.verdict}", fontsize=9)
-    figure.savefig(path, dpi=120)
+    several = len({row.adapter for row in report.rows}) > 1
+    layout = Layout.of([join(row.adapter, row.name) if several else row.name for row in report.rows])
+    first, *others = COLUMNS
+    rows = [[first, first], *(others[n : n + 2] for n in range(0, len(others), 2))]
+    with picture(path, 7.5, 0.4 + layout.height * len(rows)) as figure:
+        panels = figure.subplot_mosaic(rows)
+        for name, (_, get) in COLUMNS.items():
+            figures = [get(row) for row in report.rows]
+            layout.draw(panels[name], figures, _TITLES[name], zero=name == "w", wide=name == first)
+        headline(figure, f"w = {report.work_share:+.2f} over all layers, {report.steps} steps: {report.verdict}")
+
+
+def _cell(panel: Any, x: int, y: int, loss: float, colour: Any) -> None:
+    """Write a loss into its cell, on a box of the cell's colour, as a hatch would cross the number."""
+    box = {"facecolor": colour, "edgecolor": "none", "pad": 0.5}
+    panel.text(x + 0.5, y + 0.5, rounded(loss, 3), **centred(colour), bbox=box, zorder=4)
 
 
 def _frame(panel: Any, x: int, y: int, *, hatch: str, best: bool) -> None:
@@ -105,13 +158,5 @@ def _frame(panel: Any, x: int, y: int, *, hatch: str, best: bool) -> None:
     from matplotlib.patches import Rectangle
 
     if hatch or best:
-        edge, width = ("r", 2.5) if best else ("0.4", 0.0)
-        panel.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, fill=False, hatch=hatch, edgecolor=edge, linewidth=width))
-
-
-def _figure(width: float, height: float) -> Any:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ImportError("drawing needs matplotlib; run: pip install 'lora-plus[plot]'") from None
-    return Figure(figsize=(width, height), layout="constrained")
+        how: dict[str, Any] = {"edgecolor": "r", "linewidth": 2.5} if best else {"edgecolor": "0.4", "linewidth": 0.0}
+        panel.add_patch(Rectangle((x, y), 1, 1, fill=False, hatch=hatch, clip_on=not best, zorder=3, **how))

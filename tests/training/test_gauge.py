@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from cases import Case, randomise
+from drawn import bars_of, drawn, map_of, panels
 from parameter_cases import PARAMETER_CASES, ParameterCase, loss
 from sites import adapter_sites
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ import lora_plus
 from lora_plus import create_loraplus_optimizer, inject_lora
 from lora_plus.model.tree import adapters_of
 from lora_plus.training import GaugeReport, GaugeRow, LoRAPlusGauge
+from lora_plus.training.gauge import COLUMNS
 from lora_plus.training.plots import plot_gauge
 
 
@@ -382,6 +384,27 @@ def test_a_picture_and_the_hint_without_matplotlib(tmp_path: Path, monkeypatch: 
     pytest.importorskip("matplotlib")
     plot_gauge(report, tmp_path / "gauge.png")
     assert (tmp_path / "gauge.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_picture_has_the_numbers_of_the_table(tmp_path: Path) -> None:
+    """A map for layers with depths, under one title for each column, and else bars; the adapter where it differs."""
+    figures = [(1.0, 1.0), (4.0, 1.0), (1.0, 8.0), (-1.0, 1.0), (1.0, -1.0), (-1.0, -1.0)]
+    rows = [
+        replace(
+            ROW, name=f"l.{n // 2}.{'qv'[n % 2]}", work_A=A, work_B=B, growth_A=n, update=2.0 * n, gradient_A=3.0 * n
+        )
+        for n, (A, B) in enumerate(figures)
+    ]
+    drawing = drawn(plot_gauge, GaugeReport(rows, steps=10), into=tmp_path)
+    shown = [map_of(panel) for panel in panels(drawing).values()]
+    assert shown[0] == {("q", "0"): 0, ("v", "0"): 2, ("q", "1"): -3, ("v", "1"): -3, ("q", "2"): 3}
+    for cells, (_, get) in zip(shown[1:], [*COLUMNS.values()][1:], strict=True):
+        assert cells == {("qv"[n % 2], str(n // 2)): get(row) for n, row in enumerate(rows)}
+    assert drawing.get_suptitle() == f"w = -0.85 over all layers, 10 steps: {GaugeReport(rows, 10).verdict}"
+
+    two = [ROW, replace(ROW, adapter="other", update=3.0)]
+    shown_bars = [bars_of(panel) for panel in panels(drawn(plot_gauge, GaugeReport(two, 10), into=tmp_path)).values()]
+    assert shown_bars == [{"default.layer": get(two[0]), "other.layer": get(two[1])} for _, get in COLUMNS.values()]
 
 
 def test_what_cannot_be_measured_is_refused() -> None:

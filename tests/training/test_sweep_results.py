@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from drawn import drawn, map_of, panels, texts
 from sweep_support import CANDIDATES, MLP, name_of, points, silent, squares
 from torch import Tensor, nn
 
@@ -19,6 +20,7 @@ from lora_plus import inject_lora
 from lora_plus.model import adapter_names
 from lora_plus.training import Candidate, Sweep, SweepResult, SweepRow, grid, plot_sweep, plot_sweep_curves, sweep
 from lora_plus.training.candidates import named
+from lora_plus.training.drawing import rounded
 
 
 class Normed(nn.Module):
@@ -182,17 +184,7 @@ def test_csv_and_json_have_the_numbers_in_full(tmp_path: Any) -> None:
     assert json.loads(SweepResult([bad]).to_json())[0]["loss"] is None
 
 
-def test_the_heat_map_ranks_means_over_seeds_and_leaves_diverged_cells_empty(
-    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pytest.importorskip("matplotlib")
-    from matplotlib.axes import Axes
-
-    shown: list[Any] = []
-    texts: list[tuple[Any, ...]] = []
-    own, text = Axes.imshow, Axes.text
-    monkeypatch.setattr(Axes, "imshow", lambda axes, cells, **how: shown.append(cells) or own(axes, cells, **how))
-    monkeypatch.setattr(Axes, "text", lambda axes, *at, **how: texts.append((axes, *at)) or text(axes, *at, **how))
+def test_the_heat_map_ranks_means_over_seeds_and_leaves_diverged_cells_empty(tmp_path: Any) -> None:
     candidates = named(grid(lr=[1e-3, 1e-2], lr_ratio=[1, 4, 16], r=[2, 4], seed=[0, 1]))
     result = sweep(MLP.model(), MLP.targets, candidates, squares, MLP.batches(2), report=silent)
     made = [
@@ -201,41 +193,74 @@ def test_the_heat_map_ranks_means_over_seeds_and_leaves_diverged_cells_empty(
         )
         for row in result.rows
     ]
-    plot_sweep(SweepResult(made), tmp_path / "map.png")
-    assert (tmp_path / "map.png").stat().st_size > 1000
-    assert len(shown) == 2 and math.isnan(shown[0][0][0])
+    figure = drawn(plot_sweep, SweepResult(made), into=tmp_path)
     losses = {row.candidate.name: row.loss for row in result.rows}
     means = {n: (losses[candidates[n].name] + losses[candidates[n + 1].name]) / 2 for n in range(2, 24, 2)}
     # r varies fastest but for the seed: panel, row and column of each pair of seeds
-    places = {n: (n // 2 % 2, n // 12, n // 4 % 3) for n in means}
-    ranks = {n: shown[panel][row][column] for n, (panel, row, column) in places.items()}
+    places = {n: (n // 2 % 2, f"{candidates[n].lr:g}", f"{candidates[n].lr_ratio}") for n in means}
+    maps = [map_of(panel) for panel in panels(figure).values()]
+    assert [*panels(figure)] == ["r = 2, alpha = 16", "r = 4, alpha = 16"]
+    assert [len(cells) for cells in maps] == [5, 6]
+    ranks = {n: maps[panel][row, column] for n, (panel, row, column) in places.items()}
+    assert sorted(ranks.values()) == [*range(1, 12)]
     assert sorted(ranks, key=ranks.__getitem__) == sorted(means, key=means.__getitem__)
-    assert {f"{mean:.3g}" for mean in means.values()} <= {each[3] for each in texts if len(each) > 3}
+    written = [text for panel in panels(figure).values() for text in texts(panel)]
+    assert sorted(written, key=float) == sorted((rounded(mean, 3) for mean in means.values()), key=float)
+    best = candidates[min(means, key=means.__getitem__)]
+    above = " ".join(figure.get_suptitle().split())
+    assert above.startswith(f"Best: lr = {best.lr:g}, lr_ratio = {best.lr_ratio}, r = {best.r}, alpha = 16 ")
+    assert above.endswith("; empty: diverged, or not tried")
     plot_sweep_curves(SweepResult(made), tmp_path / "curves.png")
     assert (tmp_path / "curves.png").stat().st_size > 1000
 
 
-def test_halved_candidates_are_behind_the_others_and_hatched(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("matplotlib")
-    from matplotlib import patches
-
-    made: list[dict[str, Any]] = []
-    own = patches.Rectangle.__init__
-    monkeypatch.setattr(
-        patches.Rectangle, "__init__", lambda self, *at, **how: made.append({"at": at, **how}) or own(self, *at, **how)
-    )
+def test_halved_candidates_are_behind_the_others_and_hatched(tmp_path: Any) -> None:
     result = rows(1.0, 2.0, 3.0)
     halved = [replace(result.rows[0], stopped="halved", losses=(1.0,)), *result.rows[1:]]
-    plot_sweep(SweepResult(sorted(halved, key=lambda row: row.rank)), tmp_path / "map.png")
-    framed = {(each["hatch"], each["edgecolor"]): each["at"][0] for each in made if "hatch" in each}
-    assert framed == {("///", "0.4"): (-0.5, -0.5), ("", "r"): (-0.5, 0.5)}
+    figure = drawn(plot_sweep, SweepResult(sorted(halved, key=lambda row: row.rank)), into=tmp_path)
+    (panel,) = panels(figure).values()
+    framed = {(each.get_hatch() or "", each.get_edgecolor()[:3]): each.get_xy() for each in panel.patches}
+    assert framed == {("////", (0.4, 0.4, 0.4)): (0, 0), ("", (1, 0, 0)): (0, 1)}
+    assert "hatched: stopped early" in figure.get_suptitle()
+
+
+def test_a_sweep_of_diverged_candidates_alone_has_empty_cells(tmp_path: Any) -> None:
+    made = [replace(row, stopped="diverged", loss=math.nan) for row in rows(1.0, 2.0, 3.0).rows]
+    figure = drawn(plot_sweep, SweepResult(made), into=tmp_path)
+    assert [map_of(panel) for panel in panels(figure).values()] == [{}]
+    assert figure.get_suptitle().startswith("All candidates diverged\n")
+
+
+@pytest.mark.parametrize("ranks", [1, 5, 7, 11])
+def test_panels_go_on_in_another_line_and_the_lowest_name_their_ratios(ranks: int, tmp_path: Any) -> None:
+    candidates = named(grid(lr=[1e-3, 1e-2], r=range(1, ranks + 1)))
+    made = [SweepRow(each, each.r + each.lr, (1.0,), "") for each in candidates]
+    figure = drawn(plot_sweep, SweepResult(made), into=tmp_path)
+    drawn_panels = [*panels(figure).values()]
+    assert len(drawn_panels) == ranks and figure.get_figwidth() < 12
+    lowest = {panel.get_subplotspec().colspan.start: panel for panel in drawn_panels}  # the last of each column
+    named_panels = [panel for panel in drawn_panels if panel.get_xlabel()]
+    assert sorted(map(id, named_panels)) == sorted(map(id, lowest.values()))
+    assert all(panel.xaxis.get_tick_params()["labelbottom"] for panel in named_panels)
+
+
+def test_the_best_curves_have_a_name_each_however_many_there_are(tmp_path: Any) -> None:
+    candidates = named(grid(lr=[n * 1e-3 for n in range(1, 41)]))
+    made = [SweepRow(each, each.lr, (2.0, 1.0 + each.lr), "") for each in candidates]
+    (panel,) = drawn(plot_sweep_curves, SweepResult(made), into=tmp_path).axes
+    assert [list(line.get_ydata()) for line in panel.lines] == [list(row.losses) for row in made]
+    named_lines = [text.get_text() for text in panel.get_legend().get_texts()]
+    assert named_lines == [each.name for each in candidates[:8]]
+    assert panel.get_legend().get_title().get_text() == "best first; 32 more in grey"
+    plot_sweep_curves(SweepResult(made), tmp_path / "curves.svg")  # a longer legend left no room for the axes
 
 
 def test_without_matplotlib_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     result = sweep(MLP.model(), MLP.targets, CANDIDATES, squares, MLP.batches(1), report=silent)
-    with pytest.raises(ImportError, match=r"drawing needs matplotlib; run: pip install 'lora-plus\[plot\]'"):
-        plot_sweep(result, "map.png")
+    for plot in (plot_sweep, plot_sweep_curves):
+        with pytest.raises(ImportError, match=r"drawing needs matplotlib; run: pip install 'lora-plus\[plot\]'"):
+            plot(result, "map.png")
 
 
 def test_a_name_in_a_picture_is_no_formula(tmp_path: Any) -> None:
