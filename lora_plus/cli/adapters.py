@@ -1,6 +1,5 @@
 """Commands on adapter files and PEFT folders, without their models."""
 
-import re
 import statistics
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +22,11 @@ if TYPE_CHECKING:
 def inspect(
     file: In,
     layers: Annotated[bool, typer.Option("--layers", help="A row for each layer, not for layers alike.")] = False,
+    plot: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Draw norms and spectra of the updates into a .svg, .png or .pdf file."),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite the file of --plot if it is there.")] = False,
     as_json: Json = False,
 ) -> None:
     """Check all of an adapter and show what is in it: layers, ranks, scales, and the size and spectrum of updates.
@@ -32,10 +36,13 @@ def inspect(
     - `lora-plus inspect adapter.safetensors`
     - `lora-plus inspect peft-folder --layers`
     - `lora-plus inspect adapter.safetensors --json`
+    - `lora-plus inspect adapter.safetensors --plot adapter.svg`
     """
     from lora_plus.files import read_adapter
     from lora_plus.surgery.measures import measure
 
+    if plot is not None:
+        _check_plot(plot, force)
     adapter = read_adapter(file)
     figures = [measure(name, layer) for name, layer in adapter.layers.items()]
     count = sum(tensor.numel() for layer in adapter.layers.values() for tensor in layer.tensors.values())
@@ -47,7 +54,11 @@ def inspect(
     lines += [f"trained in full: {name or _MODEL}, {counted(numbers, 'number')}" for name, numbers in trained.items()]
     lines += [f"{key}: {text}" for key, text in adapter.metadata.items()]
     lines += ["", *(_by_layer(figures) if layers else _by_group(figures))]
-    emit(as_json, {**facts, "layers": figures, "trained": trained, "metadata": adapter.metadata}, *lines)
+    if plot is not None:
+        _draw(figures, plot, force)
+        lines += ["", f"wrote {plot}: {readable(size(plot))}"]
+    facts |= {"layers": figures, "trained": trained, "metadata": adapter.metadata, "plot": plot}
+    emit(as_json, facts, *lines)
 
 
 def convert(
@@ -155,6 +166,23 @@ def resize(
     _finish(resized, out, to, force, as_json, report)
 
 
+def _check_plot(plot: Path, force: bool) -> None:
+    """Raise before an adapter is read if its picture could not be drawn."""
+    from lora_plus.training.drawing import check_picture
+
+    check_free(plot, force)
+    check_picture(plot)
+
+
+def _draw(figures: list["LayerMeasures"], plot: Path, force: bool) -> None:
+    from lora_plus.files.atomic import replacing
+    from lora_plus.surgery.plots import plot_measures
+
+    with replacing(plot) as (made,):
+        plot_measures(figures, made)
+        check_free(plot, force)
+
+
 def _finish(
     adapter: "SavedAdapter",
     out: Path,
@@ -194,9 +222,11 @@ def _by_layer(figures: list["LayerMeasures"]) -> list[str]:
 
 def _by_group(figures: list["LayerMeasures"]) -> list[str]:
     """A row for the layers whose names differ in numbers only, with medians of the figures."""
+    from lora_plus.training.drawing import parted
+
     groups: dict[tuple[str, str], list[LayerMeasures]] = {}
     for each in figures:
-        groups.setdefault((re.sub(r"(?<![^.])\d+(?![^.])", "*", each.name) or _MODEL, each.kind), []).append(each)
+        groups.setdefault((parted(each.name)[0] or _MODEL, each.kind), []).append(each)
     rows = []
     for (name, kind), alike in groups.items():
         columns = [[getattr(one, field) for one in alike] for field in _FIELDS]

@@ -66,7 +66,7 @@ def reported(command: Callable[..., None]) -> Callable[..., None]:
                 raise  # not errors of the command; typer ends silently where nobody reads the output
             except KeyboardInterrupt:
                 raise typer.Exit(130) from None
-            except (OSError, ValueError, MemoryError) as error:
+            except (OSError, ValueError, MemoryError, ImportError) as error:  # what is not installed says how
                 say_so("error", "there is not enough memory" if isinstance(error, MemoryError) else error)
                 raise typer.Exit(1) from error
             except Exception as error:

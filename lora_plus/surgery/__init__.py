@@ -12,5 +12,6 @@ from .measures import LayerDifference as LayerDifference
 from .measures import LayerMeasures as LayerMeasures
 from .measures import diff_saved as diff_saved
 from .measures import measure as measure
+from .plots import plot_measures as plot_measures
 from .resize import resize_adapter as resize_adapter
 from .resize import resize_saved as resize_saved

@@ -39,6 +39,8 @@ class LayerMeasures:
     """The largest singular value's part of the sum of squares, mean over a stack; None for an update of zero."""
     effective_rank: float | None
     """exp of the entropy of those parts, mean over a stack: r if all are equal, 1 if one is all; None as above."""
+    singular_values: tuple[float, ...]
+    """Of s B A, from the largest on, r of them or fewer; over a stack, the root of the mean square of each."""
 
 
 def measure(name: str, layer: SavedLayer) -> LayerMeasures:
@@ -58,6 +60,7 @@ def measure(name: str, layer: SavedLayer) -> LayerMeasures:
         norm=float(total.sum().sqrt()),
         largest_share=float(shares.amax(-1).mean()) if len(shares) else None,
         effective_rank=float(ranks.mean()) if len(shares) else None,
+        singular_values=tuple(squares.reshape(-1, squares.shape[-1]).mean(0).sqrt().tolist()),
     )
 
 

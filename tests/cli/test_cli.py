@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from cases import randomise
+from drawn import bars_of, drawn, panels
 from files_support import PATHS, adapted_net, contents, net, parts
 from safetensors.torch import load_file
 from test_checkpoint import save
@@ -120,6 +121,47 @@ def test_tables_are_neither_wrapped_nor_cut_where_there_is_no_terminal(a: Path) 
     lines = output("inspect", a, "--layers").splitlines()
     assert len(lines[-1]) > 60  # the width that the environment says
     assert lines[-1].rstrip() == lines[-1]
+
+
+@pytest.mark.parametrize("form", PATHS)
+def test_inspect_draws_the_numbers_that_it_tells(form: str, tmp_path: Path) -> None:
+    path, picture = tmp_path / PATHS[form], tmp_path / "picture.png"
+    save_adapter(adapted_net(), path)
+    found: list[Any] = []
+    arguments = "inspect", path, "--plot", picture
+    figure = drawn(lambda _: found.append(as_json(*arguments)), into=tmp_path)
+    rows = {row["name"]: row for row in found[0]["layers"]}
+    norms, ranks, spectra, _ = panels(figure).values()
+    assert bars_of(norms) == {name: row["norm"] for name, row in rows.items()}
+    assert bars_of(ranks) == {name: row["effective_rank"] for name, row in rows.items()}
+    assert [list(line.get_ydata()) for line in spectra.lines] == [row["singular_values"] for row in rows.values()]
+    assert found[0]["plot"] == str(picture) and picture.is_file()
+    assert figure.get_suptitle().startswith("3 layers, r = 2 to 3; ")
+
+
+def test_inspect_overwrites_a_picture_with_force_only(a: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    (tmp_path / "a.svg").write_text("before")
+    said = failed("inspect", a, "--plot", tmp_path / "a.svg")
+    assert "a.svg' exists already; give another name, or pass --force to overwrite it" in said
+    assert (tmp_path / "a.svg").read_text() == "before"
+    lines = output("inspect", a, "--plot", tmp_path / "a.svg", "--force").splitlines()
+    assert lines[:-2] == output("inspect", a).splitlines()
+    assert lines[-2:] == ["", f"wrote {tmp_path / 'a.svg'}: {(tmp_path / 'a.svg').stat().st_size / 1024:.1f} KiB"]
+    assert (tmp_path / "a.svg").read_text().startswith("<?xml")
+
+
+def test_a_picture_that_cannot_be_drawn_is_refused_before_anything_is_written(
+    a: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = sorted(tmp_path.iterdir())
+    assert "it must end in .svg, .png or .pdf" in failed("inspect", a, "--plot", tmp_path / "new" / "a.gif")
+    assert "it must end in .svg, .png or .pdf" in failed("inspect", "missing", "--plot", a, "--force")
+    assert "missing" in failed("inspect", "missing", "--plot", tmp_path / "new" / "a.svg")
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    hint = "error: drawing needs matplotlib; run: pip install 'lora-plus[plot]'\n"
+    assert failed("inspect", a, "--plot", tmp_path / "a.svg") == hint
+    assert sorted(tmp_path.iterdir()) == before
 
 
 @pytest.mark.parametrize(("source", "target"), [("native", "peft"), ("peft", "native")])

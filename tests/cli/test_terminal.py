@@ -279,6 +279,7 @@ def test_a_defect_says_that_it_is_one(failing: Callable[[BaseException], Any], m
         (MemoryError(), 1, "error: there is not enough memory\n"),
         (OSError("o"), 1, "error: o\n"),
         (ValueError("v"), 1, "error: v\n"),
+        (ImportError("i"), 1, "error: i\n"),
         (KeyboardInterrupt(), 130, ""),
         (BrokenPipeError(errno.EPIPE, "gone"), 1, ""),
     ],
