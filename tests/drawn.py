@@ -27,7 +27,7 @@ def drawn(plot: Callable[..., None], *given: Any, into: Path) -> Any:
 
 def panels(figure: Any) -> dict[str, Any]:
     """The panels by their titles; colour bars have none."""
-    return {panel.get_title(loc="left"): panel for panel in figure.axes if panel.get_title(loc="left")}
+    return {title.replace("\n", " "): panel for panel in figure.axes if (title := panel.get_title(loc="left"))}
 
 
 def map_of(panel: Any) -> dict[tuple[str, str], float]:

@@ -10,12 +10,12 @@ from os import PathLike
 from typing import Any
 
 from lora_plus.text import counted
-from lora_plus.training.drawing import COLOURS, Layout, headline, log_axis, picture, plain, rounded
+from lora_plus.training.drawing import COLOURS, Layout, headline, log_axis, picture, plain, rounded, title
 
 from .measures import LayerMeasures
 
 
-def plot_measures(measures: Sequence[LayerMeasures], path: str | PathLike[str]) -> None:
+def plot_measures(measures: Sequence[LayerMeasures], path: str | PathLike[str], *, width: float = 7.5) -> None:
     """Draw the updates of an adapter into a file: norms, effective ranks, and singular values.
 
     Norms and effective ranks are maps of projections by depth where the layers' names have both, and else bars. The
@@ -29,6 +29,7 @@ def plot_measures(measures: Sequence[LayerMeasures], path: str | PathLike[str]) 
     Args:
         measures: of each layer, as `measure` makes them.
         path: ends in ``.svg``, ``.png`` or ``.pdf``.
+        width: of the picture, in inches; the text has 9 points at any width.
 
     Raises:
         ValueError: if it has another ending, or there is no layer.
@@ -46,10 +47,10 @@ def plot_measures(measures: Sequence[LayerMeasures], path: str | PathLike[str]) 
     heights = [layout.height] * len(rows)
     if trained:
         rows, heights = [*rows, ["values", "energy"]], [*heights, 2.6]
-    with picture(path, 7.5, 0.5 + sum(heights)) as figure:
+    with picture(path, width, 0.5 + sum(heights)) as figure:
         panels = figure.subplot_mosaic(rows, height_ratios=heights)
-        for name, (title, figures) in maps.items():
-            layout.draw(panels[name], figures, title, wide=bool(layout.columns))
+        for name, (heading, figures) in maps.items():
+            layout.draw(panels[name], figures, heading, wide=bool(layout.columns))
         if trained:
             _spectra(panels["values"], panels["energy"], layout, measures)
         headline(figure, *_facts(measures))
@@ -73,7 +74,7 @@ def _facts(measures: Sequence[LayerMeasures]) -> list[str]:
 
 
 def _spectra(values: Any, energy: Any, layout: Layout, measures: Sequence[LayerMeasures]) -> None:
-    """The singular values, and the part of the sum of their squares that the first k of them have."""
+    """The singular values, and the part of their energy, the sum of their squares, that the first k of them have."""
     of_row: list[list[tuple[float, ...]]] = [[] for _ in layout.rows]
     for each, (row, _) in zip(measures, layout.places, strict=True):
         if each.effective_rank is not None:
@@ -86,8 +87,11 @@ def _spectra(values: Any, energy: Any, layout: Layout, measures: Sequence[LayerM
     for colour, (label, group) in zip(COLOURS, series, strict=False):
         _band(values, group, colour, label)
         _band(energy, [_energy(spectrum, longest) for spectrum in group], colour, label)
-    values.set(title="Singular values of s·B·A", xlabel="k-th largest")
-    energy.set(title="Energy: share of norm² in the first k", xlabel="k", ylim=(0, 1.03))
+    room = values.figure.get_figwidth() / 2 - 0.5
+    title(values, "Singular values of s·B·A", room)
+    title(energy, "Energy share of the first k", room)
+    values.set(xlabel="k-th largest")
+    energy.set(xlabel="k", ylim=(0, 1.03))
     least = min(value for spectrum in spectra for value in spectrum if value > 0)
     log_axis(values, max(0.8 * least, 1e-5 * high), 1.25 * high)  # below are rounding errors
     for panel in (values, energy):

@@ -73,8 +73,16 @@ def plain(text: str) -> str:
 
 def headline(figure: Any, *lines: str) -> None:
     """Write lines over a figure, broken to its width."""
-    width = round(15 * figure.get_figwidth())
-    figure.suptitle("\n".join(textwrap.fill(line, width) for line in lines), fontsize="medium")
+    figure.suptitle("\n".join(_broken(line, figure.get_figwidth()) for line in lines), fontsize="medium")
+
+
+def title(panel: Any, text: str, inches: float) -> None:
+    """Write the title of a panel, broken to so many inches."""
+    panel.set_title(_broken(text, inches))
+
+
+def _broken(text: str, inches: float) -> str:
+    return textwrap.fill(text, max(16, round(15 * inches)))
 
 
 def rounded(value: float, digits: int) -> str:
@@ -129,14 +137,15 @@ class Layout:
         """The inches that one panel takes."""
         return 0.85 + min(6.0, 0.2 * len(self.rows))
 
-    def draw(self, panel: Any, values: Sequence[float], title: str, *, zero: bool = False, wide: bool = False) -> None:
+    def draw(self, panel: Any, values: Sequence[float], name: str, *, zero: bool = False, wide: bool = False) -> None:
         """Draw a figure of each layer: NaN leaves its place empty, and infinity is at the end of the scale.
 
         Args:
             zero: whether the figures have two signs that mean different things, and the colours two hues for them.
             wide: whether the panel is as wide as the page, so that more labels have room.
         """
-        panel.set_title(title)
+        room = panel.figure.get_figwidth() * (1 if wide else 0.5) - 0.2 - 0.07 * max(map(len, self.rows))
+        title(panel, name, room)
         _thin(panel.set_yticks, self.rows, 40)
         finite = [abs(value) if zero else value for value in values if math.isfinite(value)]
         high = max(finite, default=1.0) or 1.0
@@ -144,6 +153,7 @@ class Layout:
         shown = [min(max(value, low), high) for value in values]
         if not self.columns:
             self._bars(panel, values, shown)
+            panel.locator_params(axis="x", nbins=max(2, round(1.8 * room)))
             return
         grid = [[math.nan] * len(self.columns) for _ in self.rows]
         for (row, column), value in zip(self.places, shown, strict=True):
@@ -157,10 +167,12 @@ class Layout:
         panel.invert_yaxis()
         panel.spines[:].set_visible(False)
         panel.set_xlabel("depth")
-        _thin(panel.set_xticks, self.columns, (1 + wide) * (10 if max(map(len, self.columns)) < 4 else 4))
+        room -= 0.6  # for the colour bar
+        _thin(panel.set_xticks, self.columns, max(1, int(10 * room / (1 + max(map(len, self.columns))))))
         aspect = max(12, len(self.rows))
-        panel.figure.colorbar(mesh, ax=panel, pad=0.01, fraction=0.05, aspect=aspect).outline.set_visible(False)
-        if len(self.columns) <= 12:
+        part = 0.05 if wide else 0.1
+        panel.figure.colorbar(mesh, ax=panel, pad=0.01, fraction=part, aspect=aspect).outline.set_visible(False)
+        if len(self.columns) <= 2 * room:
             for (row, column), value, colour in zip(self.places, values, mesh.to_rgba(shown), strict=True):
                 if not math.isnan(value):
                     panel.text(column + 0.5, row + 0.5, rounded(value, 2), **centred(colour), fontsize=7)
@@ -172,7 +184,6 @@ class Layout:
         panel.stairs(lengths, edges, orientation="horizontal", fill=True, color=COLOURS[0])
         panel.axvline(0, color=panel.spines["left"].get_edgecolor(), linewidth=0.8)
         panel.set_ylim(len(values), 0)
-        panel.locator_params(axis="x", nbins=5)
         panel.spines[["top", "right"]].set_visible(False)
         for row, (value, length) in enumerate(zip(values, shown, strict=True)):
             if not math.isfinite(value) and len(values) <= 40:

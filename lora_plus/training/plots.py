@@ -122,7 +122,7 @@ _TITLES = {
 }
 
 
-def plot_gauge(report: GaugeReport, path: str | PathLike[str]) -> None:
+def plot_gauge(report: GaugeReport, path: str | PathLike[str], *, width: float = 7.5) -> None:
     """Draw a gauge's table into a file, under the verdict: a panel for each figure.
 
     A panel is a map of projections by depth where the layers' names have both, and else has a bar for each layer. Where
@@ -130,6 +130,7 @@ def plot_gauge(report: GaugeReport, path: str | PathLike[str]) -> None:
 
     Args:
         path: ends in ``.svg``, ``.png`` or ``.pdf``.
+        width: of the picture, in inches; the text has 9 points at any width.
 
     Raises:
         ValueError: if it has another ending.
@@ -139,7 +140,7 @@ def plot_gauge(report: GaugeReport, path: str | PathLike[str]) -> None:
     layout = Layout.of([join(row.adapter, row.name) if several else row.name for row in report.rows])
     first, *others = COLUMNS
     rows = [[first, first], *(others[n : n + 2] for n in range(0, len(others), 2))]
-    with picture(path, 7.5, 0.4 + layout.height * len(rows)) as figure:
+    with picture(path, width, 0.4 + layout.height * len(rows)) as figure:
         panels = figure.subplot_mosaic(rows)
         for name, (_, get) in COLUMNS.items():
             figures = [get(row) for row in report.rows]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import sys
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from lora_plus.model.state import State
 from lora_plus.surgery import LayerMeasures, measure, plot_measures
 
 NORM, RANK = "Norm of the update s·B·A (Frobenius)", "Effective rank of the update"
-VALUES, ENERGY = "Singular values of s·B·A", "Energy: share of norm² in the first k"
+VALUES, ENERGY = "Singular values of s·B·A", "Energy share of the first k"
 
 
 def measured(ranks: dict[str, int], still: tuple[str, ...] = ()) -> list[LayerMeasures]:
@@ -78,6 +79,14 @@ def test_layers_without_an_update_are_named_and_have_no_spectrum(tmp_path: Path)
     assert said in figure.get_suptitle()
     norms = sorted(each.norm for each in figures if each.norm)
     assert f"6 layers, r = 2 to 4; the median layer: norm {statistics.median(norms):#.2g}" in figure.get_suptitle()
+
+
+@pytest.mark.parametrize("width", [4.8, 7.5, 12.0])
+def test_it_has_the_width_that_is_asked_for_and_the_same_numbers(width: float, tmp_path: Path) -> None:
+    figure = drawn(partial(plot_measures, width=width), figures := measured(BLOCKS), into=tmp_path)
+    assert figure.get_figwidth() == width
+    assert list(map_of(panels(figure)[NORM]).values()) == [each.norm for part in "qv" for each in figures
+                                                          if each.name.endswith(part)]  # fmt: skip
 
 
 @pytest.mark.parametrize("names", [["fc"], [*BLOCKS]], ids=["bars", "map"])

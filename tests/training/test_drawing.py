@@ -59,7 +59,7 @@ def test_a_map_where_names_have_projections_and_depths_and_else_bars(
 
 def test_each_layer_is_drawn_at_its_projection_and_depth(tmp_path: Path) -> None:
     def plot(path: Path) -> None:
-        with picture(path, 5, 3) as figure:
+        with picture(path, 9, 3) as figure:
             Layout.of(LLAMA[::-1]).draw(figure.subplots(), range(1, 23), "title", wide=True)
 
     (panel, _) = drawn(plot, into=tmp_path).axes
@@ -73,7 +73,7 @@ def test_what_is_no_number_is_empty_and_what_is_infinite_at_the_end_of_the_scale
 
     def plot(names: list[str], path: Path) -> None:
         with picture(path, 5, 3) as figure:
-            Layout.of(names).draw(figure.subplots(), values, "title", zero=True)
+            Layout.of(names).draw(figure.subplots(), values, "title", zero=True, wide=True)
 
     panel = drawn(plot, [*"abcde"], into=tmp_path).axes[0]
     assert bars_of(panel) == {"a": 1, "b": 0, "c": -2, "d": -2, "e": 2}
@@ -83,6 +83,17 @@ def test_what_is_no_number_is_empty_and_what_is_infinite_at_the_end_of_the_scale
     assert texts(panel) == ["1.0", "-inf", "-2.0", "inf"]
     (mesh,) = (each for each in panel.collections if hasattr(each, "get_coordinates"))
     assert mesh.get_clim() == (-2, 2), "zero is in the middle of two hues"
+
+
+def test_a_title_is_broken_to_its_panel_and_cells_without_room_have_no_numbers(tmp_path: Path) -> None:
+    def plot(width: float, path: Path) -> None:
+        with picture(path, width, 3) as figure:
+            layout = Layout.of(["0.a", "0.b", "1.a", "1.b", "2.a", "2.b"])
+            layout.draw(figure.subplots(), range(6), "Norm of the update of all layers")
+
+    wide, narrow = (drawn(plot, width, into=tmp_path).axes[0] for width in (7.5, 3.0))
+    assert wide.get_title(loc="left") == "Norm of the update of all layers" and len(texts(wide)) == 6
+    assert narrow.get_title(loc="left") == "Norm of the update\nof all layers" and texts(narrow) == []
 
 
 @pytest.mark.parametrize("form", ["layer{}_", "layers.{}.b", "layers.{}.{}"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 import math
 import re
@@ -395,7 +396,8 @@ def test_a_picture_has_the_numbers_of_the_table(tmp_path: Path) -> None:
         )
         for n, (A, B) in enumerate(figures)
     ]
-    drawing = drawn(plot_gauge, GaugeReport(rows, steps=10), into=tmp_path)
+    drawing = drawn(functools.partial(plot_gauge, width=9), GaugeReport(rows, steps=10), into=tmp_path)
+    assert drawing.get_figwidth() == 9
     shown = [map_of(panel) for panel in panels(drawing).values()]
     assert shown[0] == {("q", "0"): 0, ("v", "0"): 2, ("q", "1"): -3, ("v", "1"): -3, ("q", "2"): 3}
     for cells, (_, get) in zip(shown[1:], [*COLUMNS.values()][1:], strict=True):
