@@ -157,11 +157,12 @@ def create_loraplus_optimizer(
 
     Args:
         model: as in `loraplus_param_groups`.
-        lr: as in `loraplus_param_groups`.
-        lr_ratio: as in `loraplus_param_groups`.
+        lr: the learning rate of A; ``lr_mode`` can make it B's, or the mean of both.
+        lr_ratio: the learning rate of B divided by that of A.
         lr_mode: as in `loraplus_param_groups`.
-        weight_decay: as in `loraplus_param_groups`.
-        embedding_lr: as in `loraplus_param_groups`.
+        weight_decay: of matrices; biases, norm weights and magnitudes are not decayed. With AdamW, B decays
+            ``lr_ratio`` times faster than A.
+        embedding_lr: the learning rate of both matrices of embedding adapters; None for ``lr``.
         adapter: as in `loraplus_param_groups`.
         roles: as in `loraplus_param_groups`.
         decayed: as in `loraplus_param_groups`.
