@@ -14,12 +14,14 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from lora_plus.errors import check_count, check_number
 from lora_plus.layers.adapter import check_adapter_name
+from lora_plus.layers.layer import LoRALayer
 from lora_plus.model.adapters import adapter_names, delete_adapter, rename_adapter, set_adapter
 from lora_plus.model.dry_run import left_as_it_was, map_tensors
 from lora_plus.model.inject import inject_lora, remove_lora
 from lora_plus.model.patterns import Pattern
 from lora_plus.model.per_sample import adapter_per_sample
-from lora_plus.model.tree import Tree
+from lora_plus.model.tree import Tree, adapted_weights
+from lora_plus.text import some
 
 from .candidates import Candidate, Run, SweepResult, named
 from .groups import LrMode, create_loraplus_optimizer
@@ -174,6 +176,7 @@ class Sweep:
                     model, targets, r=candidate.r, alpha=candidate.alpha, adapter=candidate.name,
                     generator=torch.Generator().manual_seed(candidate.seed), **settings,
                 )  # fmt: skip
+                _check_places(model)
                 # the one just injected is the only trainable one
                 made = create_loraplus_optimizer(
                     model, optimizer, lr=candidate.lr, lr_ratio=candidate.lr_ratio, lr_mode=lr_mode,
@@ -182,8 +185,6 @@ class Sweep:
                 parameters = [parameter for group in made.param_groups for parameter in group["params"]]
                 rates = None if schedule is None else LambdaLR(made, schedule)
                 self._runs[candidate.name] = Run(candidate, parameters, made, rates)
-            with adapter_per_sample(model, self.names):
-                pass  # refuses what a batch has only one of
         except BaseException:
             remove_lora(model)
             raise
@@ -300,11 +301,16 @@ def _check(model: nn.Module, names: Sequence[str], together: int | None, setting
             "merge_and_unload(model) or remove_lora(model)"
         )
     if settings.get("train_also"):
-        raise ValueError(
-            "train_also: a module trained in full would be one for all candidates; make it a target instead"
-        )
+        raise ValueError("train_also: a module trained in full would be one for all candidates; make it a target")
     if together is not None:
         check_count("together", together)
+
+
+def _check_places(model: nn.Module) -> None:
+    """Raise where a batch has one weight for all its samples, so that they cannot have different adapters."""
+    if shared := some([name for name, weight in adapted_weights(model) if not isinstance(weight, LoRALayer)], 1):
+        why = "adapted in the weight (as in attention, LSTM), which a sweep cannot train side by side"
+        raise ValueError(f"{shared}: {why}; exclude it, or run one training per candidate")
 
 
 def _check_losses(losses: Any, samples: int) -> None:

@@ -69,7 +69,12 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "no samples": ({"batches": [3]}, ValueError, "got first dimensions of no tensor"),
     "two sizes": ({"batches": [(torch.ones(3, 6), torch.ones(4, 2))]}, ValueError, r"first dimensions of \[3, 4\]"),
     "a fraction": ({"halving": {1: 0.0}}, ValueError, "must be above 0 and at most 1, got 0"),
-    "in the weight": ({"model": Attention(), "targets": ["attn"]}, ValueError, "is adapted in the weight"),
+    "in the weight": (
+        {"model": Attention(), "targets": ["attn"]},
+        ValueError,
+        r"^'attn.out_proj' and 1 more: adapted in the weight \(as in attention, LSTM\), which a sweep cannot "
+        "train side by side; exclude it, or run one training per candidate$",
+    ),
 }
 
 
