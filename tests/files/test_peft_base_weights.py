@@ -1,7 +1,8 @@
-"""Weights of the base model in a PEFT folder, as PEFT saves them with adapters of embeddings and heads."""
+"""The base model in a PEFT folder: its weights, as PEFT saves them with adapters of embeddings and heads, its name."""
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import warnings
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import randomise
 from peft_support import TOKENS, Net, net, peft, transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -169,6 +171,46 @@ def test_any_weight_that_the_model_has_may_be_in_the_file(tmp_path: Path) -> Non
     assert isinstance(loaded, Net) and loaded(TOKENS).shape == model(TOKENS).shape
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert config["modules_to_save"] is None
+
+
+# ---- its name and class ----------------------------------------------------------------------------------------------
+
+ABOUT = ("base_model_name_or_path", "auto_mapping", "task_type", "revision")
+
+
+def about(folder: Path) -> dict[str, Any]:
+    config = json.loads((folder / "adapter_config.json").read_text())
+    return {name: config.get(name) for name in ABOUT}
+
+
+@pytest.mark.parametrize("task", [None, "CAUSAL_LM"])
+def test_peft_builds_the_base_model_of_our_folder_itself(task: str | None, tmp_path: Path) -> None:
+    llama().save_pretrained(tmp_path / "base")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    settings = peft.LoraConfig(r=4, target_modules=["q_proj"], task_type=task)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of transformers, to PEFT
+        peft.get_peft_model(copy.deepcopy(model), settings).save_pretrained(tmp_path / "theirs")
+        randomise(lora_plus.inject_lora(model, ["q_proj"], r=4))
+        model.__class__ = type("FSDPLlama", (type(model),), {})  # as fully_shard does
+        lora_plus.save_adapter(model, tmp_path / "ours", metadata={} if task is None else {"task_type": task})
+        assert about(tmp_path / "ours") == about(tmp_path / "theirs")
+        theirs = peft.AutoPeftModelForCausalLM.from_pretrained(str(tmp_path / "ours"))
+    torch.testing.assert_close(theirs(IDS).logits, model(IDS).logits, rtol=0, atol=1e-12)
+
+
+def test_what_the_user_says_of_the_base_model_counts(tmp_path: Path) -> None:
+    model = lora_plus.inject_lora(llama(), ["q_proj"])
+    lora_plus.save_adapter(model, tmp_path / "nameless")
+    model.name_or_path = "org/name"
+    lora_plus.save_adapter(model, tmp_path / "named", metadata={"revision": "main"})
+    lora_plus.save_adapter(model, tmp_path / "told", metadata={"base_model_name_or_path": "mine"})
+    found = [about(tmp_path / name) for name in ("nameless", "named", "told")]
+    assert [each["base_model_name_or_path"] for each in found] == [None, "org/name", "mine"]
+    assert [each["revision"] for each in found] == [None, "main", None]
+    assert {each["auto_mapping"]["base_model_class"] for each in found} == {"LlamaForCausalLM"}
+    lora_plus.save_adapter(lora_plus.inject_lora(net(), ["q"]), tmp_path / "plain")  # nothing that PEFT could build
+    assert "auto_mapping" not in json.loads((tmp_path / "plain" / "adapter_config.json").read_text())
 
 
 # ---- modules trained in full -----------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -134,11 +135,28 @@ def write(adapter: SavedAdapter, target: Target, problems: list[str]) -> Files:
     outline = outline_of(target) or outline_named_by(adapter)
     problems += rows_problems(adapter, outline, target)
     named, indices = ({}, {}) if problems else rows_to_peft(adapter)
-    plain = replace(adapter, layers={name: layer for name, layer in adapter.layers.items() if not is_rows(layer)})
+    about, mapping = _base_model(target)
+    layers = {name: layer for name, layer in adapter.layers.items() if not is_rows(layer)}
+    plain = replace(adapter, layers=layers, metadata=about | adapter.metadata)
     tensors, config = contents(plain, outline, problems, ties) if plain.layers else ({}, {})
+    if config and not config["task_type"]:
+        config |= mapping
     tensors, config = {**tensors, **named}, {**config, **indices}
     told = {} if problems else parts.written(units(spread(plain)))
     return {WEIGHTS: Contents(tensors, {"format": "pt", **told}), CONFIG: config}
+
+
+def _base_model(target: Target) -> tuple[dict[str, str], dict[str, Any]]:
+    """By what PEFT's ``AutoPeftModel`` classes build the base model: its name, and its class unless a task says it."""
+    model = target.modules.get("") if isinstance(target, ModelTarget) else None
+    name = getattr(model, "name_or_path", None)
+    about = {"base_model_name_or_path": name} if name and isinstance(name, str) else {}
+    for cls in type(model).__mro__:
+        # classes made on the fly, by us or by fully_shard, cannot be imported
+        known = getattr(sys.modules.get(cls.__module__), cls.__name__, None) is cls
+        if known and hasattr(cls, "from_pretrained"):
+            return about, {"auto_mapping": {"base_model_class": cls.__name__, "parent_library": cls.__module__}}
+    return about, {}
 
 
 def contents(
