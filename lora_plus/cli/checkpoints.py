@@ -105,12 +105,12 @@ def verify(base: Base, adapter: In, rename: Rename = None, as_json: Json = False
 
     - `lora-plus verify base-folder adapter.safetensors`
     """
-    from lora_plus.surgery.checkpoint.folder import Checkpoint
+    from lora_plus.surgery.checkpoint.folder import checkpoint_for
     from lora_plus.surgery.checkpoint.plan import planned
 
     if not base.exists():
         raise FileNotFoundError(f"there is no checkpoint at {str(base)!r}")
-    plan = planned(Checkpoint(base), [adapter], [1.0], mapping(rename))
+    plan = planned(checkpoint_for([adapter], base), [adapter], [1.0], mapping(rename))
     replaced = sum(change.replacement is not None for change in plan.changes.values())
     found = {"adapted": len(plan.changes) - replaced, "replaced": replaced}
     lines = [f"{adapter} fits {base}: {counted(found['adapted'], 'tensor')} adapted, {replaced} replaced"]

@@ -24,17 +24,21 @@ class Command(TyperCommand):
             try:
                 return super().parse_args(ctx, args)
             except UsageError as error:
-                message = self._missing(error) or _bare_number(error, given)
+                message = self._missing(error, ctx, given) or _bare_number(error, given)
                 if message is None:
                     raise
                 raise UsageError(message, ctx) from None
 
-    def _missing(self, error: Exception) -> str | None:
+    def _missing(self, error: Exception, ctx: Any, given: list[str]) -> str | None:
         """What to say of an argument that is not given: click names the one that it has no value for, not the last."""
         wanted = [each for each in self.params if isinstance(each, TyperArgument)]
         if getattr(error, "param", None) not in wanted or getattr(error, "message", None):
             return None
-        return f"Missing argument: give {' '.join(each.metavar or str(each.name).upper() for each in wanted)}"
+        names = [each.metavar or str(each.name).upper() for each in wanted]
+        taken, _, _ = self.make_parser(ctx).parse_args(args=list(given))
+        left = names[sum(taken.get(each.name) is not None for each in wanted) :]
+        told = f"; {' and '.join(left)} {'is' if len(left) == 1 else 'are'} not given" if left != names else ""
+        return f"Missing argument: give {' '.join(names)}{told}"
 
 
 class Group(TyperGroup):

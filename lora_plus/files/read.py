@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from lora_plus.errors import Problems
+from lora_plus.text import some
 
 from .checks import adapter_problems
 from .formats import FORMATS, Contents, Files
@@ -115,6 +116,11 @@ def _check_names(path: Path, names: Sequence[str], problems: list[str]) -> None:
             f"give one of them, such as {str(path / inner[0])!r}"
         )
         return
+    if len(missing) == len(names):
+        others = [file.name for ending in (".safetensors", ".bin") for file in sorted(path.glob(f"*{ending}"))]
+        hint = f"; it has {some(others)}: give a .safetensors file itself, convert others" if others else ""
+        problems.append(f"the folder has no {' and no '.join(missing)}{hint}")
+        return
     for name in missing:
         pickled = (path / name).with_suffix(".bin").exists()
         hint = "; there is a .bin file, which is a pickle and is not read: convert it to safetensors" if pickled else ""
@@ -138,17 +144,5 @@ def _contents(path: Path, problems: list[str]) -> Contents | None:
     try:
         return Contents(*open_safetensors(path, problems))
     except (OSError, ValueError) as error:
-        hint = _UNPICKLE if _is_pickle(path) else ""
-        problems.append(f"{path.name} is not a whole safetensors file: {error}{hint}")
+        problems.append(f"{path.name} is not a whole safetensors file: {error}")
         return None
-
-
-_UNPICKLE = "; it is a pickle, as torch.save writes them, which is not read: convert it to safetensors"
-
-
-def _is_pickle(path: Path) -> bool:
-    """Whether a file begins as those do that torch.save writes."""
-    if not path.is_file():
-        return False
-    with open(path, "rb") as file:
-        return file.read(4).startswith((b"PK\3\4", b"\x80"))

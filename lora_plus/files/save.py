@@ -98,7 +98,7 @@ def _destination(path: PathLike, name: str | None, metadata: Mapping[str, str]) 
     """Where a path of the user leads, and the format of what is written there; the user's texts are checked."""
     if name is None and Path(path).suffix in _PICKLES:
         raise ValueError(
-            f"{str(path)!r} has the name of a pickle, which is not written; end it in '.safetensors' for one file, or "
+            f"{Path(path).name!r} is the name of a pickle, which is not written; end it in '.safetensors' for a file, or "
             "leave the ending out for a folder in PEFT's format"
         )
     real = Path(os.path.realpath(stated(path)))

@@ -156,9 +156,12 @@ def memory_of(tensor: Tensor) -> memoryview:
 
 def _described(file: BufferedReader, size: int) -> tuple[dict[str, StoredTensor], dict[str, str]]:
     """The tensors of a file, which fill it without gaps or overlaps, in the order of their data; and its metadata."""
-    length = int.from_bytes(file.read(8), "little")
+    first = file.read(8)
+    length = int.from_bytes(first, "little")
     if size < 8 or length > min(size - 8, LONGEST_HEADER):
-        raise ValueError(f"it has {size:,} bytes, and no header of {length:,} bytes fits into it")
+        known = [what for start, what in _OTHERS.items() if length > LONGEST_HEADER and first.startswith(start)]
+        what = f"it has {size:,} bytes, and no header of {length:,} bytes fits into it" if size else "it is empty"
+        raise ValueError(known[0] if known else what)
     header = parsed(file.read(length).decode("utf-8"))
     if not isinstance(header, dict):
         raise ValueError("its header is no object")
@@ -175,6 +178,11 @@ def _described(file: BufferedReader, size: int) -> tuple[dict[str, StoredTensor]
     if stop != size:
         raise ValueError(f"it has {size:,} bytes, and its header says {stop:,}")
     return entries, metadata
+
+
+_PICKLE = "it is a pickle, as torch.save writes them, which is not read: convert it to safetensors"
+_OTHERS = {b"PK\3\4": _PICKLE, b"\x80": _PICKLE, b"{": "it is a text, which begins as JSON does"}
+"""How other files begin, and what to say of them."""
 
 
 def _entry(name: str, entry: Any, start: int) -> StoredTensor:

@@ -456,9 +456,11 @@ USAGE = [
     (["merge", "a", "b", "c", "--rename", "model"], "'model' has no '='; write for example old=new"),
     (["extract", "a", "b", "c", "--r", "1", "--kind", "embed"], "'embed' has no '='"),
     (["inspect"], "Missing argument: give FILE"),
-    (["merge", "a", "b"], "Missing argument: give BASE ADAPTER... OUT"),
-    (["merge", "a"], "Missing argument: give BASE ADAPTER... OUT"),
-    (["combine", "a"], "Missing argument: give FILE FILE... OUT"),
+    (["merge", "a", "b"], "Missing argument: give BASE ADAPTER... OUT; OUT is not given"),
+    (["merge", "a", "b", "--weight", "2"], "Missing argument: give BASE ADAPTER... OUT; OUT is not given"),
+    (["merge", "a"], "Missing argument: give BASE ADAPTER... OUT; ADAPTER... and OUT are not given"),
+    (["merge"], "Missing argument: give BASE ADAPTER... OUT"),
+    (["combine", "a"], "Missing argument: give FILE FILE... OUT; OUT is not given"),
     (["combine", "a", "b", "c", "--weight", "1", "-0.5"], "-0.5 is after no option; give the option again, as in"),
     (["combine", "a", "b", "c", "--weight", "1", "-x"], "No such option: -x"),
     (["frobnicate"], "No such command 'frobnicate'"),
@@ -496,9 +498,11 @@ def test_no_model_is_asked_for_where_none_would_help(tmp_path: Path) -> None:
 def test_a_base_in_the_place_of_the_adapter_is_named(a: Path, tmp_path: Path) -> None:
     base = save(small(), tmp_path / "base.safetensors")
     text = failed("merge", a, base, tmp_path / "out.safetensors")
-    assert text.startswith(
-        f"error: adapter {str(base)!r} was not merged into {str(a)!r}:\n  it is a safetensors file, but"
+    assert text == (
+        f"error: {str(a)!r} is an adapter, and {str(base)!r} is none: the two seem swapped; give the checkpoint first, "
+        "and then its adapters\n"
     )
+    assert failed("verify", a, base) == text
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -376,6 +376,6 @@ def test_the_bytes_depend_on_no_hash_seed_and_need_no_numpy(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("name", ["a.pt", "a.bin", "a.ckpt"])
 def test_a_path_named_as_a_pickle_is_refused(name: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"has the name of a pickle, which is not written; end it in '\.safetensors'"):
+    with pytest.raises(ValueError, match=r"^'a\.\w+' is the name of a pickle, which is not written; end it in"):
         lora_plus.save_adapter(adapted_net(), tmp_path / name)
     assert contents(tmp_path) == {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -235,6 +236,28 @@ def test_a_folder_with_the_least_config(tmp_path: Path) -> None:
 def test_a_pickle_is_refused_with_the_next_step(save: Callable[[Any, Path], None], tmp_path: Path) -> None:
     """litgpt's lit_model.pth.lora and other files of torch.save."""
     save({"a.lora_A": torch.ones(1)}, tmp_path / "lit_model.pth.lora")
-    (line,) = refused(small("a"), tmp_path / "lit_model.pth.lora")
-    assert line.startswith("lit_model.pth.lora is not a whole safetensors file: ")
-    assert line.endswith("; it is a pickle, as torch.save writes them, which is not read: convert it to safetensors")
+    wanted = (
+        "lit_model.pth.lora is not a whole safetensors file: it is a pickle, as torch.save writes them, which is not "
+        "read: convert it to safetensors"
+    )
+    assert refused(small("a"), tmp_path / "lit_model.pth.lora") == [wanted]
+    with pytest.raises(ValueError, match=re.escape(wanted)):
+        lora_plus.merge_checkpoint(tmp_path / "lit_model.pth.lora", tmp_path, tmp_path / "out.safetensors")
+
+
+def test_what_is_no_adapter_says_what_it_is(tmp_path: Path) -> None:
+    (tmp_path / "a.safetensors").touch()
+    assert refused(small("a"), tmp_path / "a.safetensors") == [
+        "a.safetensors is not a whole safetensors file: it is empty"
+    ]
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
+    assert refused(small("a"), tmp_path / "adapter_config.json") == [
+        "adapter_config.json is not a whole safetensors file: it is a text, which begins as JSON does"
+    ]
+    (tmp_path / "adapter_config.json").unlink()
+    none = "the folder has no adapter_config.json and no adapter_model.safetensors"
+    (tmp_path / "b.safetensors").touch()
+    given = "; it has 'a.safetensors', 'b.safetensors': give a .safetensors file itself, convert others"
+    assert refused(small("a"), tmp_path) == [none + given]
+    (tmp_path / "empty").mkdir()
+    assert refused(small("a"), tmp_path / "empty") == [none]

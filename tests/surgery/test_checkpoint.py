@@ -654,7 +654,9 @@ def test_a_file_that_says_something_else_is_refused(edit: Any, lines: list[str],
         ({"base": "base.safetensors", "out": "new"}, ValueError, "out must end in '.safetensors'"),
         ({"adapter": "base.safetensors"}, ValueError, "its header does not describe an adapter"),
         ({"adapter": "base"}, ValueError, "the folder has no adapter_config.json"),
-        ({"base": "peft"}, ValueError, "neither model.safetensors nor .* it has adapter_model.safetensors"),
+        ({"base": "peft"}, ValueError, "peft' is an adapter, and a checkpoint was expected; give the checkpoint first"),
+        ({"base": "a.safetensors", "adapter": "peft", "out": "b.safetensors"}, ValueError, "' is an adapter, and a "),
+        ({"base": "peft", "adapter": "base"}, ValueError, "peft' is an adapter, and .*base' is none: the two seem"),
     ],
 )
 def test_wrong_arguments(options: dict[str, Any], error: type[Exception], message: str, files: Path) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lora_plus.errors import Problems
 from lora_plus.files.atomic import flush, publish, workspace
+from lora_plus.files.formats import FORMATS, Contents
 from lora_plus.files.json_text import parsed, read_text
 from lora_plus.files.paths import irregular
 from lora_plus.files.tensor_file import DTYPES, StoredTensor, TensorFile, fill
@@ -128,6 +129,27 @@ class Checkpoint:
         except (ValueError, OSError):
             return {}
         return config if isinstance(config, dict) else {}
+
+
+def checkpoint_for(adapters: Sequence[Path], base: Path) -> Checkpoint:
+    """The checkpoint that adapters are to be merged into. Raises where an adapter is given in its place."""
+    if _is_adapter(base):
+        other = next((path for path in adapters if not _is_adapter(path)), None)
+        why = "a checkpoint was expected" if other is None else f"{str(other)!r} is none: the two seem swapped"
+        raise ValueError(f"{str(base)!r} is an adapter, and {why}; give the checkpoint first, and then its adapters")
+    return Checkpoint(base)
+
+
+def _is_adapter(path: Path) -> bool:
+    """Whether a file or folder says that it is an adapter, and has no weights of a model."""
+    if path.is_dir():
+        model = [*path.glob(WEIGHTS), *path.glob(f"*{_INDEX_ENDING}")]
+        return not model and any((path / name).is_file() for format in FORMATS.values() for name in format.folder)
+    try:
+        file = TensorFile(path)
+    except (ValueError, OSError):
+        return False
+    return any(format.recognises(Contents(file.tensors, file.metadata)) for format in FORMATS.values())
 
 
 def side_files(folder: Path) -> tuple[list[str], list[str]]:

@@ -30,7 +30,7 @@ from lora_plus.model.merge import MergeReport
 from lora_plus.tensors.merged_weight import BlockMerge, Memory
 from lora_plus.text import counted, printable
 
-from .folder import Checkpoint, appearing, side_files
+from .folder import Checkpoint, appearing, checkpoint_for, side_files
 from .plan import Plan, planned
 from .stream import stretches, write_stream
 
@@ -103,7 +103,7 @@ def merge_checkpoint(
     paths = [stated(path) for path in ([adapter] if isinstance(adapter, (str, os.PathLike)) else adapter)]
     factors = [1.0] * len(paths) if weights is None else [float(factor) for factor in weights]
     _check_arguments(base, paths, out, dtype, factors)
-    checkpoint = Checkpoint(base)
+    checkpoint = checkpoint_for(paths, base)
     plan = planned(checkpoint, paths, factors, names)
     if plan.problems:
         what = f"adapter {str(paths[0])!r} was not" if len(paths) == 1 else "nothing was"
