@@ -92,23 +92,14 @@ def entry_of(setting: str, name: Any, table: Mapping[Any, R]) -> R:
 
 
 _OTHER_WORDS = {
-    "adapter_name": "adapter",
-    "exclude_modules": "exclude",
-    "init_lora_weights": "init",
-    "learning_rate": "lr",
-    "lora_alpha": "alpha",
-    "lora_dropout": "dropout",
-    "lora_r": "r",
-    "loraplus_lr_embedding": "embedding_lr",
-    "loraplus_lr_ratio": "lr_ratio",
-    "loraplus_weight_decay": "weight_decay",
-    "modules_to_save": "train_also",
-    "rank": "r",
-    "ratio": "lr_ratio",
-    "target_modules": "targets",
-    "use_dora": 'variant="dora"',
-    "use_rslora": 'scaling="rslora"',
-}
+    "adapter_name": "adapter", "bias": 'train_also="*.bias"', "dora": 'variant="dora"', "use_dora": 'variant="dora"',
+    "ensure_weight_tying": 'tied="both"', "exclude_modules": "exclude", "init_lora_weights": "init",
+    "is_trainable": "trainable", "learning_rate": "lr", "lora_alpha": "alpha", "lora_dropout": "dropout", "lora_r": "r",
+    "loraplus_lr_embedding": "embedding_lr", "loraplus_lr_ratio": "lr_ratio", "ratio": "lr_ratio", "rank": "r",
+    "loraplus_weight_decay": "weight_decay", "modules_to_save": "train_also", "rslora": 'scaling="rslora"',
+    "seed": "generator", "target_modules": "targets", "trainable_token_indices": "train_rows",
+    "use_rslora": 'scaling="rslora"', "wd": "weight_decay",
+}  # fmt: skip
 """What other libraries call an argument -> what it is here."""
 
 
@@ -116,14 +107,16 @@ def check_model(model: Any) -> None:
     """Raise unless it is a module."""
     if not isinstance(model, nn.Module):
         got = f"the class {model.__name__}; make one" if isinstance(model, type) else f"a {type(model).__name__}"
-        raise TypeError(f"the model must be an nn.Module, got {got}")
+        raise TypeError(f"the model must be an nn.Module, got {got}{'; it comes first' * isinstance(model, str)}")
 
 
 def check_makes_optimizers(optimizer_cls: Any, function: Callable[..., Any], keywords: Collection[str]) -> None:
     """Raise unless it can be called, and takes the keywords that a function would pass on to it."""
     own = type(optimizer_cls).__name__
-    if not callable(optimizer_cls):
-        got = repr(optimizer_cls) if isinstance(optimizer_cls, str) else f"an instance of {own}"
+    is_module = isinstance(optimizer_cls, type) and issubclass(optimizer_cls, nn.Module)
+    if not callable(optimizer_cls) or is_module:
+        own = f"the module class {optimizer_cls.__name__}" if is_module else f"an instance of {own}"
+        got = repr(optimizer_cls) if isinstance(optimizer_cls, str) else own
         raise TypeError(f"optimizer_cls must be an optimizer's class, such as torch.optim.AdamW, got {got}")
     try:
         parameters = inspect.signature(optimizer_cls).parameters
@@ -131,16 +124,20 @@ def check_makes_optimizers(optimizer_cls: Any, function: Callable[..., Any], key
         return
     if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
         who = f"{function.__name__} and {getattr(optimizer_cls, '__name__', own)}"
-        check_keywords(who, keywords, {*parameters, *inspect.signature(function).parameters})
+        check_keywords(who, keywords, {*parameters, *inspect.signature(function).parameters} - {"params"})
 
 
 def named_keywords(function: Callable[P, R]) -> Callable[P, R]:
-    """Have a function name the right word for each keyword that it does not know."""
-    known = list(inspect.signature(function).parameters)
+    """Have a function name the right word for each keyword that it does not know, and what it takes without one."""
+    parameters = inspect.signature(function).parameters
+    known, bare = [*parameters], [name for name, each in parameters.items() if each.kind is not each.KEYWORD_ONLY]
 
     @functools.wraps(function)
     def checked(*args: P.args, **kwargs: P.kwargs) -> R:
         check_keywords(function.__name__, kwargs, known)
+        if len(args) > len(bare):
+            more = f"; write the others by name, such as {known[len(bare)]}=" if known != bare else ""
+            raise TypeError(f"{function.__name__} takes {' and '.join(bare)}, got {len(args)} arguments{more}")
         return function(*args, **kwargs)
 
     return checked

@@ -10,7 +10,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from lora_plus.errors import Problems
+from lora_plus.errors import Problems, named_keywords
 from lora_plus.layers.adapter import check_adapter_name
 from lora_plus.layers.freezing import set_requires_grad
 from lora_plus.model.dry_run import map_tensors
@@ -34,6 +34,7 @@ M = TypeVar("M", bound=nn.Module)
 _FILLABLE = Need.UNMERGED | Need.UNCOPIED | Need.WHOLE | Need.TRAINED
 
 
+@named_keywords
 @gc_paused()
 def load_adapter(
     model: M,

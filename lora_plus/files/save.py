@@ -11,7 +11,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from lora_plus.errors import Problems
+from lora_plus.errors import Problems, named_keywords
 from lora_plus.layers.adapter import Adapter
 from lora_plus.model.inject import gc_paused
 from lora_plus.model.places import Place, adapted_places
@@ -33,6 +33,7 @@ FormatName = Literal["native", "peft", "kohya", "diffusers"]
 """The formats of the library; other entries of `FORMATS` are known by their names, too."""
 
 
+@named_keywords
 @gc_paused()
 def save_adapter(
     model: nn.Module,
@@ -69,9 +70,9 @@ def save_adapter(
         OSError: if the disk is full or cannot be written, or at the path is neither a regular file nor nothing; it
             names the path. The old files are as they were.
     """
-    real, chosen = _destination(path, format, metadata or {})
     unsaved = f"adapter {adapter!r} was not saved"
     state = require(model, "saving an adapter", Need.TRAINED, adapters=[adapter])
+    real, chosen = _destination(path, format, metadata or {})
     check_saved(state, adapter, unsaved)
     if is_spare_replica(model):
         return
@@ -98,8 +99,8 @@ def _destination(path: PathLike, name: str | None, metadata: Mapping[str, str]) 
     """Where a path of the user leads, and the format of what is written there; the user's texts are checked."""
     if name is None and Path(path).suffix in _PICKLES:
         raise ValueError(
-            f"{Path(path).name!r} is the name of a pickle, which is not written; end it in '.safetensors' for a file, or "
-            "leave the ending out for a folder in PEFT's format"
+            f"{Path(path).name!r} is the name of a pickle, which is not written; end it in '.safetensors' for a file, "
+            "or leave the ending out for a folder in PEFT's format"
         )
     real = Path(os.path.realpath(stated(path)))
     if name is not None and name not in FORMATS:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from lora_plus.errors import Problems, check_number
+from lora_plus.errors import Problems, check_number, named_keywords, shortened
 from lora_plus.layers.class_swap import SwappedModule
 from lora_plus.layers.freezing import restore_requires_grad
 from lora_plus.layers.fused_kernels import resume_nesting
@@ -61,11 +61,15 @@ def set_adapter(
             full, or a factor is not finite, or not 1 for a variant that rescales the weight (DoRA); if the model is
             sharded or wrapped, and what is trained in full would be exchanged. The model is then as it was.
     """
-    names = (adapters,) if isinstance(adapters, str) else tuple(dict.fromkeys(adapters))
+    if not isinstance(adapters, Iterable):
+        got = shortened(repr(adapters), 40)
+        raise TypeError(f"adapters must be a name, several, or a mapping from name to factor, got {got}")
+    names = (adapters,) if isinstance(adapters, str) else tuple(adapters)
+    state = require(model, "choosing adapters", Need.CHANGEABLE, adapters=names)
     strengths = adapters if isinstance(adapters, Mapping) else dict.fromkeys(names, 1.0)
+    names = tuple(strengths)
     for name, factor in strengths.items():
         check_number(f"the factor of {name!r}", factor, "finite")
-    state = require(model, "choosing adapters", Need.CHANGEABLE, adapters=names)
     for path, weight in state.weights:
         for each in weight.in_order(names):
             factor = strengths[each.name]
@@ -78,6 +82,7 @@ def set_adapter(
     make_active(state, names, strengths, trainable=trainable)
 
 
+@named_keywords
 @gc_paused()
 @draws
 def add_adapter(

@@ -50,9 +50,9 @@ def check_adapters(model: nn.Module, *inputs: Any, **keywords: Any) -> list[str]
     Raises:
         ValueError: naming each adapter that is not live, and why as far as can be told; or if adapters or inputs lack.
     """
+    state = require(model, "checking adapters", Need.UNSHARDED | Need.WHOLE | Need.CHANGEABLE)
     model = unwrap(model)
     owners: Counter[int] = Counter(id(p) for module in model.modules() for p in module._parameters.values())
-    state = require(model, "checking adapters", Need.UNSHARDED | Need.WHOLE | Need.CHANGEABLE)
     probes = []
     for name, adapter, weight in state.adapters():
         if adapter.name in weight.active_names() and adapter.held:  # memory on the meta device is no one's

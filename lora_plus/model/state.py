@@ -72,7 +72,9 @@ def require(
         taken: the next step where the new name is not free.
     """
     state = model if isinstance(model, State) else State(model)
-    names = dict.fromkeys(name for _, weight in state.weights if adapters for name in weight.adapter_names())
+    names = [*dict.fromkeys(name for _, weight in state.weights if adapters for name in weight.adapter_names())]
+    if isinstance(adapters, str):
+        raise TypeError(f"adapters must be a list of names, got {adapters!r}; write [{adapters!r}]")
     for name in adapters:
         if name not in names:
             there = f"it has {', '.join(map(repr, names))}" if names else "it has none; call inject_lora first"

@@ -87,6 +87,8 @@ def _check_kind(optimizer: Any) -> None:
     """Raise unless it is a torch optimizer, or a wrapper of one."""
     while isinstance(optimizer, torch.optim.Optimizer) and hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer
+    if isinstance(optimizer, (torch.nn.Module, type)):
+        raise TypeError(f"the optimizer comes first, and then the model, got {type(optimizer).__name__}")
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(
             f"{type(optimizer).__name__} is not a torch optimizer over the model's parameters, and cannot be checked; "

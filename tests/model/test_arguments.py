@@ -32,7 +32,8 @@ def optimizer(made: Any = AdamW, **settings: Any) -> Any:
     return lp.create_loraplus_optimizer(adapted(), made, lr=1e-3, **settings)
 
 
-CLASS = "the model must be an nn.Module, got the class Net; make one"
+MODULE, BY_NAME = "the model must be an nn.Module, got ", "write the others by name, such as "
+CLASS = f"{MODULE}the class Net; make one"
 PATTERN = "a pattern must be a name, a glob, a compiled regular expression, a module type or a function, got "
 AN_OPTIMIZER = "optimizer_cls must be an optimizer's class, such as torch.optim.AdamW, got "
 WHO = "unexpected keyword argument of "
@@ -45,6 +46,33 @@ MIXED_UP: dict[str, tuple[Callable[[], Any], str]] = {
     "a class to train": (lambda: lp.create_loraplus_optimizer(Net, AdamW, lr=1e-3), CLASS),
     "parameters": (lambda: lp.loraplus_param_groups(Net().parameters(), lr=1e-3),
                    "the model must be an nn.Module, got a generator"),
+    "a path to save": (lambda: lp.save_adapter("a.safetensors", adapted()), f"{MODULE}a str; it comes first"),
+    "a path to load": (lambda: lp.load_adapter("a.safetensors", Net()), f"{MODULE}a str; it comes first"),
+    "an optimizer for a model": (lambda: lp.create_loraplus_optimizer(AdamW, adapted(), lr=1e-3),
+                                 f"{MODULE}the class AdamW; make one"),
+    "a tensor to check": (lambda: lp.check_adapters(torch.ones(2, 4), adapted()), f"{MODULE}a Tensor"),
+    "a model for an optimizer": (lambda: lp.check_optimizer(adapted(), AdamW(Net().parameters())),
+                                 "the optimizer comes first, and then the model, got Net"),
+    "no optimizer": (lambda: optimizer(nn.Linear), f"{AN_OPTIMIZER}the module class Linear"),
+    "parameters besides": (lambda: optimizer(params=[]), f"{WHO}create_loraplus_optimizer and AdamW: 'params'"),
+    "decay": (lambda: optimizer(wd=0.1),
+              f"{WHO}create_loraplus_optimizer and AdamW: 'wd' (did you mean weight_decay?)"),
+    "a rank without a name": (lambda: lp.inject_lora(Net(), ["head"], 8),
+                              f"inject_lora takes model and targets, got 3 arguments; {BY_NAME}r="),
+    "a rate without a name": (lambda: lp.loraplus_param_groups(adapted(), AdamW),
+                              f"loraplus_param_groups takes model, got 2 arguments; {BY_NAME}lr="),
+    "a name of an adapter": (lambda: lp.load_adapter(Net(), "a", adapter_name="b", is_trainable=True),
+                             f"{WHO}load_adapter: 'adapter_name' (did you mean adapter?), "
+                             "'is_trainable' (did you mean trainable?)"),
+    "DoRA": (lambda: lp.inject_lora(Net(), ["head"], dora=True, bias="all"),
+             f"{WHO}inject_lora: 'dora' (did you mean variant=\"dora\"?), "
+             "'bias' (did you mean train_also=\"*.bias\"?)"),
+    "a name for names": (lambda: lp.merge_lora(adapted(), adapters="default"),
+                         "adapters must be a list of names, got 'default'; write ['default']"),
+    "nothing to choose": (lambda: lp.set_adapter(adapted(), None),
+                          "adapters must be a name, several, or a mapping from name to factor, got None"),
+    "a factor for all": (lambda: lp.merge_checkpoint("a", "b", "c", weights=0.5),
+                         "weights must be a list with a factor for each adapter, got 0.5"),
     "a module as target": (lambda: lp.inject_lora(Net(), [nn.Linear(4, 4)]), f"{PATTERN}a Linear; give its name"),
     "the module alone": (lambda: lp.inject_lora(Net(), nn.Linear(4, 4)), f"{PATTERN}a Linear; give its name"),
     "a list of modules": (lambda: lp.inject_lora(Net(), Net().body), f"{PATTERN}a Sequential; give its name"),
@@ -89,10 +117,17 @@ def test_a_refused_call_changes_nothing() -> None:
 
 
 def test_every_word_of_others_has_one_here() -> None:
-    functions = (lp.inject_lora, lp.loraplus_param_groups, lp.create_loraplus_optimizer)
+    functions = (lp.inject_lora, lp.loraplus_param_groups, lp.create_loraplus_optimizer, lp.load_adapter)
     known = {name: parameter for each in functions for name, parameter in inspect.signature(each).parameters.items()}
     assert {word.partition("=")[0] for word in _OTHER_WORDS.values()} <= known.keys()
     assert not _OTHER_WORDS.keys() & known.keys()
+
+
+@pytest.mark.parametrize("change", [lp.set_adapter, lp.delete_adapter])
+def test_a_list_is_no_name_of_an_adapter(change: Callable[..., None]) -> None:
+    given = [["default"]] if change is lp.set_adapter else ["default"]
+    with pytest.raises(KeyError, match=r"the model has no adapter \['default'\]: it has 'default'"):
+        change(adapted(), given)
 
 
 def test_optimizers_that_take_anything_get_it() -> None:

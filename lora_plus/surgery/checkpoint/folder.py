@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -149,7 +149,8 @@ def _is_adapter(path: Path) -> bool:
         file = TensorFile(path)
     except (ValueError, OSError):
         return False
-    return any(format.recognises(Contents(file.tensors, file.metadata)) for format in FORMATS.values())
+    contents = Contents(cast("dict[str, Tensor]", file.tensors), file.metadata)
+    return any(format.recognises(contents) for format in FORMATS.values())
 
 
 def side_files(folder: Path) -> tuple[list[str], list[str]]:

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from functools import partial
 from io import BufferedReader
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from lora_plus.errors import Problems
+from lora_plus.errors import Problems, named_keywords
 from lora_plus.files.atomic import flush, is_free
 from lora_plus.files.checks import is_finite
 from lora_plus.files.paths import PathLike, stated
@@ -64,6 +64,7 @@ class CheckpointReport:
         return "\n".join(lines)
 
 
+@named_keywords
 def merge_checkpoint(
     base: PathLike,
     adapter: PathLike | Sequence[PathLike],
@@ -100,7 +101,10 @@ def merge_checkpoint(
         OSError: if a file of base is replaced or written to meanwhile, or ``out`` cannot be written; nothing stays.
     """
     base, out = stated(base), Path(os.path.abspath(stated(out)))
-    paths = [stated(path) for path in ([adapter] if isinstance(adapter, (str, os.PathLike)) else adapter)]
+    alone = isinstance(adapter, (str, os.PathLike)) or not isinstance(adapter, Iterable)
+    paths = [stated(path) for path in cast("Sequence[PathLike]", [adapter] if alone else adapter)]
+    if not isinstance(weights, Iterable | None):
+        raise TypeError(f"weights must be a list with a factor for each adapter, got {weights!r}")
     factors = [1.0] * len(paths) if weights is None else [float(factor) for factor in weights]
     _check_arguments(base, paths, out, dtype, factors)
     checkpoint = checkpoint_for(paths, base)
