@@ -8,7 +8,7 @@ BENCH_ARGS ?= --short
 FINETUNE_ARGS ?=
 TEST_ARGS ?=
 
-.PHONY: demo test slow engines studies recipes vision bench paper finetune lint docs package clean
+.PHONY: demo test slow engines studies recipes vision bench paper finetune lint docs pages package clean
 
 demo: $(VENV)/.examples  ## fine-tune a real language model with LoRA+ (two to four minutes)
 	$(BIN)/python -m examples.demo $(DEMO_ARGS)
@@ -71,6 +71,9 @@ package: $(VENV)/.package $(VENV)/.test  ## sdist and wheel, checked; the tests 
 	$(BIN)/check-wheel-contents --package lora_plus dist/*.whl
 	tar xf dist/*.tar.gz -C dist
 	cd dist/lora_plus-*/ && PYTHONPATH=$$PWD $(abspath $(BIN))/python -m pytest $(TEST_ARGS)
+
+pages: $(VENV)/.docs $(VENV)/.test  ## every page in Debian's chromium, where that is installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m pytest -m pages tests/test_pages.py $(TEST_ARGS)
 
 clean:
 	rm -rf $(VENV)
