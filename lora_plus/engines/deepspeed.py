@@ -56,15 +56,16 @@ def initialize(
         weight_decay: as in `loraplus_param_groups`.
         embedding_lr: as in `loraplus_param_groups`.
         optimizer_cls: as in `create_loraplus_optimizer`; None for the optimizer of the configuration's section.
-        kwargs: passed on to ``deepspeed.initialize``, such as ``training_data``, or ``lr_scheduler`` as a function of
-            the optimizer.
+        kwargs: passed to ``deepspeed.initialize``, such as ``training_data``, or ``lr_scheduler`` as a function of the
+            optimizer.
 
     Returns:
         Engine, optimizer, data loader and scheduler, as ``deepspeed.initialize`` does.
 
     Raises:
-        ValueError: if the optimizer comes from both places or from none; as `loraplus_param_groups`, `check_config` and
-            `check_engine`, all but the last before anything is changed.
+        ValueError: if both or neither of ``optimizer_cls`` and the configuration give an optimizer; as
+            `loraplus_param_groups`, `check_config` and `check_engine`. All but the last check before anything is
+            changed.
     """
     sections = dict(_sections(config))
     section = sections.get("optimizer")
@@ -91,11 +92,11 @@ def initialize(
 
 
 def check_engine(engine: Any) -> None:
-    """Raise if what ``deepspeed.initialize`` has made would not train all that is trainable, or not with LoRA+.
+    """Raise if a DeepSpeed engine would not train every trainable parameter, or not with LoRA+.
 
-    The rates must be in the ratio that their groups note, now and under the engine's scheduler (`check_lr_ratio`), and
-    the optimizer must hold every trainable parameter: one that was added afterwards is not trained. Nothing that
-    adapters take as fixed may be trainable, and a warning names what will be saved with no adapter.
+    The rates must have the ratio that their groups store, now and under the engine's scheduler (`check_lr_ratio`). The
+    optimizer must hold every trainable parameter; one that was added afterwards is not trained. Tensors that adapters
+    need frozen must be frozen. A warning names trainable parameters that are saved with no adapter.
 
     Args:
         engine: a ``DeepSpeedEngine`` of any ZeRO stage, right after it was made.
@@ -138,15 +139,17 @@ def _parameters_of(optimizer: Any) -> list[list[nn.Parameter]]:
 
 
 def check_config(config: Config, *, groups: Groups | None = None) -> None:
-    """Raise if a DeepSpeed configuration would switch LoRA+ off, which DeepSpeed and its callers do without a word.
+    """Raise if a DeepSpeed configuration would switch LoRA+ off, which DeepSpeed does without an error.
 
-    From the section ``"optimizer"`` the Trainer, and ``deepspeed.initialize`` without groups, build one with one group.
-    ``"scheduler"`` is tried out on LoRA+ groups with `check_lr_ratio`, with one rate for all where it says ``"auto"``.
+    From an ``"optimizer"`` section, the Trainer and ``deepspeed.initialize`` without groups build an optimizer with one
+    group. A ``"scheduler"`` section is tried on LoRA+ groups with `check_lr_ratio`; ``"auto"`` counts as one rate for
+    all.
 
     Args:
         config: the configuration, or the name of its JSON file.
-        groups: those that go to ``deepspeed.initialize``, as ``model_parameters`` or in an optimizer. None where
-            somebody else calls it, as the Trainer and Accelerate do; lists of rates in the schedule are then not tried.
+        groups: the groups that you pass to ``deepspeed.initialize``, as ``model_parameters`` or in an optimizer. None
+            if another program calls it, such as the Trainer or Accelerate; lists of rates in the schedule are then not
+            tried.
 
     Raises:
         Problems: a ValueError with everything that was found, and what to write instead.

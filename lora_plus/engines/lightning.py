@@ -14,9 +14,9 @@ from .run_file import name_problems, run_tensors
 class LoraPlusModule(L.LightningModule):
     """A ``LightningModule`` for models with adapters.
 
-    A checkpoint's ``state_dict`` holds the tensors of all adapters, what is trained besides, and buffers. It is loaded
-    into a model that holds the same base and the same adapters; the values of these do not matter. A module that
-    overrides ``on_save_checkpoint`` or ``on_load_checkpoint`` calls ``super()``'s.
+    The ``state_dict`` in a checkpoint contains the tensors of all adapters, other trained parameters, and buffers. Load
+    it into a model with the same base and the same adapters, of any values. If you override ``on_save_checkpoint`` or
+    ``on_load_checkpoint``, call ``super()``'s.
     """
 
     strict_loading = False  # what is missing in a checkpoint is looked after here

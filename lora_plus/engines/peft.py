@@ -20,9 +20,9 @@ _ROLES = {
 def peft_roles(model: nn.Module) -> Iterator[tuple[str, str, nn.Parameter]]:
     """``(adapter, role, parameter)`` for the LoRA adapters of a PEFT model, for `lora_plus.loraplus_param_groups`.
 
-    It goes by PEFT's layers, so it serves a ``PeftModel``, a transformers model with ``add_adapter``, quantized layers
-    and ``target_parameters`` alike, wrapped (DDP, compiled) or not. The bias of a ``lora_bias`` adapter has the role
-    ``"B_bias"``. What PEFT trains in full (``modules_to_save``, trainable tokens) has no role.
+    It recognises PEFT's layers, not names. So it works for a ``PeftModel``, a transformers model with ``add_adapter``,
+    quantized layers and ``target_parameters``, wrapped (DDP, compiled) or not. The bias of a ``lora_bias`` adapter has
+    the role ``"B_bias"``. Modules that PEFT trains in full (``modules_to_save``, trainable tokens) have no role.
 
     Examples:
         >>> groups = loraplus_param_groups(model, lr=1e-4, lr_ratio=4, roles=peft_roles(model))

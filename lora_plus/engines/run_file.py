@@ -33,9 +33,9 @@ def run_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def save_run(model: nn.Module, path: Path, *, write: bool = True) -> None:
-    """Write the `run_tensors`, where ``write`` says so.
+    """Write the tensors of all adapters, other trained parameters and buffers to a file, unless ``write`` is False.
 
-    Where the model is sharded every rank must call this: tensors are gathered, and where one rank cannot write its file
+    If the model is sharded, every rank must call this, because tensors are gathered. If one rank cannot write its file,
     all raise its error.
     """
     storage = State(model).storage
@@ -44,9 +44,9 @@ def save_run(model: nn.Module, path: Path, *, write: bool = True) -> None:
 
 
 def load_run(model: nn.Module, path: Path) -> None:
-    """Copy what `save_run` wrote back into the model.
+    """Copy the tensors of a file of `save_run` into the model.
 
-    Where the model is sharded every rank must call this and read the file; where one cannot, all raise its error.
+    If the model is sharded, every rank must call this and read the file; if one cannot, all raise its error.
 
     Raises:
         Problems: a ValueError with every difference between file and model, which is unchanged then.

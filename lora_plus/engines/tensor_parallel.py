@@ -140,17 +140,17 @@ def _laid(x: DTensor, placement: Placement) -> DTensor:
 
 
 class ColwiseLoRA(_MatrixCut):
-    """A linear layer or embedding, plain or with adapters, of whose outputs each rank computes a part.
+    """Shard a linear layer or embedding by its outputs, plain or with adapters.
 
-    As torch's ``ColwiseParallel``, whose arguments it has. The weight, bias, B and DoRA's magnitudes are cut along the
-    output, A is whole on every rank, so r can be less than the number of ranks.
+    Like torch's ``ColwiseParallel``, with the same arguments. The weight, bias, B and DoRA's magnitudes are sharded
+    along the output. A is whole on every rank, so r can be less than the number of ranks.
 
     Args:
-        input_layouts: how a plain input tensor lies on the mesh; ``Replicate()`` if None. ``Shard(1)`` for sequences
-            cut by ``SequenceParallel``.
-        output_layouts: how the output shall lie on the mesh; ``Shard(-1)`` if None. ``Replicate()`` for a head whose
-            loss is computed from whole outputs.
-        use_local_output: whether the output is this rank's plain tensor, or else a DTensor.
+        input_layouts: placement of a plain input tensor; None for ``Replicate()``. ``Shard(1)`` for sequences that are
+            sharded by ``SequenceParallel``.
+        output_layouts: placement of the output; None for ``Shard(-1)``. ``Replicate()`` for a head whose loss is
+            computed from whole outputs.
+        use_local_output: whether to return this rank's plain tensor instead of a DTensor.
 
     Raises:
         TypeError: by ``parallelize_module``, for anything but a linear layer (also GPT-2's transposed one) or an
@@ -164,15 +164,15 @@ class ColwiseLoRA(_MatrixCut):
 
 
 class RowwiseLoRA(_MatrixCut):
-    """A linear layer or embedding, plain or with adapters, of whose inputs each rank has a part.
+    """Shard a linear layer or embedding by its inputs, plain or with adapters.
 
-    As torch's ``RowwiseParallel``. The weight and A are cut along the input (an embedding's along its vocabulary), B,
-    DoRA's magnitudes and the bias are whole on every rank. What the ranks compute of the layer and of its updates is
-    added up over the mesh together, once.
+    Like torch's ``RowwiseParallel``. The weight and A are sharded along the input (an embedding's along its
+    vocabulary). B, DoRA's magnitudes and the bias are whole on every rank. One reduction over the mesh adds up the
+    layer's output and its updates.
 
     Args:
-        input_layouts: as in `ColwiseLoRA`; if None ``Shard(-1)``, or ``Replicate()`` for an embedding.
-        output_layouts: as in `ColwiseLoRA`; ``Replicate()`` if None. ``Shard(1)`` for sequences cut by
+        input_layouts: as in `ColwiseLoRA`; None for ``Shard(-1)``, or ``Replicate()`` for an embedding.
+        output_layouts: as in `ColwiseLoRA`; None for ``Replicate()``. ``Shard(1)`` for sequences that are sharded by
             ``SequenceParallel``.
         use_local_output: as in `ColwiseLoRA`.
 

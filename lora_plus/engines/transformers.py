@@ -31,11 +31,11 @@ from .run_file import load_run, save_run
 
 @dataclass
 class LoraPlusArguments:
-    """The arguments of LoRA+, under the names of the original LoRA+ code (arXiv:2402.12354).
+    """The arguments of LoRA+, with the names of the original LoRA+ code (arXiv:2402.12354).
 
-    There the default of ``loraplus_lr_embedding`` is 1e-6, at which adapters on embeddings hardly move.
+    The original default of ``loraplus_lr_embedding`` is 1e-6, at which adapters on embeddings hardly move.
 
-    They can be mixed into the arguments of any Trainer: ``class Arguments(LoraPlusArguments, SFTConfig)``, a dataclass.
+    Mix them into the arguments of any Trainer: ``class Arguments(LoraPlusArguments, SFTConfig)``, a dataclass.
     """
 
     loraplus_lr_ratio: float | None = field(
@@ -60,14 +60,15 @@ def create_loraplus_optimizer(
     loraplus_lr_ratio: float,
     loraplus_lr_embedding: float | None = None,
 ) -> torch.optim.Optimizer:
-    """The function of this name in the original LoRA+ code, for code that calls it; groups as `loraplus_param_groups`.
+    """A replacement for the function of this name in the original LoRA+ code, with the groups of
+    `loraplus_param_groups`.
 
     Args:
         opt_model: a model of `inject_lora`, or PEFT's.
         optimizer_cls: the optimizer's class.
         optimizer_kwargs: its settings, with ``lr`` (A's rate) and ``weight_decay``.
         loraplus_lr_ratio: rate of B over rate of A.
-        loraplus_lr_embedding: rate of adapters on embeddings; None is 1e-6, as there.
+        loraplus_lr_embedding: rate of adapters on embeddings; None for 1e-6, as in the original.
     """
     return lora_plus.create_loraplus_optimizer(
         opt_model,
@@ -80,26 +81,29 @@ def create_loraplus_optimizer(
 
 
 class LoraPlusTrainer(Trainer):
-    """A ``transformers.Trainer`` that trains with LoRA+; A at ``learning_rate``, B at ``loraplus_lr_ratio`` times that.
+    """A ``transformers.Trainer`` that trains with LoRA+: A at ``learning_rate``, B at ``loraplus_lr_ratio`` times that.
 
-    It takes models of `inject_lora` and PEFT's, alone and under DDP, FSDP2 and DeepSpeed. Groups are those of
-    `loraplus_param_groups` with the Trainer's own rule of what is decayed, at ``weight_decay``, for the optimizer that
-    ``optim`` or ``optimizer_cls_and_kwargs`` says. Of 8-bit optimizers, embeddings and their adapters keep 32-bit
-    state. Without ``loraplus_lr_ratio`` it trains as a ``Trainer`` does. Before another Trainer it gives that one
-    LoRA+: ``class LoraPlusSFTTrainer(LoraPlusTrainer, SFTTrainer)``, with `LoraPlusArguments` among the arguments.
+    It takes models of `inject_lora` and of PEFT, alone and under DDP, FSDP2 and DeepSpeed. The groups are those of
+    `loraplus_param_groups`, with the Trainer's own rule for weight decay. The optimizer is that of ``optim`` or
+    ``optimizer_cls_and_kwargs``. In 8-bit optimizers, embeddings and their adapters keep 32-bit state. Without
+    ``loraplus_lr_ratio`` it is a plain ``Trainer``. To add LoRA+ to another Trainer, put it first, as in
+    ``class LoraPlusSFTTrainer(LoraPlusTrainer, SFTTrainer)``, and add `LoraPlusArguments` to the arguments.
 
-    A model of `inject_lora` is saved, in checkpoints and by ``save_model``, without its base: each adapter as a PEFT
-    folder, the one named "default" in the folder itself and others below it, or as ``<name>.adapter.safetensors`` where
-    PEFT's format cannot express it (what an earlier save left in the other form is removed); ``run.safetensors``, all
-    tensors but the frozen base's, to resume the run and to load the best model from; the rest as ever. For a whole
-    model, call ``merge_and_unload(trainer.model).save_pretrained(folder)``.
+    Checkpoints and ``save_model`` save a model of `inject_lora` without its base:
+
+    - each adapter as a PEFT folder: the one named "default" in the folder itself, others below it. An adapter that
+      PEFT's format cannot express becomes ``<name>.adapter.safetensors``. An earlier save in the other form is removed.
+    - ``run.safetensors``: all tensors but the frozen base's, to resume the run and to load the best model.
+
+    For a whole model, call ``merge_and_unload(trainer.model).save_pretrained(folder)``.
 
     Raises:
-        TypeError: if the arguments are without ``loraplus_lr_ratio``.
-        ValueError: for what would undo LoRA+ silently: a ready-made optimizer beside ``loraplus_lr_ratio``, or one at
-            all under DeepSpeed, which the Trainer drops; sections of a DeepSpeed config that set one rate for all
-            groups. In ``train()``: an optimizer that makes its own groups or rates, a schedule that changes the ratio,
-            a checkpoint of a run with another ratio, and whatever `check_optimizer` finds.
+        TypeError: if the arguments have no ``loraplus_lr_ratio``.
+        ValueError: for settings that would switch LoRA+ off: a ready-made optimizer together with
+            ``loraplus_lr_ratio``; any ready-made optimizer under DeepSpeed, where the Trainer drops it; sections of a
+            DeepSpeed config that set one rate for all groups. In ``train()``: an optimizer that makes its own groups or
+            rates, a schedule that changes the ratio, a checkpoint of a run with another ratio, and everything that
+            `check_optimizer` finds.
     """
 
     optimizer_cls_and_kwargs: Any

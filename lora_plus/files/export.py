@@ -80,7 +80,7 @@ ProgramName = Literal["peft", "vllm", "llama.cpp"]
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What `export_adapter` wrote. ``str()`` of it is one line for each thing worth knowing."""
+    """The report of `export_adapter`. ``str()`` of it is a short text."""
 
     r: int
     """The rank of all layers, which is alpha too."""
@@ -100,27 +100,28 @@ def export_adapter(
     dtype: torch.dtype | None = None,
     base_model: str | None = None,
 ) -> ExportReport:
-    """Write one adapter as a PEFT folder that also programs open which read this format in part.
+    """Save one adapter as a PEFT folder for programs that read only a part of PEFT's format.
 
-    All layers have one rank r there and alpha = r: scales are multiplied into B, lower ranks are filled up with zeros,
-    and adapters of rows of one weight become one of the whole weight. The updates are the same; dropout is not kept.
+    In this folder all layers have one rank r, and alpha = r: scales are multiplied into B, lower ranks are filled up
+    with zeros, and adapters of rows of one weight become one of the whole weight. The updates are the same. Dropout is
+    dropped.
 
-    - ``"peft"``: whatever PEFT's format can express, DoRA and modules trained in full too.
-    - ``"vllm"``: plain LoRA on linear layers, on embeddings where vLLM's class of the model serves them, and on experts
-      and routers of transformers' models, by the names that vLLM has for them. Experts without an adapter get zeros.
-      Ranks up to 512; the report says which ``--max-lora-rank`` the server needs.
-    - ``"llama.cpp"``: plain LoRA on linear layers and the token embedding, for ``convert_lora_to_gguf.py``, which asks
-      for the ``base_model``. A layer whose weight is tied to another layer's cannot be expressed there.
+    - ``"peft"``: everything that PEFT's format can express, also DoRA and modules trained in full.
+    - ``"vllm"``: plain LoRA on linear layers, on embeddings if vLLM's class of the model supports them, and on experts
+      and routers of transformers' models, with vLLM's names. Experts without an adapter get zeros. Ranks up to 512; the
+      report says which ``--max-lora-rank`` the server needs.
+    - ``"llama.cpp"``: plain LoRA on linear layers and the token embedding, for ``convert_lora_to_gguf.py``, which needs
+      the ``base_model``. Layers with tied weights cannot be expressed.
 
-    The last two know the layers by their names in transformers' models. Files are written as `save_adapter` does.
+    For the last two, the layers need the names of transformers' models. Files are written as by `save_adapter`.
 
     Args:
         model: the model that holds the adapter.
         path: the folder; missing folders are made.
         for_: the program.
         adapter: the adapter's name.
-        dtype: of A, B and the magnitudes, rounded after the scale has been multiplied in; None for float32, or float64
-            where the adapter is. Modules trained in full keep theirs.
+        dtype: dtype of A, B and the magnitudes, which are rounded after the scale is multiplied in; None for float32,
+            or float64 if the adapter is float64. Modules trained in full keep their dtype.
         base_model: name or folder of the base model, for the config.
 
     Returns:
@@ -128,8 +129,8 @@ def export_adapter(
 
     Raises:
         KeyError: if the model holds no adapter of this name.
-        ValueError: one error with everything that the program cannot express, or that is not finite, or what is
-            trainable and must not be (`save_adapter`). Nothing is written then.
+        ValueError: one error with everything that the program cannot read, non-finite values, and tensors that are
+            trainable and must be frozen (`save_adapter`). Nothing is written then.
     """
     program = _program(for_, dtype)
     state = require(model, "exporting an adapter", Need.TRAINED, adapters=[adapter])
@@ -154,12 +155,12 @@ def to_peft(
     dtype: torch.dtype | None = None,
     base_model: str | None = None,
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """One adapter in memory, as what is in ``adapter_config.json`` and in ``adapter_model.safetensors``.
+    """One adapter in PEFT's format, in memory: what is in ``adapter_config.json`` and ``adapter_model.safetensors``.
 
-    For ``"peft"`` they are what `save_adapter` writes into a folder: the tensors are the adapter's own memory where its
-    dtype and layout are those of the file, so copy what shall not follow the training. For ``"vllm"`` and
-    ``"llama.cpp"`` they are what `export_adapter` writes, with one rank and the scales in B. Where parameters are
-    sharded every rank must call this, and each gets the whole tensors.
+    For ``"peft"`` they are what `save_adapter` writes into a folder. The tensors share memory with the adapter if dtype
+    and layout are the same, so copy them if training must not change them. For ``"vllm"`` and ``"llama.cpp"`` they are
+    what `export_adapter` writes, with one rank and the scales in B. With sharded parameters every rank must call this,
+    and each gets the whole tensors.
 
     Args:
         model: as in `export_adapter`.
@@ -169,12 +170,12 @@ def to_peft(
         for_: the program that reads them.
 
     Returns:
-        The config, of values that JSON has, and the tensors, detached, by PEFT's names.
+        The config, as values that JSON can hold, and the tensors, detached, under PEFT's names.
 
     Raises:
         KeyError: if the model holds no adapter of this name.
-        ValueError: one error with everything that the program cannot express, or that is not finite, or what is
-            trainable and must not be (`save_adapter`).
+        ValueError: one error with everything that the program cannot read, non-finite values, and tensors that are
+            trainable and must be frozen (`save_adapter`).
     """
     program = _program(for_, dtype)
     if program.whole and dtype is not None:

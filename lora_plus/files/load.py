@@ -45,39 +45,39 @@ def load_adapter(
     names: Names | None = None,
     replace: bool = False,
 ) -> M:
-    """Inject the adapter that a file or a PEFT folder describes, with its tensors, and make it the active one.
+    """Load an adapter from a file or a PEFT folder into a model, and make it the active one.
 
-    No `inject_lora` is needed before: ranks, scales and layers are the file's. Modules that were trained in full get
-    the file's values. Everything is read and checked before the model is touched.
+    This also injects it, so no `inject_lora` is needed before: ranks, scales and layers are those of the file. Modules
+    that were trained in full get the file's values. Everything is read and checked before the model is changed.
 
-    With ``replace=True`` an adapter of this name that the model has gets the values in place. Its parameters stay the
-    same objects, so that optimizers, compiled graphs and engines stay valid, and so do its rank, its scale, its dropout
-    and whether it is active and trainable. Its layers must be the file's. A lower rank is filled up with zeros, and
-    another scale is multiplied into B; a higher rank, another variant and values that the model's dtype cannot hold
-    are refused.
+    With ``replace=True``, an adapter of this name that the model has gets the new values in place. Its parameters stay
+    the same objects, so optimizers, compiled graphs and engines stay valid. Its rank, scale and dropout stay, and
+    whether it is active and trainable. Its layers must be those of the file. A lower rank is filled up with zeros, and
+    another scale is multiplied into B. Refused are a higher rank, another variant and values that the model's dtype
+    cannot hold.
 
     A model that is sharded by ``fully_shard`` or tensor parallelism must have an adapter of this name, with the file's
-    layers and settings, from before it was sharded: it gets the file's values, as with ``replace=True``. Every rank
-    must call this and read the file; where one cannot, all raise its error.
+    layers and settings, from before sharding. It gets the file's values, as with ``replace=True``. Every rank must call
+    this and read the file; if one cannot, all raise its error.
 
     Args:
         model: a model with the layers that the adapter was made for; it is changed.
-        source: a file or folder in any of the formats; which it is shows in the file. Of a folder that holds folders of
-            several adapters, give one of these. Or an adapter in memory: what `read_adapter` gives, or the config and
-            the tensors of a PEFT folder, as `to_peft` gives them; its values are copied.
-        adapter: the name that it gets in this model.
-        trainable: whether the adapter, and the modules trained with it, shall be trained further. Everything else is
-            frozen in either case.
-        names: from the names of modules in the file to those in the model, where they differ: a mapping of prefixes,
-            such as ``{"model.layers": "blocks"}``, or a function, which PEFT folders also ask for the modules around
-            adapted ones. None for a new name leaves out what is called so, such as ``{"lora_te": None}``.
-        replace: whether an adapter of this name that is there gets the values; without one it is loaded anew.
+        source: a file or folder in any of the formats; the format is detected. If a folder contains the folders of
+            several adapters, pass one of these. Or an adapter in memory: the result of `read_adapter`, or of `to_peft`
+            (the config and the tensors of a PEFT folder); its values are copied.
+        adapter: the adapter's name in this model.
+        trainable: whether the adapter, and the modules trained with it, are trainable. Everything else is frozen in
+            either case.
+        names: from names of modules in the file to names in the model, if they differ: a mapping of prefixes, such as
+            ``{"model.layers": "blocks"}``, or a function. (With PEFT folders the function is also called for modules
+            around adapted ones.) A new name of None leaves out what has the old one, such as ``{"lora_te": None}``.
+        replace: whether to write into an existing adapter of this name; if there is none, it is injected.
 
     Returns:
         The same model.
 
     Raises:
-        ValueError: one error with everything that is wrong with the file, or that does not fit the model.
+        ValueError: one error with all problems of the file, and all that does not fit the model.
         FileNotFoundError: if there is no such file or folder.
     """
     check_adapter_name(adapter)

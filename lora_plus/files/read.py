@@ -22,13 +22,13 @@ from .tensor_file import open_safetensors, read_all
 
 
 def read_adapter(path: PathLike) -> SavedAdapter:
-    """An adapter file or PEFT folder as plain data, without its model.
+    """Read an adapter file or PEFT folder as plain data, without its model.
 
-    A PEFT folder does not say what its layers are. Embeddings and convolutions show in its tensors; all others are
-    taken for linear layers, whose weights are stored as ``fan_in_fan_out`` says.
+    A PEFT folder does not say what kind its layers are. Embeddings and convolutions are recognised by their tensors.
+    All others count as linear layers, stored as ``fan_in_fan_out`` says.
 
     Raises:
-        ValueError: one error with everything that is wrong with the file, or that cannot be told without the model.
+        ValueError: one error with all problems of the file, and all that cannot be read without the model.
         FileNotFoundError: if there is no such file or folder.
     """
     problems: list[str] = []

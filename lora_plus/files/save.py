@@ -43,32 +43,33 @@ def save_adapter(
     format: FormatName | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Write one adapter, and the modules trained with it, to disk.
+    """Save one adapter, and the modules trained with it, to disk.
 
-    Without a format, a path that ends in ``.safetensors`` gets the native one, and any other path becomes a folder in
-    PEFT's. kohya's format (which keeps no dropout) and diffusers' name the parts of a pipeline by the model's children
-    ``unet``, ``transformer``, ``text_encoder`` and ``text_encoder_2``, so put them into an ``nn.ModuleDict``; a model
-    without them is a U-Net to kohya, and diffusers' file then names no part.
+    Without a format, a path that ends in ``.safetensors`` gets the native format, and any other path becomes a folder
+    in PEFT's format. The formats of kohya (without dropout) and diffusers name the parts of a pipeline after the
+    model's children ``unet``, ``transformer``, ``text_encoder`` and ``text_encoder_2``: put these into an
+    ``nn.ModuleDict``. A model without such children counts as a U-Net for kohya, and gets no part's name for diffusers.
 
     A file appears whole or not at all, and the same adapter gives the same bytes. Only regular files are replaced; they
-    keep their permissions, and a link is followed. Where parameters are sharded every rank must call this: one writes,
-    and all return or raise together. In DistributedDataParallel the first rank writes, and the others return at once. A
-    warning names trainable parameters that no adapter is saved with.
+    keep their permissions, and a link is followed. With sharded parameters every rank must call this: one writes, and
+    all return or raise together. With DistributedDataParallel the first rank writes, and the others return at once. A
+    warning names trainable parameters that are saved with no adapter.
 
     Args:
         model: the model that holds the adapter.
         path: file or folder; missing folders are made. The ending of a pickle, such as ``.pt``, is refused.
         adapter: the adapter's name.
-        format: None to go by the path.
-        metadata: texts to keep with it. PEFT's format has room for ``base_model_name_or_path``, ``revision`` and
-            ``task_type`` only, kohya's and diffusers' for none.
+        format: the format; None to choose it by the path.
+        metadata: texts to save with the adapter. PEFT's format can hold only ``base_model_name_or_path``, ``revision``
+            and ``task_type``, kohya's and diffusers' formats none.
 
     Raises:
         KeyError: if the model holds no adapter of this name.
-        ValueError: if the adapter is not finite, or the format cannot express it exactly, or weights under it or what
-            its variant or init holds fixed are trainable. Nothing is written then.
-        OSError: if the disk is full or cannot be written, or at the path is neither a regular file nor nothing; it
-            names the path. The old files are as they were.
+        ValueError: if the adapter has non-finite values, the format cannot express it exactly, or a tensor is trainable
+            that must be frozen: a weight under the adapter, or one that its variant or init fixes. Nothing is written
+            then.
+        OSError: if the disk is full or cannot be written, or the path exists and is not a regular file; it names the
+            path. The old files are as they were.
     """
     unsaved = f"adapter {adapter!r} was not saved"
     state = require(model, "saving an adapter", Need.TRAINED, adapters=[adapter])
@@ -83,12 +84,11 @@ def save_adapter(
 
 
 def write_adapter(adapter: SavedAdapter, path: PathLike, *, format: FormatName | None = None) -> None:
-    """Write an adapter that is plain data, as `save_adapter` writes one of a model.
+    """Save an adapter that is plain data, as `save_adapter` saves one of a model.
 
     Raises:
-        ValueError: if something is wrong with it, or the format cannot express it exactly; for some formats that cannot
-            be told without the model.
-        OSError: if the disk is full or cannot be written, or at the path is neither a regular file nor nothing.
+        ValueError: if something is wrong with it, or the format cannot express it exactly, or needs the model to do so.
+        OSError: if the disk is full or cannot be written, or the path exists and is not a regular file.
     """
     real, chosen = _destination(path, format, adapter.metadata)
     broken = list(adapter_problems(adapter))
@@ -143,13 +143,13 @@ def write_files(path: Path, files: Files) -> None:
 def adapter_state_dict(model: nn.Module, *, adapter: str = "default") -> dict[str, Tensor]:
     """An adapter's tensors, detached: ``<module>.lora_A``, ``<module>.lora_B``, ... and modules trained with it.
 
-    Names are the plain model's, whatever wraps it. Where parameters are sharded (``fully_shard``, tensor parallelism,
-    FullyShardedDataParallel, ZeRO-3) every rank must call this, and each gets the whole tensors, gathered layer by
-    layer. A warning names trainable parameters that belong to no adapter, as that of `save_adapter` does.
+    Names are those of the plain model, without prefixes of wrappers. With sharded parameters (``fully_shard``, tensor
+    parallelism, FullyShardedDataParallel, ZeRO-3) every rank must call this, and each gets the whole tensors, gathered
+    layer by layer. A warning names trainable parameters that belong to no adapter, as in `save_adapter`.
 
     Raises:
         KeyError: if the model holds no adapter of this name.
-        ValueError: if what is trainable must not be (`save_adapter`), or the adapters are disabled.
+        ValueError: if a tensor is trainable that must be frozen (`save_adapter`), or the adapters are disabled.
     """
     state = require(model, "taking an adapter's tensors", Need.TRAINED, adapters=[adapter])
     check_saved(state, adapter, f"the tensors of adapter {adapter!r} were not taken")

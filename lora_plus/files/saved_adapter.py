@@ -43,11 +43,11 @@ class SavedAdapter:
     """Modules trained in full, each with its tensors by their names inside the module; parameters trained in full by
     their full names, each with one tensor, whose name is empty."""
     metadata: dict[str, str] = field(default_factory=dict)
-    """What the user wrote beside it."""
+    """The user's metadata."""
     format: str = ""
-    """The name of the format that it was read in; empty for one that was made here."""
+    """The format of the file that it was read from; empty if it was not read from a file."""
     resolved: bool = False
-    """Whether the names are those of what it is loaded into, not those of the file."""
+    """Whether the names are those of the model or checkpoint that it is loaded into, not those of the file."""
 
 
 def settings_of(spec: AdapterSpec) -> dict[str, Any]:

@@ -24,8 +24,8 @@ _UNBOUNDED = Calls()
 class LoRAEmbedding(LoRALayer, nn.Embedding):
     """``y = (W + s B A) onehot(index)``; integers ``(...)`` to ``(..., embedding_dim)``.
 
-    The row at ``padding_idx`` gets no update: A's column there starts at zero and gets no gradient. With ``max_norm``
-    the effective row is what is kept within the norm, and unlike ``nn.Embedding`` the stored weight is left alone.
+    The row at ``padding_idx`` gets no update: A's column there starts at zero and gets no gradient. ``max_norm`` limits
+    the norm of the adapted row; unlike in ``nn.Embedding``, the stored weight does not change.
     """
 
     layout = "n d -> d n"

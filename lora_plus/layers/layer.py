@@ -31,13 +31,13 @@ _OWN_FORWARDS = Calls()
 
 
 class LoRALayer(AssignedForward, AdaptedWeight):
-    """Adapters beside a frozen base layer, and a forward that adds them to what the base computes.
+    """The abstract base class of all adapted layers: a frozen layer, its adapters, and a forward that adds them.
 
-    Abstract: a kind derives from this class and from its base layer, in this order.
+    A kind of layer derives from this class and from its base layer, in this order.
 
-    Constructed directly, a LoRA layer takes the arguments of its base layer (``device`` and ``dtype`` are those of the
-    base's parameters, which are frozen) and r, alpha, dropout, scaling, init, variant, adapter and generator as in
-    `inject_lora`.
+    To construct a LoRA layer directly, pass the arguments of its base layer and r, alpha, dropout, scaling, init,
+    variant, adapter and generator as in `inject_lora`. ``device`` and ``dtype`` are those of the base's parameters,
+    which are frozen.
     """
 
     lora_arguments: ClassVar[tuple[str, ...]] = ()

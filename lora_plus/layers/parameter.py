@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 class LoRAParameter(AdaptedWeight):
     """A parameter with adapters: called, it returns the weight to compute with, in the parameter's shape and dtype.
 
-    Its adapters are called ``label`` inside the module that owns it. ``of`` is the class of the module whose part it
-    is, if that reads the parameter in a way of its own.
+    ``label`` is the adapters' name inside the module that owns the parameter. ``of`` is that module's class, if it
+    reads the parameter in a special way.
     """
 
     nesting = 2

@@ -41,25 +41,24 @@ def active_adapters(model: nn.Module) -> list[str]:
 def set_adapter(
     model: nn.Module, adapters: str | Sequence[str] | Mapping[str, float], *, trainable: bool | None = None
 ) -> None:
-    """Let just these adapters, one or several, take part in the forward.
+    """Choose the active adapters, one or several. The forward uses only these.
 
-    What adapters train in full (``train_also``) belongs to them as A and B do: it has the values of the adapter that is
-    chosen here, or its own where none of these trains it.
+    Modules in ``train_also`` belong to their adapter. They get the values of the adapter that is chosen here, or the
+    base's values if no chosen adapter trains them.
 
     Args:
         model: a model with adapters.
-        adapters: a name, several, or a mapping from name to a factor of the adapter's scale, as in
-            ``{"style": 0.6, "task": 1.0}``, of any sign. The factor holds, also in merging, until adapters are chosen
-            again; it is not saved.
+        adapters: a name, several names, or a mapping from name to a factor of the adapter's scale, of any sign, such as
+            ``{"style": 0.6, "task": 1.0}``. The factor holds until the next call, also in merging. It is not saved.
         trainable: True makes these adapters, and the modules trained in full with them, trainable and freezes all
             others; False freezes all; None leaves ``requires_grad`` as it is.
 
     Raises:
         KeyError: if the model holds no adapter of such a name.
         TypeError: if a factor is not a number.
-        ValueError: if the model is merged, two of them on one layer have no agreed sum (DoRA) or train the same in
-            full, or a factor is not finite, or not 1 for a variant that rescales the weight (DoRA); if the model is
-            sharded or wrapped, and what is trained in full would be exchanged. The model is then as it was.
+        ValueError: if the model is merged; if two DoRA adapters are on one layer, or two adapters train one module in
+            full; if a factor is not finite, or not 1 for DoRA; if modules trained in full would have to be exchanged in
+            a sharded or wrapped model. The model is then as it was.
     """
     if not isinstance(adapters, Iterable):
         got = shortened(repr(adapters), 40)
@@ -99,11 +98,11 @@ def add_adapter(
     dtype: torch.dtype | None = None,
     generator: torch.Generator | None = None,
 ) -> M:
-    """Add another adapter on the same layers and with the same settings as one that the model has.
+    """Add an adapter with the layers and settings of one that the model has, and with new initial values.
 
-    Its tensors are drawn anew. As after `inject_lora`, it is the active and trainable one, and the others are frozen.
-    It trains nothing in full (``train_also``): for a head of its own use `inject_lora`. It has the other one's alpha,
-    and with it a ratio that `fold_lr_ratio` has moved there.
+    As after `inject_lora`, the new adapter is active and trainable, and the others are frozen. It trains no module in
+    full (``train_also``): if it needs its own head, use `inject_lora`. It also copies alpha, including a ratio that
+    `fold_lr_ratio` has put there.
 
     Examples:
         >>> from lora_plus import inject_lora
@@ -114,8 +113,8 @@ def add_adapter(
 
     Args:
         model: a model with adapters; it is changed.
-        adapter: the name of the new one.
-        like: the name of the one that it is to be like.
+        adapter: the name of the new adapter.
+        like: the name of the adapter to copy the layers and settings from.
         r: as in `inject_lora`, on all layers; None for those of each layer.
         alpha: as in `inject_lora`, on all layers; None for those of each layer.
         dropout: as in `inject_lora`, on all layers; None for those of each layer.
@@ -123,14 +122,14 @@ def add_adapter(
         variant: as in `inject_lora`, on all layers; None for those of each layer.
         init: as in `inject_lora`.
         generator: as in `inject_lora`.
-        dtype: of A and B; None for that of the other's.
+        dtype: dtype of A and B; None for that of the other adapter.
 
     Returns:
         The same model.
 
     Raises:
         KeyError, TypeError, ValueError: if there is no adapter ``like``, the name is taken, a setting is out of range
-            or fits not every layer, or the model is merged or disabled. The model is then as it was.
+            or does not fit a layer, or the model is merged or disabled. The model is then as it was.
     """
     state = require(model, "adding an adapter", Need.GROWABLE, adapters=[like], new=adapter)
     start = Start(init, dtype, generator)
@@ -156,12 +155,12 @@ def add_adapter(
 def rename_adapter(model: nn.Module, old: str, new: str) -> None:
     """Give an adapter another name; only the keys in ``state_dict()`` change.
 
-    Its parameters stay the same objects, so optimizers go on working.
+    Its parameters stay the same objects, so optimizers stay valid.
 
     Raises:
         KeyError: if the model holds no adapter of the old name.
-        TypeError, ValueError: if it cannot have the new name, another one has it, the adapters are disabled, or the
-            model is sharded by ``fully_shard``.
+        TypeError, ValueError: if the new name is not valid or is taken, the adapters are disabled, or the model is
+            sharded by ``fully_shard``.
     """
     state = require(model, "renaming an adapter", Need.UNSHARDED | Need.ENABLED, adapters=[old], new=new)
     for _, weight in state.weights:
@@ -172,9 +171,10 @@ def rename_adapter(model: nn.Module, old: str, new: str) -> None:
 
 
 def delete_adapter(model: nn.Module, adapter: str) -> None:
-    """Drop one adapter; layers left without any become plain again, modules it trained in full get their own values.
+    """Delete one adapter. Layers without any adapter become plain again.
 
-    If it was the active one, none is active afterwards: choose another with `set_adapter`.
+    Modules that it trained in full get the base's values. If it was the active one, no adapter is active afterwards:
+    choose another with `set_adapter`.
 
     Raises:
         KeyError: if the model holds no adapter of this name.
@@ -197,14 +197,14 @@ def delete_adapter(model: nn.Module, adapter: str) -> None:
 
 @contextmanager
 def disabled(model: M) -> Iterator[M]:
-    """The base model for the length of a ``with`` block; afterwards the previous state, whatever it was.
+    """Use the base model inside a ``with`` block; afterwards the previous state is restored.
 
-    Adapters are passed over, merged weights and modules trained in full are exchanged for the original ones;
-    ``requires_grad`` and the merge state are not touched.
+    Inside, adapters are skipped, and the original weights replace merged ones and modules trained in full.
+    ``requires_grad`` and the merge state do not change.
 
     Raises:
-        ValueError: if the model has no adapter, for one that is injected inside would not be disabled; or if a module
-            is trained in full and sharded by FullyShardedDataParallel or ZeRO-3.
+        ValueError: if the model has no adapter (one that is injected inside would not be disabled), or if a module is
+            trained in full and sharded by FullyShardedDataParallel or ZeRO-3.
     """
     state = require(model, "disabling adapters", Need.ADAPTED | Need.EXCHANGEABLE | Need.HIDEABLE)
     weights = [weight for _, weight in state.weights]

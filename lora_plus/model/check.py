@@ -29,26 +29,27 @@ TRAIN_PASSES = 4
 
 
 def check_adapters(model: nn.Module, *inputs: Any, **keywords: Any) -> list[str]:
-    """Run the model on these inputs, and raise unless every active adapter has an effect and is reached by gradients.
+    """Run the model on these inputs, and raise unless every active adapter has an effect and gets a gradient.
 
-    The adapters' tensors are exchanged for random ones, since at B = 0 neither an effect nor a gradient of A could be
-    seen. A gradient that is not zero, in train mode and in eval mode, proves that the output depends on a tensor; a
-    third pass, without gradients, shows that inference does not take another path. A module trained in full must get
-    a gradient, too, and the forward must not read values of it that are kept outside of its parameters.
+    For the check, random values replace A and B, because at B = 0 an adapter has no effect and A no gradient. A nonzero
+    gradient, in training and in evaluation mode, proves that the output depends on a tensor. Another pass without
+    gradients shows that inference takes the same path. A module trained in full must get a gradient, too, and the
+    forward must not read values of it that are kept outside its parameters.
 
-    The model, its gradients, buffers and modes and the random states of torch, Python and numpy are left as they were.
-    What a forward changes besides, parameters of its own accord or a generator, it changes here too.
+    Afterwards the model, its gradients, buffers and modes and the random states of torch, Python and numpy are as they
+    were. If the model's own forward changes anything else, such as parameters or a generator, that change stays.
 
     Args:
-        model: the model with adapters, not merged and not sharded; a compiled one is run as it is without compilation.
-        *inputs: what to call the model with. They should reach all parts of it.
-        **keywords: its keyword arguments.
+        model: the model with adapters, not merged and not sharded; a compiled model is run without compilation.
+        *inputs: arguments of the model. They should reach all its parts.
+        **keywords: keyword arguments of the model.
 
     Returns:
-        The names of the places whose adapters were proved live.
+        The names of the layers and parameters whose adapters work.
 
     Raises:
-        ValueError: naming each adapter that is not live, and why as far as can be told; or if adapters or inputs lack.
+        ValueError: naming each adapter that does not work, with the reason if it is known; or if there are no adapters
+            or no inputs.
     """
     state = require(model, "checking adapters", Need.UNSHARDED | Need.WHOLE | Need.CHANGEABLE)
     model = unwrap(model)

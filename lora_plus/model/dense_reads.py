@@ -16,22 +16,22 @@ from .tree import unwrap
 
 
 def dense_reads(model: nn.Module, *inputs: Any, **keywords: Any) -> dict[str, list[str]]:
-    """Run the model on these inputs, and tell which weights were summed up, and for which operations.
+    """Run the model on these inputs, and list the operations for which the full matrix W + s B A was computed.
 
-    Products with a stacked or shared weight that has adapters are computed from W, A and B. Other operations need the
-    matrix W + s B A, which costs as much time and memory as the weight is large.
+    Products with an adapted parameter are computed from W, A and B. Other operations need the full matrix, which costs
+    time and as much memory as the weight.
 
-    The model is left as `check_adapters` leaves it.
+    The model is left as it was, as by `check_adapters`.
 
     Args:
-        model: the model with adapters, neither merged nor sharded; a compiled one is run as it is without compilation.
-        *inputs: what to call the model with.
-        **keywords: its keyword arguments.
+        model: the model with adapters, not merged and not sharded; a compiled model is run without compilation.
+        *inputs: arguments of the model.
+        **keywords: keyword arguments of the model.
 
     Returns:
-        Place -> the operations that needed the sum, in their order; only places where one did. Modules of torch's own
-        that read their weights in C++ (``nn.MultiheadAttention``, ``nn.LSTM``), and variants that rescale the weight,
-        always need it and are not listed.
+        Name of the parameter -> the operations that needed the full matrix, in order; only parameters with such an
+        operation. Torch's modules that read their weights in C++ (``nn.MultiheadAttention``, ``nn.LSTM``) and variants
+        that rescale the weight always need it, and are not listed.
     """
     model = unwrap(model)
     state = require(model, "looking for dense weights", Need.UNSHARDED | Need.WHOLE | Need.CHANGEABLE)

@@ -71,11 +71,10 @@ def inject_lora(
     dtype: torch.dtype | None = None,
     generator: torch.Generator | None = None,
 ) -> M:
-    """Give the selected layers of a model a low-rank adapter and freeze everything else.
+    """Add low-rank adapters to the selected layers of a model, and freeze everything else.
 
-    The layers become LoRA layers in place: the same objects, with the same parameters under the same names. With
-    B = 0, as the default init leaves it, the model computes what it computed before. No thread may run the model while
-    another one changes it.
+    The layers become LoRA layers in place: the same objects, with the same parameters under the same names. With the
+    default init B is zero, so the output is unchanged. Do not run the model in one thread while another changes it.
 
     Examples:
         >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
@@ -86,43 +85,44 @@ def inject_lora(
     Args:
         model: any module; it is changed.
         targets: what gets adapters: a pattern or a list of patterns. A pattern is a name (``"q"`` matches ``q`` and
-            whatever ends in ``.q``), a glob (``"layers.*.mlp.*"``, which may also start at any dot), a compiled
-            regular expression (on the full name), a module type, a function ``(name, module) -> bool``,
-            ``"all-linear"``, or ``""`` for the model itself. They match layers, parts of layers that read their weights
-            themselves (``attn.q``, ``lstm.weight_ih_l0``), and else parameters of two or three dimensions.
+            every name that ends in ``.q``), a glob (``"layers.*.mlp.*"``, matched from the start of the name or after
+            any dot), a compiled regular expression (on the full name), a module type, a function ``(name, module) ->
+            bool``, ``"all-linear"``, or ``""`` for the model itself. Patterns match layers, parts of layers that read
+            their weights themselves (``attn.q``, ``lstm.weight_ih_l0``), and otherwise parameters of two or three
+            dimensions.
         r: rank of the update.
         alpha: numerator of the scaling.
         dropout: probability that an entry of an adapter's input is dropped in training.
         exclude: patterns of layers that get no adapter although a target matches them.
-        rank_pattern: ``{pattern: r}`` for layers that deviate from ``r``; two keys on one layer are an error.
+        rank_pattern: ``{pattern: r}`` for layers with another rank; two keys on one layer are an error.
         alpha_pattern: the same for ``alpha``.
         scaling: ``"standard"`` (alpha / r) or ``"rslora"`` (alpha / sqrt(r)).
         init: ``"kaiming"``, ``"gaussian"``, ``"orthogonal"`` (B zero), ``"kaiming_B"`` (A zero), ``"pissa"``,
-            ``"milora"``, ``"olora"`` (both from the weight, and taken out of the update again), or a function
+            ``"milora"``, ``"olora"`` (A and B from the weight; this start is subtracted from the update), or a function
             ``(weight, r, generator) -> (A, B)``.
         variant: ``"lora"``, ``"lora_fa"`` (A frozen at its start; plain LoRA in files of other formats) or ``"dora"``.
-        train_also: patterns of modules to train in full and save with the adapter, such as a new head. Where one
-            matches no module, of parameters, such as ``"q.bias"``. Each adapter has its own values of them.
+        train_also: patterns of modules to train in full and save with the adapter, such as a new head. A pattern that
+            matches no module is looked for among the parameters, such as ``"q.bias"``. Each adapter has its own values.
         train_rows: ``{pattern: ids}``: rows of embeddings and heads to train and save with the adapter, such as those
-            of new tokens, ``{"embed_tokens": [32000, 32001]}``. A tied head has them, too. ``targets`` can be empty.
+            of new tokens, ``{"embed_tokens": [32000, 32001]}``. A tied head uses them, too. ``targets`` can be empty.
         fused: ``{"c_attn": ["q", "k", "v"]}`` for layers that compute several projections together, or
-            ``{"qkv": {"q": 64, "k": 16, "v": 16}}`` with the rows of each. They are then targets ``c_attn.q``, ...,
-            with factors of their own; ``c_attn`` stands for all of them.
+            ``{"qkv": {"q": 64, "k": 16, "v": 16}}`` with the rows of each. The targets are then ``c_attn.q``, ..., each
+            with its own A and B, or ``c_attn`` for all of them.
         layouts: ``{pattern: layout}`` for parameters that are not stored as (out, in): one of ``"i o -> o i"``,
             ``"e o i -> e o i"`` (a stack of experts, the default for three dimensions), ``"e i o -> e o i"``.
-        tied: for a weight that several layers read, such as that of an embedding and a head: ``"named"`` adapts the
-            layers that targets name, each with an A and a B of its own; ``"both"`` gives all layers that read it one A
-            and B, so that the weights stay tied when they are merged.
+        tied: for a weight that several layers share, such as an embedding and a head: ``"named"`` adapts the layers
+            that targets name, each with its own A and B; ``"both"`` gives all layers that share the weight one A and
+            one B, so that they stay tied when they are merged.
         adapter: name of the adapter. A model can hold several; the one injected last is the active one.
-        dtype: of A and B; None for float32, or the base's own where that is wider.
+        dtype: dtype of A and B; None for float32, or the base's dtype if that is wider.
         generator: source of all random numbers; None for torch's global generator.
 
     Returns:
         The same model.
 
     Raises:
-        ValueError: naming every pattern that matches nothing or nothing that can be adapted, and every setting out
-            of range. The model is then as it was.
+        ValueError: naming every pattern that matches nothing that can be adapted, and every setting out of range. The
+            model is then as it was.
     """
     check_adapter_name(adapter)
     spec = AdapterSpec(r=r, alpha=alpha, dropout=dropout, scaling=scaling, variant=variant)
@@ -141,10 +141,10 @@ def inject_lora(
 
 
 def remove_lora(model: M) -> M:
-    """Take all adapters out: the plain model again, as it was before the first injection.
+    """Remove all adapters and restore the plain model, as it was before the first injection.
 
-    Classes, parameter names and ``requires_grad`` are restored, merged layers get their own weight back, and modules
-    that were trained in full (``train_also``) get their original values back. `merge_and_unload` keeps the training.
+    This restores classes, parameter names, ``requires_grad``, the weights of merged layers, and the values of modules
+    trained in full (``train_also``). To keep what was learnt, call `merge_and_unload` instead.
 
     Returns:
         The same model.

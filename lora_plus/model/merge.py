@@ -54,21 +54,22 @@ class MergeReport:
 
 
 def merge_lora(model: nn.Module, *, adapters: Sequence[str] | None = None) -> MergeReport:
-    """Bind to each adapted layer a weight that contains its adapters; the base's own parameter is kept aside.
+    """Merge adapters into the weights of a model; `unmerge_lora` undoes it.
 
-    Adapters that are not merged have no effect until `unmerge_lora` brings back those that are active now.
+    Each adapted layer gets a new weight that contains its adapters. The base's own parameter is kept aside. Adapters
+    that are not merged have no effect until `unmerge_lora`, which restores those that are active now.
 
-    The merged weight is computed in float32 or better and rounded once to the weight's dtype. A weight shared with
-    another layer is shared no longer while merged; a warning names such layers. Where the weights are sharded by
-    ``fully_shard`` or tensor parallelism, every rank must call this, and `unmerge_lora`; the shards are written into.
+    The merged weight is computed in float32 or better, and rounded once to the weight's dtype. A weight that is shared
+    with another layer is not shared while merged; a warning names such layers. If the weights are sharded by
+    ``fully_shard`` or tensor parallelism, every rank must call this and `unmerge_lora`; the shards are overwritten.
 
     Args:
         model: the model; it is changed.
-        adapters: names of the adapters to merge; None for those that are active. Those keep their factors
-            (`set_adapter`); the others have 1.
+        adapters: names of the adapters to merge; None for the active ones. Active adapters keep their factors
+            (`set_adapter`); the factor of others is 1.
 
     Returns:
-        A report: which layers, and how much of the update the rounding lost.
+        A report: the layers, and how much of each update was lost in rounding.
 
     Raises:
         KeyError: if the model has no such adapter.
@@ -80,7 +81,7 @@ def merge_lora(model: nn.Module, *, adapters: Sequence[str] | None = None) -> Me
 
 
 def unmerge_lora(model: nn.Module) -> None:
-    """Give each merged layer its own parameter again: the very same object, with the very same bits.
+    """Undo `merge_lora`: each layer gets its own parameter back, the same object with the same bits.
 
     Raises:
         ValueError: if the model is not merged.
@@ -96,7 +97,7 @@ def unmerge_lora(model: nn.Module) -> None:
 
 @contextmanager
 def merged(model: M, *, adapters: Sequence[str] | None = None) -> Iterator[M]:
-    """The merged model for the length of a ``with`` block; afterwards the previous state, merged or not."""
+    """Merge a model inside a ``with`` block; afterwards it is merged or unmerged as before."""
     state = _mergeable(model, adapters)
     if not (was_merged := _is_merged(state, adapters)):
         _merge(state, adapters)
@@ -108,15 +109,16 @@ def merged(model: M, *, adapters: Sequence[str] | None = None) -> Iterator[M]:
 
 
 def merge_and_unload(model: M, *, adapters: Sequence[str] | None = None, dequantize: bool = False) -> M:
-    """Plain modules with the merged weights; the adapters and the original weights are dropped.
+    """Merge the adapters for good: the layers become plain modules with merged weights.
 
-    Modules trained in full keep their trained values. ``requires_grad`` is as it was before the first injection.
+    The adapters and the original weights are deleted. Modules trained in full keep their trained values.
+    ``requires_grad`` is as it was before the first injection.
 
     Args:
         model: as in `merge_lora`.
         adapters: as in `merge_lora`.
-        dequantize: turn adapted layers with a quantized weight into plain ``nn.Linear`` layers. Their weight has the
-            dtype that it had before it was quantized, where the package remembers that.
+        dequantize: turn adapted layers with a quantized weight into plain ``nn.Linear`` layers. Their weight gets the
+            dtype from before quantization, if the package stores it.
 
     Returns:
         The same model.

@@ -31,15 +31,15 @@ M = TypeVar("M", bound=nn.Module)
 
 @contextmanager
 def adapter_per_sample(model: M, adapters: Sequence[str | None]) -> Iterator[M]:
-    """For the length of a ``with`` block, sample i of a batch is computed with adapter i, or with none.
+    """Inside a ``with`` block, compute each sample of a batch with its own adapter, or with none.
 
-    A sample is index i of the first dimension of each adapted layer's input and output. It gets what it would get
-    alone with its adapter chosen by `set_adapter`, with gradients for the adapters that have ``requires_grad``; where
-    its name is None, or a layer lacks the adapter, what the base computes, bit for bit. A batch has one of each module
-    that adapters train in full, that of the active adapter. Adapters may differ in everything, rank and variant too.
+    Sample i is index i of the first dimension of each adapted layer's input and output. Its result is the same as alone
+    with its adapter chosen by `set_adapter`, with gradients for the adapters that have ``requires_grad``. If its name
+    is None, or a layer has no such adapter, the result is the base's, bit for bit. Adapters may differ in rank, variant
+    and all other settings. Modules trained in full are those of the active adapter, for all samples.
 
-    In activation checkpointing layers are computed again in the backward pass, so that has to be inside the block.
-    What engines write through ``.data`` counts from the next forward with gradients or the next block on.
+    With activation checkpointing the backward pass must be inside the block, because it computes layers again. Values
+    that engines write through ``.data`` are used from the next forward with gradients or the next block on.
 
     Examples:
         >>> from lora_plus import inject_lora
@@ -51,10 +51,10 @@ def adapter_per_sample(model: M, adapters: Sequence[str | None]) -> Iterator[M]:
 
     Args:
         model: a model with adapters.
-        adapters: for each sample of the batch the name of its adapter, or None for the base alone.
+        adapters: for each sample of the batch, the name of its adapter, or None for the base.
 
     Raises:
-        TypeError: if that is not a list of names.
+        TypeError: if ``adapters`` is not a list of names.
         KeyError: if the model holds no adapter of such a name.
         ValueError: if the list is empty, the model has no adapter, it is merged or disabled, or a whole batch shares an
             adapted parameter or a module trained in full. Inside the block: if a layer gets another number of samples,

@@ -77,7 +77,7 @@ def _with_followers(state: State) -> Iterator[tuple[str, Adapter, AdaptedWeight]
 
 
 def lora_summary(model: nn.Module) -> Summary:
-    """What was adapted: layers, ranks, scales, sizes of whole tensors, and notes on what is unusual."""
+    """A table of the adapted layers: ranks, scales, parameters (of whole tensors, if sharded), and notes."""
     state = State(model)
     rows, shape, ties = [], state.storage.shape, Ties(state)
     for path, adapter, weight in _with_followers(state):

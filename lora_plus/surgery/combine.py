@@ -41,37 +41,37 @@ def combine_adapters(
     generator: torch.Generator | None = None,
     trainable: bool = False,
 ) -> CombineReport:
-    """Add to a model an adapter that is made of some that it has, whatever their ranks and layers.
+    """Combine several adapters of a model into a new one. Their ranks and layers may differ.
 
-    With ``D_i = w_i s_i B_i A_i``, zero where an adapter has no such layer, the update of each layer is:
+    Let ``D_i = w_i s_i B_i A_i``, or zero if adapter i does not have the layer. The update of each layer is:
 
     - ``"sum"``: ``D_1 + D_2 + ...``, exact: the factors side by side, so ranks add up.
-    - ``"svd"``: the best approximation of that sum of rank r; no matrix of the layer's size is made.
-    - ``"ties"``: each D_i keeps the ``density`` largest part of its entries; by entry, the mean of those that have the
-      sign of their sum; cut to rank r (arXiv:2306.01708).
-    - ``"dare"``: each entry of D_i stays with probability ``density``, divided by it; the sum, cut to rank r
+    - ``"svd"``: the best approximation of that sum of rank r, without a matrix of the layer's size.
+    - ``"ties"``: keep the largest entries of each D_i, a fraction ``density`` of them; for each entry, average those
+      with the sign of their sum; reduce to rank r (arXiv:2306.01708).
+    - ``"dare"``: keep each entry of D_i with probability ``density``, divided by it; sum, and reduce to rank r
       (arXiv:2311.03099).
-    - ``"dare_ties"``: thinned as in dare, joined as in ties.
+    - ``"dare_ties"``: drop entries as in dare, and continue as in ties.
 
-    The last three hold a matrix of the layer's size for each adapter, for one layer at a time. The adapters that it is
-    made of keep every bit; as after an injection, the new one is active and the others are frozen.
+    The last three need a matrix of the layer's size for each adapter, for one layer at a time. The combined adapters do
+    not change. As after `inject_lora`, the new adapter is active and the others are frozen.
 
     Args:
         model: a model with adapters; it is changed.
-        adapters: the names of those to combine.
+        adapters: the names of the adapters to combine.
         weights: a factor for each, which may be negative; None for 1.
-        adapter: the name of the new one.
+        adapter: the name of the new adapter.
         method: one of the above.
         r: the largest rank that a layer gets; for all methods but ``"sum"``.
-        density: part of the entries that stays, above 0 and at most 1; for the last three methods.
+        density: the fraction of entries to keep, above 0 and at most 1; for the last three methods.
         generator: source of the random numbers of ``"dare"`` and ``"dare_ties"``; None for torch's global generator.
-        trainable: whether the new adapter shall be trained.
+        trainable: whether the new adapter is trainable.
 
     Raises:
         KeyError: if the model holds no adapter of such a name.
         TypeError, ValueError: if a setting is out of range, missing, or without effect for the method; if an adapter
-            cannot be combined (DoRA, ``train_also``, values that are not finite); if the model is sharded, merged or
-            disabled, or has an adapter of the new name. The model is then as it was.
+            cannot be combined (DoRA, ``train_also``, non-finite values); if the model is sharded, merged or disabled,
+            or has an adapter of the new name. The model is then as it was.
     """
     check_adapter_name(adapter)
     chosen = _chosen(method, {"r": r, "density": density, "generator": generator})
@@ -97,10 +97,10 @@ def combine_saved(
     density: float | None = None,
     generator: torch.Generator | None = None,
 ) -> tuple[SavedAdapter, CombineReport]:
-    """Combine saved adapters of one model, as `combine_adapters` combines those that a model has.
+    """Combine saved adapters of one model, as `combine_adapters` does in a model.
 
     Args:
-        adapters: the adapters by what an error calls them, such as their paths.
+        adapters: the adapters, under names for error messages, such as their paths.
         weights: as in `combine_adapters`.
         method: as in `combine_adapters`.
         r: as in `combine_adapters`.
@@ -108,7 +108,7 @@ def combine_saved(
         generator: as in `combine_adapters`.
 
     Returns:
-        The new adapter, with the metadata that is the same in all, and the report.
+        The new adapter, with the metadata that all have in common, and the report.
 
     Raises:
         TypeError, ValueError: as `combine_adapters`, and naming each layer that differs from adapter to adapter.

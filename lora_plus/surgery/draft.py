@@ -20,7 +20,7 @@ from lora_plus.text import counted, median_and_worst, some
 
 @dataclass(frozen=True)
 class CombineReport:
-    """What combining, resizing or extracting made. ``str()`` of it is one line for each thing worth knowing."""
+    """The report of combining, resizing or extracting. ``str()`` of it is a short text."""
 
     adapter: str
     """The adapter's name; empty for a saved adapter, which has none."""
@@ -29,7 +29,7 @@ class CombineReport:
     errors: dict[str, float]
     """How far the update of each layer is from the wanted one, relative to that (Frobenius norm)."""
     ignored: list[str] = field(default_factory=list)
-    """What differs in a tuned model or checkpoint and is not in the adapter, by name."""
+    """Names of tensors that differ in the tuned model or checkpoint and are not in the adapter."""
 
     def __str__(self) -> str:
         lowest, highest = min(self.ranks.values()), max(self.ranks.values())

@@ -40,25 +40,25 @@ def extract_adapter(
     layouts: Mapping[Any, str] | None = None,
     trainable: bool = False,
 ) -> CombineReport:
-    """Add to a model the adapter that comes nearest to a fine-tuned model: the truncated SVD of each weight's change.
+    """Add the adapter that is nearest to a fine-tuned model: the truncated SVD of each weight's change.
 
-    As after an injection, it is the active adapter, and everything else is frozen. What is compared is the model's own
-    weights, without the adapters that it has. Where those are quantized, the adapter makes up for that too.
+    As after `inject_lora`, it is the active adapter, and everything else is frozen. The tuned weights are compared with
+    the model's own weights, without its adapters. If these are quantized, the adapter also corrects the quantization.
 
     Args:
-        model: the model that the tuned one started from; it is changed.
-        tuned: a model of the same architecture, plain or merged, or its state dict.
+        model: the model that the fine-tuning started from; it is changed.
+        tuned: the fine-tuned model, plain or merged, or its state dict.
         targets: which layers, as in `inject_lora`.
-        r: the largest rank that a layer gets: less where its weight has less.
+        r: the rank of each layer, or the full rank of its weight if that is less.
         adapter: the name of the new adapter.
         exclude: as in `inject_lora`.
         rank_pattern: as in `inject_lora`.
         fused: as in `inject_lora`.
         layouts: as in `inject_lora`.
-        trainable: whether it shall be trained.
+        trainable: whether the new adapter is trainable.
 
     Returns:
-        A report, which also names biases and other tensors that differ and are no target, or whose rows are none.
+        A report, which also names biases and other tensors that differ but are not targets.
 
     Raises:
         ValueError: naming every target that is missing in the tuned model or does not fit, or if no target differs;

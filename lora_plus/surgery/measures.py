@@ -100,10 +100,10 @@ class AdapterDifference:
 
 
 def diff_saved(a: SavedAdapter, b: SavedAdapter) -> AdapterDifference:
-    """How two adapters differ: in settings, and in the updates themselves, whatever their ranks.
+    """Compare two adapters: their settings and their updates. The ranks may differ.
 
-    ``s_a B_a A_a - s_b B_b A_b`` is itself a product, of the factors side by side, so its norm takes matrices of
-    rank by rank only.
+    ``s_a B_a A_a - s_b B_b A_b`` is a product of the factors side by side, so its norm needs only matrices of rank by
+    rank.
     """
     both = [name for name in a.layers if name in b.layers]
     ours, theirs = _trained(a), _trained(b)

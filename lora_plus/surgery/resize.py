@@ -28,12 +28,12 @@ from .draft import CombineReport, Draft, unusable
 def resize_adapter(
     model: nn.Module, *, r: int, adapter: str = "default", generator: torch.Generator | None = None
 ) -> CombineReport:
-    """Give an adapter another rank, in place: its update stays what it was, or the nearest there is of a lower rank.
+    """Change the rank of an adapter in place: a higher rank keeps the update exactly, a lower one takes the nearest.
 
-    A higher rank keeps the update: A gets rows and B columns as at the start, one of which are zeros. Scale, scaling
-    rule, ``requires_grad`` and what a variant has besides (DoRA's magnitudes) stay; alpha follows from the scale. A and
-    B become new parameters, so make the optimizer afterwards. An adapter that started from a part of the weight (PiSSA
-    and the like) is taken for the update of rank 2 r that it is, and becomes a plain one.
+    For a higher rank A gets new rows and B new columns, initialised as usual: one of the two is zero. Scale, scaling
+    rule, ``requires_grad`` and other tensors (DoRA's magnitudes) stay; alpha follows from the scale. A and B become new
+    parameters, so build the optimizer afterwards. An adapter with a subtracted start (PiSSA, MiLoRA, OLoRA) counts as
+    one of rank 2 r, and becomes a plain one.
 
     Args:
         model: a model with the adapter; it is changed.
@@ -67,7 +67,7 @@ def resize_adapter(
 def resize_saved(
     adapter: SavedAdapter, *, r: int, generator: torch.Generator | None = None
 ) -> tuple[SavedAdapter, CombineReport]:
-    """A saved adapter at another rank, as `resize_adapter` gives it to one of a model; everything else stays.
+    """A saved adapter at another rank, as by `resize_adapter`; everything else stays.
 
     Raises:
         TypeError, ValueError: if r is not a positive int, or the adapter's values are too large to compute with.

@@ -21,7 +21,7 @@ from lora_plus.text import aligned
 
 @dataclass(frozen=True)
 class Candidate:
-    """The settings of one run; all others are common to the runs of a sweep."""
+    """The settings of one run of a sweep; all other settings are the same for all runs."""
 
     lr: float
     """Learning rate, as in `loraplus_param_groups`."""
@@ -32,9 +32,9 @@ class Candidate:
     alpha: float = 16
     """Numerator of the scaling."""
     seed: int = 0
-    """Of the random numbers that the adapter starts from."""
+    """Seed of the adapter's initial values."""
     name: str = ""
-    """Of its adapter; empty for one that says what differs between the candidates, such as ``r8 lr1e-3 x4``."""
+    """Name of its adapter; if empty, it is made from the settings that differ, such as ``r8 lr1e-3 x4``."""
 
     def __post_init__(self) -> None:
         for setting in fields(self):
@@ -51,9 +51,9 @@ def grid(
     alpha: float | Sequence[float] = 16,
     seed: int | Sequence[int] = 0,
 ) -> list[Candidate]:
-    """A candidate for each combination of these values, each a number or several, the last ones varying fastest.
+    """A list with a candidate for each combination of these values; the last ones vary fastest.
 
-    Several are a sequence, a NumPy array or a tensor.
+    Each value is a number, or several in a sequence, a NumPy array or a tensor.
 
     Examples:
         >>> len(grid(lr=[1e-4, 3e-4], lr_ratio=[1, 4, 16], seed=range(2)))
@@ -104,13 +104,13 @@ def _undotted(number: float) -> str:
 
 @dataclass(frozen=True)
 class SweepRow:
-    """What came of one candidate."""
+    """The result of one candidate."""
 
     candidate: Candidate
     """Its settings."""
     loss: float
-    """What it is ranked by: the mean loss of the evaluation after its last step; if there was none, the mean of the
-    training losses of the last fifth of its steps."""
+    """The loss that it is ranked by: the mean loss of the evaluation after its last step; without an evaluation, the
+    mean of the training losses of the last fifth of its steps."""
     losses: tuple[float, ...]
     """Its training loss in each step, before the update."""
     stopped: str
@@ -177,7 +177,7 @@ class Run:
 
 @dataclass(frozen=True)
 class SweepResult:
-    """What came of a sweep. ``str()`` of it is a table, and a warning where the best is at an edge of the grid."""
+    """The result of a sweep. ``str()`` of it is a table, with a warning if the best is at an edge of the grid."""
 
     rows: list[SweepRow]
     """The candidates, the best first."""

@@ -22,17 +22,17 @@ FOLDS: dict[str, Callable[[float], float]] = {
 
 @torch.no_grad()
 def fold_lr_ratio(model: nn.Module, lr_ratio: float, *, rule: str = "adam", adapter: str = "default") -> None:
-    """Let training at one learning rate act as LoRA+ in mode "A" with this ratio: alpha becomes c alpha, and B B / c.
+    """Give an optimizer with one learning rate the effect of LoRA+: multiply alpha by a factor c, and divide B by c.
 
-    For optimizers that have one rate (Prodigy, D-Adaptation), or that an engine builds. The model computes what it did:
-    bit for bit where c is a power of 2, up to rounding otherwise. One rate then moves the weight as two did: ``"adam"``
-    (c is the ratio) holds for steps that do not depend on the gradient's size (Adam, RMSprop, Lion, Prodigy), ``"sgd"``
-    (its square root) for steps proportional to the gradient, neither for LBFGS. Clipping by the norm of all gradients
-    (B's is c times as large), weight decay (B decays at A's rate) and Adam's epsilon (on B as if c times smaller) act
-    differently.
+    For optimizers with one rate (Prodigy, D-Adaptation) or that an engine builds. The output stays the same: bit for
+    bit if c is a power of 2, otherwise up to rounding. Training at one rate then equals LoRA+ with this ratio and
+    ``lr_mode="A"``. The rule ``"adam"`` (c is the ratio) is for steps that do not depend on the gradient's size (Adam,
+    RMSprop, Lion, Prodigy), ``"sgd"`` (c is its square root) for steps proportional to the gradient. Neither fits
+    LBFGS. Three things differ: clipping by the norm of all gradients (B's is c times as large), weight decay (B decays
+    at A's rate) and Adam's epsilon (on B as if c times smaller).
 
-    Call it once, before the optimizer is built, with ``lr_ratio=1`` in `loraplus_param_groups`; ``1 / lr_ratio`` with
-    the same rule undoes it. Embedding adapters, for which LoRA+ has one rate, are passed over.
+    Call it once, before the optimizer is built, and use ``lr_ratio=1`` in `loraplus_param_groups`. ``1 / lr_ratio``
+    with the same rule undoes it. Embedding adapters are not changed, because LoRA+ trains them at one rate.
 
     Examples:
         >>> model = inject_lora(nn.Sequential(nn.Linear(8, 8)), ["0"], r=2, alpha=4)

@@ -38,21 +38,21 @@ def work_share(work_A: float, work_B: float) -> float:
 
 @dataclass(frozen=True)
 class GaugeRow:
-    """The figures of one adapter on one layer. Norms are Frobenius norms; means are over the measured steps."""
+    """The figures of one adapter on one layer. Norms are Frobenius norms. Means are taken over the measured steps."""
 
     name: str
-    """The name in the model of the layer, parameter or block of rows."""
+    """Name of the layer, parameter or block of rows in the model."""
     adapter: str
     """The name of the adapter."""
     work_A: float
-    """``W_A``: the mean of ``-<g, dA>``, what a step of A takes off the loss to first order, from the gradient ``g``
-    that the optimizer saw and the change ``dA`` that it made."""
+    """``W_A``: the mean of ``-<g, dA>``, which is how much a step of A lowers the loss, to first order, with the
+    optimizer's gradient ``g`` and its change ``dA``."""
     work_B: float
     """``W_B``: the same for B."""
     growth_A: float
     """``||A|| / ||A_0||``, with A_0 at the start of the gauge."""
     update: float
-    """``||s B A||``; with a start that is taken out again (PiSSA and the like) ``||s (B A - B0 A0)||``."""
+    """``||s B A||``; with a subtracted start (PiSSA, MiLoRA, OLoRA) ``||s (B A - B0 A0)||``."""
     effective_rank: float
     """``(sum s_i^2)^2 / sum s_i^4`` over the singular values of the update: from 1, where one direction dominates, to
     its rank."""
@@ -61,7 +61,7 @@ class GaugeRow:
     gradient_B: float
     """The mean of ``||g||`` for B."""
     saturation_B: float
-    """``1 - ||B - B_0|| / sum of ||dB||``: 0 while B goes straight on, near 1 where its steps cancel each other."""
+    """``1 - ||B - B_0|| / sum of ||dB||``: 0 if B moves in one direction, near 1 if its steps cancel each other."""
 
     @property
     def work_share(self) -> float:
@@ -82,12 +82,12 @@ COLUMNS: dict[str, tuple[str, Callable[[GaugeRow], float]]] = {
 
 @dataclass(frozen=True)
 class GaugeReport:
-    """What a `LoRAPlusGauge` has measured. ``str()`` of it is a table and the verdict."""
+    """The result of a `LoRAPlusGauge`. ``str()`` of it is a table and the verdict."""
 
     rows: list[GaugeRow]
     """A row for each adapter on each layer."""
     steps: int
-    """The optimizer's steps that the means are over."""
+    """Number of measured steps."""
 
     @property
     def work_share(self) -> float:
@@ -96,7 +96,7 @@ class GaugeReport:
 
     @property
     def verdict(self) -> str:
-        """What w says of a larger ratio; the documentation has how often that was right."""
+        """Whether w suggests a larger ratio; the documentation says how often that was right."""
         if self.steps < _FEWEST:
             return f"no verdict: {self.steps} steps are too few; measure {_FEWEST} or more"
         if math.isnan(self.work_share):
@@ -114,12 +114,12 @@ class GaugeReport:
 
 
 class LoRAPlusGauge:
-    """Watches an optimizer's steps, to tell whether a larger ratio of B's rate to A's may help.
+    """Measures an optimizer's steps, to show whether a larger ratio of B's rate to A's may help.
 
-    It changes nothing: before a step it copies A and B, and after it compares. Gradients are read after the step, as
-    clipping or a gradient scaler left them; an optimizer that evaluates its closure several times (LBFGS) is not
-    measured rightly. Steps in which a figure is not finite are passed over. Weight decay is part of a step. Embedding
-    adapters are left out, and so are layers of which the optimizer does not hold both A and B.
+    It changes nothing: it copies A and B before a step, and compares after it. Gradients are read after the step, so
+    after clipping or unscaling. Weight decay counts as part of a step. Steps with non-finite figures, embedding
+    adapters, and layers whose A and B are not both in the optimizer are left out. Optimizers that evaluate their
+    closure several times (LBFGS) are measured wrongly.
 
     Examples:
         >>> with LoRAPlusGauge(model, optimizer) as gauge:
@@ -128,11 +128,11 @@ class LoRAPlusGauge:
 
     Args:
         model: the model with adapters; wrapped (DDP, compiled) or not, but not sharded.
-        optimizer: the one that trains them.
-        every: measure the first of this many steps, to save time.
+        optimizer: the optimizer of the adapters.
+        every: measure one step in this many, to save time.
 
     Raises:
-        ValueError: if the optimizer holds both A and B of no layer, or they are sharded.
+        ValueError: if the optimizer has both A and B of no layer, or if they are sharded.
     """
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, *, every: int = 1) -> None:
@@ -153,7 +153,7 @@ class LoRAPlusGauge:
         self._tallies: list[_Tally] = []
 
     def start(self) -> None:
-        """Measure from here on; figures of an earlier start are dropped."""
+        """Start measuring; figures of an earlier start are dropped."""
         if self._handles:
             raise RuntimeError("the gauge is measuring already; call stop() first")
         devices = list(dict.fromkeys(pair.A.device for pair in self._pairs))
@@ -163,7 +163,7 @@ class LoRAPlusGauge:
         self._handles = [before(self._before), after(self._after)]
 
     def stop(self) -> None:
-        """Take the hooks off the optimizer; what was measured stays."""
+        """Remove the hooks from the optimizer; the figures stay."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -176,7 +176,7 @@ class LoRAPlusGauge:
         self.stop()
 
     def report(self) -> GaugeReport:
-        """The figures so far, with A and B as they are at this moment."""
+        """The figures so far, with the current A and B."""
         steps = max((int(tally.steps) for tally in self._tallies), default=0)
         if not steps:
             raise ValueError("the gauge has measured no step; call start() before training, or train inside its block")

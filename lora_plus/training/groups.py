@@ -74,37 +74,39 @@ def loraplus_param_groups(
 ) -> list[dict[str, Any]]:
     """Parameter groups for any torch optimizer: A at one rate, B at ``lr_ratio`` times that rate.
 
-    Each trainable parameter of the model is in exactly one group, and no group is empty. By ``"name"`` they are
-    ``lora_A`` and ``lora_B`` at the two rates, ``lora_embedding`` (both matrices of embedding adapters) at
-    ``embedding_lr``, and at ``lr`` ``lora_magnitude`` (DoRA's; other variants can state groups of their own),
-    ``lora_rows`` (``train_rows``), ``other`` and ``other_no_decay`` (heads, norms). Rows of tokens, magnitudes, biases,
-    norm weights and other parameters of less than two dimensions are not decayed; where ``decayed`` says otherwise,
-    there are ``lora_A_no_decay`` and the like. The groups of A and B note their ratio as ``"loraplus_ratio"``, which
-    `check_lr_ratio` goes by. With ``lr_ratio=1`` and the same weight decay on each parameter,
-    training follows plain LoRA bit for bit.
+    Each trainable parameter of the model is in exactly one group, and no group is empty. The names of the groups:
+
+    - ``lora_A`` and ``lora_B``, at the two rates;
+    - ``lora_embedding``: both matrices of embedding adapters, at ``embedding_lr``;
+    - at ``lr``: ``lora_rows`` (``train_rows``), ``lora_magnitude`` (DoRA's; other variants can add groups), ``other``
+      and ``other_no_decay`` (heads, norms, biases).
+
+    Token rows, magnitudes, biases, norm weights and other parameters with less than two dimensions are not decayed.
+    With ``decayed`` there can also be ``lora_A_no_decay`` and the like. The groups of A and B store their ratio as
+    ``"loraplus_ratio"``, which `check_lr_ratio` reads. With ``lr_ratio=1`` and the same weight decay on each parameter,
+    training equals plain LoRA bit for bit.
 
     Args:
         model: a model with adapters; wrapped (DDP, compiled) or not.
-        lr: the rate that ``lr_mode`` says; `transfer_lr` gives it for a run that was tuned with other settings. Of a
-            tensor each group gets a copy.
+        lr: the rate that ``lr_mode`` names; `transfer_lr` converts a rate that was tuned with other settings. If it is
+            a tensor, each group gets a copy.
         lr_ratio: rate of B over rate of A. Theory asks for more than 1 at large width.
-        lr_mode: ``"A"``: lr is A's rate, as in the paper; ``"geometric"``: the geometric mean of both rates, the one to
-            keep when a tuned LoRA run is switched to LoRA+; ``"B"``: B's rate.
-        weight_decay: of the groups that are decayed. With a decoupled decay (AdamW) B decays ``lr_ratio`` times faster
-            than A.
+        lr_mode: what lr is: ``"A"``: A's rate, as in the paper; ``"B"``: B's rate; ``"geometric"``: the geometric mean
+            of both rates, which stays the same when you go from a tuned LoRA run to LoRA+.
+        weight_decay: of the groups that are decayed. Under AdamW, B decays ``lr_ratio`` times faster than A.
         embedding_lr: rate of both matrices of embedding adapters; None for ``lr``. The original LoRA+ code has 1e-6, at
             which they hardly move.
-        adapter: the only one to be trained, with the modules that are trained in full with it, where several are
-            trainable and each has an optimizer of its own (`adapter_per_sample`); it need not be active. None for all.
-        roles: ``(adapter, role, parameter)`` for adapters that are not this library's, with the roles ``"A"``, ``"B"``,
+        adapter: the only adapter to train, with the modules trained in full with it; for one optimizer per adapter
+            (`adapter_per_sample`). It need not be active. None for all adapters.
+        roles: ``(adapter, role, parameter)`` for adapters of other libraries, with the roles ``"A"``, ``"B"``,
             ``"B_bias"`` (a bias that B adds), ``"embedding_A"``, ``"embedding_B"`` and ``"magnitude"``;
             `lora_plus.engines.peft.peft_roles` gives PEFT's.
-        decayed: the parameters that ``weight_decay`` is for, in place of the rule above.
+        decayed: the parameters that get ``weight_decay``, instead of the rule above.
 
     Raises:
         KeyError: if there is no such adapter.
-        ValueError: if no adapter is trainable and active, or a number or a role is unknown, or a base weight under an
-            adapter is trainable, or what a variant or an init holds fixed.
+        ValueError: if no adapter is trainable and active, a number is out of range, a role is unknown, or a tensor is
+            trainable that must be frozen: a base weight under an adapter, or one that a variant or an init fixes.
     """
     rate_A, rate_B = rates(lr, lr_ratio, lr_mode)
     check_number("weight_decay", weight_decay, "finite and at least 0", tensor=True)
@@ -170,7 +172,7 @@ def create_loraplus_optimizer(
         kwargs: passed on, e.g. ``betas`` or ``fused``.
 
     Raises:
-        ValueError: as `loraplus_param_groups`, and if the optimizer knows no weight decay but one is asked for.
+        ValueError: as `loraplus_param_groups`, and if weight decay is given for an optimizer that has none.
         TypeError: if ``optimizer_cls`` cannot be called, or does not take one of ``kwargs``.
     """
     check_makes_optimizers(optimizer_cls, create_loraplus_optimizer, kwargs)

@@ -16,15 +16,15 @@ from .groups import LR_RATIO, LrMode, own_rate, rates
 def split_loraplus_groups(
     groups: Iterable[Mapping[str, Any]], model: nn.Module, *, lr_ratio: float, lr_mode: LrMode = "A"
 ) -> list[dict[str, Any]]:
-    """Split A and B out of parameter groups that exist already, each at its own group's rate times its factor.
+    """Split existing parameter groups, so that A and B get their group's rate times their factor.
 
-    For groups with several base rates, such as layer-wise decay. Everything else, embedding adapters included, stays at
-    its group's rate. With ``lr_mode="A"`` only the B matrices leave their group. New groups are named after their group
-    and ``lora_A`` or ``lora_B``; where a group held both, they note their ratio as ``"loraplus_ratio"``.
+    For groups with several base rates, such as layer-wise decay. Everything else, also embedding adapters, keeps its
+    group's rate. With ``lr_mode="A"`` only the B matrices leave their group. New groups are named after their group
+    and ``lora_A`` or ``lora_B``. If a group had both, they store their ratio as ``"loraplus_ratio"``.
 
     Args:
         groups: dicts with ``"params"`` and ``"lr"``, as for a torch optimizer; they are not changed. Their other
-            entries are passed on to the parts.
+            entries are copied to the parts.
         model: the model that the parameters belong to.
         lr_ratio: as in `loraplus_param_groups`.
         lr_mode: as in `loraplus_param_groups`.

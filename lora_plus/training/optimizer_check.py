@@ -31,41 +31,43 @@ def check_optimizer(
     adapter: str | None = None,
     roles: Roles = (),
 ) -> None:
-    """Raise where training with this optimizer would silently do something else than LoRA+ on this model.
+    """Raise if this optimizer would not train this model with LoRA+, although no error would occur.
 
-    Call it once before training, after the model is wrapped or sharded and the optimizer is built or its state loaded:
+    Call it once before training, after the model is wrapped or sharded and the optimizer is built or its state loaded.
+    It checks:
 
-    - each trainable parameter is in one group, and each member of a group is a parameter of the model: an optimizer
-      built before ``fully_shard``, ``parallelize_module`` or ``to_empty`` holds parameters that the model has no more;
-    - each trainable adapter takes part in the forward: it is active, not merged and not disabled;
-    - the rates of A and B are in the ratio that their groups note, and the groups hold what their names say: a state
-      loaded into groups in another order changes both;
-    - no base weight under an adapter is trainable, nor what a variant (LoRA-FA) or an init (PiSSA) holds fixed;
-    - the engine (DDP, ``fully_shard``, FSDP1) reduces the gradients of all trainable parameters, also of those that
-      came later, and under DDP, and over the ranks on which a DTensor is replicated, they are equal.
+    - Each trainable parameter is in one group, and each parameter of a group is in the model. (An optimizer built
+      before ``fully_shard``, ``parallelize_module`` or ``to_empty`` holds parameters that are no longer in the model.)
+    - Each trainable adapter is used in the forward: it is active, not merged and not disabled.
+    - The rates of A and B have the ratio that their groups store, and the groups contain what their names say. (A state
+      loaded into groups in another order changes both.)
+    - Frozen tensors are frozen: base weights under adapters, and what a variant (LoRA-FA) or an init (PiSSA) fixes.
+    - The engine (DDP, ``fully_shard``, FSDP1) reduces the gradients of all trainable parameters, also of later ones.
+      The replicas of DDP or of a replicated DTensor are equal.
 
-    Warnings name the trainable parameters that will be saved with no adapter (unfrozen by hand, and in no module of
-    ``train_also``), and adapters in half precision, with the share of their entries that a step of Adam can change at
-    all. Under DDP or with DTensors this is a collective: all ranks must call it, and all raise alike; what
-    ``fully_shard`` left whole after a forward is sharded again. Engines that give the optimizer flat copies of the
-    parameters need a check of their own (``lora_plus.engines.deepspeed.check_engine``).
+    It warns about trainable parameters that are saved with no adapter (unfrozen by hand, and not in ``train_also``),
+    and about adapters in half precision, with the share of their entries that a step of Adam can change.
+
+    Under DDP or with DTensors this is a collective: all ranks must call it, and all raise the same error. Parameters
+    that ``fully_shard`` left unsharded after a forward are sharded again. For DeepSpeed, which gives the optimizer flat
+    copies of the parameters, use ``lora_plus.engines.deepspeed.check_engine``.
 
     Examples:
         >>> optimizer = create_loraplus_optimizer(model, torch.optim.AdamW, lr=1e-3, lr_ratio=4)
         >>> check_optimizer(optimizer, model, lr_ratio=4)
 
     Args:
-        optimizer: the one, or all, that train the model.
+        optimizer: the optimizer, or all optimizers, of the model.
         model: the model as it is trained: wrapped in DDP, sharded, compiled or plain.
-        lr_ratio: the ratio that the rates of A and B must have, whatever the groups note; 1 for plain LoRA. With None
-            groups that note no ratio may have any rates.
-        adapter: the only one that this optimizer trains, with the modules that are trained in full with it, as in
-            `loraplus_param_groups`; what others train is then in no group of it. None for all.
-        roles: of adapters that are not this library's, as in `loraplus_param_groups`.
+        lr_ratio: the ratio that the rates of A and B must have, instead of the stored one; 1 for plain LoRA. With None,
+            groups that store no ratio may have any rates.
+        adapter: the only adapter that this optimizer trains, as in `loraplus_param_groups`; it must not contain
+            parameters of other adapters. None for all adapters.
+        roles: for adapters of other libraries, as in `loraplus_param_groups`.
 
     Raises:
         KeyError: if there is no such adapter.
-        ValueError: with all findings, and for each what to do.
+        ValueError: with all problems, and what to do about each.
         TypeError: if an optimizer is not a torch optimizer, so that its groups cannot be compared with the model.
     """
     optimizers = [*optimizer] if isinstance(optimizer, Sequence) else [optimizer]

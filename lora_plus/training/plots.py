@@ -16,9 +16,9 @@ from .gauge import COLUMNS, GaugeReport
 def plot_sweep(result: SweepResult, path: str | PathLike[str]) -> None:
     """Draw the loss over lr and lr_ratio into a file: a panel for each r and alpha, the mean over seeds in each cell.
 
-    The colour goes by the rank of the cell among all that did not diverge, for one bad loss would make all others look
-    alike. A frame marks the best cell. Cells with candidates that were halved are hatched: their loss is that of fewer
-    steps. A cell is empty where there is no candidate, or one diverged.
+    The colour shows the rank of the cell among all that did not diverge; a scale of losses would let one bad loss make
+    all others look alike. A frame marks the best cell. Cells with candidates that were halved are hatched: they were
+    trained for fewer steps. A cell without a candidate, or with one that diverged, is empty.
 
     Args:
         path: ends in ``.svg``, ``.png`` or ``.pdf``.
@@ -82,7 +82,7 @@ def plot_sweep(result: SweepResult, path: str | PathLike[str]) -> None:
 def plot_sweep_curves(result: SweepResult, path: str | PathLike[str]) -> None:
     """Draw the training losses of all candidates over the steps into a file; the best one is drawn thick.
 
-    The best ones have a colour and are named. The axis is as high as candidates need that were trained to the end.
+    The best ones have a colour and a name. The vertical axis fits the candidates that were trained to the end.
 
     Args:
         path: ends in ``.svg``, ``.png`` or ``.pdf``.
@@ -125,8 +125,8 @@ _TITLES = {
 def plot_gauge(report: GaugeReport, path: str | PathLike[str], *, width: float = 7.5) -> None:
     """Draw a gauge's table into a file, under the verdict: a panel for each figure.
 
-    A panel is a map of projections by depth where the layers' names have both, and else has a bar for each layer. Where
-    w is infinite, one of the factors did no work.
+    If the layers' names have a projection and a depth, a panel is a map of projection by depth. Otherwise it has a bar
+    for each layer. An infinite w means that one of the factors did no work.
 
     Args:
         path: ends in ``.svg``, ``.png`` or ``.pdf``.

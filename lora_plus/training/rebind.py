@@ -13,12 +13,12 @@ from lora_plus.model.state import State
 
 @contextmanager
 def rebind_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> Iterator[torch.optim.Optimizer]:
-    """Give the optimizer the parameters that stand in the places of its own after a ``with`` block.
+    """Keep an optimizer valid over a ``with`` block that replaces the model's parameters.
 
-    ``fully_shard``, ``parallelize_module``, ``to_empty`` and ``load_state_dict(assign=True)`` put other parameters into
-    a model; an optimizer that was built before goes on with the old ones and trains nothing. A parameter's place is the
-    module that holds it and its name there. Groups, their settings and schedulers stay. Where the block raises, nothing
-    is rebound.
+    ``fully_shard``, ``parallelize_module``, ``to_empty`` and ``load_state_dict(assign=True)`` replace parameters. An
+    optimizer that was built before would keep the old ones and train nothing. After the block it gets the new
+    parameters, matched by module and name. Groups, their settings and schedulers stay. If the block raises, nothing is
+    rebound.
 
     Examples:
         >>> optimizer = create_loraplus_optimizer(model, torch.optim.AdamW, lr=1e-3)
@@ -28,12 +28,12 @@ def rebind_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> Iter
         ...     fully_shard(model)
 
     Args:
-        optimizer: a torch optimizer that has no state yet; for one with state, build it anew and load the state.
-        model: the model of all its parameters, which is changed in place.
+        optimizer: a torch optimizer without state; if it has state, build a new one and load the state.
+        model: the model that has all its parameters; it is changed in place.
 
     Raises:
-        ValueError: before the block, if the optimizer has state, wraps another, or holds a parameter that is not the
-            model's; after it, if a place is gone. The groups are then as they were.
+        ValueError: before the block, if the optimizer has state, wraps another optimizer, or holds a parameter that is
+            not in the model; after it, if a parameter's module or name is gone. The groups are then as they were.
     """
     _check_fresh(optimizer)
     State(model)  # shards again what a forward left whole

@@ -15,14 +15,14 @@ from .groups import LR_RATIO
 
 
 def check_lr_ratio(optimizer: torch.optim.Optimizer, scheduler: Any = None, *, steps: int = 10_000) -> None:
-    """Raise if the rates of A and B are, or under this schedule will be, in another ratio than they were set up with.
+    """Raise if the rates of A and B have another ratio than they were set up with, now or later in this schedule.
 
-    The schedule is tried out: a copy of it runs on an optimizer without parameters, and the rates are compared after
-    every step. Where ``step`` wants a loss (`ReduceLROnPlateau`) it gets one that never improves. A schedule that ends,
-    as `OneCycleLR` does, is followed to its end. Functions that the scheduler calls are called for the steps ahead, and
-    what they raise is raised: for a table of rates give its length as ``steps``. Rates of zero have every ratio, and
-    those below a thousandth of the highest so far move nothing any more; both are passed over. To keep the ratio,
-    multiply the rates of all groups by one factor; the documentation has how, by scheduler.
+    A copy of the schedule runs on an optimizer without parameters, and the rates are compared after every step. If
+    ``step`` needs a loss (`ReduceLROnPlateau`), it gets one that never improves. A schedule that ends, such as
+    `OneCycleLR`, is followed to its end. Functions of the scheduler are called for future steps, and their exceptions
+    are raised: for a table of rates pass its length as ``steps``. Rates of zero and rates below a thousandth of the
+    highest so far are not compared. To keep the ratio, multiply the rates of all groups by one factor; the
+    documentation says how, for each scheduler.
 
     Examples:
         >>> optimizer = create_loraplus_optimizer(model, torch.optim.AdamW, lr=1e-3, lr_ratio=4)
@@ -31,12 +31,12 @@ def check_lr_ratio(optimizer: torch.optim.Optimizer, scheduler: Any = None, *, s
 
     Args:
         optimizer: one with the groups of `loraplus_param_groups` or `split_loraplus_groups`.
-        scheduler: what sets its rates, or None to compare just the rates that it has now.
-        steps: how many steps of the schedule to look at; at least those of the run.
+        scheduler: the scheduler of this optimizer, or None to compare only its current rates.
+        steps: how many steps of the schedule to try; at least as many as the run has.
 
     Raises:
-        ValueError: with the first step at which the ratio is another one, the rates, and what to write instead; also if
-            the groups note no ratio, or the scheduler is another optimizer's.
+        ValueError: with the first step at which the ratio changes, the rates, and what to write instead; also if the
+            groups store no ratio, or the scheduler belongs to another optimizer.
         TypeError: if the scheduler has no optimizer, or cannot be copied; `watch_lr_ratio` needs neither.
     """
     watch = _Watch()
@@ -64,13 +64,13 @@ _ENDED = "Tried to step"
 
 
 def watch_lr_ratio(optimizer: torch.optim.Optimizer) -> RemovableHandle:
-    """Compare the rates of A and B before every step of the optimizer, and raise at the first with another ratio.
+    """Compare the rates of A and B before every step of the optimizer, and raise if their ratio has changed.
 
-    For loops that set the rates themselves, and for schedules that depend on the run. Rates that are tensors are read,
-    which waits for their device. The handle's ``remove()`` ends the watch.
+    For loops that set the rates themselves, and for schedules that depend on the run. Reading rates that are tensors
+    synchronises with their device. Call ``remove()`` on the result to stop.
 
     Raises:
-        ValueError: if the groups note no ratio. In training, a step raises as `check_lr_ratio` does, before it changes
+        ValueError: if the groups store no ratio. In training, a step raises as `check_lr_ratio` does, before it changes
             a parameter.
     """
     _noted(optimizer.param_groups)

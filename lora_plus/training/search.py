@@ -63,19 +63,19 @@ def sweep(
         targets: as in `Sweep`.
         candidates: as in `Sweep`.
         loss: as in `Sweep`.
-        batches: the batches to train on, one a step.
+        batches: the training batches, one per step.
         validation: batches to rank the candidates by, at every halving and at the end; None for the training losses.
-        halving: ``{step: fraction}``: after this step only the best fraction of those that are left is trained on
+        halving: ``{step: fraction}``: after this step only the best fraction of the remaining candidates goes on
             (successive halving, Jamieson & Talwalkar 2016, arXiv:1502.07943).
         report: called after every step; None for a line on stderr, if that is a terminal.
-        adapter: the name that the best adapter gets, the others being deleted; None keeps all, under their own names.
+        adapter: the name for the best adapter; the others are deleted. None keeps all, under their own names.
         settings: the keywords of `Sweep` and of `inject_lora`.
 
     Returns:
-        The candidates in the order of their losses. If all of them diverged, the model is left without adapters.
+        The candidates in the order of their losses. If all diverged, the model has no adapters afterwards.
 
     Raises:
-        ValueError: as `Sweep`, or if there are no batches. After any exception the model is left without adapters.
+        ValueError: as `Sweep`, or if there are no batches. After any exception the model has no adapters.
     """
     if adapter is not None:
         check_adapter_name(adapter)
@@ -115,12 +115,12 @@ def _line(batches: Iterable[Any], candidates: int) -> Report:
 
 
 class Sweep:
-    """Candidates that are trained side by side, one step at a time.
+    """Trains candidates side by side, one step at a time.
 
     All see the same batch: its samples are repeated for each candidate and go through the frozen model together, each
-    with its candidate's adapter (`adapter_per_sample`). Each candidate has an optimizer and a mean loss of its own, so
-    its adapter gets the gradients of a run of its own; only random numbers of the forward (dropout) differ. A candidate
-    whose loss or gradient is not finite is stopped before the update.
+    with its candidate's adapter (`adapter_per_sample`). Each candidate has its own optimizer and mean loss, so it
+    trains as it would alone; only random numbers of the forward (dropout) differ. A candidate whose loss or gradient is
+    not finite is stopped before the update.
 
     Examples:
         >>> model = nn.Sequential(nn.Linear(4, 4))
@@ -133,7 +133,7 @@ class Sweep:
     Args:
         model: a model without adapters; it gets one for each candidate.
         targets: as in `inject_lora`.
-        candidates: what is compared.
+        candidates: the settings to compare.
         loss: ``(model, batch) -> (samples,)``: the loss of each sample, which must depend on that sample alone. For a
             mean over tokens, multiply each sample's sum by the number of samples over that of tokens in the batch.
         optimizer: an optimizer's class, or a function ``(groups, lr=...)``, such as a ``functools.partial`` of one.
@@ -141,9 +141,9 @@ class Sweep:
         weight_decay: as in `loraplus_param_groups`.
         embedding_lr: as in `loraplus_param_groups`.
         schedule: ``step -> factor`` of all rates, from step 0, as in ``LambdaLR``.
-        max_norm: what each candidate's gradient is clipped to.
-        together: how many candidates are computed at once; None for all. Fewer take less memory for activations.
-        settings: the other keywords of `inject_lora`, but ``train_also``.
+        max_norm: the norm to clip each candidate's gradient to.
+        together: how many candidates are computed at once; None for all. Fewer need less memory for activations.
+        settings: the other keywords of `inject_lora`, except ``train_also``.
 
     Raises:
         TypeError, ValueError: if candidates, settings or the model do not fit. The model is then as it was.

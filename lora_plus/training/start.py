@@ -31,11 +31,11 @@ def reset_lora_parameters(
     init: InitName | Init = "kaiming",
     generator: torch.Generator | None = None,
 ) -> None:
-    """Draw an adapter's tensors anew on all its layers, in place: its start, from which it can be trained again.
+    """Initialise an adapter's tensors again on all its layers, in place.
 
-    The parameters stay the same objects, and so do the settings of the adapter; modules that are trained in full with
-    it are left alone. A DoRA magnitude becomes the norm of the weight that is loaded by then. On a sharded model every
-    rank must call this, and the tensors are those of one process with the same generator.
+    The parameters stay the same objects, and the adapter's settings stay. Modules trained in full are not changed. A
+    DoRA magnitude becomes the norm of the current weight. On a sharded model every rank must call this; the tensors are
+    those of one process with the same generator.
 
     Examples:
         >>> model = inject_lora(nn.Sequential(nn.Linear(8, 8)), ["0"], r=2)
@@ -44,8 +44,8 @@ def reset_lora_parameters(
     Args:
         model: a model with adapters; wrapped, sharded or not.
         adapter: the adapter's name.
-        init: as in `inject_lora`. An init that takes a start out of the update again (``"pissa"``) needs an
-            adapter that was injected with such a one.
+        init: as in `inject_lora`. An init whose start is subtracted (``"pissa"``, ``"milora"``, ``"olora"``) needs an
+            adapter that was injected with such an init.
         generator: as in `inject_lora`.
 
     Raises:
@@ -72,16 +72,16 @@ def reset_lora_parameters(
 def init_from_gradients(
     model: nn.Module, loss: Callable[[Any], Tensor], batches: Iterable[Any], *, adapter: str = "default"
 ) -> None:
-    """Start an adapter from the gradient of a loss; one factor stays zero, so the model computes what it did before.
+    """Start an adapter along the gradient of a loss. One factor stays zero, so the output is unchanged.
 
-    With G the gradient of the loss by a layer's weight (its matrix view), summed over the batches, the rows of A become
-    the top r right singular vectors of G, of norm ``1/sqrt(3)``, about that of the default init's rows. The first step
-    of B then moves the layer along the best approximation of G of rank r, as in LoRA-GA (arXiv:2407.05000) and LoRA-One
-    (arXiv:2502.01235), but the weight, the learning rate and the scale stay. Where it is A that is zero, as in
-    embeddings, B becomes the top r left singular vectors, of the norm that its columns have on average.
+    Let G be the gradient of the loss with respect to a layer's weight (its matrix view), summed over the batches. The
+    rows of A become the top r right singular vectors of G, with norm ``1/sqrt(3)``, about that of the default init. The
+    first step of B then moves the layer along the best rank-r approximation of G, as in LoRA-GA (arXiv:2407.05000) and
+    LoRA-One (arXiv:2502.01235). Unlike there, the weight, the learning rate and the scale do not change. If A is the
+    zero factor, as in embeddings, B becomes the top r left singular vectors, with the mean norm of its columns.
 
-    While it runs, it holds a gradient of the size of each adapted weight. The model's mode is used as it is (dropout
-    included). Gradients, buffers and random states are as before afterwards.
+    It needs memory for the gradient of each adapted weight. It uses the model's current mode (with dropout in training
+    mode). Gradients, buffers and random states are restored afterwards.
 
     Examples:
         >>> model = inject_lora(nn.Sequential(nn.Linear(8, 8)), "all-linear", r=2)
@@ -89,8 +89,8 @@ def init_from_gradients(
         >>> init_from_gradients(model, lambda x: model(x).square().mean(), batches)
 
     Args:
-        model: a model with an adapter as it was injected; not merged.
-        loss: from a batch to the loss, a tensor with one element, computed by this model.
+        model: a model with a freshly injected adapter; not merged.
+        loss: a function from a batch to the loss of this model, a tensor with one element.
         batches: a few batches.
         adapter: the adapter's name.
 

@@ -43,16 +43,16 @@ DEFAULTS: dict[str, Any] = {
 
 
 def transfer_lr(lr: float, tuned: Mapping[str, Any], wanted: Mapping[str, Any]) -> float:
-    """The ``lr`` to pass for the settings ``wanted``, where ``lr`` is the best one for the settings ``tuned``.
+    """Convert a learning rate that was tuned with other settings.
 
-    With Adam, the best rate keeps ``g * sqrt(r * s)``: g is the geometric mean of the rates of A and B, s the scale
-    that multiplies B A. It is exact for the ratio, its mode and alpha (under Adam ``alpha * k`` is a ratio of k), and
-    follows arXiv:2602.06204 (muA) for r: no change with ``alpha / r``, ``r ** -1/4`` with ``alpha / sqrt(r)``,
-    ``r ** -1/2`` at a fixed scale. With ``init="kaiming_B"`` it is exact where alpha and the ratio change by the same
-    factor. Between starts, and from or to full fine-tuning, it multiplies by published factors that are **empirical**:
-    PiSSA 1/10, MiLoRA 1/3.2, OLoRA and the start from gradients 1/18.2 of LoRA's best rate (arXiv:2602.04998, one
-    family of models); LoRA with alpha 32 ten times full fine-tuning's ("LoRA Without Regret", Thinking Machines 2025;
-    another user found three times).
+    Under Adam the best rate keeps ``g * sqrt(r * s)``: g is the geometric mean of the rates of A and B, s the scale of
+    B A. For the ratio, its mode and alpha this is exact (under Adam ``alpha * k`` is a ratio of k). For r it follows
+    arXiv:2602.06204 (muA): no change with ``alpha / r``, ``r ** -1/4`` with ``alpha / sqrt(r)``, ``r ** -1/2`` at a
+    fixed scale. With ``init="kaiming_B"`` it is exact if alpha and the ratio change by the same factor. Between inits,
+    and from or to full fine-tuning, it multiplies by published **empirical** factors: PiSSA 1/10, MiLoRA 1/3.2, OLoRA
+    and `init_from_gradients` 1/18.2 of LoRA's best rate (arXiv:2602.04998, one family of models); LoRA with alpha 32
+    ten times the rate of full fine-tuning ("LoRA Without Regret", Thinking Machines 2025; another user found three
+    times).
 
     Examples:
         >>> plus = {"lr_ratio": 4, "lr_mode": "A"}
@@ -63,19 +63,19 @@ def transfer_lr(lr: float, tuned: Mapping[str, Any], wanted: Mapping[str, Any]) 
         0.0001
 
     Args:
-        lr: the rate that was tuned, as it was passed with ``tuned``.
-        tuned: the settings that it was tuned with, by the names of `inject_lora` and `loraplus_param_groups`: ``r``,
+        lr: the tuned rate, as it was passed with ``tuned``.
+        tuned: the settings that it was tuned with, with the names of `inject_lora` and `loraplus_param_groups`: ``r``,
             ``alpha``, ``scaling``, ``init``, ``variant``, ``lr_ratio``, ``lr_mode``, and ``method``, ``"lora"`` or
-            ``"full"`` for full fine-tuning. What is left out is at `inject_lora`'s default.
-            ``lr_ratio`` is named on both sides, or on neither where it stays; 1 is plain LoRA.
+            ``"full"`` for full fine-tuning. A missing setting has `inject_lora`'s default.
+            Name ``lr_ratio`` on both sides, or on neither if it stays; 1 is plain LoRA.
             ``init`` can also be ``"gradient"``, for `init_from_gradients`.
-        wanted: the settings to carry the rate to, by the same names.
+        wanted: the settings to convert the rate to, with the same names.
 
     Raises:
-        ValueError: if a value is out of range, if a side leaves out ``lr_ratio`` where the rate depends on it, or if no
-            factor is known: between variants, between other starts, and for another r or scale between starts
-            whose A is not random or whose B is not zero, but for the case above.
-        TypeError: if a setting is unknown, or its value of another type.
+        ValueError: if a value is out of range, if a side leaves out ``lr_ratio`` and the rate depends on it, or if no
+            factor is known: between variants, between other inits, and for another r or scale with an init whose A is
+            not random or whose B is not zero, except for the case above.
+        TypeError: if a setting is unknown, or its value has another type.
     """
     check_number("lr", lr, tensor=True)
     before, after = _settings("tuned", tuned), _settings("wanted", wanted)

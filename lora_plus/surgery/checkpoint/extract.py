@@ -40,29 +40,30 @@ def extract_checkpoint(
     metadata: Mapping[str, str] | None = None,
     progress: Progress | None = None,
 ) -> CombineReport:
-    """Write the adapter that comes nearest to a fine-tuned checkpoint: the truncated SVD of each weight's change.
+    """Write the adapter that is nearest to a fine-tuned checkpoint: the truncated SVD of each weight's change.
 
-    As `extract_adapter`, for checkpoints that `merge_checkpoint` reads; a few tensors are in memory at a time, and the
-    factors. Unless ``kinds`` says otherwise, layers with the usual names of embeddings (``embed_tokens``, ``wte``)
-    count as such, each other weight of two dimensions as that of a linear layer. Loading into the model refuses a layer
-    of another kind; `merge_checkpoint` computes the same for all that store (out, in).
+    Like `extract_adapter`, for checkpoints that `merge_checkpoint` reads. Memory holds the factors and a few tensors at
+    a time. Layers with usual names of embeddings (``embed_tokens``, ``wte``) count as embeddings, all other weights of
+    two dimensions as linear layers, unless ``kinds`` says otherwise. Loading into a model refuses a layer of another
+    kind; `merge_checkpoint` gives the same result for all kinds that store (out, in).
 
     Args:
-        base: the checkpoint that the tuned one started from.
-        tuned: the fine-tuned one, with the same names.
-        out: the adapter, as in `save_adapter`.
-        r: the largest rank that a layer gets: less where its weight has less.
-        targets: names or globs of layers; None for all whose weights have the same shape in both. Those that are equal
-            in both get no adapter.
-        exclude: names or globs of layers that get none.
-        kinds: the kind of layer by name or glob, such as ``{"c_attn": "TransposedLinear"}``; weights of more than two
-            dimensions, such as those of convolutions without groups, count only where it is stated.
+        base: the checkpoint that the fine-tuning started from.
+        tuned: the fine-tuned checkpoint, with the same names.
+        out: path of the adapter, as in `save_adapter`.
+        r: the rank of each layer, or the full rank of its weight if that is less.
+        targets: names or globs of layers; None for all whose weights have the same shape in both. Layers with equal
+            weights get no adapter.
+        exclude: names or globs of layers that get no adapter.
+        kinds: the kind of layer by name or glob, such as ``{"c_attn": "TransposedLinear"}``. Weights of more than two
+            dimensions, such as those of convolutions without groups, are adapted only if their kind is given.
         format: as in `save_adapter`.
         metadata: as in `save_adapter`.
-        progress: called with the number of tensors that have been looked at, and of all, after each of them.
+        progress: called after each tensor with the number of tensors that are done, and of all.
 
     Returns:
-        A report, which also names all other tensors that differ, that one checkpoint lacks, or that cannot be read.
+        A report, which also names all other tensors that differ, that are in one checkpoint only, or that cannot be
+        read.
 
     Raises:
         ValueError: one error with every pattern that matches nothing and every target that is missing in the tuned

@@ -40,7 +40,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class CheckpointReport:
-    """What `merge_checkpoint` did. ``str()`` of it is one line for each thing worth knowing."""
+    """The report of `merge_checkpoint`. ``str()`` of it is a short text."""
 
     merged: list[str]
     """Names of the tensors with adapters merged into them."""
@@ -75,30 +75,33 @@ def merge_checkpoint(
     names: Names | None = None,
     progress: Progress | None = None,
 ) -> CheckpointReport:
-    """Write a checkpoint whose weights contain the adapters, with the bits that `merge_lora` in the model would give.
+    """Merge adapters into a checkpoint on disk, without building the model. The bits are those of `merge_lora`.
 
-    A changed tensor is computed in float32, or float64 where it or the adapter is, and rounded once; all others are
-    copied byte for byte. Memory holds the adapter and a few megabytes, or a whole weight whose rows do not follow one
-    another in the file. ``out`` appears whole or not at all; the next run clears what a killed one left beside it. A
-    module whose own forward does not use its weight as it is cannot be known here; `merge_lora` finds out.
+    A changed tensor is computed in float32, or in float64 if it or the adapter is float64, and rounded once. All others
+    are copied byte for byte. Memory holds the adapter and a few megabytes, or one whole weight if it is stored
+    transposed. ``out`` appears whole or not at all; the next run removes what a killed one left. Modules whose forward
+    changes their weight before using it cannot be detected here; `merge_lora` detects them.
 
     Args:
-        base: a ``.safetensors`` file, or a folder with ``model.safetensors``, or with shards and their index, whose
-            other files are taken over.
-        adapter: a file or folder that `load_adapter` reads, or several, whose updates are added up.
-        out: the new file or folder; a folder may be there if it is empty.
-        dtype: of the new checkpoint's floating-point tensors; None to keep each one's. Files such as config.json stay.
-        weights: a factor for each adapter; 1 each if not given.
-        names: from the names of tensors in the adapter's model to those in the checkpoint, as in `load_adapter`; such
-            as ``{"model": ""}`` for ``model.layers.0.q.weight`` that is ``layers.0.q.weight`` here. In a file of
-            kohya's the names are those of modules, with underscores.
-        progress: called with the number of tensors that have been taken on, and of all.
+        base: a ``.safetensors`` file, or a folder with ``model.safetensors``, or with shards and their index. Other
+            files of the folder are copied.
+        adapter: a file or folder that `load_adapter` reads, or several, whose updates are added.
+        out: the new file or folder; an existing folder must be empty.
+        dtype: dtype of the new checkpoint's floating-point tensors; None to keep each one's. Files such as config.json
+            are not changed.
+        weights: a factor for each adapter; None for 1 each.
+        names: from the names of tensors in the adapter's model to those in the checkpoint, as in `load_adapter`, such
+            as ``{"model": ""}`` if ``model.layers.0.q.weight`` is ``layers.0.q.weight`` in the checkpoint. In a kohya
+            file the names are those of modules, with underscores.
+        progress: called with the number of tensors that are started, and of all.
 
     Raises:
-        ValueError: one error with everything that is wrong with the files or does not fit, or a new weight that is not
-            finite. Nothing stays then.
-        FileNotFoundError, FileExistsError: if base or an adapter is not there, or ``out`` is, or appears meanwhile.
-        OSError: if a file of base is replaced or written to meanwhile, or ``out`` cannot be written; nothing stays.
+        ValueError: one error with all problems of the files, all that does not fit, and new weights that are not
+            finite.
+        FileNotFoundError, FileExistsError: if base or an adapter does not exist, or if ``out`` exists or appears
+            meanwhile.
+        OSError: if a file of base changes meanwhile, or ``out`` cannot be written. After any error nothing is left on
+            disk.
     """
     base, out = stated(base), Path(os.path.abspath(stated(out)))
     alone = isinstance(adapter, (str, os.PathLike)) or not isinstance(adapter, Iterable)
