@@ -202,7 +202,7 @@ def _finish(
         write_adapter(replace(adapter, metadata=kept), path, format=cast("FormatName | None", to))
     made = {} if report is None else {"ranks": report.ranks, "errors": report.errors}
     lines = [] if report is None else str(report).split("\n")
-    lines += [f"left out, for the format has no room for it: {key}" for key in left_out]
+    lines += [f"left out, because the format cannot hold it: {key}" for key in left_out]
     facts = {"path": out, "format": name, "bytes": size(out), "left_out": left_out}
     emit(as_json, facts | made, *lines, f"wrote {out}: {readable(size(out))}")
 

@@ -126,8 +126,8 @@ def check_engine(engine: Any) -> None:
 
 
 _LOST = (
-    "DeepSpeed builds one group where it is given a section 'optimizer' and no groups (model_parameters), and some of "
-    "its schedules set one rate for all groups: check_config(config) says which"
+    "DeepSpeed builds one group if its config has a section 'optimizer' and it gets no groups (model_parameters), and "
+    "some of its schedules set one rate for all groups; call check_config(config) to see which"
 )
 
 
@@ -158,7 +158,7 @@ def check_config(config: Config, *, groups: Groups | None = None) -> None:
     problems = [*_of_optimizer(sections, groups), *_of_scheduler(sections, groups)]
     if problems:
         where = "this DeepSpeed config" if isinstance(config, Mapping) else f"the DeepSpeed config {str(config)!r}"
-        raise Problems(f"{where} and LoRA+ do not go together", problems)
+        raise Problems(f"{where} would switch LoRA+ off", problems)
 
 
 def _sections(config: Config) -> Mapping[str, Any]:
@@ -214,8 +214,7 @@ def _of_scheduler(sections: Mapping[str, Any], groups: Groups | None) -> Iterato
 
 
 _SCHEDULES = (
-    "it would move the rates of A and B away from their ratio, as one rate for all groups does. WarmupCosineLR, and "
-    "WarmupLR without warmup_max_lr, keep the ratio, and so does a list of rates, one for each group, where the groups "
-    "are yours; or remove the section and give deepspeed.initialize lr_scheduler=a function of the optimizer (under "
-    "the Trainer: set lr_scheduler_type)"
+    "it would change the ratio of the rates of A and B, as one rate for all groups does. Use WarmupCosineLR, or "
+    "WarmupLR without warmup_max_lr, or with your own groups a list with one rate per group; or remove the section "
+    "and pass deepspeed.initialize lr_scheduler=a function of the optimizer (under the Trainer: set lr_scheduler_type)"
 )

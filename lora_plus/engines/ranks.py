@@ -62,7 +62,7 @@ def unreduced(model: nn.Module) -> list[str]:
     names = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in known]
     if not found or not names:
         return []
-    return [f"{some(names)} would drift apart between ranks, for their gradients are not reduced: {found[0][0].advice}"]
+    return [f"{some(names)} would drift apart between ranks: their gradients are not reduced; {found[0][0].advice}"]
 
 
 Replicas = dict[Any, dict[str, Tensor]]
@@ -109,7 +109,7 @@ def found_on_all_ranks(model: nn.Module, findings: list[str]) -> list[str]:
         different += names
     if different:
         findings.append(
-            f"{some(different)} differ between ranks, which would train replicas of their own: load or draw the same "
+            f"{some(different)} differ between ranks, so each rank would train its own copy: load or draw the same "
             "values on all ranks before wrapping or sharding"
         )
     return findings

@@ -94,7 +94,7 @@ class _MatrixCut(ParallelStyle):
             TypeError: if the layer has no weight that is a matrix and stored as one.
             ValueError: if it is in a state, or has an adapter, with which it cannot be cut.
         """
-        subject, kind = f"{type(self).__name__} cannot cut a {type(module).__name__}", lora_class(module)
+        subject, kind = f"{type(self).__name__} cannot shard a {type(module).__name__}", lora_class(module)
         if kind is None or len(kind.layout.split(" -> ")[0].split()) != 2:
             raise TypeError(f"{subject}, only linear layers and embeddings")
         if kind.stored_quantized or module._parameters.get("weight") is None:
@@ -109,17 +109,19 @@ class _MatrixCut(ParallelStyle):
         common_numbers = hasattr(torch.get_device_module(mesh.device_type), "set_rng_state")  # what DTensor asks, too
         if any(adapter.spec.dropout for adapter in adapters) and not common_numbers:
             raise ValueError(
-                f"{subject} whose adapters have dropout on a {mesh.device_type} mesh, where each rank would drop other "
-                "entries of the same input; inject with dropout=0"
+                f"{subject} whose adapters have dropout on a {mesh.device_type} mesh, where each rank would drop "
+                "different entries of the same input; inject with dropout=0"
             )
         if not all(VARIANTS[adapter.spec.variant].factors for adapter in adapters):
-            raise ValueError(f"{subject} with rows of tokens (train_rows), which are not cut; leave it whole")
+            raise ValueError(
+                f"{subject} with rows of tokens (train_rows), which are not sharded; leave it out of the plan"
+            )
         rescaled = any(VARIANTS[adapter.spec.variant].rescales for adapter in adapters)
         reused = rescaled or getattr(module, "max_norm", None) is not None
         if self.cut == _IN and not kind.linear_low_rank and reused:
             raise ValueError(
-                f"{subject} with a DoRA adapter or max_norm, for which the rows that were looked up are needed twice, "
-                "while torch can put them together from the ranks once; use ColwiseLoRA"
+                f"{subject} with a DoRA adapter or max_norm, which need the looked-up rows twice, but torch can gather "
+                "them only once; use ColwiseLoRA"
             )
         return kind
 

@@ -120,8 +120,8 @@ class LoraPlusTrainer(Trainer):
             )
         if _adapters(self.model) and any(True for _ in _foreign_roles(self.model)):
             raise ValueError(
-                "the model has adapters of inject_lora and of PEFT, which froze each other; inject none, or pass no "
-                "peft_config"
+                "the model has adapters of both inject_lora and PEFT, and each froze the other's; use only one of "
+                "inject_lora and peft_config"
             )
         if self.optimizer is not None:
             _check_optimizer_given(self.args.loraplus_lr_ratio, self.is_deepspeed_enabled)

@@ -82,8 +82,8 @@ def write(adapter: SavedAdapter, target: Target, problems: list[str]) -> Files:
     problems += format_problems(adapter, DIALECT)
     names = target.names() or outline_named_by(adapter).names
     reasons = {
-        "dora": "DoRA's magnitude is read in several ways there",
-        "groups": "there is no agreement on the shapes of a grouped convolution",
+        "dora": "programs read its DoRA magnitudes in different ways",
+        "groups": "programs disagree on the shapes of a grouped convolution",
     }
     children = {name.partition(".")[0] for name in names}
     known = {

@@ -167,8 +167,8 @@ def assemble(
     names = target.names()
     if names is None:
         problems.append(
-            f"{dialect.name} files leave it to the model what their modules are; load it into that, and save it as a "
-            ".safetensors file, which says all that is needed"
+            f"{dialect.name} files do not say what kind of layers their modules are; load the file into its model, and "
+            "save it as a .safetensors file"
         )
         return SavedAdapter({}, {})
     layers = {}

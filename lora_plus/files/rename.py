@@ -52,7 +52,7 @@ class Renaming:
     def unused(self) -> list[str]:
         """A line for each prefix that no name had."""
         left = [old for old in self._prefixes if old and old not in self._used]
-        return [f"names: nothing in the file is called {old!r}, and no name in it starts so" for old in left]
+        return [f"names: no name in the file is or starts with {old!r}" for old in left]
 
 
 def _check(old: str, new: str | None) -> str | None:

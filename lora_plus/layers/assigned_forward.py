@@ -36,8 +36,8 @@ class AssignedForward(SwappedModule):
     def why_unrestorable(self) -> str | None:
         if self.lora_base_forward is not None and "forward" in self.__dict__:
             return (
-                "a forward that was assigned to it after the injection reaches one from before by way of the adapters; "
-                "take the later one back first"
+                "a forward that was assigned to it after the injection calls one that was assigned before; remove the "
+                "later one first"
             )
         return super().why_unrestorable()
 

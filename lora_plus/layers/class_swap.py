@@ -42,7 +42,7 @@ class SwappedModule(nn.Module):
         top: type[Any] = type(self).__bases__[-1] if _is_on_top(self) else type(self)
         if "base_class" in top.__dict__:
             return None
-        return f"its class {top.__name__} was put on top of ours by another tool; undo that first"
+        return f"another tool has changed its class to {top.__name__}; undo that first"
 
     def restore(self) -> nn.Module:
         """Become the plain module that it was, in place; the adapters are dropped."""

@@ -69,8 +69,8 @@ class LoRAOwner(SwappedModule):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         raise TypeError(
-            f"{type(self).__name__} is the class of one {self.base_class.__name__} with adapters and makes no others, "
-            f"as slicing it may try to; construct a {self.base_class.__name__}"
+            f"{type(self).__name__} is the class of one adapted {self.base_class.__name__}, and cannot make another "
+            f"(slicing one tries to); construct a {self.base_class.__name__}"
         )
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

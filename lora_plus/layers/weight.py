@@ -170,8 +170,8 @@ class AdaptedWeight(AdapterSite):
         if len(rescaling) > 1:
             same = [adapter.name for adapter in rescaling]
             raise ValueError(
-                f"adapters {same} each rescale the weight (DoRA), and two rescalings of one weight have no agreed "
-                "meaning; use one of them at a time"
+                f"adapters {same} each rescale the weight (DoRA), and two rescalings of one weight are not defined; "
+                "use one of them at a time"
             )
         # a rescaling acts on the base; sums come after it
         return (*rescaling, *(adapter for adapter in adapters if adapter not in rescaling))
@@ -249,15 +249,15 @@ class AdaptedWeight(AdapterSite):
         """Raise if an adapter has been changed, or the weight been replaced, since it was merged."""
         if merge.is_stale(self.noted_tensors(merge.adapters), by_value=by_value):
             raise ValueError(
-                f"an adapter of this {self.title()} was changed while it was merged, which the merged weight "
-                "does not follow; call unmerge_lora(model), and merge_lora(model) again if it shall be merged"
+                f"an adapter of this {self.title()} was changed while it was merged, so the merged weight is "
+                "out of date; call unmerge_lora(model), then merge_lora(model) to merge it again"
             )
         if (why := self.why_unmergeable()) is not None:
             raise ValueError(why)
         if not self.lora_disabled and not merge.is_shown(self.weight_slot()):
             raise ValueError(
                 f"the weight of this {self.title()} was replaced while it was merged (by tying weights again, or "
-                "by sharding), so the adapters are not in it any more; call unmerge_lora(model) before, and merge after"
+                "by sharding), so it lacks the adapters; call unmerge_lora(model) before that, and merge after it"
             )
 
     def noted_tensors(self, names: Sequence[str]) -> dict[Key, Tensor]:

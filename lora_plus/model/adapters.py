@@ -74,9 +74,8 @@ def set_adapter(
             factor = strengths[each.name]
             if VARIANTS[each.spec.variant].rescales and factor != 1:
                 raise ValueError(
-                    f"the factor of {each.name!r} must be 1, got {factor}: on {path!r} it is of the variant "
-                    f"{each.spec.variant!r}, which rescales the weight, so that its effect is not proportional to its "
-                    "scale"
+                    f"the factor of {each.name!r} must be 1, got {factor}: on {path!r} its variant "
+                    f"{each.spec.variant!r} rescales the weight, so its effect is not proportional to its scale"
                 )
     make_active(state, names, strengths, trainable=trainable)
 

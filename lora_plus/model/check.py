@@ -131,7 +131,7 @@ class _Probe:
             if fault is not None:
                 modes_of.setdefault(fault, []).append(mode)
         if not modes_of and self not in inference.used:
-            return ["in eval without gradients: it is passed by, though it has an effect where gradients are on"]
+            return ["in eval without gradients: it has no effect, although it has one with gradients on"]
         return [f"in {' and '.join(where)}: {fault}" for fault, where in modes_of.items()]
 
     def fault(self, seen: _Seen) -> str | None:
@@ -145,7 +145,7 @@ class _Probe:
         layer = isinstance(self.weight, LoRALayer)
         if self not in seen.used:
             if layer and "forward" in self.weight.__dict__:
-                return "the forward assigned to it after the injection does not call the one that it says it wraps"
+                return "the forward assigned to it after the injection does not call the one in its __wrapped__"
             if layer and self in seen.read:
                 return f"its weight is read, but the layer is not called; {instead}"
             read = f"; if its weight is read without a call, {instead}" if layer and not self.own_weight else ""

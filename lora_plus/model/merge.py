@@ -262,7 +262,7 @@ def _unlike(layer: LoRALayer, adapters: Sequence[ActiveAdapter], bound: Tensor) 
             layer.lora_active = active
     rounding = 32 * torch.finfo(bound.dtype).eps * unmerged.abs().max()
     if (merged_output - unmerged).abs().max() > 0.01 * (unmerged - base).abs().max() + rounding:
-        return "its own forward does not use its weight as it is, so merging would change what it computes"
+        return "its own forward changes its weight before using it, so merging would change the result"
     return None
 
 

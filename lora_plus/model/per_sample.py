@@ -89,8 +89,8 @@ def adapter_per_sample(model: M, adapters: Sequence[str | None]) -> Iterator[M]:
         grouping = groupings[key]
         if grouping.adapters and not isinstance(weight, LoRALayer):
             raise ValueError(
-                f"{path!r} is adapted in the weight, which a batch has only one of, by {list(grouping.adapters)}; run "
-                "the samples of each adapter on their own, with set_adapter"
+                f"{path!r} is adapted in the weight by {list(grouping.adapters)}, and all samples of a batch share the "
+                "weight; run the samples of each adapter on their own, with set_adapter"
             )
         made.append(SampleAdapters(weight, path, grouping))
     # nn.Module's own __setattr__ is slow

@@ -177,7 +177,7 @@ def told_to_follow(place: Place, tied: Any, target: Any, layers: Collection[str]
     own, kind, names = {id(places[name].owner) for name in layers if name in places}, place.owner, ", ".join(tied)
     fault = None
     if len(followers) < len(tied):
-        fault = f"{type(kind).__name__} tied to {names} in the file, which the model has not"
+        fault = f"{type(kind).__name__} tied to {names} in the file, which the model does not have"
     elif any(id(follower.owner) in own for follower in followers):
         fault = f"{type(kind).__name__} tied to {names} in the file, and one of these has an adapter of its own there"
     return TiedPlace(place, followers, fault, list(tied))

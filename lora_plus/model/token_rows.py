@@ -232,7 +232,7 @@ def _entered(place: TokenRowsPlace, trained: Collection[int], places: dict[int, 
         if id(module) in trained:
             yield f"and train_also both train {name!r}; choose one"
         elif other is not None and other.ids != place.ids:
-            yield f"and {other.name!r} have one weight and other ids; give the same, or one of them"
+            yield f"and {other.name!r} share a weight, but not the ids; give both the same ids, or name one of them"
         else:
             places.setdefault(id(module), place)
 

@@ -42,7 +42,7 @@ class Unsaved:
         """Raise, saying what was not done, if something is `wrong`."""
         lines = self.wrong(adapter)
         if lines:
-            raise Problems(f"{what}, for these are trainable and have to stay as they are", lines)
+            raise Problems(f"{what}: these are trainable and must be frozen", lines)
 
     def warn(self) -> None:
         """Warn of the parameters, naming them."""

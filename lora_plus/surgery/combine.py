@@ -131,8 +131,7 @@ def _combine(
 ) -> None:
     adapters = {name: without_starts(adapter) for name, adapter in adapters.items()}
     draft.problems += [
-        f"{path!r} is trained in full with {name!r}, and values have no sum as updates have; use adapters without "
-        "train_also"
+        f"{path!r} is trained in full with {name!r}, and such values cannot be added; use adapters without train_also"
         for name in weights
         for path in adapters[name].trained
     ]
@@ -164,9 +163,9 @@ def _no_summands(layers: Mapping[str, SavedLayer]) -> Iterator[str]:
         variant = layer.spec.variant
         kind = f": {name!r} is of the variant {variant!r}"
         if is_rows(layer):
-            yield f": {name!r} has rows of tokens there, and values have no sum as updates have"
+            yield f": {name!r} has rows of tokens there, which cannot be added"
         elif VARIANTS[variant].rescales:
-            yield f"{kind}, which rescales the weight: that is no update that could be added"
+            yield f"{kind}, which rescales the weight and cannot be added"
         elif not only_adds(variant):
             yield f"{kind}, which is more than a product of A and B"
         elif (why := unusable(*layer.factors())) is not None:

@@ -27,7 +27,7 @@ class Rows(LoRA):
     tensors: tuple[TensorSpec, ...] = (TensorSpec(ROWS, ("r", "in"), "rows", "rows", decays=False),)
 
     def extra(self, weight: Tensor, A: Tensor, B: Tensor, scale: float) -> dict[str, Tensor]:
-        raise ValueError("rows are no variant to choose; pass train_rows={name: ids} to inject_lora")
+        raise ValueError("'rows' cannot be chosen as a variant; pass train_rows={name: ids} to inject_lora")
 
 
 class LookupRows(Rows):

@@ -178,8 +178,8 @@ def _stale(training: _Training) -> Iterator[str]:
     strangers = [f"{count} of {len(group['params'])} in {label}" for count, group, label in rows if count]
     if strangers:
         yield (
-            f"the optimizer holds parameters that are not the model's ({', '.join(strangers)}): give the model others "
-            "before it is built, or inside `with rebind_optimizer(optimizer, model):`"
+            f"the optimizer holds parameters that are not the model's ({', '.join(strangers)}): build it after "
+            "they are replaced (sharding, to_empty), or replace them inside `with rebind_optimizer(optimizer, model):`"
         )
 
 
@@ -241,7 +241,7 @@ def _idle(training: _Training) -> Iterator[str]:
 
 def _unfit(training: _Training) -> Iterator[str]:
     for line in training.beside.wrong():
-        yield f"{line} (what is trainable has to stay as it is, or no file of the adapter is right)"
+        yield f"{line} (these are trainable and must be frozen, or files of the adapter are wrong)"
 
 
 def _misnamed(training: _Training) -> Iterator[str]:
@@ -254,7 +254,7 @@ def _misnamed(training: _Training) -> Iterator[str]:
         strange = [training.names[key] for key in own if named not in (None, kinds.get(key, "other"))]
         if strange:
             yield (
-                f"group {group['name']!r} holds {some(strange)}, which the name does not fit: load the state of an "
+                f"group {group['name']!r} holds {some(strange)}, which do not fit its name: load the state of an "
                 "optimizer with the same groups in the same order"
             )
 

@@ -52,7 +52,7 @@ def rebind_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> Iter
     bound = [[now.get(id(old)) for old in parameters] for parameters in groups]
     gone = [names[id(old)] for parameters in groups for old in parameters if now.get(id(old)) is None]
     if gone:
-        raise ValueError(f"the model holds no parameter any more in the places of {gone}; build the optimizer anew")
+        raise ValueError(f"the model no longer has the parameters {gone}; build a new optimizer")
     for group, live in zip(optimizer.param_groups, bound, strict=True):
         group["params"] = live
 

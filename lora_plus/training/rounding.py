@@ -42,7 +42,7 @@ def warn_of_half_precision(
     dtypes = " and ".join(sorted({str(parameter.dtype).removeprefix("torch.") for parameter, _ in held}))
     warn_user(
         f"{some([names.get(id(parameter), '?') for parameter, _ in held])} in {dtypes}: small steps round away{share}; "
-        "cast the model first and inject then, for new adapters are float32"
+        "cast the model before you inject: new adapters are float32"
     )
 
 

@@ -184,7 +184,7 @@ def test_texts_that_a_format_has_no_room_for_are_left_out_and_named(command: str
         to = ["--to", "kohya"] if out == "c.safetensors" else []
         assert as_json(command, a, tmp_path / out, *options, *to, "--force")["left_out"] == gone
     text = output(command, a, tmp_path / "peft", *options, "--force")
-    assert "left out, for the format has no room for it: note\n" in text
+    assert "left out, because the format cannot hold it: note\n" in text
     assert as_json("inspect", tmp_path / "peft")["metadata"] == {"task_type": "CAUSAL_LM"}
 
 

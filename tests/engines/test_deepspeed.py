@@ -398,7 +398,7 @@ def test_configurations_that_lose_the_rates_are_refused(
     file = tmp_path / "ds.json"
     file.write_text(json.dumps(config))
     for given in (config, file, str(file)):
-        with pytest.raises(ValueError, match="LoRA\\+ do not go together") as error:
+        with pytest.raises(ValueError, match="would switch LoRA\\+ off") as error:
             check_config(given, groups=groups)
         assert len(error.value.problems) == len(found)  # type: ignore[attr-defined]
         for start, problem in zip(found, error.value.problems, strict=True):  # type: ignore[attr-defined]

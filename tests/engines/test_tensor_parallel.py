@@ -453,8 +453,8 @@ class Quantized(nn.Parameter):
 def refused() -> None:
     for style in STYLES:
         for make, settings, error, message in [
-            (lambda: nn.Conv1d(4, 4, 1), {}, TypeError, "cannot cut a LoRAConv1d, only linear layers and embeddings"),
-            (lambda: nn.LSTM(4, 4), None, TypeError, "cannot cut a LSTM, only linear layers and embeddings"),
+            (lambda: nn.Conv1d(4, 4, 1), {}, TypeError, "cannot shard a LoRAConv1d, only linear layers and embeddings"),
+            (lambda: nn.LSTM(4, 4), None, TypeError, "cannot shard a LSTM, only linear layers and embeddings"),
             (lambda: weight_norm(nn.Linear(4, 4)), {}, TypeError, "whose weight is quantized or computed"),
             (lambda: nn.Linear(4, 4), {"dropout": 0.1}, ValueError, "dropout on a cpu mesh"),
         ]:

@@ -137,4 +137,4 @@ def cut() -> str:
 
 def test_tensor_parallelism_refuses_rows(two_processes: Processes) -> None:
     for message in two_processes(cut):
-        assert "cannot cut a LoRAEmbedding with rows of tokens (train_rows), which are not cut" in message
+        assert "cannot shard a LoRAEmbedding with rows of tokens (train_rows), which are not sharded" in message

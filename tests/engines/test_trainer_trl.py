@@ -85,7 +85,7 @@ def test_ratio_one_is_trls_trainer_and_others_are_not(case: Any, tmp_path: Path)
 def test_adapters_of_two_libraries_are_refused(tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     options = {"processing_class": words(), "peft_config": peft.LoraConfig(target_modules=["q_proj"])}
-    with pytest.raises(ValueError, match="adapters of inject_lora and of PEFT"):
+    with pytest.raises(ValueError, match="adapters of both inject_lora and PEFT"):
         trainer(
             lora_llama(), tmp_path, trainer_cls=LoraPlusSFTTrainer, args_cls=SFTArguments, options=options,
             data=datasets.Dataset.from_dict({"text": LINES}),

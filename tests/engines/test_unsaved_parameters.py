@@ -75,7 +75,7 @@ def test_names_are_right_on_every_rank(two_processes: Processes) -> None:
 
 
 def test_what_would_be_wrong_is_refused_on_every_rank(two_processes: Processes) -> None:
-    line = "for these are trainable and have to stay as they are:  'blocks.1.q.weight': base weights under an adapter; "
+    line = "these are trainable and must be frozen:  'blocks.1.q.weight': base weights under an adapter; "
     with tempfile.TemporaryDirectory() as folder:
         for answer in two_processes(all_told, folder, True):
             for name, (*refusals, sizes) in answer.items():

@@ -114,7 +114,7 @@ def test_all_that_cannot_be_written_is_named(tmp_path: Path) -> None:
         f"train_also 'head': {only}",
         "'other' is in none of ['unet'], and only these have prefixes",
         "'unet.a.b' is spelled like 'unet.a_b' with underscores for dots",
-        "'unet.grouped': there is no agreement on the shapes of a grouped convolution",
+        "'unet.grouped': programs disagree on the shapes of a grouped convolution",
         "metadata 'by': kohya's format has no room for texts",
     ]
     assert list(tmp_path.iterdir()) == []

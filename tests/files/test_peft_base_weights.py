@@ -121,7 +121,7 @@ def test_weights_are_compared_in_the_model_s_dtype(tmp_path: Path) -> None:
 def test_a_weight_that_cannot_be_compared_is_passed_over_with_a_warning(tmp_path: Path) -> None:
     saved(tmp_path / "a", "q_proj", "lm_head")
     message = re.escape(
-        f"the file also has weights of the base model, {HEAD!r}, which are passed over; whether they equal"
+        f"the file also has weights of the base model, {HEAD!r}, which are ignored; they could not be compared"
     )
     with pytest.warns(UserWarning, match=message):
         ours = lora_plus.load_adapter(llama().to("meta"), tmp_path / "a")

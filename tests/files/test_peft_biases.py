@@ -192,7 +192,7 @@ REFUSED = {
         "of all adapted layers, so 'head.bias', too; train these as well, or save a .safetensors file",
     ),
     "no bias": (
-        ["norm.weight"], "train_also 'block.norm.weight': PEFT trains no parameter alone that is not called bias"
+        ["norm.weight"], "train_also 'block.norm.weight': PEFT trains a single parameter only if it is called bias"
     ),
 }  # fmt: skip
 

@@ -195,7 +195,7 @@ def test_forwards_from_before_and_after_that_could_not_be_told_apart_are_refused
     y = model(x)
     after.add(model)
     for take_out in (remove_lora, merge_and_unload):
-        with pytest.raises(ValueError, match=r"'layer' cannot be restored: .* take the later one back first$"):
+        with pytest.raises(ValueError, match=r"'layer' cannot be restored: .* remove the later one first$"):
             take_out(model)
         assert torch.equal(model(x), y)
     before.calls = after.calls = 0

@@ -107,6 +107,8 @@ def test_a_class_put_on_top_by_another_tool_is_not_lost_silently() -> None:
 
     model.layer.__class__ = Traced
     for undo in (lora_plus.remove_lora, lora_plus.merge_and_unload):
-        with pytest.raises(ValueError, match="'layer' cannot be restored: its class Traced was put on top"):
+        with pytest.raises(
+            ValueError, match="'layer' cannot be restored: another tool has changed its class to Traced"
+        ):
             undo(model)
     assert type(model.layer) is Traced and model.layer.lora_merge is None

@@ -67,7 +67,7 @@ INERT: dict[str, tuple[Callable[[nn.Linear, Tensor], Tensor], str]] = {
     "no_grad": (gone, f"in eval and train: {OFF}"),
     "checkpointed": (lambda layer, x: checkpoint(layer, x, use_reentrant=True), f"in eval and train: {OFF}"),
     "in training only": (only_in_training, f"in eval: {READ}"),
-    "with gradients only": (only_with_gradients, "in eval without gradients: it is passed by"),
+    "with gradients only": (only_with_gradients, "in eval without gradients: it has no effect"),
     "a copy is called": (lambda layer, x: copy.deepcopy(layer)(x), "in eval and train: "),
 }
 

@@ -285,7 +285,7 @@ class Heads(nn.Module):
         (
             ["up", "attn"],
             ValueError,
-            r"'attn.in_proj_weight' is adapted in the weight, .* by \['attn'\]; run the samples of",
+            r"'attn.in_proj_weight' is adapted in the weight by \['attn'\], .*; run the samples of",
         ),
         (["up", "head"], ValueError, "'head' is trained in full with the adapter 'head', and a batch has only one"),
     ],

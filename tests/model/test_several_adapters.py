@@ -277,7 +277,7 @@ def test_merging_by_name_keeps_the_factor_of_what_is_active() -> None:
         ({"a": math.inf}, ValueError, "must be finite, got inf"),
         ({"a": "1"}, TypeError, "must be a number, got '1'"),
         ({"a": True}, TypeError, "must be a number, got True"),
-        ({"dora": 0.5}, ValueError, "the factor of 'dora' must be 1, got 0.5: on 'layer' it is of the variant 'dora'"),
+        ({"dora": 0.5}, ValueError, "the factor of 'dora' must be 1, got 0.5: on 'layer' its variant 'dora' rescales"),
         ({"nope": 1}, KeyError, "nope"),
     ],
     ids=str,

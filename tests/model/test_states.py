@@ -438,9 +438,9 @@ class Shifted(nn.Linear):
     [
         (
             Halved(4, 4),
-            "its own forward does not use its weight as it is, so merging would change what it computes",
+            "its own forward changes its weight before using it, so merging would change the result",
         ),
-        (Standardised(2, 3, 3), "its own forward does not use its weight as it is"),
+        (Standardised(2, 3, 3), "its own forward changes its weight before using it"),
         (Gated(4, 4), "its own forward could not be tried out on one input"),
     ],
     ids=lambda value: type(value).__name__,

@@ -362,7 +362,7 @@ def test_a_file_for_tied_layers_does_not_fit_where_they_are_not_tied(tmp_path: P
     with pytest.raises(ValueError, match=line):
         lp.load_adapter(untied(copy.deepcopy(tied.base)), tmp_path / "a.safetensors")
     gone = nn.ModuleDict({"head": nn.Linear(4, 9)})
-    with pytest.raises(ValueError, match="it is Linear tied to embed in the file, which the model has not"):
+    with pytest.raises(ValueError, match="it is Linear tied to embed in the file, which the model does not have"):
         lp.load_adapter(gone, tmp_path / "a.safetensors")
 
 
@@ -393,7 +393,7 @@ HOSTILE: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "a list": (lambda layers: layers["embed"].update(tied=["head"]), "facts"),
     "another kind": (lambda layers: layers["embed"].update(tied={"head": "Conv2d"}), "facts"),
     "a kind of a list": (lambda layers: layers["embed"].update(tied={"head": ["Linear"]}), "facts"),
-    "no such layer": (lambda layers: layers["embed"].update(tied={"x": "Linear"}), "which the model has not"),
+    "no such layer": (lambda layers: layers["embed"].update(tied={"x": "Linear"}), "which the model does not have"),
     "another layer": (lambda layers: layers["embed"].update(tied={"mid": "Linear"}), "of its own there"),
     "itself": (lambda layers: layers["embed"].update(tied={"embed": "Embedding"}), "an adapter of its own there"),
     "one of the file's own": (lambda layers: layers["mid"].update(tied={"embed": "Embedding"}), "of its own there"),

@@ -495,7 +495,7 @@ ERRORS: dict[str, tuple[Callable[[], nn.Module], Mapping[str, Any], str]] = {
     "no layer": (Language, {"train_rows": {"": [3]}}, "'' is Language, where an nn.Embedding or nn.Linear"),
     "other ids of the tied head": (
         Language, {"train_rows": {"embed": [3], "head": [4]}},
-        "'head' and 'embed' have one weight and other ids; give the same, or one of them",
+        "'head' and 'embed' share a weight, but not the ids; give both the same ids, or name one of them",
     ),
     "a target": (Language, {"targets": ["embed"], "train_rows": {"embed": [3]}},
                  "'embed' is both a target and trained by train_also or train_rows"),

@@ -190,7 +190,7 @@ def test_a_file_that_would_be_wrong_is_refused(
     with pytest.raises(ValueError, match="adapter 'default' w") as caught:
         save(model, tmp_path)
     head, *found = str(caught.value).splitlines()
-    assert head.endswith(", for these are trainable and have to stay as they are:")
+    assert head.endswith(": these are trainable and must be frozen:")
     assert found == [f"  {line}" for line in lines]
     assert list(tmp_path.iterdir()) == []
     after = state(model)

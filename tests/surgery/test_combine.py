@@ -345,9 +345,9 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
      HEAD + "'0': 'a' has no values (meta device); load them first\n"
      "  '0': 'b' has no values (meta device); load them first"),
     ({"model": lambda: net(b={"variant": "dora"})}, ValueError,
-     HEAD + "'0': 'b' is of the variant 'dora', which rescales the weight: that is no update that could be added"),
+     HEAD + "'0': 'b' is of the variant 'dora', which rescales the weight and cannot be added"),
     ({"model": lambda: net(a={"train_also": ["1"]})}, ValueError,
-     HEAD + "'1' is trained in full with 'a', and values have no sum as updates have; use adapters without train_also"),
+     HEAD + "'1' is trained in full with 'a', and such values cannot be added; use adapters without train_also"),
 ]  # fmt: skip
 
 

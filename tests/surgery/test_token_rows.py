@@ -125,7 +125,7 @@ def test_another_rank_leaves_rows_as_they_are() -> None:
 def test_rows_are_not_combined() -> None:
     model = adapted({"embed_tokens": IDS})
     inject_lora(model, ["mid"], r=2, train_rows={"embed_tokens": IDS}, adapter="b")
-    with pytest.raises(ValueError, match="'embed_tokens': 'default' has rows of tokens there, and values have no sum"):
+    with pytest.raises(ValueError, match="'embed_tokens': 'default' has rows of tokens there, which cannot be added"):
         combine_adapters(model, ["default", "b"])
 
 

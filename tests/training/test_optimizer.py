@@ -164,8 +164,9 @@ def test_stale_parameters_are_found() -> None:
     assert str(caught.value) == (
         "training would not do what the optimizer is set up for:\n"
         "  the optimizer holds parameters that are not the model's (5 of 5 in group 'lora_A', 5 of 5 in group "
-        "'lora_B', 2 of 2 in group 'lora_embedding', 1 of 1 in group 'other', 1 of 1 in group 'other_no_decay'): give "
-        "the model others before it is built, or inside `with rebind_optimizer(optimizer, model):`\n"
+        "'lora_B', 2 of 2 in group 'lora_embedding', 1 of 1 in group 'other', 1 of 1 in group 'other_no_decay'): build "
+        "it after they are replaced (sharding, to_empty), or replace them inside `with rebind_optimizer(optimizer, "
+        "model):`\n"
         "  'embed.lora_A.default', 'embed.lora_B.default', 'up.lora_A.default' and 11 more would not be trained, being "
         "in no group of the optimizer: build its groups with loraplus_param_groups(model, ...), or freeze them"
     )
@@ -207,8 +208,8 @@ def test_groups_in_another_order_than_their_state_are_found() -> None:
     with pytest.raises(ValueError) as caught:
         check_optimizer(optimizer, model)
     assert [line.split(":")[0].split(";")[0] for line in str(caught.value).splitlines()[1:]] == [
-        "  group 'lora_A' holds 'up.lora_B.default', 'gate.lora_B.default', which the name does not fit",
-        "  group 'lora_B' holds 'up.lora_A.default', 'gate.lora_A.default', which the name does not fit",
+        "  group 'lora_A' holds 'up.lora_B.default', 'gate.lora_B.default', which do not fit its name",
+        "  group 'lora_B' holds 'up.lora_A.default', 'gate.lora_A.default', which do not fit its name",
         "  'up.lora_B.default', 'gate.lora_B.default' learns at 0.001 in group 'lora_A', and the A beside it at "
         "0.008 in group 'lora_B'",
     ]
@@ -420,7 +421,7 @@ def failed(model: nn.Module) -> None:
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        (gone, ValueError, r"no parameter any more in the places of \['up.lora_A.default', 'up.lora_B.default'\]"),
+        (gone, ValueError, r"no longer has the parameters \['up.lora_A.default', 'up.lora_B.default'\]"),
         (failed, RuntimeError, "in the block"),
     ],
 )
@@ -467,7 +468,7 @@ def test_adapters_in_half_precision_are_named_with_the_share_that_a_step_can_cha
     model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 4))
     inject_lora(model, ["0"], r=4)
     optimizer = create_loraplus_optimizer(model.to(torch.bfloat16), torch.optim.AdamW, lr=1e-5, lr_ratio=4)
-    with pytest.warns(UserWarning, match=r"0\.lora_A\.default.*bfloat16.*changes 5\d% of the entries.*inject then"):
+    with pytest.warns(UserWarning, match=r"0\.lora_A\.default.*bfloat16.*changes 5\d% of the entries.*before"):
         check_optimizer(optimizer, model)
     with pytest.warns(UserWarning, match=r"'0\.lora_B\.default' in bfloat16: small steps round away; cast"):
         check_optimizer(create_loraplus_optimizer(model, torch.optim.SGD, lr=1e-5), model)

@@ -45,9 +45,9 @@ def setting_of(adapter: SavedAdapter, found: Units, outline: Outline, problems: 
     adapted = {name for name in every if name.removesuffix("bias").removesuffix(".") in found.modules}
     others = sorted(name for name in trained if not is_bias(name))
     if others:
-        problems.append(f"train_also {some(others)}: PEFT trains no parameter alone that is not called bias")
+        problems.append(f"train_also {some(others)}: PEFT trains a single parameter only if it is called bias")
     elif not outline.whole:
-        problems.append(f"train_also {some(sorted(trained))}: which biases PEFT trains shows in the model; {_MODEL}")
+        problems.append(f"train_also {some(sorted(trained))}: which biases PEFT trains depends on the model; {_MODEL}")
     elif found.attentions or found.parameters:
         problems.append(f"train_also {some(sorted(trained))}: PEFT trains other biases beside attention and parameters")
     elif trained == adapted:

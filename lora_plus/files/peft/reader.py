@@ -92,8 +92,8 @@ class Reader:
         if self.unsure and not self.problems:
             told = f"{', '.join(map(repr, self.unsure[:3]))}{' and more' * (len(self.unsure) > 3)}"
             warn_user(
-                f"the file also has weights of the base model, {told}, which are passed over; whether they equal those "
-                "that the adapter is used with cannot be told here"
+                f"the file also has weights of the base model, {told}, which are ignored; they could not be compared "
+                "with the model's"
             )
         return adapter
 

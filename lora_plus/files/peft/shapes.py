@@ -25,7 +25,7 @@ _LINEAR, _TRANSPOSED = "Linear", "TransposedLinear"
 _CONVOLUTIONS = {3: "Conv1d", 4: "Conv2d", 5: "Conv3d"}
 """By the number of dimensions of the weight."""
 
-_INSTEAD = "load the adapter into its model and save it as a .safetensors file, which says all that is needed"
+_INSTEAD = "load the adapter into its model and save it as a .safetensors file"
 
 
 def implied_target(

@@ -265,8 +265,7 @@ class Plan:
 
 _UNTIE = "save the base with the two untied first"
 _NO_SUM = (
-    "DoRA divides by the norm of the weight with its own update alone, so neither a factor nor a sum with another "
-    "adapter has an agreed meaning; merge it alone, with weight 1"
+    "DoRA rescales the weight, so a factor or a sum with another adapter is not defined; merge it alone, with weight 1"
 )
 
 
