@@ -60,8 +60,7 @@ def create_loraplus_optimizer(
     loraplus_lr_ratio: float,
     loraplus_lr_embedding: float | None = None,
 ) -> torch.optim.Optimizer:
-    """A replacement for the function of this name in the original LoRA+ code, with the groups of
-    `loraplus_param_groups`.
+    """The original LoRA+ code's function of this name, with the groups of `loraplus_param_groups`.
 
     Args:
         opt_model: a model of `inject_lora`, or PEFT's.
