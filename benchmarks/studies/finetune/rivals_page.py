@@ -20,8 +20,8 @@ HEAD = """\
 
 {verdict}
 
-LoRA+ sets the balance of A and B by a ratio of their rates. Other methods set it at each step, by the Gram matrices
-BᵀB and AAᵀ (r x r); none of them is in the package:
+LoRA+ balances A and B by a ratio of their rates. Other methods balance them at each step, from the Gram matrices
+BᵀB and AAᵀ (r x r). The package contains none of them:
 
 | method | step | source | invariant |
 |---|---|---|---|
@@ -29,37 +29,38 @@ BᵀB and AAᵀ (r x r); none of them is in the package:
 | LoRA-RITE | Adam with an r x r second moment, in the basis of the other factor | 2410.20625, algorithm 1 | yes |
 | LoRA-Muon | ½ msign(m S^-½) S^-½ with S the other factor's Gram matrix, m the mean of gradients | 2606.12921 | yes |
 
-*Invariant*: (T A, B T⁻¹) takes the same steps as (A, B). `tests/studies/test_rivals.py` holds the formulas and these
+*Invariant*: (T A, B T⁻¹) takes the same steps as (A, B). `tests/studies/test_rivals.py` tests the formulas and these
 claims in float64.
 
-`python benchmarks/studies/finetune/compare_rivals.py` does the runs, keeps each in `rivals.jsonl`, and writes this
+`python benchmarks/studies/finetune/compare_rivals.py` does the runs, saves each in `rivals.jsonl`, and writes this
 page. Models, data and training are those of [the comparison of methods](finetune.md): r = {rank}, alpha = {alpha:g}, no
-decay, {steps} steps, rates that fall linearly to zero, a head that is trained along. The search of LoRA and LoRA+
-begins with the runs of that page.
+decay, {steps} steps, rates that fall linearly to zero, a trained head. The search for LoRA and LoRA+ includes the runs
+of that page.
 
 {total} runs, {minutes:.0f} CPU minutes, on one thread each; {machines}.
 
-**Equal search.** Each method has 10 trials with each seed of the search, and more where its best rate is at an end:
-LoRA 10 rates, half an octave apart, the others 5 rates, an octave apart, with each of 2 settings. The pair with the
-least mean validation loss is scored on test examples, with fresh seeds. The head learns at the method's rate, by AdamW;
-for LoRA-RITE and LoRA-Muon, whose rates have another unit, at that of tuned LoRA.
+**Equal search.** Each method has 10 trials per seed of the search, and more if its best rate is at an end. LoRA has 10
+rates, half an octave apart. The others have 5 rates, an octave apart, with each of 2 settings. The rate and setting
+with the least mean validation loss are scored on test examples, with fresh seeds. AdamW trains the head at the method's
+rate; with LoRA-RITE and LoRA-Muon, whose rates have another unit, at the rate of tuned LoRA.
 """
 LEGEND = """\
-Mean ± standard error over seeds. *To LoRA* and *to LoRA+*: the paired difference of the test loss, below zero where the
-method is better, in bold beyond Student's t at 95 %. *Time*: the median CPU time of a training step over LoRA's.
-*Octaves*: the width of the rates whose validation loss is within 1 % of the best, at the chosen setting.
+The tables show the mean ± standard error over seeds. *To LoRA*, *to LoRA+*: the paired difference of the test loss.
+Below zero the method is better; bold is significant by Student's t at 95 %. *Time*: the median CPU time of a training
+step, divided by LoRA's. *Octaves*: the width of the range of rates whose validation loss is within 1 % of the best, at
+the chosen setting.
 """
 CAVEATS = """\
-## What may be said, and what not
+## Limits
 
-- {judged} differences are shown, without a correction for their number: about one in twenty is bold by chance.
-- The search has {sweeps} seeds and rates a factor of two apart, so that a method can be off its best by as much as the
-  differences shown. A method that the table ranks above another and the search below it has not been shown to be
-  better. The spread is that of A's start and the batches, not that of other tasks.
-- The runs are short and the models small. The papers' claims are about long runs of large models; none of them is
-  refuted here.
-- The rules are written for clarity, in float64. Their time is an upper bound.
-- A setting can be without effect in so few steps, as β2 of LoRA-RITE is: then its search is a narrower one.
+- {judged} differences are shown, without a correction for their number. About one in twenty is bold by chance.
+- The search has {sweeps} seeds, and its rates differ by a factor of two. A method can be off its best by as much as the
+  differences shown. If the table ranks a method above another but the search ranks it below, it has not been shown to
+  be better. The spread comes from A's start and the batches; it does not cover other tasks.
+- The runs are short and the models small. The papers' claims are about long runs of large models. This page does not
+  refute them.
+- The methods are implemented for clarity, in float64. Their time is an upper bound.
+- A setting can have no effect in so few steps, such as β2 of LoRA-RITE. Then the search of that method is narrower.
 """
 
 
