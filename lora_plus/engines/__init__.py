@@ -7,6 +7,7 @@ frameworks among the modules that are loaded, and import none.
 from lora_plus.model.storage import FINDERS
 
 from . import dtensor, fsdp1, zero
+from . import peft as peft
 from . import ranks as ranks
 
 FINDERS |= {

@@ -1,11 +1,17 @@
-"""PEFT's adapters to the LoRA+ groups: the role of each of their parameters, by PEFT's own layers."""
+"""PEFT's adapters to the LoRA+ groups: the role of each of their parameters, by PEFT's own layers.
+
+PEFT is imported when the roles are asked for. A ``PeftModel`` gets no adapter of this library: its modules have names
+of PEFT's, and so would the files.
+"""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 
-from peft.tuners.lora import LoraLayer
 from torch import nn
+
+from lora_plus.model.state import NEEDS, Need, State
 
 _ROLES = {
     "lora_A": "A",
@@ -27,6 +33,8 @@ def peft_roles(model: nn.Module) -> Iterator[tuple[str, str, nn.Parameter]]:
     Examples:
         >>> groups = loraplus_param_groups(model, lr=1e-4, lr_ratio=4, roles=peft_roles(model))
     """
+    from peft.tuners.lora import LoraLayer
+
     for module in model.modules():
         if isinstance(module, LoraLayer):
             for container, role in _ROLES.items():
@@ -35,3 +43,14 @@ def peft_roles(model: nn.Module) -> Iterator[tuple[str, str, nn.Parameter]]:
                     for name, parameter in own.items():
                         if parameter is not None:
                             yield adapter, "B_bias" if name == "bias" else role, parameter
+
+
+def _unwrapped(state: State) -> Iterator[str]:
+    yield from _FAULTS(state)
+    known = getattr(sys.modules.get("peft"), "PeftModel", None)
+    if known is not None and isinstance(state.names[0][1], known):
+        yield "this one is a PeftModel; pass model.get_base_model(), or model.unload() if PEFT's adapters shall go"
+
+
+_WHAT, _FAULTS = NEEDS[Need.UNWRAPPED]
+NEEDS[Need.UNWRAPPED] = _WHAT, _unwrapped

@@ -210,6 +210,24 @@ def test_we_open_a_whole_peft_model(name: str, dtype: torch.dtype, tmp_path: Pat
     )
 
 
+def test_a_peft_model_is_refused_with_what_to_pass_instead(tmp_path: Path) -> None:
+    lora_plus.save_adapter(lora_plus.inject_lora(net(), ["xq"]), tmp_path / "a.safetensors")
+    theirs = peft.get_peft_model(net(), peft.LoraConfig(r=2, target_modules=["conv"]))
+    before = {name: parameter.requires_grad for name, parameter in theirs.named_parameters()}
+    says = (
+        r"needs the plain model: this one is a PeftModel; pass model.get_base_model\(\), or model.unload\(\) if PEFT's"
+    )
+    with pytest.raises(ValueError, match=says):
+        lora_plus.load_adapter(theirs, tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match=says):
+        lora_plus.inject_lora(nn.DataParallel(theirs), ["xq"])
+    assert {name: parameter.requires_grad for name, parameter in theirs.named_parameters()} == before
+    for plain in (theirs.get_base_model(), theirs.unload()):
+        loaded = lora_plus.load_adapter(plain, tmp_path / "a.safetensors")
+        assert {name for name, _ in adapted_weights(loaded)} == {"xq"}
+        lora_plus.remove_lora(loaded)
+
+
 def test_a_named_adapter_of_peft_opens_from_its_subfolder(tmp_path: Path) -> None:
     theirs = peft.get_peft_model(net(), peft.LoraConfig(target_modules=["q"]), adapter_name="mine")
     with torch.no_grad():
