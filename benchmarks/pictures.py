@@ -1,25 +1,34 @@
-"""The pictures of the README and the documentation: the idea of LoRA+, and what a step costs.
+"""The pictures of the README and the documentation.
 
-``python benchmarks/pictures.py`` draws them into ``docs/pictures``; the costs come from the tables of the results.
-Colours are told apart by all kinds of colour vision (Okabe & Ito), and the ink is readable on white and on black.
+``python benchmarks/pictures.py`` draws them into ``docs/pictures``: the idea of LoRA+; what a step costs, from the
+tables of the results; a sweep, a gauge and an adapter, of the runs of ``studies/finetune/pictured_runs.py``. Colours
+are told apart by all kinds of colour vision (Okabe & Ito), and the ink is readable on white and on black.
 """
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, Rectangle
 
+from lora_plus.surgery import LayerMeasures, plot_measures
+from lora_plus.training import Candidate, GaugeReport, GaugeRow, SweepResult, SweepRow, plot_gauge, plot_sweep
+
 ROOT = Path(__file__).parents[1]
 INK, FROZEN, A_COLOUR, B_COLOUR = "#808080", "#8A8A8A", "#0072B2", "#D55E00"
+A_TEXT = "#2B86C0"
+"""Light enough for thin letters on black."""
 LOOKS = {
     "text.color": INK, "axes.edgecolor": INK, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK,
     "svg.hashsalt": "lora_plus", "svg.fonttype": "none", "font.size": 11, "font.family": "sans-serif",
+    "axes.facecolor": "none", "savefig.transparent": True,
 }  # fmt: skip
 
 STEPS = {
@@ -93,7 +102,7 @@ def draw_idea(axes: Axes) -> None:
     box(axes, (2.0, 1.9), (2.4, 2.4), FROZEN, "W")
     axes.text(3.2, 4.45, "frozen, (out, in)", ha="center", color=INK)
     box(axes, (2.0, 0.55), (2.4, 0.42), A_COLOUR, "A")
-    axes.text(3.2, 0.1, "(r, in), learns at lr", ha="center", color=A_COLOUR)
+    axes.text(3.2, 0.1, "(r, in), learns at lr", ha="center", color=A_TEXT)
     box(axes, (5.3, -0.15), (0.42, 1.9), B_COLOUR, "B")
     axes.text(5.9, 0.1, "(out, r), starts at 0,\nlearns at lr · lr_ratio", ha="left", va="center", color=B_COLOUR)
     axes.text(0.5, 1.95, "x", ha="center", va="center", fontsize=17)
@@ -110,20 +119,42 @@ def draw_idea(axes: Axes) -> None:
     axes.set_axis_off()
 
 
+PHONE = 4.8
+"""Inches of a picture whose text can be read on a phone, which shows it on a third of that."""
+
+
+def draw_sweep(rows: list[dict[str, Any]], path: Path) -> None:
+    """The heat map of a sweep."""
+    plot_sweep(SweepResult([SweepRow(Candidate(**row.pop("candidate")), **row) for row in rows]), path)
+
+
+def draw_gauge(report: dict[str, Any], path: Path) -> None:
+    """The maps of a gauge."""
+    plot_gauge(GaugeReport([GaugeRow(**row) for row in report["rows"]], report["steps"]), path, width=PHONE)
+
+
+def draw_adapter(layers: list[dict[str, Any]], path: Path) -> None:
+    """Norms and spectra of an adapter."""
+    plot_measures([LayerMeasures(**layer) for layer in layers], path, width=PHONE)
+
+
 PICTURES = {"idea": (draw_idea, (7.4, 3.7)), "costs": (draw_costs, (7.4, 4.4))}
+RUNS: dict[str, Callable[[Any, Path], None]] = {"sweep": draw_sweep, "gauge": draw_gauge, "adapter": draw_adapter}
+"""What is drawn of the saved runs, by its name there, which is the picture's too."""
 
 
 def main() -> None:
-    """Draw all of `PICTURES`."""
+    """Draw all of `PICTURES` and `RUNS`."""
     folder = ROOT / "docs" / "pictures"
     folder.mkdir(exist_ok=True)
+    runs = json.loads((ROOT / "benchmarks" / "results" / "pictures.json").read_text())
     with matplotlib.rc_context(LOOKS):
         for name, (draw, size) in PICTURES.items():
             figure = Figure(figsize=size, layout="constrained")
-            axes = figure.subplots()
-            axes.set_facecolor("none")
-            draw(axes)
-            figure.savefig(folder / f"{name}.svg", transparent=True, metadata={"Date": None})
+            draw(figure.subplots())
+            figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
+        for name, draw_run in RUNS.items():
+            draw_run(runs[name], folder / f"{name}.svg")
 
 
 if __name__ == "__main__":

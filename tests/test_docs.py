@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import html
+import json
 import re
 from pathlib import Path
 from unittest import mock
@@ -9,6 +11,7 @@ from unittest import mock
 import pytest
 import torch
 from doc_blocks import run_blocks
+from drawn import drawn, texts
 
 import lora_plus
 import lora_plus.model  # what enters itself in tables does so before the entries of a page are taken out again
@@ -45,3 +48,19 @@ def test_code_fits_its_column(page: Path) -> None:
 def test_the_menu_has_every_page() -> None:
     menu = re.findall(r": ([\w-]+\.md)$", (DOCS.parent / "mkdocs.yml").read_text(), re.MULTILINE)
     assert sorted(menu) == sorted(page.name for page in DOCS.glob("*.md"))
+
+
+@pytest.mark.parametrize("name", ["sweep", "gauge", "adapter"])
+def test_a_picture_shows_its_saved_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib")
+    monkeypatch.syspath_prepend(DOCS.parent / "benchmarks")
+    import pictures
+
+    runs = json.loads((DOCS.parent / "benchmarks" / "results" / "pictures.json").read_text())
+    figure = drawn(pictures.RUNS[name], runs[name], into=tmp_path)
+    words = figure.get_suptitle().splitlines()
+    for panel in figure.axes:
+        words += [*panel.get_title(loc="left").splitlines(), panel.get_xlabel(), panel.get_ylabel(), *texts(panel)]
+    svg = (DOCS / "pictures" / f"{name}.svg").read_text()
+    shown = map(html.unescape, re.findall(r">([^<>]*)</text>", svg))
+    assert len(words) > 10 and set(words) - {""} <= set(shown)
