@@ -222,7 +222,7 @@ def _by_layer(figures: list["LayerMeasures"]) -> list[str]:
 
 def _by_group(figures: list["LayerMeasures"]) -> list[str]:
     """A row for the layers whose names differ in numbers only, with medians of the figures."""
-    from lora_plus.training.drawing import parted
+    from lora_plus.training.layer_map import parted
 
     groups: dict[tuple[str, str], list[LayerMeasures]] = {}
     for each in figures:

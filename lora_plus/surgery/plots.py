@@ -10,7 +10,8 @@ from os import PathLike
 from typing import Any
 
 from lora_plus.text import counted
-from lora_plus.training.drawing import COLOURS, Layout, headline, log_axis, picture, plain, rounded, title
+from lora_plus.training.drawing import COLOURS, headline, log_axis, picture, plain, rounded, title
+from lora_plus.training.layer_map import Layout
 
 from .measures import LayerMeasures
 
@@ -38,7 +39,7 @@ def plot_measures(measures: Sequence[LayerMeasures], path: str | PathLike[str], 
     if not measures:
         raise ValueError("there is no layer to draw; an adapter that only trains modules in full has no update s B A")
     layout = Layout.of([each.name for each in measures])
-    trained = any(each.effective_rank is not None for each in measures)
+    trained = any(map(_has_spectrum, measures))
     maps = {"norm": ("Norm of the update s·B·A (Frobenius)", [each.norm for each in measures])}
     if trained:
         ranks = [math.nan if each.effective_rank is None else each.effective_rank for each in measures]
@@ -57,7 +58,7 @@ def plot_measures(measures: Sequence[LayerMeasures], path: str | PathLike[str], 
 
 
 def _facts(measures: Sequence[LayerMeasures]) -> list[str]:
-    live = [each for each in measures if each.effective_rank is not None]
+    live = [each for each in measures if _has_spectrum(each)]
     r = sorted({each.r for each in measures})
     of = f"r = {r[0]}" if len(r) == 1 else f"r = {r[0]} to {r[-1]}"
     lines = [f"{counted(len(measures), 'layer')}, {of}"]
@@ -65,19 +66,30 @@ def _facts(measures: Sequence[LayerMeasures]) -> list[str]:
         norm, rank = (statistics.median(getattr(each, key) for each in live) for key in ("norm", "effective_rank"))
         lines[0] += f"; the median layer: norm {rounded(norm, 2)}, effective rank {rank:.1f}"
     still = [plain(each.name) or "(model)" for each in measures if each.effective_rank is None]
-    if not live:
+    large = [plain(each.name) or "(model)" for each in measures if not math.isfinite(each.norm)]
+    if len(still) == len(measures):
         lines.append("No layer has an update: s·B·A is zero, as before training")
     elif still:
-        named = ", ".join(still[:3]) + f" and {len(still) - 3} more" * (len(still) > 3)
-        lines.append(f"{counted(len(still), 'layer')} without an update ({named}): s·B·A is zero, as before training")
+        lines.append(f"{_named(still)} without an update: s·B·A is zero, as before training")
+    if large:
+        lines.append(f"{_named(large)} with numbers so large that their squares overflow float64")
     return lines
+
+
+def _named(names: list[str]) -> str:
+    more = f" and {len(names) - 3} more" * (len(names) > 3)
+    return f"{counted(len(names), 'layer')} ({', '.join(names[:3])}{more})"
+
+
+def _has_spectrum(each: LayerMeasures) -> bool:
+    return each.effective_rank is not None and math.isfinite(each.norm)
 
 
 def _spectra(values: Any, energy: Any, layout: Layout, measures: Sequence[LayerMeasures]) -> None:
     """The singular values, and the part of their energy, the sum of their squares, that the first k of them have."""
     of_row: list[list[tuple[float, ...]]] = [[] for _ in layout.rows]
     for each, (row, _) in zip(measures, layout.places, strict=True):
-        if each.effective_rank is not None:
+        if _has_spectrum(each):
             of_row[row].append(each.singular_values)
     series = [(label, group) for label, group in zip(layout.rows, of_row, strict=True) if group]
     if len(series) > len(COLOURS):

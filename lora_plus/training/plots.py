@@ -9,8 +9,9 @@ from typing import Any
 from lora_plus.text import join
 
 from .candidates import SweepResult, SweepRow
-from .drawing import COLOURS, Layout, centred, headline, log_axis, picture, plain, rounded
+from .drawing import COLOURS, centred, headline, log_axis, picture, plain, rounded
 from .gauge import COLUMNS, GaugeReport
+from .layer_map import Layout
 
 
 def plot_sweep(result: SweepResult, path: str | PathLike[str]) -> None:

@@ -75,7 +75,7 @@ def test_layers_without_an_update_are_named_and_have_no_spectrum(tmp_path: Path)
     figure = drawn(plot_measures, figures, into=tmp_path)
     assert set(map_of(panels(figure)[RANK])) == {("q", "0"), ("q", "1"), ("q", "2"), ("v", "0")}
     assert map_of(panels(figure)[NORM])["v", "1"] == 0
-    said = "2 layers without an update (layers.1.v, layers.2.v): s·B·A is zero, as before training"
+    said = "2 layers (layers.1.v, layers.2.v) without an update: s·B·A is zero, as before training"
     assert said in figure.get_suptitle()
     norms = sorted(each.norm for each in figures if each.norm)
     assert f"6 layers, r = 2 to 4; the median layer: norm {statistics.median(norms):#.2g}" in figure.get_suptitle()
@@ -94,6 +94,16 @@ def test_an_adapter_that_was_never_trained_says_so_and_has_norms_only(names: lis
     figure = drawn(plot_measures, measured(dict.fromkeys(names, 2), still=tuple(names)), into=tmp_path)
     assert [*panels(figure)] == [NORM]
     assert figure.get_suptitle().endswith("No layer has an update: s·B·A is zero, as before training")
+
+
+def test_updates_whose_squares_overflow_are_named_and_have_no_spectrum(tmp_path: Path) -> None:
+    large = measure("b", layer(torch.full((2, 3), 1e200, dtype=torch.float64), torch.eye(4, 2, dtype=torch.float64)))
+    for others in (measured({"a": 2}), []):
+        figure = drawn(plot_measures, [*others, large], into=tmp_path)
+        shown = panels(figure)
+        assert [len(panel.lines) for panel in shown.values() if panel in (shown.get(VALUES),)] == [1] * len(others)
+        said = " ".join(figure.get_suptitle().split())
+        assert said.endswith("1 layer (b) with numbers so large that their squares overflow float64")
 
 
 def test_singular_values_of_rounding_errors_do_not_stretch_the_axis(tmp_path: Path) -> None:

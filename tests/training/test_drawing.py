@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from drawn import REFUSED, bars_of, drawn, map_of, texts
 
-from lora_plus.training.drawing import ENDINGS, Layout, picture, rounded
+from lora_plus.training.drawing import ENDINGS, picture, rounded
+from lora_plus.training.layer_map import Layout
 
 LLAMA = [f"model.layers.{n}.{part}" for n in range(11) for part in ("self_attn.q_proj", "mlp.up_proj")]
 UNET = [
@@ -37,6 +38,8 @@ LAYOUTS = {
     "more digits than Python reads": (
         [f"l.{'9' * 5000}.{part}" for part in "ab"] + ["l.1.a", "l.1.b"], ["a", "b"], ["1", "9" * 5000]
     ),
+    "a map that is nearly empty": ([f"l.{n}.p{n}" for n in range(20)] + ["l.1.p0"],
+        ["0.p0", *(f"p{n}" for n in range(1, 20)), "1.p0"], []),
     "names that differ in zeros only": (["l.1.a", "l.01.a", "l.1.b"], ["a", "b"], ["1", "01"]),
 }  # fmt: skip
 
