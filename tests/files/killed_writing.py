@@ -3,7 +3,8 @@
 A program of its own, run by test_interruptions.py: a process that has started threads must not be forked.
 
     python killed_writing.py FOLDER          kills before each of Python's calls to the file system
-    python killed_writing.py FOLDER COUNT    kills after so many delays, spread over the time that the work takes
+    python killed_writing.py FOLDER COUNT    kills after so many delays, spread over the time that the work takes, and
+                                             when a file gets longer than so many sizes, whatever the machine's load
 """
 
 from __future__ import annotations
@@ -12,12 +13,14 @@ import json
 import os
 import random
 import re
+import resource
 import shutil
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -124,13 +127,12 @@ class Ground:
             (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
             (self.folder / name).write_bytes(data)
 
-    def fork(self, step: int | None = None) -> tuple[int, int]:
-        """A process that has begun the work, and a pipe in which it says that it is done; killed before a step."""
+    def fork(self, prepare: Callable[[], None] = lambda: None) -> tuple[int, int]:
+        """A process that has prepared and begun the work, and a pipe in which it says that it is done."""
         receive, send = os.pipe()
         child = os.fork()
         if not child:
-            if step is not None:
-                kill_before(step)
+            prepare()
             os.write(send, b"begun")
             self.work.write(self.folder)
             os.write(send, b"done")
@@ -156,9 +158,12 @@ class Ground:
 
     def kill_before(self, step: int) -> bool:
         """Whether the work had so many steps."""
-        code = ended(*self.fork(step))
+        code = ended(*self.fork(partial(kill_before, step)))
         assert code in (0, -signal.SIGKILL)
         return code != 0
+
+    def kill_at_size(self, size: int) -> None:
+        assert ended(*self.fork(partial(kill_at_size, size))) == -signal.SIGXFSZ
 
     def found(self) -> dict[str, object]:
         """What is there under the names that count, and beside them, and what the next run makes of it."""
@@ -203,8 +208,15 @@ def kill_before(step: int) -> None:
     sys.addaudithook(hook)
 
 
+def kill_at_size(size: int) -> None:
+    """Have this process killed as soon as one of its files would have more bytes."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # Python ignores it
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
 def at_random(ground: Ground, count: int) -> Iterator[dict[str, object]]:
-    """Kills at moments that are spread evenly, each at random within its share of the time."""
+    """Kills at moments and sizes that are spread evenly, each at random within its share of the time or the bytes."""
     times = []
     for _ in range(5):
         times.append(ground.seconds())
@@ -212,6 +224,11 @@ def at_random(ground: Ground, count: int) -> Iterator[dict[str, object]]:
     chance = random.Random(0)
     for number in range(count):
         ground.kill_after(1.1 * median(times) * (number + chance.random()) / count)
+        yield ground.found()
+        ground.reset()
+    longest = max(len(data) for name, data in ground.new.items() if data != ground.old.get(name))
+    for number in range(count):
+        ground.kill_at_size(int(longest * (number + chance.random()) / count))
         yield ground.found()
         ground.reset()
 

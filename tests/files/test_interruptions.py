@@ -72,7 +72,7 @@ def test_a_kill_before_any_step_leaves_old_or_new_files_and_the_next_run_clears_
 def test_a_kill_at_any_moment_leaves_old_or_new_files_and_the_next_run_clears_up(
     tmp_path: Path, record_property: Any
 ) -> None:
-    found = kills(str(tmp_path), "40")
+    found = kills(str(tmp_path), "20")
     assert sum(map(len, found.values())) == 200
     for work, entries in found.items():
         assert_never_a_mixture(entries)
@@ -82,7 +82,7 @@ def test_a_kill_at_any_moment_leaves_old_or_new_files_and_the_next_run_clears_up
         )
         record_property(work, dict(moments))
         print(f"{work}: killed {dict(moments)} writing")
-        assert moments["while"] >= 5, (work, moments)
+        assert moments["while"] >= 20, (work, moments)
 
 
 # ---- disks that cannot be written ------------------------------------------------------------------------------------
