@@ -27,6 +27,8 @@ class TokenRows(Adapter):
     """The layer whose weight it is."""
     gain: float = 1.0
     """The factor by which the layer's own forward multiplies the rows that it looks up."""
+    followers: list[Any] = field(default_factory=list, repr=False)
+    """The other layers that have the same weight, and the rows with it."""
 
     def factors(self) -> tuple[Tensor, Tensor]:
         weight, rows = self.layer.own_weight(), self.modules[ROWS]._parameters[self.name]
@@ -41,4 +43,11 @@ class MirroredRows(TokenRows):
     held = False
     source: Any = field(default=None, repr=False)
     """The layer that has the rows."""
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        if self.name not in getattr(self.source, "lora_adapters", {}):
+            how = "a layer tied to this one has lost it, as a part of the model was changed alone"
+            raise ValueError(f"adapter {self.name!r}: {how}; call remove_lora on the whole model")
+        return super().factors()
+
     modules = property(lambda self: self.source._modules, lambda self, value: None)  # type: ignore[assignment]

@@ -158,10 +158,11 @@ def rename_adapter(model: nn.Module, old: str, new: str) -> None:
 
     Raises:
         KeyError: if the model holds no adapter of the old name.
-        TypeError, ValueError: if the new name is not valid or is taken, the adapters are disabled, or the model is
-            sharded by ``fully_shard``.
+        TypeError, ValueError: if the new name is not valid or is taken, the adapters are disabled, the model is
+            sharded by ``fully_shard``, or a layer outside of this part of a model shares the adapter.
     """
-    state = require(model, "renaming an adapter", Need.UNSHARDED | Need.ENABLED, adapters=[old], new=new)
+    needs = Need.UNSHARDED | Need.UNFOLLOWED | Need.ENABLED
+    state = require(model, "renaming an adapter", needs, adapters=[old], new=new)
     for _, weight in state.weights:
         weight.rename_everywhere(old, new)
     for _, record, _ in state.trained(old):
@@ -177,9 +178,9 @@ def delete_adapter(model: nn.Module, adapter: str) -> None:
 
     Raises:
         KeyError: if the model holds no adapter of this name.
-        ValueError: if the model is merged.
+        ValueError: if the model is merged, or a layer outside of this part of a model shares the adapter.
     """
-    needs = Need.CHANGEABLE | Need.RESTORABLE | Need.EXCHANGEABLE
+    needs = Need.CHANGEABLE | Need.RESTORABLE | Need.UNFOLLOWED | Need.EXCHANGEABLE
     state = require(model, "deleting an adapter", needs, adapters=[adapter])
     heads = list(state.trained(adapter))
     left = {name for _, weight in state.weights for name in weight.active_names()} - {adapter}

@@ -149,7 +149,7 @@ def remove_lora(model: M) -> M:
     Returns:
         The same model.
     """
-    needs = Need.ENABLED | Need.RESTORABLE | Need.EXCHANGEABLE | Need.HIDEABLE
+    needs = Need.ENABLED | Need.RESTORABLE | Need.UNFOLLOWED | Need.EXCHANGEABLE | Need.HIDEABLE
     state = require(model, "removing adapters", needs)
     heads = list(state.trained())
     EXCHANGE[-1](state, (), heads)

@@ -126,7 +126,7 @@ def merge_and_unload(model: M, *, adapters: Sequence[str] | None = None, dequant
     Raises:
         KeyError, ValueError: as `merge_lora`; a model that is merged already keeps its merged weights.
     """
-    state = _mergeable(model, adapters, Need.RESTORABLE)
+    state = _mergeable(model, adapters, Need.RESTORABLE | Need.UNFOLLOWED)
     if not _is_merged(state, adapters):
         _merge(state, adapters, dequantize=dequantize)
     unmark_trained([unit for unit, _ in units_in(state)])

@@ -24,6 +24,7 @@ from lora_plus.text import join, some
 
 from .places import TIES, LayerPlace, Place
 from .selection import Selection
+from .state import NEEDS, Need, State
 from .token_rows import TokenRowsPlace
 from .tree import Named, Tree, own_parameters
 
@@ -69,6 +70,19 @@ class FollowingAdapter(Adapter):
 
     def unweighted(self) -> Adapter:
         return replace(self, fixed=self.other.unweighted())
+
+
+def _left_behind(state: State) -> Iterator[str]:
+    """The adapters of a part of a model that layers outside of it follow, which would be left without."""
+    inside = {id(module) for module in state.everything()}
+    for path, adapter, _ in state.adapters():
+        for layer in getattr(adapter, "followers", ()):
+            if id(layer) not in inside and has_adapter(layer, adapter.name):
+                what = f"{repr(path) if path else 'it'} shares the adapter {adapter.name!r} with a {layer.kind_name()}"
+                yield f"{what} layer outside of this part of the model; call it on the whole model"
+
+
+NEEDS[Need.UNFOLLOWED] = "all layers that share an adapter", _left_behind
 
 
 # ---- places ----------------------------------------------------------------------------------------------------------

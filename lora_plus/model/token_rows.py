@@ -120,12 +120,14 @@ class _Readers:
         first, *others = self.layers
         first.add_adapter(name, spec, tensors, trainable=trainable)
         gain = gain_of(first) or 1.0
-        first.lora_adapters[name] = TokenRows(name, spec, first._modules, first.roles, 1.0, self.ids, first, gain)
+        rows = TokenRows(name, spec, first._modules, first.roles, 1.0, self.ids, first, gain)
+        first.lora_adapters[name] = rows
         for each in others:
             own = AdapterSpec(r=spec.r, alpha=spec.alpha, variant=VARIANT_OF[each.layout])
             gain = gain_of(each) or 1.0
-            each.lora_adapters[name] = MirroredRows(name, own, {}, each.roles, 1.0, self.ids, each, gain, first)
+            each.lora_adapters[name] = MirroredRows(name, own, {}, each.roles, 1.0, self.ids, each, gain, source=first)
             each.activate((name,))
+            rows.followers.append(each)
 
 
 def told_rows(place: Place, base: BaseLayer, target: Any, layers: Collection[str]) -> TokenRowsPlace:

@@ -462,20 +462,40 @@ def test_what_cannot_have_one_adapter_is_refused(
 
 PARTS_CHANGED: dict[str, Callable[[nn.Module], object]] = {
     "removed": lp.remove_lora,
+    "unloaded": lp.merge_and_unload,
     "deleted": lambda part: lp.delete_adapter(part, "default"),
     "renamed": lambda part: lp.rename_adapter(part, "default", "other"),
 }
 
 
+@pytest.mark.parametrize("tie", [{"targets": ["embed"], "r": 2, "tied": "both"}, {"train_rows": {"embed": [1, 2]}}])
 @pytest.mark.parametrize("change", PARTS_CHANGED.values(), ids=PARTS_CHANGED.keys())
-def test_a_part_that_is_changed_alone_is_told_by_the_layer_that_follows_it(
-    change: Callable[[nn.Module], object],
+def test_a_part_whose_adapter_others_follow_is_not_changed_alone(
+    change: Callable[[nn.Module], object], tie: dict[str, Any]
 ) -> None:
     model = nn.ModuleDict({"embed": nn.Embedding(5, 4), "head": nn.Linear(4, 5, bias=False)})
     model.head.weight = model.embed.weight
     x = torch.randn(2, 4)
     plain = model.head(x)
-    change(lp.inject_lora(model, ["embed"], r=2, tied="both").embed)
+    randomise(lp.inject_lora(model, **({"targets": []} | tie)))
+    before, adapted = [*model.state_dict()], model.head(x)
+    wanted = "it shares the adapter 'default' with a Linear layer outside of this part of the model; call it on the"
+    with pytest.raises(ValueError, match=wanted):
+        change(model.embed)
+    assert [*model.state_dict()] == before and torch.equal(model.head(x), adapted)
+    change(nn.ModuleList([model.embed, model.head]))
+    lp.remove_lora(model)
+    assert type(model.head) is nn.Linear and (change is lp.merge_and_unload or torch.equal(model.head(x), plain))
+
+
+@pytest.mark.parametrize("tie", [{"targets": ["embed"], "r": 2, "tied": "both"}, {"train_rows": {"embed": [1, 2]}}])
+def test_a_layer_whose_leader_is_gone_says_so(tie: dict[str, Any]) -> None:
+    model = nn.ModuleDict({"embed": nn.Embedding(5, 4), "head": nn.Linear(4, 5, bias=False)})
+    model.head.weight = model.embed.weight
+    x = torch.randn(2, 4)
+    plain = model.head(x)
+    lp.inject_lora(model, **({"targets": []} | tie))
+    lp.rename_adapter(model.head, "default", "other")
     with pytest.raises(ValueError, match=r"tied to this one has lost it.*; call remove_lora on the whole model"):
         model.head(x)
     lp.remove_lora(model)
