@@ -50,8 +50,9 @@ def plot_measures(measures: Sequence[LayerMeasures], path: str | PathLike[str], 
         rows, heights = [*rows, ["values", "energy"]], [*heights, 2.6]
     with picture(path, width, 0.5 + sum(heights)) as figure:
         panels = figure.subplot_mosaic(rows, height_ratios=heights)
+        room = (width - layout.margin) / len({*rows[0]})
         for name, (heading, figures) in maps.items():
-            layout.draw(panels[name], figures, heading, wide=bool(layout.columns))
+            layout.draw(panels[name], figures, heading, room, labelled=any(row[0] == name for row in rows))
         if trained:
             _spectra(panels["values"], panels["energy"], layout, measures)
         headline(figure, *_facts(measures))

@@ -52,16 +52,24 @@ class Layout:
         """The inches that one panel takes."""
         return 0.85 + min(6.0, 0.2 * len(self.rows))
 
-    def draw(self, panel: Any, values: Sequence[float], name: str, *, zero: bool = False, wide: bool = False) -> None:
+    @property
+    def margin(self) -> float:
+        """The inches that the labels of the rows take."""
+        return 0.2 + 0.07 * max(map(len, self.rows))
+
+    def draw(
+        self, panel: Any, values: Sequence[float], name: str, room: float, *, zero: bool = False, labelled: bool = True
+    ) -> None:
         """Draw a figure of each layer: NaN leaves its place empty, and infinity is at the end of the scale.
 
         Args:
+            room: the inches that the panel has beside its labels.
             zero: whether the figures have two signs that mean different things, and the colours two hues for them.
-            wide: whether the panel is as wide as the page, so that more labels have room.
+            labelled: whether the rows have labels; a panel at its left may have the same.
         """
-        room = panel.figure.get_figwidth() * (1 if wide else 0.5) - 0.2 - 0.07 * max(map(len, self.rows))
         title(panel, name, room)
         _thin(panel.set_yticks, self.rows, 40)
+        panel.tick_params(axis="y", labelleft=labelled)
         finite = [abs(value) if zero else value for value in values if math.isfinite(value)]
         high = max(finite, default=1.0) or 1.0
         low = -high if zero else min([0.0, *finite])
@@ -82,10 +90,9 @@ class Layout:
         panel.invert_yaxis()
         panel.spines[:].set_visible(False)
         panel.set_xlabel("depth")
+        aspect, part = max(12, len(self.rows)), 0.05 if room > 4 else 0.1
         room -= 0.6  # for the colour bar
         _thin(panel.set_xticks, self.columns, max(1, int(10 * room / (1 + max(map(len, self.columns))))))
-        aspect = max(12, len(self.rows))
-        part = 0.05 if wide else 0.1
         panel.figure.colorbar(mesh, ax=panel, pad=0.01, fraction=part, aspect=aspect).outline.set_visible(False)
         if len(self.columns) <= 2 * room:
             for (row, column), value, colour in zip(self.places, values, mesh.to_rgba(shown), strict=True):

@@ -141,11 +141,13 @@ def plot_gauge(report: GaugeReport, path: str | PathLike[str], *, width: float =
     layout = Layout.of([join(row.adapter, row.name) if several else row.name for row in report.rows])
     first, *others = COLUMNS
     rows = [[first, first], *(others[n : n + 2] for n in range(0, len(others), 2))]
+    room = width - layout.margin
     with picture(path, width, 0.4 + layout.height * len(rows)) as figure:
         panels = figure.subplot_mosaic(rows)
-        for name, (_, get) in COLUMNS.items():
-            figures = [get(row) for row in report.rows]
-            layout.draw(panels[name], figures, _TITLES[name], zero=name == "w", wide=name == first)
+        for n, (name, (_, get)) in enumerate(COLUMNS.items()):
+            figures, wide = [get(row) for row in report.rows], name == first
+            own = room if wide else room / 2
+            layout.draw(panels[name], figures, _TITLES[name], own, zero=name == "w", labelled=wide or n % 2 == 1)
         headline(figure, f"w = {report.work_share:+.2f} over all layers, {report.steps} steps: {report.verdict}")
 
 

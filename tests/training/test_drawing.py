@@ -63,7 +63,7 @@ def test_a_map_where_names_have_projections_and_depths_and_else_bars(
 def test_each_layer_is_drawn_at_its_projection_and_depth(tmp_path: Path) -> None:
     def plot(path: Path) -> None:
         with picture(path, 9, 3) as figure:
-            Layout.of(LLAMA[::-1]).draw(figure.subplots(), range(1, 23), "title", wide=True)
+            Layout.of(LLAMA[::-1]).draw(figure.subplots(), range(1, 23), "title", 8.0)
 
     (panel, _) = drawn(plot, into=tmp_path).axes
     wanted = {(part, str(n)): 22 - 2 * n - (part == "up_proj") for n in range(11) for part in ("q_proj", "up_proj")}
@@ -76,7 +76,7 @@ def test_what_is_no_number_is_empty_and_what_is_infinite_at_the_end_of_the_scale
 
     def plot(names: list[str], path: Path) -> None:
         with picture(path, 5, 3) as figure:
-            Layout.of(names).draw(figure.subplots(), values, "title", zero=True, wide=True)
+            Layout.of(names).draw(figure.subplots(), values, "title", 4.0, zero=True)
 
     panel = drawn(plot, [*"abcde"], into=tmp_path).axes[0]
     assert bars_of(panel) == {"a": 1, "b": 0, "c": -2, "d": -2, "e": 2}
@@ -89,12 +89,12 @@ def test_what_is_no_number_is_empty_and_what_is_infinite_at_the_end_of_the_scale
 
 
 def test_a_title_is_broken_to_its_panel_and_cells_without_room_have_no_numbers(tmp_path: Path) -> None:
-    def plot(width: float, path: Path) -> None:
-        with picture(path, width, 3) as figure:
+    def plot(room: float, path: Path) -> None:
+        with picture(path, room, 3) as figure:
             layout = Layout.of(["0.a", "0.b", "1.a", "1.b", "2.a", "2.b"])
-            layout.draw(figure.subplots(), range(6), "Norm of the update of all layers")
+            layout.draw(figure.subplots(), range(6), "Norm of the update of all layers", room)
 
-    wide, narrow = (drawn(plot, width, into=tmp_path).axes[0] for width in (7.5, 3.0))
+    wide, narrow = (drawn(plot, room, into=tmp_path).axes[0] for room in (3.5, 1.3))
     assert wide.get_title(loc="left") == "Norm of the update of all layers" and len(texts(wide)) == 6
     assert narrow.get_title(loc="left") == "Norm of the update\nof all layers" and texts(narrow) == []
 
@@ -106,7 +106,7 @@ def test_thousands_of_layers_are_few_artists_on_one_page(form: str, tmp_path: Pa
     def plot(path: Path) -> None:
         layout = Layout.of(names)
         with picture(path, 5, layout.height) as figure:
-            layout.draw(figure.subplots(), range(len(names)), "title")
+            layout.draw(figure.subplots(), range(len(names)), "title", 4.0)
 
     figure = drawn(plot, into=tmp_path)
     assert figure.get_figheight() < 8
@@ -122,7 +122,7 @@ def test_equal_pictures_are_equal_files(ending: str, tmp_path: Path) -> None:
     for folder in ("one", "two"):
         (tmp_path / folder).mkdir()
         with picture(tmp_path / folder / f"p{ending}", 3, 2) as figure:
-            Layout.of(names).draw(figure.subplots(), range(4), "title")
+            Layout.of(names).draw(figure.subplots(), range(4), "title", 2.0)
     one, two = ((tmp_path / folder / f"p{ending}").read_bytes() for folder in ("one", "two"))
     assert one == two and one.startswith({".svg": b"<?xml", ".png": b"\x89PNG", ".pdf": b"%PDF"}[ending])
 
