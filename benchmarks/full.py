@@ -180,8 +180,8 @@ def draw(tables: list[Shown], path: Path) -> None:
     from matplotlib.figure import Figure
 
     looks = {"text.color": INK, "axes.edgecolor": INK, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK}
-    with matplotlib.rc_context({**looks, "svg.hashsalt": "full", "font.size": 9}):
-        figure = Figure(figsize=(8, 1 + 1.1 * len(tables)), layout="constrained")
+    with matplotlib.rc_context({**looks, "svg.hashsalt": "full", "svg.fonttype": "none", "font.size": 9}):
+        figure = Figure(figsize=(4.8, 1 + 1.1 * len(tables)), layout="constrained")  # as wide as a phone shows it
         panels = figure.subplots(len(tables), 1, squeeze=False)[:, 0]
         for table, panel in zip(tables, panels, strict=True):
             figures = {
@@ -201,7 +201,7 @@ def draw(tables: list[Shown], path: Path) -> None:
             panel.set_facecolor("none")
             panel.spines[["top", "right"]].set_visible(False)
         handles, labels = panels[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+        figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
         figure.savefig(path, transparent=True, metadata={"Date": None})
 
 

@@ -85,7 +85,7 @@ def draw_costs(axes: Axes) -> None:
     axes.set_yticks(range(len(costs)), list(costs))
     axes.invert_yaxis()
     axes.set_xlim(1, 2.4)
-    axes.set_xlabel("time of a training step; the frozen model's is 1")
+    axes.set_xlabel("step time; the frozen model's is 1")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, loc="upper right")
 
@@ -113,7 +113,7 @@ def draw_idea(axes: Axes) -> None:
         ((5.85, 0.9), (7.4, 2.9)),
     ):  # fmt: skip
         axes.add_patch(FancyArrowPatch(start, end, arrowstyle="-|>", mutation_scale=14, color=INK, linewidth=1.4))
-    axes.set_xlim(0, 10.6)
+    axes.set_xlim(0.2, 11)
     axes.set_ylim(-0.4, 4.9)
     axes.set_aspect("equal")
     axes.set_axis_off()
@@ -138,7 +138,7 @@ def draw_adapter(layers: list[dict[str, Any]], path: Path) -> None:
     plot_measures([LayerMeasures(**layer) for layer in layers], path, width=PHONE)
 
 
-PICTURES = {"idea": (draw_idea, (7.4, 3.7)), "costs": (draw_costs, (7.4, 4.4))}
+PICTURES = {"idea": (draw_idea, (5.8, 3.0)), "costs": (draw_costs, (5.6, 4.4))}
 RUNS: dict[str, Callable[[Any, Path], None]] = {"sweep": draw_sweep, "gauge": draw_gauge, "adapter": draw_adapter}
 """What is drawn of the saved runs, by its name there, which is the picture's too."""
 
