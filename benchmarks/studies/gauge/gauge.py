@@ -1,10 +1,11 @@
 """How often is the gauge's verdict on the ratio right? Settings of small tasks, tuned, judged, and then tried.
 
-Each setting is tuned at a start ratio, mostly 1, over half-octaves of the geometric-mean rate. There w is read, log2 of
-the work of A over that of B; the gauge says yes where it is above zero. Then the ratios 2 to 64 times the start are
-tried, each at all rates. Rates and the best ratio are chosen on a few seeds, and the benefit, in log2 of the loss, is
-taken on four times as many others, so that choosing the best of many does not count as a benefit. A larger ratio
-"helps" where it is above 0.1.
+1. Each setting is tuned at a start ratio, mostly 1, over half-octaves of the geometric-mean rate.
+2. At the tuned rate the gauge reads w, log2 of the work of A over that of B. It says yes if w is above zero.
+3. The ratios 2 to 64 times the start are tried, each at all rates.
+4. Rates and the best ratio are chosen on a few seeds. The benefit, in log2 of the loss, is measured on four times as
+   many other seeds, so that choosing the best of many does not count as a benefit. A larger ratio "helps" if the
+   benefit is above 0.1.
 
     python benchmarks/studies/gauge/gauge.py --out benchmarks/results/gauge.md
     python benchmarks/studies/gauge/gauge.py --short
@@ -280,17 +281,17 @@ def page(results: Sequence[Result], agreement: tuple[float, float], seconds: flo
         (__doc__ or "").partition("\n\n")[2].partition("\n\n    python")[0],
         "## How often it is right",
         counts(results),
-        'A "clear" setting has a benefit two standard errors away from 0.1. "Order" is how often, of two settings, the '
-        "one where a larger ratio helps has the larger w; 0.5 is chance.",
-        f"On held-out settings the mean benefit is {mean['yes']} where the gauge says yes ({kept} with the rate kept), "
-        f"and {mean['no']} where it says no. At a quarter of the tuned rate, {sum(r.w_low <= 0 for r in yes)} of the "
-        f"{len(yes)} held-out settings with w above zero read zero or less.",
-        f"The library's gauge, on layers and an optimizer, reads w = {agreement[0]:.12f} where the batched products of "
-        f"this benchmark give {agreement[1]:.12f} (float64, the first seed of toy()).",
+        'A "clear" setting has a benefit at least two standard errors away from 0.1. "Order": of two settings, how '
+        "often the one where a larger ratio helps has the larger w; 0.5 is chance.",
+        f"On held-out settings the mean benefit is {mean['yes']} if the gauge says yes ({kept} with the rate kept), "
+        f"and {mean['no']} if it says no. Of the {len(yes)} held-out settings with w above zero, "
+        f"{sum(r.w_low <= 0 for r in yes)} have w at or below zero at a quarter of the tuned rate.",
+        f"The library's gauge, on layers and an optimizer, reads w = {agreement[0]:.12f}; the batched products of this "
+        f"benchmark give {agreement[1]:.12f} (float64, the first seed of toy()).",
         "## Every setting",
         "The tasks are in `benchmarks/studies/gauge/gauge_tasks.py`. Benefit: log2 of the loss at the start ratio over "
-        "that at the best larger one, each at its tuned rate, with its standard error over fresh seeds; then the same "
-        "with the start ratio's rate kept. A question mark: not clear. Edge: a chosen rate is at the end of the grid.",
+        "that at the best larger ratio, each at its tuned rate, with the standard error over fresh seeds. Rate kept: "
+        "the same at the start ratio's rate. Question mark: not clear. Edge: a chosen rate is at the end of the grid.",
         table(list(COLUMNS), [[show(r) for show in COLUMNS.values()] for r in results]),
     ]
     return "\n\n".join(paragraphs) + "\n"

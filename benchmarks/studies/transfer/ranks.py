@@ -212,8 +212,8 @@ def section(
         "Exponent of the best g in r:",
         "",
         *table(("scale", "ratio", "all ranks", "without the lowest", "the rule"), slopes),
-        "A rate taken from another setting in place of a search, over all pairs of settings: its loss over that of the "
-        "best rate of the grid (*times*), and the share that it gives up of what the search takes off the loss.",
+        "A rate from another setting instead of a search, over all pairs of settings. *Times*: its loss divided by "
+        "that of the best rate of the grid. *Share*: the part of the search's improvement of the loss that it loses.",
         "",
         *table(
             ("from r", "the rate", "times: median", "worst", "share: median", "worst"),
@@ -249,10 +249,12 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]
 
 HEAD = """# Does a tuned rate transfer? The rule g·√(r·s), on a toy and on pretrained models
 
-`python benchmarks/studies/transfer/ranks.py` does the runs, keeps each in `transfer.jsonl`, and writes this page. g is
-the geometric mean of the rates of A and B, s the scale of B A. AdamW without decay, rates that fall linearly to zero,
-the same batches for the same seed. The best g is the minimum of a parabola through the best of rates an octave apart
-and its neighbours, of the mean over the seeds.
+`python benchmarks/studies/transfer/ranks.py` does the runs, saves each in `transfer.jsonl`, and writes this page.
+
+g is the geometric mean of the rates of A and B, s the scale of B A. Training uses AdamW without decay, rates that fall
+linearly to zero, and the same batches for the same seed. To find the best g, rates an octave apart are tried, and a
+parabola is put through the losses of the best rate and its two neighbours, each the mean over the seeds. The best g is
+its minimum.
 """
 
 

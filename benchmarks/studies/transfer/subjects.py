@@ -108,8 +108,8 @@ def toy(short: bool) -> Subject:
     """Its hidden weight lacks a matrix of rank 24."""
     steps = 10 if short else 150
     words = (
-        f"A net of {INPUTS}-{WIDTH}-{WIDTH}-{OUTPUTS} with ReLU, drawn, learns what it computes with a matrix of rank "
-        f"{NEEDED} more in its hidden weight, the only one with an adapter. {steps} steps of 64, mean square error."
+        f"A random ReLU net of {INPUTS}-{WIDTH}-{WIDTH}-{OUTPUTS} learns from a teacher: the same net with a matrix of "
+        f"rank {NEEDED} added to its hidden weight. Only that weight has an adapter. {steps} steps of 64, mean square error."
     )
     return Subject(words, _toy_loss(None, 0, 0), lambda rates, seed: _toy_loss(rates, seed, steps))
 
