@@ -160,7 +160,7 @@ def run() -> Section:
         "The coordinate check: theorem 1",
         f"Teacher-student task, µP head, rank 4, Adam (eps 1e-12), {STEPS} steps, {SEEDS} seeds, widths {WIDTHS[0]} to "
         f"{WIDTHS[-1]}. Exponents of the root mean squares of {', '.join(QUANTITIES)}; in brackets the theory's. "
-        "Equal rates of Θ(1/n) and Θ(1) are read at step 3: later, f has come near y at some widths only.",
+        "Equal rates of Θ(1/n) and Θ(1) are read at step 3, because later f is near y at some widths only.",
         findings,
         [
             Table("Exponents", ("rates", "step", *QUANTITIES), exponent_rows),

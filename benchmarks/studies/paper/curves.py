@@ -59,8 +59,8 @@ def run() -> Section:
     return Section(
         "Learning curves",
         f"The task and the widths of the plane of learning rates, {HEAD} head, {SEEDS} seeds. LoRA's rate is the best "
-        "of the fine diagonal; all rates are chosen on the mean over seeds. Speed-up as there, where a run gets as "
-        "low.",
+        "of the fine diagonal; all rates are chosen on the mean over seeds. Speed-up: as there, for runs that "
+        "reach the loss.",
         [
             Finding(
                 "Fig. 7: with η_B = 2^4 η_A training takes half the steps",

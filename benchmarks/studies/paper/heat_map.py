@@ -200,11 +200,11 @@ def run() -> Section:
     return Section(
         "The plane of both learning rates",
         f"Teacher-student task (sin), rank 4, 64 samples, Adam, 60 full-batch steps, {SEEDS} seeds; SP and µP heads. "
-        "S is log2 of the mean loss over the last fifth of the steps. The best ratio is that of the cell with the "
-        "least mean of S over seeds. Gain: best loss on the diagonal over best loss on the plane, in each seed; "
-        "geometric mean over seeds (least). Speed-up: steps of the best equal rates to their own final loss over those "
-        "of the best cell; mean (least). Each is given against the diagonal of the same grid, in octaves, and against "
-        "a fine one, in quarter octaves.",
+        "S is log2 of the mean loss over the last fifth of the steps. The best cell has the least mean of S over "
+        "seeds; the best ratio is its ratio. Gain: best loss on the diagonal, divided by best loss on the plane, for "
+        "each seed; geometric mean over seeds (least). Speed-up: number of steps in which the best equal rates reach "
+        "their final loss, divided by the number in which the best cell reaches it; mean (least). Both are given for "
+        "two diagonals: that of the same grid, in octaves, and a fine one, in quarter octaves.",
         _findings(found),
         [
             Table("Best cells, and what they gain over equal rates", columns, _rows(found)),

@@ -112,7 +112,7 @@ def run() -> Section:
         "The linear model: propositions 1 and 2",
         f"f = b (a·x), y = 1, x ~ N(0, I), a ~ N(0, I/n) and b = 0, or a = 0 and b = 1; widths 2^6 to 2^16, {SEEDS} "
         "seeds, float64. Exponent: slope of log2 of the median size against log2 of the width. δ1, δ2, δ3: change of f "
-        "in a step by a, by b, by both. The statements are read at step 3 where b starts at zero.",
+        "in a step by a, by b, by both. If b starts at zero, the statements are read at step 3.",
         findings,
         [Table("Exponents", ("start", "rates", "step", *QUANTITIES), rows)],
     )

@@ -46,12 +46,13 @@ def page(done: list[tuple[Section, float]], folder: str) -> str:
         "# The LoRA+ paper, reproduced",
         "",
         "Hayou, Ghosh and Yu 2024, *LoRA+: Efficient Low Rank Adaptation of Large Models* (arXiv:2402.12354). Each",
-        "part sets what the paper says beside what came out here.",
+        "part compares a statement of the paper with a measurement.",
         "`python benchmarks/studies/paper/reproduce.py` (`make paper`) writes this page from what it measures.",
         "",
         f"torch {torch.__version__}, lora_plus {lora_plus.__version__}, Python {platform.python_version()}; "
         f"{processor('cpu')}, {torch.get_num_threads()} thread, {total:.0f} CPU seconds. Toys of one adapted "
-        "layer, in float32, unless said: another processor gives other digits at the edge of stability.",
+        "layer, in float32 unless a part says otherwise. At the edge of stability another processor gives other "
+        "digits.",
         "",
         *lines_of_table(("part", "statements that agree", "CPU seconds"), parts),
     ]

@@ -187,10 +187,10 @@ def run() -> Section:
     return Section(
         "Which factor starts at zero: Init[A] and Init[B]",
         "The statements are those of Hayou et al. 2024, *The Impact of Initialization on LoRA Finetuning Dynamics* "
-        '(arXiv:2406.08447), and of theorem 1 for the other start. Init[A] is `init="kaiming"`, B zero; Init[B] is '
-        '`init="kaiming_B"`, A zero and B uniform in ±1/√r. Exponents: the task of the coordinate check; in brackets '
-        f"the theory's for {', '.join(QUANTITIES)}. Losses: the task of the plane of learning rates, {SEEDS} seeds, µP "
-        "head, 60 steps; S is log2 of the mean loss over the last fifth of the steps.",
+        '(arXiv:2406.08447), and theorem 1 for the other start. Init[A] is `init="kaiming"`: B is zero. Init[B] is '
+        '`init="kaiming_B"`: A is zero and B uniform in ±1/√r. Exponents: the task of the coordinate check; in '
+        f"brackets the theory's for {', '.join(QUANTITIES)}. Losses: the task of the plane of learning rates, {SEEDS} "
+        "seeds, µP head, 60 steps; S is log2 of the mean loss over the last fifth of the steps.",
         [*findings, *_best_part(found), *(each for of_task in pretrained for each in of_task[0])],
         [
             exponent_table,

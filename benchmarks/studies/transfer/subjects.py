@@ -109,7 +109,8 @@ def toy(short: bool) -> Subject:
     steps = 10 if short else 150
     words = (
         f"A random ReLU net of {INPUTS}-{WIDTH}-{WIDTH}-{OUTPUTS} learns from a teacher: the same net with a matrix of "
-        f"rank {NEEDED} added to its hidden weight. Only that weight has an adapter. {steps} steps of 64, mean square error."
+        f"rank {NEEDED} added to its hidden weight. Only that weight has an adapter. {steps} steps of 64, mean square "
+        "error."
     )
     return Subject(words, _toy_loss(None, 0, 0), lambda rates, seed: _toy_loss(rates, seed, steps))
 
