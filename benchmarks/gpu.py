@@ -38,20 +38,20 @@ LEAST_SECONDS = 10.0
 
 INTRODUCTION = """# What LoRA costs on a GPU
 
-`benchmarks/gpu.sh` writes this page, and `gpu.json`, which has the figure of every round. It takes at most 7.5
-minutes on one H200 and needs no network: all weights are random. It runs the tests of `tests/test_devices.py` first,
-then each row below. What the machine lacks is left out; the head of the script says how to carry packages there.
+`benchmarks/gpu.sh` writes this page, and `gpu.json` with the figures of every round. It takes at most 7.5 minutes on
+one H200 and needs no network: all weights are random. It first runs the tests of `tests/test_devices.py`, then each row
+below. Rows whose packages are missing are left out; the head of the script says how to bring packages there.
 
-"Frozen" is the same model without adapters, forward and backward to the input; "peft in the base's dtype" is PEFT
-with `autocast_adapter_dtype=False`. In each table all implementations take turns, with the same base, the same input
-and equal A and B. Times are medians over the rounds, and ratios have quartiles. "Step" is timed with CUDA events, as
-Python calls it; "replayed" as one CUDA graph, which leaves out the time that Python takes. The weights of a row are
-larger than the GPU's cache. "Peak" is all that tensors take up in a step, with the model, the adapters and, for a
-whole model, AdamW's state.
+In each table all implementations take turns, with the same base, the same input and equal A and B. Times are medians
+over the rounds, and ratios have quartiles. The weights of a row are larger than the GPU's cache.
 
-"Grad A" and "grad B" are the norms of the gradients of all A and of all B. Implementations that compute the same have
-the same norms (PEFT orders the factors of experts in another way, so there they differ), and zero would be no
-training.
+- **frozen**: the same model without adapters, forward and backward to the input.
+- **peft in the base's dtype**: PEFT with `autocast_adapter_dtype=False`.
+- **step**: timed with CUDA events, including the time of Python.
+- **replayed**: timed as one CUDA graph, without the time of Python.
+- **peak**: the bytes of all tensors in a step, with the model, the adapters and, for a whole model, AdamW's state.
+- **grad A**, **grad B**: the norms of the gradients of all A and of all B. They show that all implementations train,
+  and train the same. (PEFT orders the factors of experts differently, so there the norms differ.)
 """
 
 
@@ -110,7 +110,7 @@ def page(record: dict[str, Any]) -> str:
     """The page of what is known so far, which may be nothing."""
     parts = [INTRODUCTION]
     if not record:
-        parts.append("**This has not been run yet, for want of a GPU.** What it will measure:\n")
+        parts.append("**This has not been run yet, because no GPU was available.** What it will measure:\n")
     else:
         versions = ", ".join(f"{name} {version}" for name, version in record.get("versions", {}).items())
         parts.append(", ".join(filter(None, [record["date"], record.get("processor", ""), versions])) + ".\n")
