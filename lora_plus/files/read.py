@@ -120,8 +120,7 @@ def _check_names(path: Path, names: Sequence[str], problems: list[str]) -> None:
         others = [file.name for ending in (".safetensors", ".bin") for file in sorted(path.glob(f"*{ending}"))]
         hint = f"; it has {some(others)}: give a .safetensors file itself, convert others" if others else ""
         problems.append(f"the folder has no {' and no '.join(missing)}{hint}")
-        return
-    for name in missing:
+    for name in missing if len(missing) < len(names) else ():
         pickled = (path / name).with_suffix(".bin").exists()
         hint = "; there is a .bin file, which is a pickle and is not read: convert it to safetensors" if pickled else ""
         problems.append(f"the folder has no {name}{hint}")

@@ -39,6 +39,10 @@ class Target:
         """The shape of the tensor that has this full name in the file; None if there is none."""
         return None
 
+    def tensor(self, name: str) -> Tensor | None:
+        """The tensor that has this full name in the file, in memory of its own; None if there is none."""
+        return None
+
     def repeats(self, name: str, tensor: Tensor) -> bool | None:
         """Whether a tensor equals the one of this name in the file, in the dtype that it has here.
 

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import lora_plus as lp
+from lora_plus.files import read_adapter
 
 pytestmark = pytest.mark.peers
 
@@ -168,14 +169,32 @@ def test_a_bias_of_B_that_has_no_place_is_refused(tmp_path: Path) -> None:
         assert all(
             torch.equal(value, before[key]) for key, value in snapshot(model).items() if isinstance(value, Tensor)
         )
-    from lora_plus.files import read_adapter
-
     text = "'q': its lora_B has a bias (lora_bias), which is added to the layer's own; load the adapter into its model"
     with pytest.raises(ValueError, match=re.escape(text)):
         read_adapter(whole)
     save_file(base().state_dict(), tmp_path / "base.safetensors")
+    text = "'v': its lora_B has a bias (lora_bias), and the layer has no bias to add it to here"
     with pytest.raises(ValueError, match=re.escape(text)):
         lp.merge_checkpoint(tmp_path / "base.safetensors", whole, tmp_path / "out.safetensors")
+
+
+@pytest.mark.parametrize("bias", ["none", "lora_only"])
+@pytest.mark.parametrize("names", [None, {"": "model"}])
+def test_the_bias_of_B_is_merged_into_a_checkpoint(bias: str, names: dict[str, str] | None, tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*LoRA tensor.* have invalid shape")
+        theirs = made_by_peft(base(), target_modules=["q", "conv"], r=2, lora_alpha=3, lora_bias=True, bias=bias)
+        theirs.save_pretrained(str(tmp_path / "theirs"))
+    prefix = "model." if names else ""
+    state = {prefix + name: tensor.contiguous() for name, tensor in base().state_dict().items()}
+    save_file(state, tmp_path / "base.safetensors")
+    out = tmp_path / "out.safetensors"
+    lp.merge_checkpoint(tmp_path / "base.safetensors", tmp_path / "theirs", out, names=names)
+    merged, wanted = load_file(out), theirs.merge_and_unload().state_dict()
+    assert merged.keys() == state.keys()
+    for name, tensor in wanted.items():
+        torch.testing.assert_close(merged[prefix + name], tensor, rtol=1e-12, atol=1e-12)
+    assert not torch.equal(wanted["q.bias"], base().q.bias)
 
 
 # ---- what PEFT cannot say --------------------------------------------------------------------------------------------

@@ -96,7 +96,7 @@ def add_lora_biases(
         biases: the bias of B by layer.
         layers: those of them that are linear layers or convolutions.
         value_of: the base's own parameter of a name; None if there is none.
-        whole: whether the base is a model, whose parameters are all known.
+        whole: whether the base is a model or a checkpoint, whose parameters are all known.
         problems: where that cannot be.
     """
     for name in (name for name in layers if name not in biases):

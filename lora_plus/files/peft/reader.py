@@ -74,7 +74,7 @@ class Reader:
         plain = {name: layer for name, layer in layers.items() if name not in self.parameters}
         self.problems += lost_biases(adapter, self.config.get("bias", "none"), plain, self.outline)
         if self.config.get("lora_bias"):
-            add_lora_biases(adapter, self.biases, plain, self.target.parameter, self.outline.whole, self.problems)
+            add_lora_biases(adapter, self.biases, plain, self.target.parameter, self.target.whole, self.problems)
         alphas = {name: self.config["alpha_pattern"].values(name) for name in (*layers, *attentions)}
         ambiguous = [name for name, values in alphas.items() if any(value != values[0] for value in values)]
         if ambiguous:  # PEFT does not keep the order of the keys, and it decides here

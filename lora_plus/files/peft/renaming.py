@@ -56,13 +56,17 @@ class FolderTarget:
     readers: Mapping[str, Sequence[str]] = field(default_factory=dict)
     parameter: Callable[[str], Tensor | None] = lambda name: None
     """The parameter of a full name; None where it is not known."""
+    whole: bool = True
+    """Whether all parameters are known."""
 
 
 def parameters_of(target: Target) -> Callable[[str], Tensor | None]:
-    """The parameters of a model by their full names; of anything else none is known."""
+    """The parameters of a model or a checkpoint by their full names; of anything else none is known."""
 
     def parameter(name: str) -> Tensor | None:
-        unit = target.units.get(name) if isinstance(target, ModelTarget) else None
+        if not isinstance(target, ModelTarget):
+            return target.tensor(name)
+        unit = target.units.get(name)
         return unit.tensors()[""] if unit is not None and unit.parameter else None
 
     return parameter

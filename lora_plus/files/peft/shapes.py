@@ -17,7 +17,7 @@ from lora_plus.tensors.matrix import matrix_shape
 from lora_plus.text import parents
 
 from .names import OUT_PROJECTION, PREFIX, split_key
-from .renaming import FolderTarget
+from .renaming import FolderTarget, parameters_of
 
 Shape = tuple[int, ...]
 
@@ -87,7 +87,10 @@ def implied_target(
             f"the square weights of {', '.join(map(repr, doubtful[:3]))}{' and more' * (len(doubtful) > 3)} are taken "
             f"as stored (in, out), as fan_in_fan_out says; if they are of nn.Linear layers, {_INSTEAD}"
         )
-    return FolderTarget(Outline({}, names, whole=False), bases.get, target.repeats)
+    whole = target.names() is not None
+    return FolderTarget(
+        Outline({}, names, whole=False), bases.get, target.repeats, parameter=parameters_of(target), whole=whole
+    )
 
 
 def _implied_shape(

@@ -94,11 +94,14 @@ class CheckpointTarget(Target):
         stored = self.checkpoint.tensors.get(f"{name}.weight")
         return None if stored is None else usual_base(stored.shape)
 
-    def repeats(self, name: str, tensor: Tensor) -> bool | None:
+    def tensor(self, name: str) -> Tensor | None:
         new = self.rename(name) or ""
         stored = self.checkpoint.tensors.get(new)  # None where it is tied to another one
-        known = stored is not None and STORED.get(stored.dtype) in DTYPES
-        return equal_in_dtype(tensor, self.checkpoint.read(new)) if known else None
+        return self.checkpoint.read(new) if stored is not None and STORED.get(stored.dtype) in DTYPES else None
+
+    def repeats(self, name: str, tensor: Tensor) -> bool | None:
+        stored = self.tensor(name)
+        return None if stored is None else equal_in_dtype(tensor, stored)
 
     def shape(self, name: str) -> Shape | None:
         stored = self.checkpoint.tensors.get(self.rename(name) or "")
