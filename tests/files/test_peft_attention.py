@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from cases import randomise
-from peft_support import DOUBLED, Attention, Away, made_by_peft, opened_by_peft, read_config, same
+from peft_support import DOUBLED, Attention, Away, made_by_peft, opened_by_peft, peft, read_config, same
 from safetensors.torch import load_file
 from sites import adapter_sites
 from torch import nn
@@ -54,6 +54,33 @@ def test_the_output_projection_is_written_as_it_is_and_peft_doubles_it(scaling: 
     same(loaded(*arguments), model(*arguments))
     ranks = {name: site.lora_adapters["default"].spec.r for name, site in adapter_sites(loaded)}
     assert ranks == {f"part.attn.{name}": 3 if name == "k" else 2 for name in ("q", "k", "v", "out_proj")}
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["out_proj", "mlp"], r".*(out_proj|mlp)"])
+def test_an_adapter_of_the_projection_alone_is_dead_in_peft_until_it_is_merged(
+    targets: str | list[str], tmp_path: Path
+) -> None:
+    away = Away(Attention, ["part.attn"], {})
+    model, arguments = away.base(), away.arguments()
+    settings = {"r": 2, "target_modules": targets}
+    theirs = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(**settings))
+    theirs(*arguments).sum().backward()
+    for name, parameter in theirs.named_parameters():
+        assert "out_proj.lora" not in name or parameter.grad is None  # what PEFT trains stays at B = 0
+    theirs.save_pretrained(str(tmp_path / "trained"))
+    loaded = lora_plus.load_adapter(away.base(), tmp_path / "trained")
+    same(loaded(*arguments), theirs(*arguments))
+    with torch.no_grad():
+        [each.normal_() for name, each in theirs.named_parameters() if "lora" in name]
+    theirs.save_pretrained(str(tmp_path / "other"))
+    unmerged, merged = theirs(*arguments), copy.deepcopy(theirs).merge_and_unload()(*arguments)
+    assert (unmerged - merged).abs().max() > 1e-2
+    with pytest.warns(UserWarning, match="PEFT passes by the adapter of 'part.attn.out_proj' until it is merged"):
+        loaded = lora_plus.load_adapter(away.base(), tmp_path / "other")
+    same(loaded(*arguments), merged)
+    if targets == "all-linear":
+        loaded = lora_plus.load_adapter(away.base(), tmp_path / "other", names={"part.attn.out_proj": None})
+        same(loaded(*arguments), unmerged)
 
 
 def test_a_weight_of_attention_without_adapter_stays_without(tmp_path: Path) -> None:

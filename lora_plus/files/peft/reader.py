@@ -6,6 +6,7 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lora_plus.errors import Problems, shortened, warn_user
@@ -88,6 +89,16 @@ class Reader:
             warn_user(
                 f"the file says W + s B A of {', '.join(map(repr, doubled))}, which is what is loaded, but {DOUBLED}; "
                 "if it was trained there, double their lora_B to compute the same"
+            )
+        inert = [
+            name
+            for name, layer in plain.items()
+            if layer.base.facts.get("of") == ATTENTION and torch.count_nonzero(layer.tensors["lora_B"])
+        ]
+        if inert and self.config.get("peft_version"):
+            warn_user(
+                f"PEFT passes by the adapter of {some(inert)} until it is merged: nn.MultiheadAttention does not call "
+                f"its out_proj. Here it acts; leave it out with names={{{inert[0]!r}: None}} to compute what PEFT does"
             )
         if self.unsure and not self.problems:
             told = f"{', '.join(map(repr, self.unsure[:3]))}{' and more' * (len(self.unsure) > 3)}"
