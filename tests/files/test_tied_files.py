@@ -163,6 +163,50 @@ def test_what_peft_trains_in_full_and_ties_stays_tied(module: str, tmp_path: Pat
             lp.load_adapter(language(), path.parent)
 
 
+def trained_in_full(model: nn.Module, module: str) -> nn.Module:
+    lp.inject_lora(model, ["q_proj"], r=2, train_also=[module])
+    with torch.no_grad():
+        [p.normal_(generator=torch.Generator().manual_seed(1)) for p in model.parameters() if p.requires_grad]
+    return model
+
+
+@pytest.mark.parametrize("module", ["embed_tokens", "lm_head"])
+def test_what_is_trained_in_full_and_tied_is_tied_in_peft(module: str, tmp_path: Path) -> None:
+    model = trained_in_full(language(), module)
+    lp.save_adapter(model, tmp_path / "a")
+    theirs = opened_by_peft(language(), tmp_path / "a")
+    close(logits(theirs), logits(model))
+    merged = theirs.merge_and_unload()
+    assert merged.lm_head.weight is merged.model.embed_tokens.weight
+    close(logits(merged), logits(model))
+    back = lp.load_adapter(language(), tmp_path / "a")
+    assert back.lm_head.weight is back.model.embed_tokens.weight
+    assert torch.equal(logits(back), logits(model))
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=[module], ensure_weight_tying=True)
+    peft.get_peft_model(language(), config).save_pretrained(str(tmp_path / "theirs"))
+    names = [load_file(tmp_path / each / "adapter_model.safetensors").keys() for each in ("a", "theirs")]
+    assert names[0] == names[1]
+    lp.save_adapter(back, tmp_path / "b")
+    for file in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+
+
+class Biased(Language):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lm_head.bias = nn.Parameter(torch.zeros(19))
+
+
+class Plain(Language):
+    _tied_weights_keys = None
+
+
+@pytest.mark.parametrize(("kind", "module"), [(Biased, "lm_head"), (Plain, "embed_tokens")])
+def test_what_peft_would_untie_is_not_written(kind: type[Language], module: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"is tied to '.*weight', and PEFT would untie them; train both"):
+        lp.save_adapter(trained_in_full(kind(), module), tmp_path / "a")
+
+
 def test_where_it_is_not_tied_each_has_its_own_and_the_user_is_told(tmp_path: Path) -> None:
     model = adapted("embed_tokens")
     lp.save_adapter(model, tmp_path / "a")

@@ -131,7 +131,8 @@ def _checked_tensors(tensors: Any, problems: list[str]) -> Mapping[str, Tensor]:
 
 def write(adapter: SavedAdapter, target: Target, problems: list[str]) -> Files:
     """The files of a folder."""
-    ties = ties_in(target) if adapter.trained else []
+    twice = _tied_by_peft(adapter, target) if adapter.trained else {}
+    ties = [names for names in ties_in(target) if twice.keys().isdisjoint(names)] if adapter.trained else []
     outline = outline_of(target) or outline_named_by(adapter)
     problems += rows_problems(adapter, outline, target)
     named, indices = ({}, {}) if problems else rows_to_peft(adapter)
@@ -139,11 +140,30 @@ def write(adapter: SavedAdapter, target: Target, problems: list[str]) -> Files:
     layers = {name: layer for name, layer in adapter.layers.items() if not is_rows(layer)}
     plain = replace(adapter, layers=layers, metadata=about | adapter.metadata)
     tensors, config = contents(plain, outline, problems, ties) if plain.layers else ({}, {})
+    if config and twice:
+        tensors |= {f"{PREFIX}{other}": tensors[f"{PREFIX}{name}"].clone() for other, name in twice.items()}
+        config["ensure_weight_tying"] = True
     if config and not config["task_type"]:
         config |= mapping
     tensors, config = {**tensors, **named}, {**config, **indices}
     told = {} if problems else parts.written(units(spread(plain)))
     return {WEIGHTS: Contents(tensors, {"format": "pt", **told}), CONFIG: config}
+
+
+def _tied_by_peft(adapter: SavedAdapter, target: Target) -> dict[str, str]:
+    """By their names, the weights that PEFT ties to those of modules trained in full, which have the other names.
+
+    It looks for them in models of Transformers, and saves both.
+    """
+    model = target.modules.get("") if isinstance(target, ModelTarget) else None
+    found: dict[str, str] = {}
+    for names in ties_in(target) if getattr(model, "_tied_weights_keys", None) else ():
+        owners = {name.rpartition(".")[0]: name for name in names}
+        inside = [owner for owner in owners if [*adapter.trained.get(owner, ())] == ["weight"]]
+        if len(inside) == 1 and sorted(owner.rpartition(".")[2] for owner in owners) == ["embed_tokens", "lm_head"]:
+            name = owners.pop(inside[0])
+            found[next(iter(owners.values()))] = name
+    return found
 
 
 def _base_model(target: Target) -> tuple[dict[str, str], dict[str, Any]]:
