@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from drawn import REFUSED, bars_of, drawn, map_of, texts
 
-from lora_plus.training.drawing import ENDINGS, picture, rounded
+from lora_plus.training.drawing import ENDINGS, centred, picture, rounded
 from lora_plus.training.layer_map import Layout
 
 LLAMA = [f"model.layers.{n}.{part}" for n in range(11) for part in ("self_attn.q_proj", "mlp.up_proj")]
@@ -157,3 +157,18 @@ def test_a_picture_leaves_the_settings_of_matplotlib_and_of_warnings(tmp_path: P
 )  # fmt: skip
 def test_numbers_are_written_with_the_digits_that_count(value: float, digits: int, text: str) -> None:
     assert rounded(value, digits) == text
+
+
+@pytest.mark.parametrize("map_", ["viridis", "PuOr", "gray", "hsv"])
+def test_a_number_in_a_cell_is_readable_whatever_its_colour(map_: str) -> None:
+    """A contrast of 4.5 is what WCAG 2 asks of text."""
+    matplotlib = pytest.importorskip("matplotlib")
+
+    def luminance(colour: tuple[float, ...]) -> float:
+        linear = [v / 12.92 if v <= 0.04045 else ((v + 0.055) / 1.055) ** 2.4 for v in colour[:3]]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    for n in range(256):
+        cell = matplotlib.colormaps[map_](n)
+        darker, lighter = sorted(map(luminance, (cell, matplotlib.colors.to_rgb(centred(cell)["color"]))))
+        assert (lighter + 0.05) / (darker + 0.05) >= 4.5, n
