@@ -19,7 +19,7 @@ R = TypeVar("R")
 
 
 class Problems(ValueError):
-    """Everything that is wrong with one file, in one error."""
+    """All problems of one file or call, in one error."""
 
     SHOWN = 30
     LONGEST = 600

@@ -75,7 +75,7 @@ PROGRAMS = {
 
 
 ProgramName = Literal["peft", "vllm", "llama.cpp"]
-"""The program that reads an export: the names in `PROGRAMS`."""
+"""Name of the program that reads an export: the names in `PROGRAMS`."""
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ def read_adapter(path: PathLike) -> SavedAdapter:
 
 
 InMemory = SavedAdapter | tuple[Mapping[str, Any], Mapping[str, Tensor]]
-"""An adapter that is in memory: as plain data, or as the config and the tensors of a folder in PEFT's format."""
+"""An adapter in memory: as plain data, or as the config and the tensors of a PEFT folder."""
 
 
 def described(source: Path | InMemory, target: Target, problems: list[str]) -> SavedAdapter:

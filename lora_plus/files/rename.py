@@ -11,7 +11,7 @@ from lora_plus.text import join
 from .saved_adapter import SavedAdapter
 
 Names = Mapping[str, str | None] | Callable[[str], str | None]
-"""From the names in a file to those in a model or a checkpoint: prefixes, or a function. None leaves something out."""
+"""Maps names in a file to names in a model or checkpoint, by prefixes or by a function. None leaves a name out."""
 
 
 class Renaming:

@@ -30,7 +30,7 @@ from .target import ModelTarget, Target
 from .tensor_writer import write_tensors
 
 FormatName = Literal["native", "peft", "kohya", "diffusers"]
-"""The formats of the library; other entries of `FORMATS` are known by their names, too."""
+"""Name of a format of the library; names of your own entries in `FORMATS` work, too."""
 
 
 @named_keywords

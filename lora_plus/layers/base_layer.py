@@ -10,7 +10,7 @@ from lora_plus.text import join
 
 @dataclass(frozen=True)
 class BaseLayer:
-    """What a file needs to know of the layer that an adapter belongs to."""
+    """What a file stores about the layer of an adapter."""
 
     kind: str
     """Class of the plain layer, e.g. ``"Linear"``, or ``"Parameter"``."""
@@ -19,8 +19,8 @@ class BaseLayer:
     shape: tuple[int, ...]
     """Shape of the stored weight."""
     facts: dict[str, Any] = field(default_factory=dict)
-    """What else decides what the adapter computes: ``groups``, ``max_norm``; for a parameter or a block of rows, the
-    full name of the ``parameter`` and the ``rows``; ``of``, the class of the module that reads the parameter itself."""
+    """Other settings that change the result: ``groups``, ``max_norm``; for a parameter or a block of rows, the full
+    name of the ``parameter`` and the ``rows``; ``of``, the class of a module that reads its parameter itself."""
 
     @property
     def rows(self) -> tuple[int, int] | None:

@@ -31,17 +31,17 @@ M = TypeVar("M", bound=nn.Module)
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What merging did. ``str()`` of it is one line for each thing worth knowing."""
+    """The report of `merge_lora`. ``str()`` of it is a short text."""
 
     layers: list[str]
     """Names of the merged layers."""
     lost: dict[str, float]
-    """For weights below float32: the relative error that rounding to their dtype made in the update.
+    """For weights below float32: the relative error of the update after rounding to the weight's dtype.
 
-    Of a weight of more than half a million elements it is an estimate, from every eighth block of its rows.
+    For a weight with more than half a million elements it is an estimate from every eighth block of rows.
     """
     untied: list[tuple[str, list[str]]]
-    """Merged layers whose weight was shared, with the other names of that weight, which keep the base's values."""
+    """Merged layers whose weight was shared, and the other names of that weight, which keep the base's values."""
 
     def __str__(self) -> str:
         lines = [f"merged {counted(len(self.layers), 'layer')}"]

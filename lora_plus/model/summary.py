@@ -24,7 +24,7 @@ class SummaryRow:
     """One adapter on one layer."""
 
     name: str
-    """The first name in the model of the layer, parameter or block of rows."""
+    """Name of the layer, parameter or block of rows in the model; the first one if it has several."""
     layer: str
     """The class of the layer without adapters, or ``"parameter"``."""
     adapter: str
@@ -34,27 +34,27 @@ class SummaryRow:
     alpha: float
     """Numerator of the scaling."""
     scale: float
-    """What multiplies B A."""
+    """The factor of B A."""
     parameters: int
-    """How many numbers the adapter holds for this layer."""
+    """Number of values of the adapter on this layer."""
     note: str
-    """What a user should know about it; mostly empty."""
+    """A remark, such as that the layer is merged; mostly empty."""
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What was adapted in a model. ``str()`` of it is a table."""
+    """The result of `lora_summary`. ``str()`` of it is a table."""
 
     rows: list[SummaryRow]
     """A row for each adapter on each layer."""
     trained: list[tuple[str, str, int]]
-    """What is trained in full: name, adapter, number of parameters."""
+    """Modules and parameters trained in full: name, adapter, number of parameters."""
     trainable: int
     """Trainable parameters of the whole model, each counted once."""
     total: int
     """All parameters of the model, each counted once."""
     unsaved: list[tuple[str, int]]
-    """Trainable parameters that are saved with no adapter, by name, and their sizes."""
+    """Trainable parameters that are saved with no adapter: name and number of values."""
 
     def __str__(self) -> str:
         head = ("layer", "type", "adapter", "r", "alpha", "scale", "parameters", "note")

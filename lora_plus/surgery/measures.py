@@ -19,13 +19,13 @@ from lora_plus.text import join
 
 @dataclass(frozen=True)
 class LayerMeasures:
-    """The adapter of one layer. Norms are Frobenius norms, over the whole stack if there is one."""
+    """Settings and figures of an adapter on one layer. Norms are Frobenius norms; of a stack, over all matrices."""
 
     name: str
     kind: str
     """Class of the plain layer, or ``"Parameter"``."""
     shape: tuple[int, ...]
-    """Of the stored weight."""
+    """Shape of the stored weight."""
     r: int
     alpha: float
     scaling: str
@@ -34,13 +34,13 @@ class LayerMeasures:
     scale: float
     dtype: str
     norm: float
-    """||s B A||, for DoRA before the rows are rescaled."""
+    """||s B A||; with DoRA, before the rows are rescaled."""
     largest_share: float | None
-    """The largest singular value's part of the sum of squares, mean over a stack; None for an update of zero."""
+    """The largest singular value's part of the sum of squares; mean over a stack. None if B A is zero."""
     effective_rank: float | None
-    """exp of the entropy of those parts, mean over a stack: r if all are equal, 1 if one is all; None as above."""
+    """exp of the entropy of these parts: r if all are equal. Mean over a stack. None if B A is zero."""
     singular_values: tuple[float, ...]
-    """Of s B A, from the largest on, r of them or fewer; over a stack, the root of the mean square of each."""
+    """At most r singular values of s B A, the largest first; for a stack, the root mean square of each."""
 
 
 def measure(name: str, layer: SavedLayer) -> LayerMeasures:
@@ -66,21 +66,21 @@ def measure(name: str, layer: SavedLayer) -> LayerMeasures:
 
 @dataclass(frozen=True)
 class LayerDifference:
-    """How one layer's adapter in B differs from that in A."""
+    """The differences of two adapters on one layer."""
 
     name: str
     """The name of the layer."""
     settings: dict[str, tuple[Any, Any]]
     """Settings that differ, with both values."""
     relative: float | None
-    """||dA - dB|| / ||dA||: infinite where only dA is zero, None where the two belong to different layers."""
+    """||dA - dB|| / ||dA|| of the updates: infinite if only dA is zero, None if the two are for different layers."""
     magnitude: float | None
-    """The same of DoRA's magnitudes, or of what else a variant has besides A and B; None where not both have some."""
+    """The same for DoRA's magnitudes, or other tensors of a variant besides A and B; None unless both have some."""
 
 
 @dataclass(frozen=True)
 class AdapterDifference:
-    """How two adapters differ."""
+    """The differences of two adapters, the result of `diff_saved`."""
 
     layers: list[LayerDifference]
     """The layers that both have."""

@@ -19,16 +19,17 @@ from .measures import LayerMeasures
 def plot_measures(measures: Sequence[LayerMeasures], path: str | PathLike[str], *, width: float = 7.5) -> None:
     """Draw the updates of an adapter into a file: norms, effective ranks, and singular values.
 
-    Norms and effective ranks are maps of projections by depth where the layers' names have both, and else bars. The
-    spectra are a line for each row of the map, the median over its layers, in a band from the least to the largest;
-    without a map they are a line for each layer. Where those would be more than eight, one line is for all layers.
+    If the layers' names have a projection and a depth, norms and effective ranks are maps of projection by depth;
+    otherwise they are bars. The singular values have a line for each row of the map: the median over its layers, in a
+    band from the least to the largest. Without a map they have a line for each layer. If that were more than eight
+    lines, one line stands for all layers.
 
     Examples:
         >>> adapter = lora_plus.files.read_adapter("adapter.safetensors")
         >>> plot_measures([measure(name, layer) for name, layer in adapter.layers.items()], "adapter.svg")
 
     Args:
-        measures: of each layer, as `measure` makes them.
+        measures: the results of `measure` for each layer.
         path: ends in ``.svg``, ``.png`` or ``.pdf``.
         width: of the picture, in inches; the text has 9 points at any width.
 

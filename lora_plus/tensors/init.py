@@ -23,10 +23,10 @@ from .matrix import accumulation_dtype, full_precision
 from .variant import SUBTRACTED, VARIANTS, AdapterSpec
 
 Init = Callable[[Tensor, int, "torch.Generator | None"], tuple[Tensor, Tensor]]
-"""``(weight, r, generator) -> (A, B)``: how an adapter starts on a weight of shape (out, in)."""
+"""``(weight, r, generator) -> (A, B)``: the start of an adapter on a weight of shape (out, in)."""
 
 InitName = Literal["kaiming", "gaussian", "orthogonal", "kaiming_B", "pissa", "milora", "olora"]
-"""How an adapter starts, by name: the names in `INITS` and `PRINCIPAL`."""
+"""Name of an init: the names in `INITS` and `PRINCIPAL`."""
 
 
 def uniform(shape: tuple[int, ...], bound: float, like: Tensor, generator: torch.Generator | None = None) -> Tensor:

@@ -23,7 +23,7 @@ SCALINGS: dict[str, Callable[[float, int], float]] = {
 }
 
 Scaling = Literal["standard", "rslora"]
-"""How alpha and r give the scale, by name: the names in `SCALINGS`."""
+"""Name of a scaling rule, which gives the scale from alpha and r: the names in `SCALINGS`."""
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,7 @@ class DoRA(LoRA):
 VARIANTS: dict[str, Variant] = {"lora": LoRA(), "lora_fa": LoRAFA(), "dora": DoRA()}
 
 VariantName = Literal["lora", "lora_fa", "dora"]
-"""What is learnt beside a weight, by name: the names in `VARIANTS`."""
+"""Name of a variant, which says what is learnt for a weight: the names in `VARIANTS`."""
 
 
 def only_adds(variant: str) -> bool:
@@ -206,7 +206,7 @@ def known_tensors() -> dict[str, TensorSpec]:
 
 @dataclass(frozen=True)
 class AdapterSpec:
-    """What one layer needs to know of one adapter besides its tensors."""
+    """The settings of one adapter on one layer."""
 
     r: int
     """Rank: the rows of A and the columns of B."""

@@ -17,7 +17,7 @@ from lora_plus.tensors.variant import FACTORS, VARIANTS
 O = TypeVar("O", bound=torch.optim.Optimizer)  # noqa: E741 - an optimizer's class gives its instance's type
 
 LrMode = Literal["A", "geometric", "B"]
-"""Which rate ``lr`` is: that of A, the geometric mean of both, or that of B."""
+"""What ``lr`` is: A's rate, the geometric mean of both rates, or B's rate."""
 
 LR_MODES: dict[LrMode, Callable[[float, float], tuple[float, float]]] = {
     "A": lambda lr, ratio: (lr, lr * ratio),  # the paper's convention

@@ -27,7 +27,7 @@ from .candidates import Candidate, Run, SweepResult, named
 from .groups import LrMode, create_loraplus_optimizer
 
 Loss = Callable[[nn.Module, Any], Tensor]
-"""``(model, batch) -> (samples,)``."""
+"""``(model, batch) -> (samples,)``: a loss for each sample of the batch."""
 
 Report = Callable[[int, Mapping[str, float]], None]
 """Called after each step with its number, from 1, and the training losses by the name of the candidate."""

@@ -35,7 +35,7 @@ from .plan import Plan, planned
 from .stream import stretches, write_stream
 
 Progress = Callable[[int, int], None]
-"""Is told how many things are done, and how many there are."""
+"""Called with the number of things that are done, and of all."""
 
 
 @dataclass(frozen=True)
