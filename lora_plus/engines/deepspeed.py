@@ -175,8 +175,8 @@ def _of_optimizer(sections: Mapping[str, Any], groups: Groups | None) -> Iterato
     if groups is None:
         yield (
             f"'optimizer' ({section.get('type')!r}): an optimizer built from this section has one group with one rate, "
-            "also under the Trainer, which then never calls create_optimizer; remove the section and set rate, decay "
-            "and betas where the LoRA+ groups are made (under the Trainer in its arguments)"
+            "also under the Trainer; remove the section, and set rate, decay and betas with the LoRA+ groups, or in "
+            "the Trainer's arguments"
         )
         return
     for key, value in section.get("params", {}).items():

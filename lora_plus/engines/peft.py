@@ -49,7 +49,7 @@ def _unwrapped(state: State) -> Iterator[str]:
     yield from _FAULTS(state)
     known = getattr(sys.modules.get("peft"), "PeftModel", None)
     if known is not None and isinstance(state.names[0][1], known):
-        yield "this one is a PeftModel; pass model.get_base_model(), or model.unload() if PEFT's adapters shall go"
+        yield "this one is a PeftModel; pass model.get_base_model(), or model.unload() to drop PEFT's adapters"
 
 
 _WHAT, _FAULTS = NEEDS[Need.UNWRAPPED]

@@ -115,7 +115,7 @@ class LoraPlusTrainer(Trainer):
         if not hasattr(self.args, "loraplus_lr_ratio"):
             raise TypeError(
                 f"args must have loraplus_lr_ratio, but {type(self.args).__name__} has not; pass "
-                "LoraPlusTrainingArguments, or a dataclass with LoraPlusArguments before the arguments that you have"
+                "LoraPlusTrainingArguments, or a dataclass of LoraPlusArguments and your own arguments"
             )
         if _adapters(self.model) and any(True for _ in _foreign_roles(self.model)):
             raise ValueError(
@@ -262,8 +262,8 @@ def _check_optimizer_given(lr_ratio: float | None, deepspeed: bool) -> None:
         )
     if deepspeed:
         raise ValueError(
-            "under DeepSpeed the Trainer drops the optimizer that it is given and makes a new one, without its groups; "
-            "pass optimizer_cls_and_kwargs, or loraplus_lr_ratio in the arguments"
+            "under DeepSpeed the Trainer drops the optimizer that it is given, and its groups; pass "
+            "optimizer_cls_and_kwargs, or loraplus_lr_ratio in the arguments"
         )
 
 

@@ -240,8 +240,8 @@ def _lost(component: str, missing: Mapping[str, str], spelled: Collection[str], 
     if component and whole:
         yield (
             f"none of the {len(missing)} modules of {component!r} is in the model, the first is "
-            f"{next(iter(missing))!r}{hints[0]}; load the file into a model that has them, give their names here with "
-            f"names, or leave them out with names={{{component!r}: None}}"
+            f"{next(iter(missing))!r}{hints[0]}; load the file into a model that has them, map them with names, or "
+            f"leave them out with names={{{component!r}: None}}"
         )
     else:
         for module, hint in zip(missing, hints, strict=False):

@@ -29,8 +29,8 @@ class AssignedForward(SwappedModule):
             return self.lora_base_forward(*args, **kwargs)
         except RecursionError:
             raise ValueError(
-                f"the forward assigned to this {self.base_class.__name__} calls the one that it replaced, with the "
-                "adapters in it; decorate it with functools.wraps(layer.forward), or assign it before the injection"
+                f"the forward assigned to this {self.base_class.__name__} calls the one that it replaced, in a "
+                "loop; decorate it with functools.wraps(layer.forward), or assign it before injecting"
             ) from None
 
     def why_unrestorable(self) -> str | None:

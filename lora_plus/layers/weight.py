@@ -256,8 +256,8 @@ class AdaptedWeight(AdapterSite):
             raise ValueError(why)
         if not self.lora_disabled and not merge.is_shown(self.weight_slot()):
             raise ValueError(
-                f"the weight of this {self.title()} was replaced while it was merged (by tying weights again, or "
-                "by sharding), so it lacks the adapters; call unmerge_lora(model) before that, and merge after it"
+                f"the weight of this {self.title()} was replaced while it was merged (by tying or sharding), so "
+                "it lacks the adapters; unmerge_lora(model) before that, and merge after it"
             )
 
     def noted_tensors(self, names: Sequence[str]) -> dict[Key, Tensor]:

@@ -231,7 +231,7 @@ def check_selection(state: State, places: Sequence[Place], train_also: Sequence[
         if around and (not place.called or place.owner_name not in around):
             raise ValueError(
                 f"the weight of {place.name!r} is offloaded: it has values only while {max(around, key=len)!r} runs, "
-                "whose hook does not handle adapters inside; exclude it, or load the model without offloading it"
+                "whose hook does not handle adapters; exclude it, or do not offload it"
             )
     named = {id(unit.record()) for unit in train_also}
     heads = sorted(state.trained(), key=lambda head: id(head.record) not in named)  # the last of tied ones is refused

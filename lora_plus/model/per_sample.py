@@ -169,8 +169,8 @@ class SampleAdapters:
         if y.ndim <= -layer.channel or x.shape[0] != size or y.shape[0] != size:
             raise ValueError(
                 f"layer {self.path!r} got an input of shape {tuple(x.shape)} and gave an output of shape "
-                f"{tuple(y.shape)}, where adapter_per_sample has names for {size} samples; the first dimension of both "
-                "must be the batch, not flattened tokens or the sequence (batch_first=True)"
+                f"{tuple(y.shape)}, but adapter_per_sample has names for {size} samples; make the first dimension of "
+                "both the batch (batch_first=True, no flattened tokens)"
             )
         if len(groups) == 1:
             return layer.adapted(x, y, self._of(groups[0][0]))

@@ -41,7 +41,7 @@ def split_loraplus_groups(
     found_B = False
     for index, group in enumerate(groups):
         if "lr" not in group:
-            raise ValueError(f"group {index} has no 'lr'; give each group the rate that B shall learn at a multiple of")
+            raise ValueError(f"group {index} has no 'lr'; give each group its base rate")
         parts: dict[str, list[Any]] = {"A": [], "": [], "B": []}  # in this order, A comes before its B
         roles = set()
         for member in group["params"]:

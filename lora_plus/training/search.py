@@ -346,6 +346,6 @@ def _repeated_samples(batch: Any, copies: int) -> tuple[int, Any]:
     if len(sizes) != 1 or sizes == {0}:
         raise ValueError(
             "expected a batch of tensors whose first dimension is the samples, got first dimensions of "
-            f"{sorted(sizes) or 'no tensor'}; leave to the loss function what is common to all samples"
+            f"{sorted(sizes) or 'no tensor'}; move what all samples share into the loss function"
         )
     return sizes.pop(), repeated

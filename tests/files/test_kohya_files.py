@@ -260,8 +260,7 @@ def test_a_wrong_file_is_refused_with_the_reason(fault: str, tmp_path: Path) -> 
 def test_a_part_that_the_model_lacks_is_named_with_the_ways_out(tmp_path: Path) -> None:
     assert refused(unet(), put(tmp_path / "a.safetensors", whole_file())) == [
         "none of the 1 modules of 'lora_te' is in the model, the first is 'lora_te_text_model_self_attn_q_proj'; load "
-        "the file into a model that has them, give their names here with names, or leave them out with "
-        "names={'lora_te': None}"
+        "the file into a model that has them, map them with names, or leave them out with names={'lora_te': None}"
     ]
 
 

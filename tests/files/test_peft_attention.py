@@ -26,8 +26,8 @@ def saved_with_warning(model: nn.Module, folder: Path, names: str) -> None:
     with pytest.warns(UserWarning) as caught:
         lora_plus.save_adapter(model, folder)
     assert [str(warning.message) for warning in caught] == [
-        f"the file says W + s B A of {names}, but {DOUBLED}; where that peft shall compute the same, halve their "
-        "lora_B after loading there"
+        f"the file says W + s B A of {names}, but {DOUBLED}; to compute the same there, halve their lora_B "
+        "after loading"
     ]
     assert caught[0].filename == __file__
 

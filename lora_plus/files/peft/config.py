@@ -105,8 +105,8 @@ def checked_config(
     if unknown and len(problems) == count:
         told = shortened(", ".join(f"{name} is {others[name]!r}" for name in unknown), 300)
         warn_user(
-            f"{where} was written by peft {printable(shortened(version, 30))}, and {printable(told)}: fields that peft "
-            f"{'.'.join(map(str, _KNOWN))} has not and that are passed over; compare with an output of that peft"
+            f"{where} was written by peft {printable(shortened(version, 30))}, and {printable(told)}: peft "
+            f"{'.'.join(map(str, _KNOWN))} has no such fields, and they are ignored; compare an output with that peft"
         )
     return config if len(problems) == count else None
 

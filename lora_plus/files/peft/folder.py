@@ -245,8 +245,8 @@ def contents(
     doubled = [name for name, facts in own.items() if "rows" not in facts]
     if doubled:
         warn_user(
-            f"the file says W + s B A of {', '.join(map(repr, sorted(doubled)))}, but {DOUBLED}; where that peft shall "
-            "compute the same, halve their lora_B after loading there"
+            f"the file says W + s B A of {', '.join(map(repr, sorted(doubled)))}, but {DOUBLED}; to compute the same "
+            "there, halve their lora_B after loading"
         )
     return tensors, config
 

@@ -81,8 +81,7 @@ class Reader:
         if ambiguous:  # PEFT does not keep the order of the keys, and it decides here
             warn_user(
                 f"alpha_pattern gives several values for {some(ambiguous)}; the first key counts, but PEFT sorts the "
-                "keys when it saves, so the order in this file may not be the one the adapter was trained with; check "
-                "their scale"
+                "keys when it saves, so another may have been the first in training; check their scale"
             )
         doubled = [name for name, layer in parts.items() if "rows" not in layer.base.facts]
         if doubled and self.config.get("peft_version"):  # they were trained with twice their update
