@@ -120,7 +120,7 @@ def check_makes_optimizers(optimizer_cls: Any, function: Callable[..., Any], key
         raise TypeError(f"optimizer_cls must be an optimizer's class, such as torch.optim.AdamW, got {got}")
     try:
         parameters = inspect.signature(optimizer_cls).parameters
-    except (TypeError, ValueError):  # there are callables that do not tell
+    except (TypeError, ValueError, NameError):  # there are callables that do not tell, or not without annotations
         return
     if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
         who = f"{function.__name__} and {getattr(optimizer_cls, '__name__', own)}"

@@ -78,10 +78,9 @@ def why_unsupported(module: nn.Module, kind: type[LoRALayer] | None) -> str | No
         return None
     if (unfit := kind.unfit(module)) is not None:
         return unfit
-    taken = _TAKEN.get(type(module))
-    if taken is None:
-        taken = _TAKEN[type(module)] = _OWN_NAMES.intersection(dir(type(module)))
-    held = (taken, module.__dict__, module._parameters, module._buffers, module._modules)
+    if type(module) not in _TAKEN:
+        _TAKEN[type(module)] = _OWN_NAMES.intersection(dir(type(module)))
+    held = (_TAKEN[type(module)], module.__dict__, module._parameters, module._buffers, module._modules)
     if all(map(_OWN_NAMES.isdisjoint, held)):
         return None
     return f"{name} that has attributes of a LoRA layer already: {sorted(_OWN_NAMES.intersection(chain(*held)))}"
@@ -100,7 +99,8 @@ def why_no_numbers(weight: object) -> str | None:
     return next((stored for form in FORMS if (stored := form(weight)) is not None), None)
 
 
-_OWN_NAMES = {*dir(LoRALayer), *LoRALayer.__annotations__, *LoRALayer.lora_state} - {*dir(nn.Module), "weight"}
+_STATED = {*dir(LoRALayer), *LoRALayer.__annotations__, *LoRALayer.lora_state} - {*dir(nn.Module), "weight"}
+_OWN_NAMES = {name for name in _STATED if not name.startswith("__annot")}  # as any class has that states types
 
 _TAKEN: WeakKeyDictionary[type[Any], set[str]] = WeakKeyDictionary()
 """Layer class -> attributes of it that a LoRA layer has, too; asking ``dir`` is slow."""

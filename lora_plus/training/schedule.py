@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -162,5 +163,9 @@ def _title(scheduler: Any) -> str:
 def _required_arguments(function: Any) -> int:
     """How many arguments it cannot be called without."""
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    parameters = inspect.signature(function).parameters.values()
+    parameters = inspect.signature(function, **_UNREAD).parameters.values()
     return sum(each.kind in kinds and each.default is each.empty for each in parameters)
+
+
+_UNREAD: dict[str, Any] = {"annotation_format": 4} if sys.version_info >= (3, 14) else {}
+"""Has annotations stay texts: what they name need not be there, and from Python 3.14 on nobody has looked before."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import importlib.util
 import weakref
 from collections.abc import Callable, Iterator
 
@@ -92,3 +93,28 @@ def test_layers_of_one_class_become_layers_of_one_class(make: Callable[[], nn.Mo
         nn.Sequential(copy.deepcopy(lora_plus.remove_lora(copy.deepcopy(model))[0])), targets[:1]
     )
     assert type(other[0]) is type(model[0])
+
+
+class Scaled(nn.Linear):
+    """With a type stated in the class, in a file of annotations that are texts."""
+
+    gain: float = 0.5
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return self.gain * super().forward(input)
+
+
+def test_a_layer_that_states_types_is_adapted() -> None:
+    model = lora_plus.inject_lora(nn.Sequential(Scaled(4, 4)), ["0"], r=2)
+    assert type(model[0]).__name__ == "LoRAScaled"
+
+
+def test_the_annotations_of_a_class_are_no_attributes_of_a_lora_layer() -> None:
+    # Python 3.14 keeps them as __annotations__ in classes of files such as this one, and of torch's under another name
+    spec = importlib.util.find_spec("lora_plus.layers.kinds")
+    assert spec is not None and spec.loader is not None
+    kinds = importlib.util.module_from_spec(spec)
+    vars(kinds)["dir"] = lambda held: sorted({*dir(held)} - ({"__annotations__"} if held is nn.Module else set()))
+    spec.loader.exec_module(kinds)
+    assert "__annotations__" in kinds.dir(Scaled)
+    assert kinds.why_unsupported(Scaled(4, 4), lora_plus.LoRALinear) is None

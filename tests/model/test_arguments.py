@@ -140,3 +140,15 @@ def test_optimizers_that_take_anything_get_it() -> None:
     optimizer(make, ratio=4)
     assert given == {"lr": 1e-3, "ratio": 4}
     assert isinstance(optimizer(partial(SGD, momentum=0.9), nesterov=True), SGD)
+
+
+def test_an_optimizer_whose_annotations_name_what_is_not_there_is_made() -> None:
+    class Told(type):
+        @property
+        def __signature__(cls) -> inspect.Signature:  # as Python 3.14 evaluates them when it is asked
+            raise NameError("name 'Closure' is not defined")
+
+    class Own(AdamW, metaclass=Told):
+        pass
+
+    assert type(optimizer(Own)) is Own

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import doctest
 import inspect
+import sys
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -368,3 +369,12 @@ def test_the_examples_in_the_docstrings_run(function: Callable[..., Any]) -> Non
     (example,) = doctest.DocTestFinder(recurse=False).find(function, globs=names)
     assert example.examples and ">>>" in (inspect.getdoc(function) or "")
     assert doctest.DocTestRunner().run(example).failed == 0
+
+
+@pytest.mark.skipif(sys.version_info < (3, 14), reason="annotations are evaluated where they are written")
+def test_what_annotations_of_a_schedule_name_need_not_be_there() -> None:
+    made: dict[str, Any] = {"Base": lr_scheduler.ConstantLR}
+    own = "class Own(Base):\n    def step(self, epoch: Nowhere = None) -> Nowhere: return super().step()"
+    exec(compile(own, "own.py", "exec", dont_inherit=True), made)
+    optimizer = create_loraplus_optimizer(model(), torch.optim.SGD, lr=1.0)
+    check_lr_ratio(optimizer, made["Own"](optimizer), steps=3)
