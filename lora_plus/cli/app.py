@@ -5,21 +5,17 @@ import sys
 from collections.abc import Callable
 from typing import Annotated
 
+from lora_plus.packages import lacking
 from lora_plus.version import __version__
 
-missing: str | None = None
-try:
+missing = lacking("lora-plus", "typer", "rich")
+if missing is None:
     import typer
 
     from . import adapters, checkpoints
     from .show import reported
     from .usage import Command, Group
-except ModuleNotFoundError as error:
-    package = (error.name or "").partition(".")[0]
-    if package not in ("typer", "rich"):
-        raise
-    missing = f'lora-plus needs {package}, which is not installed: pip install "lora-plus[cli]"'
-else:
+
     COMMANDS: list[Callable[..., None]] = [
         adapters.inspect, adapters.convert, adapters.diff, adapters.combine, adapters.resize,
         checkpoints.merge, checkpoints.extract, checkpoints.verify,

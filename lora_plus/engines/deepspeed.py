@@ -8,16 +8,19 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import torch
-from deepspeed.runtime import lr_schedules
 from torch import nn
 
 from lora_plus.errors import Problems
 from lora_plus.model.state import State
 from lora_plus.model.unsaved import unsaved
+from lora_plus.packages import needed
 from lora_plus.training.groups import LR_RATIO, LrMode, create_loraplus_optimizer, loraplus_param_groups
 from lora_plus.training.schedule import check_lr_ratio
+
+with needed(__name__, "deepspeed"):
+    import deepspeed
+    from deepspeed.runtime import lr_schedules
 
 Groups = Sequence[Mapping[str, Any]]
 """Parameter groups, as `loraplus_param_groups` makes them."""

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import lightning as L
-
 from lora_plus.errors import Problems
+from lora_plus.packages import needed
 
 from .run_file import name_problems, run_tensors
+
+with needed(__name__, "lightning"):
+    import lightning as L
 
 
 class LoraPlusModule(L.LightningModule):

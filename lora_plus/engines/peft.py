@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from torch import nn
 
 from lora_plus.model.state import NEEDS, Need, State
+from lora_plus.packages import needed
 
 _ROLES = {
     "lora_A": "A",
@@ -33,7 +34,8 @@ def peft_roles(model: nn.Module) -> Iterator[tuple[str, str, nn.Parameter]]:
     Examples:
         >>> groups = loraplus_param_groups(model, lr=1e-4, lr_ratio=4, roles=peft_roles(model))
     """
-    from peft.tuners.lora import LoraLayer
+    with needed("peft_roles", "peft"):
+        from peft.tuners.lora import LoraLayer
 
     for module in model.modules():
         if isinstance(module, LoraLayer):

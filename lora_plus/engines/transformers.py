@@ -10,11 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import save_fsdp_optimizer
 from torch import nn
-from transformers import Trainer, TrainingArguments
-from transformers.trainer import SCHEDULER_NAME, TRAINING_ARGS_NAME
-from transformers.trainer_optimizer import is_optimizer_factory
 
 import lora_plus
 from lora_plus.files.formats import FORMATS, Inexpressible
@@ -22,11 +18,25 @@ from lora_plus.files.save import save_adapter
 from lora_plus.model.adapters import adapter_names
 from lora_plus.model.state import State
 from lora_plus.model.unsaved import unsaved
+from lora_plus.packages import check_methods, needed
 from lora_plus.training.groups import LR_RATIO, Roles, loraplus_param_groups
 from lora_plus.training.optimizer_check import check_optimizer
 from lora_plus.training.schedule import check_lr_ratio
 
 from .run_file import load_run, save_run
+
+with needed(__name__, "transformers", "accelerate"):
+    from accelerate.utils import save_fsdp_optimizer
+    from transformers import Trainer, TrainingArguments
+    from transformers.trainer import SCHEDULER_NAME, TRAINING_ARGS_NAME
+    from transformers.trainer_optimizer import is_optimizer_factory
+
+OVERRIDDEN = (
+    "create_optimizer", "save_model", "_save_optimizer_and_scheduler", "_prepare_for_training",
+    "_load_from_checkpoint", "_load_best_model",
+)  # fmt: skip
+"""Methods of the Trainer that have another one here: what it no longer has would never be called."""
+check_methods(__name__, Trainer, OVERRIDDEN)
 
 
 @dataclass

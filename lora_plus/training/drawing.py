@@ -11,6 +11,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from lora_plus.packages import needed
 from lora_plus.text import printable
 
 ENDINGS: dict[str, dict[str, None]] = {".svg": {"Date": None}, ".png": {}, ".pdf": {"CreationDate": None}}
@@ -27,15 +28,13 @@ def check_picture(path: str | PathLike[str]) -> None:
 
     Raises:
         ValueError: if the path has another ending than those of `ENDINGS`.
-        ImportError: if matplotlib is not installed.
+        ImportError: if matplotlib is not installed, or too old.
     """
     if Path(path).suffix.lower() not in ENDINGS:
         *others, last = ENDINGS
         raise ValueError(f"{printable(path)!r} is no name for a picture: it must end in {', '.join(others)} or {last}")
-    try:
+    with needed("drawing", "matplotlib"):
         import matplotlib.figure  # noqa: F401
-    except ImportError:
-        raise ImportError("drawing needs matplotlib; run: pip install 'lora-plus[plot]'") from None
 
 
 @contextmanager

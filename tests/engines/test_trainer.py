@@ -265,3 +265,9 @@ def test_deepspeed_settings_that_turn_lora_plus_off(sections: dict[str, Any], me
         options, settings = {"optimizers": (optimizer_of(model), None)}, {"loraplus_lr_ratio": None}
     with pytest.raises(ValueError, match=message):
         trainer(model, tmp_path, options=options, deepspeed=DEEPSPEED | sections, **settings)
+
+
+def test_each_method_that_is_overridden_must_be_the_trainers() -> None:
+    own = {name for name, value in vars(integration.LoraPlusTrainer).items() if callable(value)}
+    named = {name for name in own & set(dir(transformers.Trainer)) if not name.startswith("__")}
+    assert named == set(integration.OVERRIDDEN)

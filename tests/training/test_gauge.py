@@ -378,8 +378,8 @@ def test_the_hit_rates_in_the_documentation_are_those_of_the_results() -> None:
 
 def test_a_picture_and_the_hint_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     report = GaugeReport([ROW, replace(ROW, name="", work_A=-1.0)], steps=10)
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ImportError, match=r"drawing needs matplotlib; run: pip install 'lora-plus\[plot\]'"):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ImportError, match=r"drawing needs matplotlib >= 3\.8, which is not installed; run: pip"):
         plot_gauge(report, tmp_path / "gauge.png")
     monkeypatch.undo()
     pytest.importorskip("matplotlib")

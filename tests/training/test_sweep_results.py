@@ -261,10 +261,10 @@ def test_the_best_curves_have_a_name_each_however_many_there_are(tmp_path: Any) 
 
 
 def test_without_matplotlib_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     result = sweep(MLP.model(), MLP.targets, CANDIDATES, squares, MLP.batches(1), report=silent)
     for plot in (plot_sweep, plot_sweep_curves):
-        with pytest.raises(ImportError, match=r"drawing needs matplotlib; run: pip install 'lora-plus\[plot\]'"):
+        with pytest.raises(ImportError, match=r"drawing needs matplotlib >= 3\.8, which is not installed; run: pip"):
             plot(result, "map.png")
 
 
