@@ -31,16 +31,24 @@ class LoRAEmbedding(LoRALayer, nn.Embedding):
     layout = "n d -> d n"
     roles = {"lora_A": "embedding_A", "lora_B": "embedding_B"}
 
+    lora_state = LoRALayer.lora_state | {"lora_max_norm": None}
+
     padding_idx: int | None
+    lora_max_norm: float | None
+    """The norm that no row exceeds; apart, since torch 2.8 compiles no property that has an attribute of its name."""
 
     @property
     def max_norm(self) -> float | None:  # type: ignore[override]
         """The norm that no row exceeds; None while the base computes, for torch rescales stored rows in place."""
-        return self.__dict__["max_norm"] if _UNBOUNDED.noted(self) is None else None
+        return self.lora_max_norm if _UNBOUNDED.noted(self) is None else None
 
     @max_norm.setter
     def max_norm(self, value: float | None) -> None:
-        self.__dict__["max_norm"] = value
+        self.__dict__["max_norm"] = self.__dict__["lora_max_norm"] = value
+
+    def begin(self) -> None:
+        super().begin()
+        self.max_norm = self.__dict__["max_norm"]
 
     @classmethod
     def unfit(cls, layer: nn.Module) -> str | None:

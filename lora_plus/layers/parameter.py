@@ -71,12 +71,13 @@ class LoRAParameter(AdaptedWeight):
 
     def computes(self) -> bool:
         """Whether the weight to compute with is made from the parameter and adapters, and not the parameter itself."""
-        return self.lora_merge is None and bool(self.acting())
+        return self.lora_merge is None and len(self.acting()) > 0
 
     @property
     def weight(self) -> nn.Parameter:  # type: ignore[override]
         """The parameter that is bound now."""
-        return self.weight_slot().tensor  # type: ignore[no-any-return]
+        held, name = self.weight_slot()
+        return held[name]  # type: ignore[return-value]  # and not by the slot's property: torch 2.8 compiles no such
 
     def weight_slot(self) -> Slot:
         here = self.weight_name in self._parameters

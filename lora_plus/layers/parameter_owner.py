@@ -200,14 +200,14 @@ def _effective(name: str) -> property:
         holder: Any = owner._modules[HOLDERS]._modules[name]  # type: ignore[union-attr]
         # torch.func.functional_call and fully_shard put what shall be computed with where the parameter was
         base, known = owner._parameters.get(name), READING.noted(owner)
-        if (
-            known is None or known[_keeper] != _keeper()
-        ):  # a checkpoint that began since computes again without the call
+        # a checkpoint that began since computes again without the call
+        if known is None or known[_keeper] != _keeper():
             return holder(base)  # type: ignore[no-any-return]
-        state = (name, id(base), torch.is_grad_enabled(), holder.acting())
-        if state not in known:
-            known[state] = holder(base)
-        return known[state]
+        state, adapters = (name, torch.is_grad_enabled()), holder.acting()
+        read_before = known.get(state)
+        if read_before is None or read_before[0] is not base or read_before[1] is not adapters:
+            read_before = known[state] = base, adapters, holder(base)
+        return read_before[2]  # type: ignore[no-any-return]
 
     return property(read, doc=f"The parameter {name!r} with its adapters in it.")
 
@@ -218,8 +218,8 @@ def _keeper() -> Any:
 
 
 _TOP_HOOKS: Callable[[bool], Any] = getattr(
-    torch._C._autograd, "_top_saved_tensors_default_hooks", lambda ignore_tracing: None
-)
+    torch._C._autograd, "_top_saved_tensors_default_hooks", lambda ignore_tracing: object()
+)  # a torch that does not tell shares no reading
 
 
 _STATED = (name for name in dir(LoRAOwner) if not name.startswith("__"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import pickle
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 import lora_plus
 from lora_plus.files import adapter_state_dict
+from lora_plus.layers import parameter_owner
 from lora_plus.model.tree import adapted_weights
 
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
@@ -351,9 +353,20 @@ READS: dict[str, Callable[[Rereading, Inside, Tensor], Tensor]] = {
 }
 
 
+@pytest.mark.parametrize("hooks_are_told", [True, False], ids=["", "by a torch that does not tell its hooks"])
 @pytest.mark.parametrize("variant", ["lora", "dora"])
 @pytest.mark.parametrize("read", READS)
-def test_weights_are_read_around_and_inside_of_checkpoints(read: str, variant: str) -> None:
+def test_weights_are_read_around_and_inside_of_checkpoints(
+    read: str, variant: str, hooks_are_told: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not hooks_are_told:
+        with monkeypatch.context() as patched:
+            patched.delattr(torch._C._autograd, "_top_saved_tensors_default_hooks")
+            found = importlib.util.find_spec(parameter_owner.__name__)
+            assert found is not None and found.loader is not None
+            fresh = importlib.util.module_from_spec(found)
+            found.loader.exec_module(fresh)
+        monkeypatch.setattr(parameter_owner, "_TOP_HOOKS", fresh._TOP_HOOKS)
     torch.manual_seed(0)
     model = randomise(lora_plus.inject_lora(Rereading(), ["w"], r=2, variant=variant))
     x = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
