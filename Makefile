@@ -20,7 +20,7 @@ slow: $(VENV)/.test  ## the tests that need minutes, or the real model and data
 	$(BIN)/python -m pytest -m 'slow and not engines and not studies' $(TEST_ARGS)
 
 engines: $(VENV)/.engines  ## the tests on DDP, FSDP, tensor parallel, DeepSpeed, Trainer, Lightning: two processes on the CPU
-	$(BIN)/python -m pytest -m 'engines and not slow' tests/engines $(TEST_ARGS)
+	$(BIN)/python -m pytest -m 'engines and not slow' tests/engines tests/test_private_names.py $(TEST_ARGS)
 
 studies: $(VENV)/.engines  ## the tests of the studies in benchmarks/studies: the paper, fine-tuning, recipes, the gauge
 	$(BIN)/python -m pytest -m 'studies and not slow' tests/studies $(TEST_ARGS)
