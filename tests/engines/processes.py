@@ -65,10 +65,11 @@ class Processes:
         return [answer for _, (_, answer) in sorted(answers.items())]
 
     def close(self) -> None:
+        for process, _ in self._ranks:
+            process.kill()  # all before the first one is gone, which gloo would abort the others for
         for process, connection in self._ranks:
-            connection.close()
-            process.kill()
             process.join()
+            connection.close()
         self._ranks = []
         if self._folder is not None:
             self._folder.cleanup()
@@ -78,9 +79,7 @@ class Processes:
         context = multiprocessing.get_context("spawn")
         for rank in range(self.size):
             ours, theirs = context.Pipe()
-            process = context.Process(
-                target=_serve, args=(rank, self.size, self._folder.name, self.timeout, theirs), daemon=True
-            )
+            process = context.Process(target=_serve, args=(rank, self.size, self._folder.name, theirs), daemon=True)
             process.start()
             theirs.close()
             self._ranks.append((process, ours))
@@ -94,7 +93,7 @@ def two_processes() -> Iterator[Processes]:
     processes.close()
 
 
-def _serve(rank: int, size: int, folder: str, timeout: float, connection: Connection) -> None:
+def _serve(rank: int, size: int, folder: str, connection: Connection) -> None:
     os.environ |= {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size),
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu",
@@ -108,7 +107,8 @@ def _serve(rank: int, size: int, folder: str, timeout: float, connection: Connec
         init_method=f"file://{folder}/rendezvous",
         rank=rank,
         world_size=size,
-        timeout=timedelta(seconds=timeout),
+        # at the end of gloo's own time it would close the connections of a rank that is slow; the caller kills those
+        timeout=timedelta(hours=1),
     )
     try:
         while True:
