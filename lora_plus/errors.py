@@ -115,8 +115,7 @@ def check_makes_optimizers(optimizer_cls: Any, function: Callable[..., Any], key
     own = type(optimizer_cls).__name__
     is_module = isinstance(optimizer_cls, type) and issubclass(optimizer_cls, nn.Module)
     if not callable(optimizer_cls) or is_module:
-        own = f"the module class {optimizer_cls.__name__}" if is_module else f"an instance of {own}"
-        got = repr(optimizer_cls) if isinstance(optimizer_cls, str) else own
+        got = repr(optimizer_cls) if is_module or isinstance(optimizer_cls, str) else f"an instance of {own}"
         raise TypeError(f"optimizer_cls must be an optimizer's class, such as torch.optim.AdamW, got {got}")
     try:
         parameters = inspect.signature(optimizer_cls).parameters

@@ -72,7 +72,7 @@ def test_every_file_has_a_room_and_a_docstring() -> None:
         assert ast.get_docstring(ast.parse(path.read_text())), path
 
 
-CORE_LINES, READ_FIRST_LINES = 4610, 2600
+CORE_LINES, READ_FIRST_LINES = 4611, 2600
 """Lines of code that the core has at most, and those files of it that a reader begins with; docstrings, comments and
 blank lines are not counted."""
 

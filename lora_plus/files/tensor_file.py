@@ -159,9 +159,9 @@ def _described(file: BufferedReader, size: int) -> tuple[dict[str, StoredTensor]
     first = file.read(8)
     length = int.from_bytes(first, "little")
     if size < 8 or length > min(size - 8, LONGEST_HEADER):
-        known = [what for start, what in _OTHERS.items() if length > LONGEST_HEADER and first.startswith(start)]
-        what = f"it has {size:,} bytes, and no header of {length:,} bytes fits into it" if size else "it is empty"
-        raise ValueError(known[0] if known else what)
+        told = [what for start, what in _OTHERS.items() if length > LONGEST_HEADER and first.startswith(start)]
+        told += [f"it has {size:,} bytes, and no header of {length:,} bytes fits into it" if size else "it is empty"]
+        raise ValueError(told[0])
     header = parsed(file.read(length).decode("utf-8"))
     if not isinstance(header, dict):
         raise ValueError("its header is no object")

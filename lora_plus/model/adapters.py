@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from lora_plus.errors import Problems, check_number, named_keywords, shortened
+from lora_plus.layers.adapter import check_adapter_name
 from lora_plus.layers.class_swap import SwappedModule
 from lora_plus.layers.freezing import restore_requires_grad
 from lora_plus.layers.fused_kernels import resume_nesting
@@ -130,6 +131,7 @@ def add_adapter(
         KeyError, TypeError, ValueError: if there is no adapter ``like``, the name is taken, a setting is out of range
             or does not fit a layer, or the model is merged or disabled. The model is then as it was.
     """
+    check_adapter_name(adapter)
     state = require(model, "adding an adapter", Need.GROWABLE, adapters=[like], new=adapter)
     start = Start(init, dtype, generator)
     given = {"r": r, "alpha": alpha, "dropout": dropout, "scaling": scaling, "variant": variant}
@@ -161,6 +163,7 @@ def rename_adapter(model: nn.Module, old: str, new: str) -> None:
         TypeError, ValueError: if the new name is not valid or is taken, the adapters are disabled, the model is
             sharded by ``fully_shard``, or a layer outside of this part of a model shares the adapter.
     """
+    check_adapter_name(new)
     needs = Need.UNSHARDED | Need.UNFOLLOWED | Need.ENABLED
     state = require(model, "renaming an adapter", needs, adapters=[old], new=new)
     for _, weight in state.weights:

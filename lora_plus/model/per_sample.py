@@ -60,7 +60,7 @@ def adapter_per_sample(model: M, adapters: Sequence[str | None]) -> Iterator[M]:
             adapted parameter or a module trained in full. Inside the block: if a layer gets another number of samples,
             or adapters are chosen, added, deleted or merged.
     """
-    if isinstance(adapters, str) or not all(name is None or isinstance(name, str) for name in adapters):
+    if isinstance(adapters, str | None) or not all(name is None or isinstance(name, str) for name in adapters):
         raise TypeError(f"expected a list with the name of an adapter, or None, for each sample, got {adapters!r}")
     names = tuple(adapters)
     if not names:

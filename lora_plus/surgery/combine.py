@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_plus.errors import check_count, check_number
+from lora_plus.errors import check_count, check_number, named_keywords
 from lora_plus.files.checks import row_problems
 from lora_plus.files.save import describe
 from lora_plus.files.saved_adapter import SavedAdapter, SavedLayer
@@ -28,6 +28,7 @@ from .draft import CombineReport, Draft, unusable
 from .methods import METHODS, Method, Options, WeightedUpdate
 
 
+@named_keywords
 @draws
 def combine_adapters(
     model: nn.Module,

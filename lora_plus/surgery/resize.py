@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from lora_plus.errors import check_count
+from lora_plus.errors import check_count, named_keywords
 from lora_plus.files.save import describe
 from lora_plus.files.saved_adapter import SavedAdapter, SavedLayer
 from lora_plus.files.starts import without_start
@@ -24,6 +24,7 @@ from lora_plus.tensors.variant import VARIANTS, AdapterSpec
 from .draft import CombineReport, Draft, unusable
 
 
+@named_keywords
 @draws
 def resize_adapter(
     model: nn.Module, *, r: int, adapter: str = "default", generator: torch.Generator | None = None

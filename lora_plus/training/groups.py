@@ -122,7 +122,9 @@ def loraplus_param_groups(
     unsaved(state).check("the groups were not made")
     own = None if adapter is None else trained_with(state, adapter) | role_of.keys()
     names = group_names()
-    rule = None if decayed is None else {id(parameter) for parameter in decayed}
+    rule = None if decayed is None else {id(parameter): parameter for parameter in decayed}
+    if others := [each for each in (rule or {}).values() if not isinstance(each, nn.Parameter)]:
+        raise TypeError(f"decayed must hold the parameters themselves, got {others[0]!r}")
     members: dict[tuple[str, bool], list[nn.Parameter]] = {key: [] for key in names}
     for parameter, kind, decays in _trained(state, role_of):
         if own is None or id(parameter) in own:

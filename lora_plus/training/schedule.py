@@ -40,6 +40,7 @@ def check_lr_ratio(optimizer: torch.optim.Optimizer, scheduler: Any = None, *, s
             groups store no ratio, or the scheduler belongs to another optimizer.
         TypeError: if the scheduler has no optimizer, or cannot be copied; `watch_lr_ratio` needs neither.
     """
+    _check_optimizer(optimizer)
     watch = _Watch()
     if scheduler is None:
         watch.check(optimizer.param_groups, "at present")
@@ -74,6 +75,7 @@ def watch_lr_ratio(optimizer: torch.optim.Optimizer) -> RemovableHandle:
         ValueError: if the groups store no ratio. In training, a step raises as `check_lr_ratio` does, before it changes
             a parameter.
     """
+    _check_optimizer(optimizer)
     _noted(optimizer.param_groups)
     watch = _Watch()
     return optimizer.register_step_pre_hook(lambda stepping, args, kwargs: watch.check(stepping.param_groups, "now"))
@@ -110,6 +112,11 @@ class _Watch:
                     f"{when} group {name!r} learns at {rate:.4g} and {slow[0]!r} at {slow[1]:.4g}: a ratio of {found}, "
                     f"where LoRA+ was set up with {ratio:.4g}; multiply all rates by one factor"
                 )
+
+
+def _check_optimizer(optimizer: Any) -> None:
+    if not hasattr(optimizer, "param_groups"):
+        raise TypeError(f"the optimizer must be one of torch.optim's kind, got a {type(optimizer).__name__}")
 
 
 def _noted(groups: Sequence[Mapping[str, Any]]) -> list[tuple[int, Mapping[str, Any]]]:

@@ -87,6 +87,8 @@ def transfer_lr(lr: float, tuned: Mapping[str, Any], wanted: Mapping[str, Any]) 
 
 def _settings(which: str, given: Mapping[str, Any]) -> dict[str, Any]:
     """All settings of one side, checked, and the scale as ``"scale"``."""
+    if not isinstance(given, Mapping):
+        raise TypeError(f"{which} must be the settings of a run, such as {{'r': 8}}, got {given!r}")
     check_keywords(f"transfer_lr's {which}", given, DEFAULTS)
     settings = {**DEFAULTS, **given}
     if settings["method"] not in ("lora", "full"):

@@ -14,6 +14,8 @@ from torch.optim import SGD, AdamW
 
 import lora_plus as lp
 from lora_plus.errors import _OTHER_WORDS
+from lora_plus.surgery import resize_adapter
+from lora_plus.training import check_lr_ratio, watch_lr_ratio
 
 
 class Net(nn.Module):
@@ -53,7 +55,7 @@ MIXED_UP: dict[str, tuple[Callable[[], Any], str]] = {
     "a tensor to check": (lambda: lp.check_adapters(torch.ones(2, 4), adapted()), f"{MODULE}a Tensor"),
     "a model for an optimizer": (lambda: lp.check_optimizer(adapted(), AdamW(Net().parameters())),
                                  "the optimizer comes first, and then the model, got Net"),
-    "no optimizer": (lambda: optimizer(nn.Linear), f"{AN_OPTIMIZER}the module class Linear"),
+    "no optimizer": (lambda: optimizer(nn.Linear), f"{AN_OPTIMIZER}{nn.Linear!r}"),
     "parameters besides": (lambda: optimizer(params=[]), f"{WHO}create_loraplus_optimizer and AdamW: 'params'"),
     "decay": (lambda: optimizer(wd=0.1),
               f"{WHO}create_loraplus_optimizer and AdamW: 'wd' (did you mean weight_decay?)"),
@@ -73,6 +75,19 @@ MIXED_UP: dict[str, tuple[Callable[[], Any], str]] = {
                           "adapters must be a name, several, or a mapping from name to factor, got None"),
     "a factor for all": (lambda: lp.merge_checkpoint("a", "b", "c", weights=0.5),
                          "weights must be a list with a factor for each adapter, got 0.5"),
+    "no name of an adapter": (lambda: lp.add_adapter(adapted(), None), "an adapter's name must be a str, got None"),
+    "no new name": (lambda: lp.rename_adapter(adapted(), "default", None), "an adapter's name must be a str, got None"),
+    "names of parameters": (lambda: optimizer(decayed=["q"]), "decayed must hold the parameters themselves, got 'q'"),
+    "a model for a schedule": (lambda: check_lr_ratio(adapted()),
+                               "the optimizer must be one of torch.optim's kind, got a Net"),
+    "a model to watch": (lambda: watch_lr_ratio(adapted()),
+                         "the optimizer must be one of torch.optim's kind, got a Net"),
+    "a rank for settings": (lambda: lp.transfer_lr(1e-3, 8, 16),
+                            "tuned must be the settings of a run, such as {'r': 8}, got 8"),
+    "a rank of a new size": (lambda: resize_adapter(adapted(), rank=4),
+                             f"{WHO}resize_adapter: 'rank' (did you mean r?)"),
+    "no samples": (lambda: lp.adapter_per_sample(adapted(), None).__enter__(),
+                   "expected a list with the name of an adapter, or None, for each sample, got None"),
     "a module as target": (lambda: lp.inject_lora(Net(), [nn.Linear(4, 4)]), f"{PATTERN}a Linear; give its name"),
     "the module alone": (lambda: lp.inject_lora(Net(), nn.Linear(4, 4)), f"{PATTERN}a Linear; give its name"),
     "a list of modules": (lambda: lp.inject_lora(Net(), Net().body), f"{PATTERN}a Sequential; give its name"),
