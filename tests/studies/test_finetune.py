@@ -17,6 +17,7 @@ import efficientnet
 import methods
 import minilm
 import peft_check
+import phonemes
 import plane_page
 import probe
 import pytest
@@ -33,8 +34,8 @@ from tasks import Setting, Split, Task
 from torch import nn
 
 from examples.demo import llama, smollm2
+from examples.demo.answers import IGNORED
 from examples.demo.assets import AssetError
-from examples.demo.phonemes import IGNORED
 from lora_plus import lora_summary
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
@@ -133,6 +134,38 @@ def test_the_image_network_loads_and_its_parts_make_the_whole() -> None:
         assert wanted.shape == (2, 1280) and wanted.any()
         for count in (0, 5, 16):
             assert torch.equal(loaded.upper(count)(loaded.lower(images, count)), wanted)
+
+
+WORDS = "\n".join(
+    ["dog D AO1 G", "read R EH1 D", "read(2) R IY1 D", "aalto AA1 L T OW2 # name, finnish", "'em AH0 M", "ox AA1 K S"]
+    + [f"w{a}{b} W {a.upper()} {b.upper()}" for a in "abcde" for b in "fghij"]
+)
+
+
+def test_the_dictionary_is_read_without_further_pronunciations() -> None:
+    entries = phonemes.parse(WORDS)
+    assert entries[:3] == [("dog", "D AO1 G"), ("read", "R EH1 D"), ("aalto", "AA1 L T OW2")]
+    assert len(entries) == 3 + 25
+    assert phonemes.example(entries[0]) == ("The phonemes of d o g:", "D AO1 G")
+
+
+def test_the_words_are_split_as_the_seed_says_and_none_is_in_both_parts() -> None:
+    entries = phonemes.parse(WORDS)
+    training, held_out = phonemes.split(entries, held_out=8, seed=1)
+    assert len(held_out) == 8
+    assert not {entry.word for entry in training} & {entry.word for entry in held_out}
+    assert {*training, *held_out} == {*entries}
+    assert (training, held_out) == phonemes.split(entries, held_out=8, seed=1)
+    assert held_out != phonemes.split(entries, held_out=8, seed=2)[1]
+    with pytest.raises(ValueError, match=r"^28 entries are too few to hold 28 out and train on the rest$"):
+        phonemes.split(entries, held_out=28, seed=1)
+
+
+@pytest.mark.slow
+def test_the_real_dictionary_is_complete() -> None:
+    entries = sources.pronunciations()
+    assert len(entries) == len({entry.word for entry in entries}) == 114_374
+    assert phonemes.Entry("phoneme", "F OW1 N IY0 M") in entries
 
 
 def test_glosses_are_read_without_their_examples() -> None:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from training import batches, loss_of
 
 import lora_plus
-from examples.demo.phonemes import IGNORED
+from examples.demo.answers import IGNORED
 from lora_plus.files import read_adapter
 from lora_plus.surgery import measure
 from lora_plus.training import LoRAPlusGauge, grid, sweep

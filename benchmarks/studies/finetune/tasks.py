@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any, NamedTuple
 
+import phonemes
 import smollm
 import sources
 import torch
@@ -22,8 +23,7 @@ from minilm import Upper
 from probe import fit_head
 from torch import Tensor, nn
 
-from examples.demo import phonemes
-from examples.demo.phonemes import IGNORED
+from examples.demo.answers import IGNORED, collate
 
 LAYERS_BELOW = 4
 """Blocks of MiniLM (of 6) that have no adapter."""
@@ -156,8 +156,9 @@ def spelling(train: int, validation: int, test: int) -> Task:
     """From a spelled word to its phonemes, token by token, among the tokens that occur in answers."""
     model, tokenizer = sources.smollm()
     shuffled, _ = phonemes.split(sources.pronunciations(), held_out=1, seed=0)
-    short = (entry for entry in shuffled if phonemes.collate([entry], tokenizer).tokens.shape[1] <= TOKENS)
-    batch = phonemes.collate([next(short) for _ in range(train + validation + test)], tokenizer)
+    asked = (phonemes.example(entry) for entry in shuffled)
+    short = (example for example in asked if collate([example], tokenizer).tokens.shape[1] <= TOKENS)
+    batch = collate([next(short) for _ in range(train + validation + test)], tokenizer)
     words = batch.labels[batch.labels != IGNORED].unique()  # ascending
     labels = torch.where(batch.labels == IGNORED, IGNORED, torch.searchsorted(words, batch.labels))
     below = torch.cat([smollm.lower(model, part, LLAMA_BELOW) for part in batch.tokens.split(64)])

@@ -14,7 +14,7 @@ from tasks import Setting, Split, Task
 from torch import Tensor, nn
 
 import lora_plus
-from examples.demo.phonemes import IGNORED
+from examples.demo.answers import IGNORED
 from lora_plus.training import init_from_gradients
 
 GRADIENT_BATCHES = 4

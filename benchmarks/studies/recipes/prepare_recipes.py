@@ -19,9 +19,10 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-from examples.demo import assets, phonemes
+from examples.demo import assets
 
-sys.path.append(str(Path(__file__).parent.parent / "finetune"))  # where WordNet and MiniLM are fetched
+sys.path.append(str(Path(__file__).parent.parent / "finetune"))  # where the data and MiniLM are fetched
+import phonemes
 import sources
 
 Row = Mapping[str, object]
@@ -62,8 +63,7 @@ def glosses(folder: Path, train: int = 20_000, validation: int = 1_000) -> None:
 
 def pronunciations(folder: Path, train: int = 20_000, validation: int = 256) -> None:
     """Words to be spelled in phonemes: ``instruction`` and ``output``."""
-    dictionary = assets.read(assets.DICTIONARY, assets.fetch(assets.DICTIONARY, assets.cache_folder())).decode()
-    rest, held_out = phonemes.split(phonemes.parse(dictionary), held_out=validation, seed=0)
+    rest, held_out = phonemes.split(sources.pronunciations(), held_out=validation, seed=0)
     training, validating = (
         [{"instruction": f"Write the phonemes of {' '.join(entry.word)}.", "output": entry.phonemes} for entry in part]
         for part in (rest[:train], held_out)
