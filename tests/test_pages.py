@@ -180,3 +180,10 @@ def test_signatures_show_public_names_that_are_links(site: Path) -> None:
     code = "".join(re.findall(r'<div class="doc-signature.*?</div>', reference, re.DOTALL))
     assert re.findall(r"\b_[A-Za-z]\w*", re.sub(r"<[^>]*>", "", code)) == []
     assert re.findall(r"(?:Examples?|Returns|Raises|Args)::?\s*</p>", reference) == []
+
+
+def test_a_docstring_in_the_reference_links_to_the_functions_that_it_names(site: Path) -> None:
+    reference = (site / "reference" / "index.html").read_text()
+    entries = {entry.rpartition(".")[2] for entry in re.findall(r'<h3 id="([\w.]+)"', reference)}
+    assert len(re.findall(r'as in <a href="#lora_plus\.inject_lora"><code>inject_lora</code>', reference)) > 5
+    assert {name for name in re.findall(r"as in <code>(\w+)</code>", reference) if name in entries} == set()
