@@ -21,17 +21,19 @@ if TYPE_CHECKING:
 
 def inspect(
     file: In,
-    layers: Annotated[bool, typer.Option("--layers", help="A row for each layer, not for layers alike.")] = False,
+    layers: Annotated[
+        bool, typer.Option("--layers", help="Show a row for each layer; by default similar layers share a row.")
+    ] = False,
     plot: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Draw norms and spectra of the updates into a .svg, .png or .pdf file."),
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Overwrite the file of --plot if it is there.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite the file of --plot if it exists.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Check all of an adapter and show what is in it: layers, ranks, scales, and the size and spectrum of updates.
+    """Check an adapter and show what is in it: layers, ranks, scales, norms and spectra of the updates.
 
-    Without the model: norms and singular values of the updates s B A are told from A and B.
+    It needs no model: norms and singular values of the updates s B A are computed from A and B.
 
     - `lora-plus inspect adapter.safetensors`
     - `lora-plus inspect peft-folder --layers`
@@ -65,13 +67,11 @@ def convert(
     file: In,
     out: Out,
     to: To = None,
-    keep_metadata: Annotated[
-        bool, typer.Option(help="Keep the texts that the file has beside the adapter, if the format has room for them.")
-    ] = True,
+    keep_metadata: Annotated[bool, typer.Option(help="Keep the file's metadata, if the format can hold it.")] = True,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
-    """Write an adapter in another format, exactly; what that format cannot express is refused with the reason.
+    """Write an adapter in another format, exactly. What that format cannot express is refused with the reason.
 
     - `lora-plus convert peft-folder adapter.safetensors`
     - `lora-plus convert adapter.safetensors peft-folder --to peft`
@@ -84,9 +84,9 @@ def convert(
 
 
 def diff(first: In, second: In, as_json: Json = False) -> None:
-    """Compare two adapters: settings, and how far their updates are apart, layer by layer.
+    """Compare two adapters: their settings, and the distance of their updates in each layer.
 
-    The updates s B A are compared, not A and B, so the ranks may differ. 0 is the same to the bit.
+    The updates s B A are compared, not A and B, so the ranks may differ. 0 means equal bit for bit.
 
     - `lora-plus diff before.safetensors after.safetensors`
     """
@@ -110,16 +110,16 @@ def combine(
     out: Out,
     method: Method = "sum",
     weight: Weight = None,
-    r: Annotated[int | None, typer.Option("--r", min=1, help="Rank; for all methods but sum.")] = None,
+    r: Annotated[int | None, typer.Option("--r", min=1, help="Rank; for all methods except sum.")] = None,
     density: Annotated[
-        float | None, typer.Option(help="Part of the entries that stays; for ties, dare and dare_ties.")
+        float | None, typer.Option(help="Fraction of the entries to keep; for ties, dare and dare_ties.")
     ] = None,
     seed: Seed = 0,
     to: To = None,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
-    """Make one adapter of several, on the updates themselves; sum is exact, and its ranks add up.
+    """Combine several adapters into one. Their updates are combined; with sum exactly, and ranks add up.
 
     - `lora-plus combine math.safetensors code.safetensors both.safetensors`
     - `lora-plus combine math.safetensors code.safetensors out.safetensors --weight 1 --weight -0.5`
@@ -147,7 +147,7 @@ def combine(
 def resize(
     file: In, out: Out, r: Rank, seed: Seed = 0, to: To = None, force: Force = False, as_json: Json = False
 ) -> None:
-    """Give an adapter another rank: the nearest update of a lower one, or the same update with room to learn.
+    """Change the rank of an adapter: a lower rank takes the nearest update, a higher one keeps the update.
 
     - `lora-plus resize adapter.safetensors small.safetensors --r 4`
     """

@@ -74,7 +74,7 @@ To = Annotated[
     str | None,
     one_of(
         FORMAT_NAMES, "lora_plus.files", "FORMATS", "--to",
-        metavar="FORMAT", what="The format, by the name of OUT if not given",
+        metavar="FORMAT", what="The format; by default the name of OUT decides",
     ),
 ]  # fmt: skip
 Method = Annotated[
@@ -86,9 +86,9 @@ Method = Annotated[
 ]  # fmt: skip
 Weight = Annotated[
     list[float] | None,
-    typer.Option(help="A factor for each adapter, in order, each after its own --weight; 1 each if not given."),
+    typer.Option(help="A factor for each adapter, in order, each with its own --weight; by default 1 each."),
 ]
 Rank = Annotated[int, typer.Option("--r", min=1, help="Rank.")]
-Seed = Annotated[int, typer.Option(min=0, max=2**64 - 1, help="Seed of the random numbers, where there are any.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON instead, for other programs.")]
-Force = Annotated[bool, typer.Option("--force", help="Overwrite OUT if it is there.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**64 - 1, help="Seed of the random numbers, if there are any.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, for other programs.")]
+Force = Annotated[bool, typer.Option("--force", help="Overwrite OUT if it exists.")]

@@ -22,7 +22,9 @@ Base = Annotated[
 Rename = Annotated[
     list[str] | None,
     typer.Option(
-        metavar="OLD=NEW", help="A prefix of names in the adapter, and what it is in the checkpoint.", callback=pairs
+        metavar="OLD=NEW",
+        help="A prefix of names in the adapter, and its replacement in the checkpoint.",
+        callback=pairs,
     ),
 ]
 
@@ -30,16 +32,16 @@ Rename = Annotated[
 def merge(
     base: Base,
     adapters: Annotated[list[Path], typer.Argument(metavar="ADAPTER...", help="One adapter, or several.")],
-    out: Annotated[Path, typer.Argument(help="The new checkpoint; it must not be there yet.", show_default=False)],
+    out: Annotated[Path, typer.Argument(help="The new checkpoint; it must not exist.", show_default=False)],
     weight: Weight = None,
     rename: Rename = None,
     dtype: Annotated[
         Literal["float16", "bfloat16", "float32", "float64"] | None,
-        typer.Option(help="Of the new checkpoint; each tensor's own if not given."),
+        typer.Option(help="Dtype of the new checkpoint; by default each tensor keeps its own."),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Merge adapters into a checkpoint, tensor after tensor; a few of them are in memory.
+    """Merge adapters into a checkpoint, with only a few tensors in memory at a time.
 
     - `lora-plus merge base-folder adapter.safetensors merged-folder`
     - `lora-plus merge base.safetensors a.safetensors b.safetensors out.safetensors --weight 1 --weight 0.5`
@@ -63,7 +65,7 @@ def extract(
     out: Out,
     r: Rank,
     target: Annotated[
-        list[str] | None, typer.Option(help="Name or glob of layers; all that differ if not given.")
+        list[str] | None, typer.Option(help="Name or glob of layers; by default all that differ.")
     ] = None,
     exclude: Annotated[list[str] | None, typer.Option(help="Name or glob of layers to leave out.")] = None,
     kind: Annotated[
@@ -71,18 +73,17 @@ def extract(
         typer.Option(
             metavar="NAME=KIND",
             callback=pairs,
-            help="What layers are that are not linear, such as embed_tokens=Embedding or c_attn=TransposedLinear.",
+            help="Kind of layers that are not linear, such as embed_tokens=Embedding or c_attn=TransposedLinear.",
         ),
     ] = None,
     to: To = None,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
-    """Make the adapter that comes nearest to a fine-tuned checkpoint, and say what it loses.
+    """Make the adapter that is nearest to a fine-tuned checkpoint, and report its error.
 
-    A checkpoint does not say what its layers are: weights of two dimensions count as those of linear layers, or of
-    embeddings where they are called as usual (embed_tokens, wte), unless --kind says otherwise. What else differs is
-    listed.
+    A checkpoint does not say what kind of layers it has. Weights of two dimensions count as linear layers, or as
+    embeddings if they have a usual name (embed_tokens, wte). --kind changes that. Other tensors that differ are listed.
 
     - `lora-plus extract base-folder tuned-folder adapter.safetensors --r 16`
     - `lora-plus extract base-folder tuned-folder out --r 8 --to peft --kind embed_tokens=Embedding --exclude lm_head`
@@ -98,10 +99,10 @@ def extract(
 
 
 def verify(base: Base, adapter: In, rename: Rename = None, as_json: Json = False) -> None:
-    """Check that an adapter fits a checkpoint, and list everything that is wrong with it; nothing is written.
+    """Check that an adapter fits a checkpoint, and list all problems. Nothing is written.
 
-    Whole files, finite values, ranks and shapes, and a tensor of the checkpoint for each. Exit status 1 if it does not
-    fit.
+    It checks that files are complete, values finite, ranks and shapes right, and that the checkpoint has each tensor.
+    The exit status is 1 if the adapter does not fit.
 
     - `lora-plus verify base-folder adapter.safetensors`
     """
