@@ -1,7 +1,8 @@
 """LoRA and LoRA+ for any PyTorch model: inject adapters, train them, save them, merge them.
 
-The rooms have more names: `lora_plus.training`, `lora_plus.files`, `lora_plus.surgery`, `lora_plus.layers`. A room is
-imported when one of its names is asked for, so that help and completion of the command line do not wait for torch.
+More names are in `lora_plus.training`, `lora_plus.files`, `lora_plus.surgery`, `lora_plus.model`, `lora_plus.layers`.
+Each of these packages is imported when one of its names is first used, so that help and completion of the command line
+do not wait for torch.
 """
 
 import sys

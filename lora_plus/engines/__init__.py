@@ -1,7 +1,7 @@
 """Engines: how each holds a model's parameters, and what training under it needs.
 
-Importing this enters the engines in the tables of `lora_plus.model` and `lora_plus.training`. They look for their
-frameworks among the modules that are loaded, and import none.
+Importing this package enters the engines in the tables of `lora_plus.model` and `lora_plus.training`. They use
+frameworks that are imported already, and import none.
 """
 
 from lora_plus.model.storage import FINDERS

@@ -15,7 +15,7 @@ from .target import Target
 
 
 class Contents(NamedTuple):
-    """What is in a safetensors file."""
+    """The tensors and the metadata of a safetensors file."""
 
     tensors: Mapping[str, Tensor]
     metadata: Mapping[str, str]
@@ -30,7 +30,7 @@ That of a safetensors file is a `Contents`, that of a JSON file what the documen
 
 @dataclass(frozen=True)
 class Format:
-    """One way to keep an adapter on the disk."""
+    """A file format of adapters: how it is recognised, read and written."""
 
     title: str
     """What sentences call it, such as ``"PEFT's format"``."""

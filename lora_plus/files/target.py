@@ -19,9 +19,9 @@ from .tensor_file import equal_in_dtype
 
 
 class Target:
-    """What an adapter is read for, or written from; of this one nothing is known.
+    """The model or checkpoint that an adapter is read for, or written from. This base class knows nothing of it.
 
-    Names are those of the model or checkpoint, unless something else is said.
+    Names are those of the model or checkpoint, unless a method says otherwise.
     """
 
     rename = Renaming()

@@ -27,9 +27,9 @@ Kind = TypeVar("Kind", bound=type[LoRALayer])
 
 
 def adapts(base_class: type[nn.Module]) -> Callable[[Kind], Kind]:
-    """Class decorator: enter a LoRA class in the table as the kind for ``base_class`` and its subclasses.
+    """Class decorator: register a LoRA class as the kind of layer for ``base_class`` and its subclasses.
 
-    Of several kinds for one class, the one that was entered last is asked first whether it ``fits`` a layer.
+    If several kinds are registered for one class, the last one is asked first whether it ``fits`` a layer.
     """
 
     def enter(kind: Kind) -> Kind:

@@ -1,4 +1,4 @@
-"""LoRA+ learning rates, and what guards a run."""
+"""LoRA+ learning rates, checks of optimizers and schedules, sweeps."""
 
 from .candidates import Candidate as Candidate
 from .candidates import SweepResult as SweepResult
