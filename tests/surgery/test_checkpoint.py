@@ -546,9 +546,66 @@ def test_problems_of_several_adapters_name_the_adapter(files: Path) -> None:
     lora_plus.save_adapter(adapted_net(train_also=[]), files / "b.safetensors")
     lines = refused(base, [files / "b.safetensors", files / "b.safetensors"], files / "out.safetensors")
     where = f"adapter {str(files / 'b.safetensors')!r}: the checkpoint has no tensor "
-    assert len(lines) == 6
-    assert all(line.startswith(where) for line in lines)
-    assert "'conv.weight' (did you mean 'model.conv.weight'" in lines[0]
+    assert len(lines) == 7
+    assert all(line.startswith(where) for line in lines[1:])
+    assert "'conv.weight' (did you mean 'model.conv.weight'" in lines[1]
+
+
+@pytest.mark.parametrize(("old", "new"), [("", "net"), ("", "a.b"), ("model", ""), ("a.b", "")])
+def test_a_prefix_that_all_names_lack_or_have_is_proposed_first(old: str, new: str, tmp_path: Path) -> None:
+    def build(prefix: str) -> nn.Module:
+        torch.manual_seed(0)
+        return under(prefix, nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3)))
+
+    base, out = save(build(new), tmp_path / "base.safetensors"), tmp_path / "out.safetensors"
+    adapted = randomise(lora_plus.inject_lora(build(old), "all-linear"))
+    lora_plus.save_adapter(adapted, tmp_path / "a.safetensors")
+    first, *others = refused(base, tmp_path / "a.safetensors", out)
+    assert first == f"did you mean names={{{old!r}: {new!r}}}, or --rename {old}={new}? So all are in the checkpoint"
+    assert len(others) == 2 and not any("tied" in line for line in others)
+    merge_checkpoint(base, tmp_path / "a.safetensors", out, names={old: new})
+    merged = lora_plus.merge_and_unload(adapted).state_dict()
+    wanted = {f"{new}.{name.removeprefix(f'{old}.')}".removeprefix("."): tensor for name, tensor in merged.items()}
+    assert_same(load_file(out), wanted)
+
+
+def under(prefix: str, model: nn.Module) -> nn.Module:
+    for name in reversed(prefix.split(".") if prefix else []):
+        model = nn.ModuleDict({name: model})
+    return model
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        {"a.0.weight": (6, 6), "b.0.weight": (6, 6)},  # two of them
+        {"a.0.weight": (6, 6), "1.weight": (6, 6)},  # of one name only
+        {"a0.weight": (6, 6)},  # no prefix
+    ],
+)
+def test_no_prefix_is_proposed_where_it_is_not_the_one_answer(state: dict[str, Any], tmp_path: Path) -> None:
+    base = save({name: torch.zeros(shape) for name, shape in state.items()}, tmp_path / "base.safetensors")
+    model = nn.Sequential(*(nn.Linear(6, 6) for _ in range(1 + ("1.weight" in state))))
+    lora_plus.save_adapter(lora_plus.inject_lora(model, "all-linear"), tmp_path / "a.safetensors")
+    lines = refused(base, tmp_path / "a.safetensors", tmp_path / "out.safetensors")
+    assert all(line.startswith("the checkpoint has no tensor '0.weight'") for line in lines)
+
+
+def test_a_base_that_was_saved_with_adapters_in_it_is_refused(tmp_path: Path) -> None:
+    model = nn.ModuleDict({"q": nn.Linear(6, 6), "lora_A": nn.ModuleDict({"x": nn.Linear(6, 6)})})
+    model["lora_B"] = nn.Linear(6, 6)  # the base's own
+    randomise(lora_plus.inject_lora(model, ["q"], variant="dora"))
+    lora_plus.save_adapter(model, tmp_path / "a.safetensors")
+    line = (
+        "'q.lora_A.default' and 2 more: the base was saved with adapters in it; save it after remove_lora(model), or "
+        "after merge_and_unload(model) to keep them"
+    )
+    base, out = save(model, tmp_path / "base.safetensors"), tmp_path / "out.safetensors"
+    assert refused(base, tmp_path / "a.safetensors", out) == [line] and not out.exists()
+    lora_plus.remove_lora(model)
+    assert merge_checkpoint(save(model, tmp_path / "b.safetensors"), tmp_path / "a.safetensors", out).merged == [
+        "q.weight"
+    ]
 
 
 def test_tied_weights_are_named(tmp_path: Path) -> None:

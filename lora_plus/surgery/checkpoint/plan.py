@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,8 +25,8 @@ from lora_plus.model.places import rows_overlap
 from lora_plus.tensors.matrix import joined_rows, matrix_shape
 from lora_plus.tensors.merged_weight import Summand
 from lora_plus.tensors.token_rows import ROWS, moved_rows, row_factors
-from lora_plus.tensors.variant import VARIANTS
-from lora_plus.text import join, near_misses
+from lora_plus.tensors.variant import FACTORS, VARIANTS
+from lora_plus.text import endings, join, near_misses, some
 
 from .folder import Checkpoint
 
@@ -163,8 +164,18 @@ class Plan:
         """What only shows when all adapters are known."""
         if not self.problems:  # else what was not read may have had the names
             self.problems += self.target.rename.unused()
+        if own := [name for name in self.checkpoint.tensors if _IN_A_MODEL.fullmatch(name)]:
+            self.problems.append(
+                f"{some(own, 1)}: the base was saved with adapters in it; save it after remove_lora(model), or after "
+                "merge_and_unload(model) to keep them"
+            )
+        told = self.changes or self.target.rename.given
+        lacking = None if told else _prefix([name for _, name, _ in self.missing], self.checkpoint.tensors)
+        if lacking is not None:
+            option, given = "=".join(lacking), dict([lacking])
+            self.problems.append(f"did you mean names={given}, or --rename {option}? So all are in the checkpoint")
         by_shape: dict[Shape, list[str]] = {}
-        for other, stored in self.checkpoint.tensors.items() if self.missing else ():
+        for other, stored in self.checkpoint.tensors.items() if self.missing and lacking is None else ():
             by_shape.setdefault(stored.shape, []).append(other)
         for number, (where, name, shape) in enumerate(self.missing):
             alike = [] if shape is None else by_shape.get(shape, [])
@@ -270,6 +281,23 @@ _UNTIE = "save the base with the two untied first"
 _NO_SUM = (
     "DoRA rescales the weight, so a factor or a sum with another adapter is not defined; merge it alone, with weight 1"
 )
+
+
+_CONTAINERS = "|".join(each.name for variant in VARIANTS.values() for each in (*FACTORS, *variant.tensors))
+_IN_A_MODEL = re.compile(rf"(?:.*\.)?(?:{_CONTAINERS})\.(?!weight$|bias$)[^.]+")
+"""Names of an adapter's tensors in the ``state_dict`` of a model; a module of the base's own can be called as they."""
+
+
+def _prefix(names: Sequence[str], there: Collection[str]) -> tuple[str, str] | None:
+    """The one prefix that all of these names lack, or have too many, to be there: as an entry of `Names`, if any."""
+    if not names:
+        return None
+    first = names[0]
+    found = [("", other[: -len(first) - 1]) for other in there if other.endswith(f".{first}")]
+    found += [(f"{first[: -len(end) - 1]}", "") for end in endings(first) if end in there]
+    renames = {pair: Renaming(dict([pair])) for pair in found}
+    fit = [pair for pair, rename in renames.items() if all(rename(name) in there for name in names)]
+    return fit[0] if len(fit) == 1 else None
 
 
 def _implied_shape(layer: SavedLayer) -> Shape | None:
