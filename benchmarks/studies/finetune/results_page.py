@@ -145,7 +145,7 @@ class Results:
         better = [method for method in apart if self.difference(method).mean < 0]
         worse = [method for method in apart if method not in better]
         tied = [method for method in others if method not in apart]
-        sides = (("Better than LoRA", better), ("Worse", worse), ("Not told apart", tied))
+        sides = (("Better than LoRA", better), ("Worse", worse), ("No difference found", tied))
         lines = [". ".join(f"{words}: {', '.join(names) or 'none'}" for words, names in sides) + ".", ""]
         left = [method for method in self.setting.methods if method not in self.reported()]
         return lines + ([f"Planned, but not run for this page: {', '.join(left)}.", ""] if left else [])
@@ -195,7 +195,9 @@ class Evidence:
         """In how many tasks the rule helps, harms, or cannot be told from the other method."""
         apart = [gain.mean for gain in self.gains.values() if gain.separated]
         better = sum(mean < 0 for mean in apart)
-        return f"better in {better}, worse in {len(apart) - better}, not told apart in {len(self.gains) - len(apart)}"
+        return (
+            f"better in {better}, worse in {len(apart) - better}, no difference found in {len(self.gains) - len(apart)}"
+        )
 
     def range(self) -> str:
         """Of the mean differences over tasks."""
@@ -223,9 +225,8 @@ def rule_lines(evidence: Sequence[Evidence], results: Sequence[Results]) -> list
     return [
         "## Rules of thumb",
         "",
-        "What following a rule changes in the test loss, in nats, against not following it, each side at its own tuned "
-        "rate: mean ± standard error over paired seeds. Below zero the rule helps. In **bold** what separates from "
-        "zero at the 95 % level of Student's t.",
+        "The test loss with the rule minus that without it, in nats, each at its own tuned rate: mean ± standard error "
+        "over paired seeds. Below zero the rule helps. **Bold**: different from zero at the 95 % level of Student's t.",
         "",
         *table(("rule", *tasks), [each.row(tasks) for each in evidence]),
         f"LoRA's best rate over that of full fine-tuning: {rates or 'not run'}.",
@@ -251,17 +252,22 @@ def headline(evidence: Sequence[Evidence], results: Sequence[Results]) -> str:
     """
     ratios = [each for each in evidence if each.rule.words.startswith(RATIO) and len(each.gains) > 1]
     parts = [
-        f"{each.rule.followed} changes the test loss of {each.rule.otherwise} by {each.range()} nats "
-        f"({each.counts()} settings)"
+        f"- {each.rule.followed} instead of {each.rule.otherwise}: {each.range()} nats ({each.counts()} settings)."
         for each in ratios
     ]
-    text = f"**With the rate of each method tuned on grids of equal size, {'; '.join(parts)}.**"
+    text = "\n".join(
+        ["**With the rate of each method tuned on grids of equal size**, the test loss changes by:", "", *parts]
+    )
     low = [
-        f"{followed} by {min(gains):+.3f} to {max(gains):+.3f} ({len(gains)} settings)"
+        f"- {followed}: {min(gains):+.3f} to {max(gains):+.3f} nats ({len(gains)} settings)."
         for followed in dict.fromkeys(each.rule.followed for each in ratios)
         if (gains := at_a_low_rate(results, followed))
     ]
-    return f"{text} At a quarter of LoRA's best rate the validation loss is changed: {', '.join(low)}." if low else text
+    return (
+        "\n".join([text, "", "**At a quarter of LoRA's best rate**, the validation loss changes by:", "", *low])
+        if low
+        else text
+    )
 
 
 def check_lines(checks: Sequence[Check]) -> list[str]:
