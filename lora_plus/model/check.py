@@ -180,7 +180,7 @@ class _Trained:
             if tensor.numel() and _memory(tensor) not in bound
         }
         self.read: dict[str, None] = {}
-        self.frozen = [each for head in self.heads for each in head.parameters() if not each.requires_grad]
+        self.frozen = [p for head in self.heads for p in head.parameters() if not (p.requires_grad or p.is_inference())]
 
     def __enter__(self, wanted: bool = True) -> None:
         [parameter.requires_grad_(wanted) for parameter in self.frozen]
@@ -189,7 +189,6 @@ class _Trained:
         self.__enter__(False)
 
     def unreached(self) -> list[str]:
-        """What no gradient reached."""
         return [
             f"{head.unit.name!r}, trained in full: no gradient reaches it with these inputs; use inputs that reach it"
             for head in self.heads

@@ -700,7 +700,7 @@ def test_a_file_that_says_something_else_is_refused(edit: Any, lines: list[str],
     ("options", "error", "message"),
     [
         ({"adapter": []}, ValueError, "no adapter given"),
-        ({"weights": [1, 2]}, ValueError, "weights has 2 factors for 1 adapters"),
+        ({"weights": [1, 2]}, ValueError, "weights has 2 factors for 1 adapter$"),
         ({"weights": [0]}, ValueError, "weights must be finite and not zero"),
         ({"weights": [float("nan")]}, ValueError, "weights must be finite"),
         ({"dtype": torch.int8}, ValueError, "dtype must be one of"),

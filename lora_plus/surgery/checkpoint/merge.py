@@ -127,7 +127,7 @@ def _check_arguments(base: Path, paths: list[Path], out: Path, dtype: Any, facto
     if not paths:
         raise ValueError("no adapter given")
     if len(factors) != len(paths):
-        raise ValueError(f"weights has {len(factors)} factors for {len(paths)} adapters")
+        raise ValueError(f"weights has {counted(len(factors), 'factor')} for {counted(len(paths), 'adapter')}")
     wrong = [factor for factor in factors if not math.isfinite(factor) or not factor]
     if wrong:
         raise ValueError(f"weights must be finite and not zero (leave such an adapter out), got {wrong[0]}")
