@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from files_support import finish, start
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -157,10 +156,7 @@ def test_no_expression_of_a_file_hangs_the_reader(tmp_path: Path) -> None:
         config = tmp_path / str(number) / "adapter_config.json"
         config.write_text(json.dumps(json.loads(config.read_text()) | {field: {key: 2}}))
     paths = [str(tmp_path / str(number)) for number in range(len(cases))]
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, name, *paths], capture_output=True, text=True, timeout=60, check=True
-    )
-    assert done.stdout.splitlines() == [f"{QUICK[key]} True" for _, key in cases]
+    assert finish(start(SCRIPT, name, *paths)).splitlines() == [f"{QUICK[key]} True" for _, key in cases]
 
 
 HOSTILE = """
@@ -176,8 +172,7 @@ except ValueError as error:
 
 
 def test_no_name_of_a_module_trained_in_full_hangs_the_writer(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", HOSTILE, str(tmp_path / "a")]
-    assert subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout == "True\n"
+    assert finish(start(HOSTILE, str(tmp_path / "a"))) == "True\n"
 
 
 def cost(keys: int, layers: int) -> float:
