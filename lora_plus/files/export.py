@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lora_plus.errors import Problems, entry_of
+from lora_plus.errors import Problems, entry_of, named_keywords
 from lora_plus.layers.kinds import DTYPES
 from lora_plus.model.state import Need, State, require
 from lora_plus.model.tree import is_spare_replica, own_parameters
@@ -91,6 +91,7 @@ class ExportReport:
         return f"rank {self.r} and alpha {self.r} on all layers" + (f"\nopen with {self.options}" * bool(self.options))
 
 
+@named_keywords
 def export_adapter(
     model: nn.Module,
     path: PathLike,

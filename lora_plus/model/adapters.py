@@ -39,6 +39,7 @@ def active_adapters(model: nn.Module) -> list[str]:
     return list(dict.fromkeys(name for _, weight in adapted_weights(model) for name in weight.active_names()))
 
 
+@named_keywords
 def set_adapter(
     model: nn.Module, adapters: str | Sequence[str] | Mapping[str, float], *, trainable: bool | None = None
 ) -> None:

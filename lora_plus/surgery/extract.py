@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lora_plus.errors import named_keywords
 from lora_plus.layers.adapter import check_adapter_name
 from lora_plus.layers.base_layer import BaseLayer
 from lora_plus.layers.kinds import why_no_numbers
@@ -27,6 +28,7 @@ from lora_plus.text import near_misses
 from .draft import CombineReport, Draft, unusable
 
 
+@named_keywords
 def extract_adapter(
     model: nn.Module,
     tuned: nn.Module | Mapping[str, Tensor],

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_plus.errors import Problems
+from lora_plus.errors import Problems, named_keywords
 from lora_plus.layers.adapter import Adapter
 from lora_plus.model.dry_run import left_as_it_was
 from lora_plus.model.places import Place, adapted_places
@@ -23,6 +23,7 @@ from lora_plus.tensors.low_rank import truncated
 from lora_plus.tensors.random_state import draws
 
 
+@named_keywords
 @draws
 def reset_lora_parameters(
     model: nn.Module,

@@ -14,8 +14,8 @@ from torch.optim import SGD, AdamW
 
 import lora_plus as lp
 from lora_plus.errors import _OTHER_WORDS
-from lora_plus.surgery import resize_adapter
-from lora_plus.training import check_lr_ratio, watch_lr_ratio
+from lora_plus.surgery import extract_adapter, resize_adapter
+from lora_plus.training import check_lr_ratio, reset_lora_parameters, watch_lr_ratio
 
 
 class Net(nn.Module):
@@ -86,6 +86,14 @@ MIXED_UP: dict[str, tuple[Callable[[], Any], str]] = {
                             "tuned must be the settings of a run, such as {'r': 8}, got 8"),
     "a rank of a new size": (lambda: resize_adapter(adapted(), rank=4),
                              f"{WHO}resize_adapter: 'rank' (did you mean r?)"),
+    "PEFT's name to export": (lambda: lp.export_adapter(adapted(), "a", adapter_name="b"),
+                              f"{WHO}export_adapter: 'adapter_name' (did you mean adapter?)"),
+    "whether it is trained": (lambda: lp.set_adapter(adapted(), "default", True),
+                              f"set_adapter takes model and adapters, got 3 arguments; {BY_NAME}trainable="),
+    "an adapter to start anew": (lambda: reset_lora_parameters(adapted(), "default"),
+                                 f"reset_lora_parameters takes model, got 2 arguments; {BY_NAME}adapter="),
+    "a rank to extract": (lambda: extract_adapter(Net(), Net(), rank=2, targets=["head"]),
+                          f"{WHO}extract_adapter: 'rank' (did you mean r?)"),
     "no samples": (lambda: lp.adapter_per_sample(adapted(), None).__enter__(),
                    "expected a list with the name of an adapter, or None, for each sample, got None"),
     "a module as target": (lambda: lp.inject_lora(Net(), [nn.Linear(4, 4)]), f"{PATTERN}a Linear; give its name"),
