@@ -37,14 +37,15 @@ class Layout:
     @classmethod
     def of(cls, names: Sequence[str]) -> Layout:
         """A map if the names have several forms that differ in numbers only, and together fill a good part of it."""
-        forms, numbers = zip(*map(parted, names), strict=True)
+        found, numbers = zip(*map(parted, names), strict=True)
+        forms = list(zip(found, map(len, numbers), strict=True))  # a name may have a * of its own
         rows = list(dict.fromkeys(forms))
         depths = _depths(forms, numbers)
         columns = sorted(set(depths), key=lambda each: (not each, [(len(one), one) for one in each]))
         places = list(zip(map(_order(rows), forms), map(_order(columns), depths), strict=True))
         filled = len(rows) * len(columns) <= _EMPTIEST * len(names) and len(set(places)) == len(places)
         if filled and 1 < len(rows) < len(names):
-            return cls(_short(rows), [plain(".".join(each)) or "-" for each in columns], places)
+            return cls(_short([form for form, _ in rows]), [plain(".".join(each)) or "-" for each in columns], places)
         return cls(_short(names), [], [(row, 0) for row in range(len(names))])
 
     @property
@@ -123,9 +124,9 @@ def _thin(set_ticks: Any, labels: Sequence[str], most: int) -> None:
     set_ticks([place + 0.5 for place in range(0, len(labels), step)], labels[::step])
 
 
-def _depths(forms: Sequence[str], numbers: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
+def _depths(forms: Sequence[Any], numbers: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
     """Of the numbers in names, those that tell layers of one form apart; all of them where it has one layer."""
-    of_form: dict[str, list[tuple[str, ...]]] = {}
+    of_form: dict[Any, list[tuple[str, ...]]] = {}
     for form, each in zip(forms, numbers, strict=True):
         of_form.setdefault(form, []).append(each)
     vary = {

@@ -215,8 +215,8 @@ def test_the_heat_map_ranks_means_over_seeds_and_leaves_diverged_cells_empty(tmp
     above = " ".join(figure.get_suptitle().split())
     assert above.startswith(f"Best: lr = {best.lr:g}, lr_ratio = {best.lr_ratio}, r = {best.r}, alpha = 16 ")
     assert above.endswith("; empty: diverged, or not tried")
-    plot_sweep_curves(SweepResult(made), tmp_path / "curves.png")
-    assert (tmp_path / "curves.png").stat().st_size > 1000
+    plot_sweep(SweepResult(made), tmp_path / "map.png")
+    assert (tmp_path / "map.png").stat().st_size > 1000
 
 
 def test_halved_candidates_are_behind_the_others_and_hatched(tmp_path: Any) -> None:
@@ -236,7 +236,7 @@ def test_a_sweep_of_diverged_candidates_alone_has_empty_cells(tmp_path: Any) -> 
     assert figure.get_suptitle().startswith("All candidates diverged\n")
 
 
-@pytest.mark.parametrize("ranks", [1, 5, 7, 11])
+@pytest.mark.parametrize("ranks", [1, 7])
 def test_panels_go_on_in_another_line_and_the_lowest_name_their_ratios(ranks: int, tmp_path: Any) -> None:
     candidates = named(grid(lr=[1e-3, 1e-2], r=range(1, ranks + 1)))
     made = [SweepRow(each, each.r + each.lr, (1.0,), "") for each in candidates]
@@ -257,7 +257,8 @@ def test_the_best_curves_have_a_name_each_however_many_there_are(tmp_path: Any) 
     named_lines = [text.get_text() for text in panel.get_legend().get_texts()]
     assert named_lines == [each.name for each in candidates[:8]]
     assert panel.get_legend().get_title().get_text() == "best first; 32 more in grey"
-    plot_sweep_curves(SweepResult(made), tmp_path / "curves.svg")  # a longer legend left no room for the axes
+    plot_sweep_curves(SweepResult(made), tmp_path / "curves.png")  # a longer legend left no room for the axes
+    assert (tmp_path / "curves.png").stat().st_size > 1000
 
 
 def test_without_matplotlib_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
