@@ -51,9 +51,8 @@ def test_the_menu_has_every_page() -> None:
 
 
 @pytest.mark.parametrize("name", ["sweep", "gauge", "adapter"])
-def test_a_picture_shows_its_saved_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_picture_shows_its_saved_run(name: str, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    monkeypatch.syspath_prepend(DOCS.parent / "benchmarks")
     import pictures
 
     runs = json.loads((DOCS.parent / "benchmarks" / "results" / "pictures.json").read_text())
