@@ -58,6 +58,7 @@ def reported(command: Callable[..., None]) -> Callable[..., None]:
 
         with warnings.catch_warnings():
             warnings.simplefilter("always")
+            warnings.simplefilter("ignore", DeprecationWarning)  # of packages among themselves
             warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # torch's, on import; no command needs it
             warnings.showwarning = tell
             try:

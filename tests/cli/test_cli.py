@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 import lora_plus
-from lora_plus import load_adapter, save_adapter
+from lora_plus import files, load_adapter, save_adapter
 from lora_plus.cli import app as cli
 from lora_plus.cli import arguments
 from lora_plus.files import save as saving
@@ -155,7 +156,9 @@ def test_inspect_overwrites_a_picture_with_force_only(a: Path, tmp_path: Path) -
 def test_a_picture_that_cannot_be_drawn_is_refused_before_anything_is_written(
     a: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    (tmp_path / "nan.safetensors").write_bytes(a.read_bytes()[:-4] + b"\0\0\xc0\x7f")  # the last float32
     before = sorted(tmp_path.iterdir())
+    assert "has values that are not finite" in failed("inspect", tmp_path / "nan.safetensors", "--plot", "a.svg")
     assert "it must end in .svg, .png or .pdf" in failed("inspect", a, "--plot", tmp_path / "new" / "a.gif")
     assert "it must end in .svg, .png or .pdf" in failed("inspect", "missing", "--plot", a, "--force")
     assert "missing" in failed("inspect", "missing", "--plot", tmp_path / "new" / "a.svg")
@@ -512,6 +515,18 @@ def test_help_has_an_example_and_every_command_prints_json(command: str) -> None
     assert f"lora-plus {command} " in text
     assert "--json" in text
     assert command in output("--help")
+
+
+def test_what_packages_say_to_each_other_is_not_told(a: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = files.read_adapter
+
+    def warned(path: Path) -> Any:
+        warnings.warn("an old name", DeprecationWarning, stacklevel=2)
+        warnings.warn("something is odd", UserWarning, stacklevel=2)
+        return read(path)
+
+    monkeypatch.setattr(files, "read_adapter", warned)
+    assert call("inspect", a).stderr == "warning: something is odd\n"
 
 
 def test_warnings_are_one_line_each(tmp_path: Path) -> None:

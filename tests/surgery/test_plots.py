@@ -55,8 +55,8 @@ def test_maps_and_lines_have_the_measures_of_layers_by_projection_and_depth(tmp_
     for row, part in enumerate(["q", "v", "head"]):
         spectra = [each.singular_values for each in figures if each.name.endswith(part)]
         assert list(shown[VALUES].lines[row].get_ydata()) == [statistics.median(k) for k in zip(*spectra, strict=True)]
-        low, high = shown[VALUES].collections[row].get_datalim(shown[VALUES].transData).intervaly
-        assert (low, high) == (min(map(min, spectra)), max(map(max, spectra)))
+        band = shown[VALUES].collections[row].get_paths()[0].vertices[:, 1]
+        assert (band.min(), band.max()) == (min(map(min, spectra)), max(map(max, spectra)))
         shares = [[part / each.norm**2 for part in accumulate(s**2 for s in each.singular_values)]
                   for each in figures if each.name.endswith(part)]  # fmt: skip
         wanted = [statistics.median(k) for k in zip(*[[*each, 1, 1][:4] for each in shares], strict=True)]
