@@ -17,6 +17,7 @@ from peft_support import (
     made_by_peft,
     numbers,
     opened_by_peft,
+    read_config,
 )
 from safetensors.torch import load_file
 from torch import nn
@@ -91,6 +92,21 @@ def test_peft_opens_what_we_write(peer_case: Case, dtype: torch.dtype, tmp_path:
     base = peer_case.model(dtype).eval()
     assert (model(x) - base(x)).abs().max() > 1e-2, "the adapter is inert"
     torch.testing.assert_close(theirs(x), model(x), rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+
+
+PEFT_15 = {
+    "alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "corda_config", "eva_config", "exclude_modules",
+    "fan_in_fan_out", "inference_mode", "init_lora_weights", "layer_replication", "layers_pattern",
+    "layers_to_transform", "loftq_config", "lora_alpha", "lora_bias", "lora_dropout", "megatron_config",
+    "megatron_core", "modules_to_save", "peft_type", "r", "rank_pattern", "revision", "runtime_config",
+    "target_modules", "task_type", "trainable_token_indices", "use_dora", "use_rslora",
+}  # fmt: skip
+"""The fields of PEFT 0.15.2, which warns of others."""
+
+
+def test_a_folder_has_no_field_that_the_oldest_peft_does_not_know(tmp_path: Path) -> None:
+    lora_plus.save_adapter(CASES[0].adapted(), tmp_path)
+    assert set(read_config(tmp_path)) <= PEFT_15
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -215,7 +215,6 @@ def contents(
         "lora_alpha": alpha,
         # PEFT also adapts modules whose name ends in a listed one; a regular expression matches whole names only
         "target_modules": "|".join(map(re.escape, targets)) if accidents else targets,
-        "target_parameters": sorted(parameters) or None,
         "rank_pattern": {f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != r},
         "alpha_pattern": {f"^{re.escape(name)}": value for name, value in alphas.items() if value != alpha},
         "modules_to_save": sorted(adapter.trained.keys() - trained_parameters(adapter)) or None,
@@ -226,6 +225,8 @@ def contents(
         "init_lora_weights": True,
         "bias": bias,
         "inference_mode": True,
+        # fields that older releases of PEFT do not know, and warn of even where they say nothing
+        **({"target_parameters": sorted(parameters)} if parameters else {}),
         **({"ensure_weight_tying": True} if tied else {}),
         **{name: adapter.metadata.get(name) for name in USER_FIELDS},
     }
