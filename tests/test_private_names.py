@@ -72,6 +72,7 @@ ENGINES = [
     Private("lightning.fabric.wrappers._FabricModule()", ("_forward_module",), "Lightning: names"),
     Private("transformers.Trainer", ("_load_best_model", "_load_from_checkpoint", "_prepare_for_training",
             "_save_optimizer_and_scheduler"), "LoraPlusTrainer: resuming, its checks"),
+    Private("transformers.PreTrainedModel", ("_tied_weights_keys",), "transformers: which weights are tied"),
     Private("transformers.integrations.peft()", ("_hf_peft_config_loaded",), "LoraPlusTrainer: quantized bases"),
     Private("deepspeed.utils.tensor_fragment()", ("_hp_mapping",), "DeepSpeed: ZeRO 1 and 2"),
     Private("deepspeed.runtime.zero.partition_parameters()", ("ds_id", "ds_process_group", "ds_shape", "ds_status"),
