@@ -18,14 +18,14 @@ class Renaming:
     """The function from names to names; of prefixes, which end at a dot, the longest counts.
 
     Args:
-        names: what the user gave; None changes no name.
+        names: what the user gave; None, as an empty mapping, changes no name.
 
     Raises:
         TypeError: if a name is neither a text nor None; for a function, when it is called.
     """
 
     def __init__(self, names: Names | None = None) -> None:
-        self.given = names is not None
+        self.given = bool(names)
         self._function = names if callable(names) else None
         self._prefixes = {} if names is None or callable(names) else dict(names)
         self._used: set[str] = set()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -37,6 +38,14 @@ class LoRARecurrentOwner(LoRAOwner):
     @_flat_weights.setter
     def _flat_weights(self, weights: list[Tensor]) -> None:
         self.__dict__["_flat_weights"] = weights
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in self.__dict__.get("_flat_weights_names", ()) or not self._lora_computes():
+            super().__setattr__(name, value)
+            return
+        # torch would write it into the list and so compute all weights, while fully_shard still gathers them
+        (READING.noted(self) or {}).pop("_flat_weights", None)
+        nn.Module.__setattr__(self, name, value)
 
     def _update_flat_weights(self) -> None:
         if not self._lora_computes():

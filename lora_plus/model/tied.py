@@ -216,20 +216,21 @@ class Ties:
         self.names = {id(module): name for name, module in tree.modules}
 
     def notes(self, adapter: Adapter, weight: AdaptedWeight) -> Iterator[str]:
-        """Which other layers have the adapter, or have the same weight without it."""
+        """Which other layers have the adapter, or have the same weight without it or with one of their own."""
         if not adapter.held:
             return
         if isinstance(adapter, SharedAdapter):
             with_it = [name for layer in adapter.followers if (name := self.names.get(id(layer))) is not None]
             yield f"one A and B with {some(with_it)}, tied"
             return
-        others = [
-            name
-            for name, module in self.readers.get(id(weight.own_weight()), {}).items()
-            if not has_adapter(module, adapter.name) and weight not in parameter_holders(module).values()
-        ]
-        if others:
-            yield f"not on {some(others)}, tied to it"
+        others: dict[bool, list[str]] = {False: [], True: []}
+        for name, module in self.readers.get(id(weight.own_weight()), {}).items():
+            if module is not weight and weight not in parameter_holders(module).values():
+                others[has_adapter(module, adapter.name)].append(name)
+        if others[False]:
+            yield f"not on {some(others[False])}, tied to it"
+        if others[True]:
+            yield f"merging unties it from {some(others[True])}; tied='both' would not"
 
 
 def _both(selection: Selection, named: Named) -> list[tuple[Place, AdapterSpec]]:

@@ -367,6 +367,10 @@ def test_verify_lists_all_that_does_not_fit(a: Path, tmp_path: Path) -> None:
     assert text.exit_code == 1
     assert text.stdout.splitlines() == [f"{a} does not fit {other}:", *(f"  {line}" for line in found["problems"])]
     assert not call("verify", base, a, "--rename", "layers=blocks").stdout.startswith(f"{a} fits")
+    within = save(
+        {f"model.{name}": tensor for name, tensor in small().state_dict().items()}, tmp_path / "in.safetensors"
+    )
+    assert "or --rename =model? So all are in the checkpoint" in call("verify", within, a).stdout.splitlines()[1]
 
 
 # ---- what is wrong ---------------------------------------------------------------------------------------------------

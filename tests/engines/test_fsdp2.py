@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from engine_model import LR, batches, distance, lora_model, loss_of, optimizer_for, train, trained
+from engine_model import LR, VOCABULARY, batches, distance, lora_model, loss_of, optimizer_for, train, trained
 from mixed_model import mixed_model
 from processes import Processes
 from sharded_models import by_fully_shard, by_fully_shard_layers
@@ -90,6 +90,39 @@ def mixed_parity() -> float:
 
 def test_parameters_convolutions_and_row_blocks(two_processes: Processes) -> None:
     assert max(two_processes(mixed_parity)) <= 1e-12
+
+
+class Recurrent(nn.Module):
+    """An embedding, a recurrent layer of this kind, and a head."""
+
+    def __init__(self, kind: type[nn.RNNBase]) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(VOCABULARY, 8)
+        self.layer = kind(8, 8, num_layers=2, batch_first=True)
+        self.head = nn.Linear(8, VOCABULARY)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        out: Tensor = self.head(self.layer(self.embedding(tokens))[0])
+        return out
+
+
+def recurrent_parity(kind: type[nn.RNNBase]) -> float:
+    def build() -> nn.Module:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            model = Recurrent(kind)
+        return lp.inject_lora(model, ["embedding", "layer"], r=2, generator=torch.Generator().manual_seed(1))
+
+    def shard(model: nn.Module) -> nn.Module:
+        fully_shard(model.get_submodule("layer"))
+        return fully_shard(model)
+
+    return parity(build, shard=shard)
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_a_recurrent_layer_that_is_sharded_on_its_own(two_processes: Processes, kind: type[nn.RNNBase]) -> None:
+    assert max(two_processes(recurrent_parity, kind)) <= 1e-12
 
 
 def second_adapter(inactive_trains: bool) -> float:

@@ -388,6 +388,9 @@ def test_the_summary_counts_and_notes() -> None:
     assert summary.total == sum(p.numel() for p in model.parameters())
     assert str(summary).splitlines()[0].split()[:4] == ["layer", "type", "adapter", "r"]
     assert "blocks.0.q" in str(summary) and "are trainable" in str(summary)
+    both = {row.name: row.note for row in lora_summary(inject_lora(Net(), ["embed", "lm_head"])).rows}
+    assert both["embed"] == "merging unties it from 'lm_head.weight'; tied='both' would not"
+    assert both["lm_head"] == "merging unties it from 'embed.weight'; tied='both' would not"
 
 
 def test_adapters_are_chosen_and_deleted() -> None:
