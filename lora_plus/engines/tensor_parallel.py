@@ -1,6 +1,6 @@
 """Tensor parallelism: styles that cut layers together with their adapters, for plans of ``parallelize_module``.
 
-Needs torch 2.6. Adapters come first, then the plan, then the optimizer::
+Adapters come first, then the plan, then the optimizer::
 
     inject_lora(model, ["q", "k", "v", "o", "up", "down"])
     column, row = ColwiseLoRA(), RowwiseLoRA()
