@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from lora_plus.errors import Problems
+from lora_plus.errors import Problems, warn_user
 from lora_plus.layers.adapter import ActiveAdapter, summands
 from lora_plus.layers.layer import LoRALayer
 from lora_plus.layers.merge_state import Merge, versions
@@ -182,10 +181,9 @@ def _merge(state: State, adapters: Sequence[str] | None, *, dequantize: bool = F
     if not report.layers:
         raise ValueError("there is no active adapter to merge; call inject_lora or set_adapter first")
     for path, others in report.untied:
-        warnings.warn(
+        warn_user(
             f"the weight of {path!r} is shared with {', '.join(others)}: merging gives {path!r} its own, so load "
-            "its checkpoint into an untied model; to keep the tie, use inject_lora(..., tied='both')",
-            stacklevel=5,  # past the two decorators and the verb
+            "its checkpoint into an untied model; to keep the tie, use inject_lora(..., tied='both')"
         )
     EXCHANGE[-1](state, (name for _, _, merge in merges for name in merge.adapters), ())
     for _, weight, merge in merges:

@@ -6,7 +6,6 @@ import json
 import math
 import os
 import shutil
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from lora_plus.errors import Problems, named_keywords
+from lora_plus.errors import Problems, named_keywords, warn_user
 from lora_plus.files.atomic import flush, is_free
 from lora_plus.files.checks import is_finite
 from lora_plus.files.paths import PathLike, stated
@@ -116,7 +115,7 @@ def merge_checkpoint(
         what = f"adapter {str(paths[0])!r} was not" if len(paths) == 1 else "nothing was"
         raise Problems(f"{what} merged into {str(base)!r}", plan.problems)
     for doubt in plan.doubts:
-        warnings.warn(doubt, stacklevel=2)
+        warn_user(doubt)
     writer = _Writer(checkpoint, plan, dtype, progress)
     with appearing(out, checkpoint.single) as folder:
         writer.write(folder)
