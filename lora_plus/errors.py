@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import math
+import re
 import sys
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -45,13 +46,14 @@ def shortened(text: str, length: int) -> str:
     return f"{text[:kept]}{note}{text[len(text) - kept :]}"
 
 
+_OURS = re.compile(r"lora_plus(\.|$)|contextlib$|torch\.utils\._contextlib$")
+"""Modules between a user's line and a warning: this package, and decorators that are context managers."""
+
+
 def warn_user(text: str) -> None:
     """Warn, at the line outside of this package from which it was called."""
     level, frame = 1, sys._getframe()
-    while frame.f_back is not None and str(frame.f_globals.get("__name__")).partition(".")[0] in (
-        "lora_plus",
-        "contextlib",
-    ):
+    while frame.f_back is not None and _OURS.match(str(frame.f_globals.get("__name__"))):
         level, frame = level + 1, frame.f_back
     warnings.warn(text, stacklevel=level)
 
