@@ -64,8 +64,7 @@ def check_adapters(model: nn.Module, *inputs: Any, **keywords: Any) -> list[str]
     with ExitStack() as stack:
         for context in (torch.inference_mode(False), torch.enable_grad(), left_as_it_was(model), trained):
             stack.enter_context(context)
-        if hasattr(torch.compiler, "set_stance"):
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(_random_adapters(probes))
         with _without_cudnn(model):
             modes = {"eval": _run(model.eval(), inputs, keywords, probes, trained)}
@@ -182,11 +181,11 @@ class _Trained:
         self.read: dict[str, None] = {}
         self.frozen = [p for head in self.heads for p in head.parameters() if not (p.requires_grad or p.is_inference())]
 
-    def __enter__(self, wanted: bool = True) -> None:
-        [parameter.requires_grad_(wanted) for parameter in self.frozen]
+    def __enter__(self) -> None:
+        nn.ParameterList(self.frozen).requires_grad_(True)
 
     def __exit__(self, *error: object) -> None:
-        self.__enter__(False)
+        nn.ParameterList(self.frozen).requires_grad_(False)
 
     def unreached(self) -> list[str]:
         return [

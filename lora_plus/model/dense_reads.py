@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -36,7 +35,7 @@ def dense_reads(model: nn.Module, *inputs: Any, **keywords: Any) -> dict[str, li
     model = unwrap(model)
     state = require(model, "looking for dense weights", Need.UNSHARDED | Need.WHOLE | Need.CHANGEABLE)
     names = {id(weight): name for name, _, weight in state.adapters()}
-    eagerly = torch.compiler.set_stance("force_eager") if hasattr(torch.compiler, "set_stance") else nullcontext()
+    eagerly = torch.compiler.set_stance("force_eager")
     with left_as_it_was(model), torch.no_grad(), eagerly, noting_sums() as found:
         model(*copied(inputs, {}), **copied(keywords, {}))
     reads: dict[str, list[str]] = {}
