@@ -225,7 +225,8 @@ class Ties:
             return
         others: dict[bool, list[str]] = {False: [], True: []}
         for name, module in self.readers.get(id(weight.own_weight()), {}).items():
-            if module is not weight and weight not in parameter_holders(module).values():
+            own = weight in parameter_holders(module).values() or module in getattr(adapter, "followers", ())
+            if module is not weight and not own:
                 others[has_adapter(module, adapter.name)].append(name)
         if others[False]:
             yield f"not on {some(others[False])}, tied to it"
