@@ -10,7 +10,7 @@ TEST_ARGS ?=
 
 .PHONY: demo test slow engines studies recipes vision bench paper finetune lint docs pages package clean
 
-demo: $(VENV)/.examples  ## fine-tune a real language model with LoRA+ (two to four minutes)
+demo: $(VENV)/.examples  ## fine-tune a real language model with LoRA+ (two to three minutes on two cores)
 	$(BIN)/python -m examples.demo $(DEMO_ARGS)
 
 test: $(VENV)/.test  ## the default tests

@@ -10,7 +10,7 @@ TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
 
 @dataclass(frozen=True)
 class Settings:
-    """What can be chosen; the defaults take two to four minutes on two CPU cores."""
+    """What can be chosen; the defaults take two to three minutes on two CPU cores."""
 
     targets: Sequence[str] = TARGETS
     r: int = 8
