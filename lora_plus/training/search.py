@@ -9,22 +9,22 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.lr_scheduler import LambdaLR
 
 from lora_plus.errors import check_count, check_number
 from lora_plus.layers.adapter import check_adapter_name
 from lora_plus.layers.layer import LoRALayer
 from lora_plus.model.adapters import adapter_names, delete_adapter, rename_adapter, set_adapter
-from lora_plus.model.dry_run import left_as_it_was, map_tensors
+from lora_plus.model.dry_run import left_as_it_was
 from lora_plus.model.inject import inject_lora, remove_lora
 from lora_plus.model.patterns import Pattern
 from lora_plus.model.per_sample import adapter_per_sample
-from lora_plus.model.tree import Tree, adapted_weights
+from lora_plus.model.tree import adapted_weights
 from lora_plus.text import some
 
 from .candidates import Candidate, Run, SweepResult, named
 from .groups import LrMode, create_loraplus_optimizer
+from .shared_batch import check_losses, check_statistics, repeated_samples
 
 Loss = Callable[[nn.Module, Any], Tensor]
 """``(model, batch) -> (samples,)``: a loss for each sample of the batch."""
@@ -273,15 +273,15 @@ class Sweep:
 
     def _losses(self, batch: Any, *, train: bool) -> tuple[dict[str, float], int]:
         """The mean losses of the candidates in training, after their backward if so, and the batch's size."""
-        _check_statistics(self.model)
+        check_statistics(self.model)
         found: dict[str, float] = {}
         names, size = self.names, 0
         for start in range(0, len(names), self._together):
             part = names[start : start + self._together]
-            size, repeated = _repeated_samples(batch, len(part))
+            size, repeated = repeated_samples(batch, len(part))
             with adapter_per_sample(self.model, [name for name in part for _ in range(size)]):
                 losses = self._loss(self.model, repeated)
-                _check_losses(losses, len(part) * size)
+                check_losses(losses, len(part) * size)
                 means = losses.reshape(len(part), size).mean(1)
                 if train:  # a loss that is not finite has no part in the gradients of the others
                     means.sum().backward()
@@ -311,41 +311,3 @@ def _check_places(model: nn.Module) -> None:
     if shared := some([name for name, weight in adapted_weights(model) if not isinstance(weight, LoRALayer)], 1):
         why = "adapted in the weight (as in attention, LSTM), which a sweep cannot train side by side"
         raise ValueError(f"{shared}: {why}; exclude it, or run one training per candidate")
-
-
-def _check_losses(losses: Any, samples: int) -> None:
-    if not isinstance(losses, Tensor) or losses.shape != (samples,):
-        got = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
-        raise ValueError(
-            f"the loss function must return a loss for each of the {samples} samples, got {got}; "
-            "use reduction='none' and a mean over all dimensions but the first"
-        )
-
-
-def _check_statistics(model: nn.Module) -> None:
-    """Raise if a sample's output depends on the other samples of its batch."""
-    for name, module in Tree(model).modules:
-        if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
-            raise ValueError(
-                f"{name!r} ({type(module).__name__}) takes the statistics of the whole batch, which several candidates "
-                "share; call .eval() on it"
-            )
-
-
-def _repeated_samples(batch: Any, copies: int) -> tuple[int, Any]:
-    """The number of samples of a batch, and the batch with all of them repeated one after the other."""
-    sizes = set()
-
-    def repeat(tensor: Tensor) -> Tensor:
-        if not tensor.ndim:
-            return tensor
-        sizes.add(len(tensor))
-        return tensor.repeat(copies, *[1] * (tensor.ndim - 1))
-
-    repeated = map_tensors(batch, repeat)
-    if len(sizes) != 1 or sizes == {0}:
-        raise ValueError(
-            "expected a batch of tensors whose first dimension is the samples, got first dimensions of "
-            f"{sorted(sizes) or 'no tensor'}; move what all samples share into the loss function"
-        )
-    return sizes.pop(), repeated
