@@ -57,7 +57,7 @@ def next_token(model: nn.Module, batch: Any) -> Tensor:
     """The mean over all tokens of the batch but padding, as a loss of each sample."""
     tokens, weights = batch["tokens"], batch["mask"][:, 1:].double()
     losses = F.cross_entropy(model(tokens)[:, :-1].mT, tokens[:, 1:], reduction="none")
-    return (losses * weights).sum(1) * (len(tokens) / weights.sum()) * batch["scale"]
+    return (losses * weights).sum(1) * (len(tokens) / weights.sum()) * batch["scale"] * batch["each"]
 
 
 def points(seed: int, samples: int = 5) -> tuple[Tensor, Tensor]:
@@ -70,7 +70,14 @@ def sentences(seed: int) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(3, 7, (3, 1), generator=generator)
     tokens = torch.randint(0, 11, (3, 6), generator=generator)
-    return {"tokens": tokens, "mask": torch.arange(6) < lengths, "scale": torch.tensor(0.5), "what": "text"}
+    each = torch.rand(3, generator=generator, dtype=torch.float64) + 0.5
+    return {
+        "tokens": tokens,
+        "mask": torch.arange(6) < lengths,
+        "scale": torch.tensor(0.5),
+        "each": each,
+        "what": "text",
+    }
 
 
 @dataclass(frozen=True)
